@@ -1,0 +1,102 @@
+"""Train: deepspeed launch/train.py --ds_config ds_configs/zero3_mst.json [flags]; --help lists the flags."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mst_ds.config import TrainConfig, parse_train_config
+
+if TYPE_CHECKING:
+    from mst_ds.engine import Run
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit code: 2, and one line on stderr, for a request that cannot run."""
+    try:
+        config = parse_train_config(argv)
+        # From here on imports take seconds; a mistyped flag has been answered already.
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        from mst_ds.engine import Launch, prepare
+
+        run = prepare(config, Launch.from_environment())
+        folder = _output_dir(config)
+        if run.launch.rank == 0:
+            _make(folder)
+    except ValueError as error:
+        # One line a node, not one a rank: what is wrong for one rank is mostly wrong for all.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    _train(run, folder)
+    return 0
+
+
+def _train(run: Run, folder: Path) -> None:
+    import deepspeed
+    import torch.distributed as dist
+    from rich.console import Console
+
+    from mst_ds.checkpoint import export_model
+    from mst_ds.data import ShardedLoader, eval_batches
+    from mst_ds.engine import build_engine
+    from mst_ds.loop import train
+    from mst_ds.metrics import MetricsWriter, flops_per_token, peak_flops
+    from mst_ds.model_shape import ModelShape
+    from mst_ds.planner import plan_table
+
+    config, plan, data, launch = run.config, run.plan, run.data, run.launch
+    if launch.rank == 0:
+        Console().print(plan_table(plan))
+    engine = build_engine(run)
+    flops = peak_flops(engine.device, run.dtype)
+    metrics = MetricsWriter(
+        folder,
+        max_steps=config.max_steps,
+        rank=launch.rank,
+        flops_per_token=flops_per_token(ModelShape.from_config(run.model_config), config.seq_len),
+        peak_flops=None if flops is None else flops * launch.world_size,
+    )
+    batch_size = plan.micro_batch_size
+    held_out = None
+    if data.held_out is not None:
+        held_out = functools.partial(eval_batches, data.held_out, plan.topology, micro_batch_size=batch_size)
+    with metrics:
+        train(
+            engine,
+            plan,
+            ShardedLoader(data.train, plan.topology, micro_batch_size=batch_size, seed=config.seed),
+            metrics,
+            max_steps=config.max_steps,
+            eval_steps=config.eval_steps,
+            held_out=held_out,
+        )
+        export_model(engine, data.tokenizer, folder / "model")
+        metrics.write_summary({"plan": dataclasses.asdict(plan), "ds_config": run.ds_config})
+    if launch.rank == 0:
+        print(f"Done: {folder / 'metrics.jsonl'}, {folder / 'summary.json'} and the model in {folder / 'model'}")
+    engine.destroy()
+    if dist.is_initialized():
+        deepspeed.comm.destroy_process_group()
+
+
+def _output_dir(config: TrainConfig) -> Path:
+    return Path(config.output_dir or f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}")
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output_dir {str(folder)!r} cannot be made: {error.strerror}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,271 @@
+"""What the user asked for: the flags of a training run and the `"mst"` block of the DeepSpeed JSON.
+
+`TrainConfig` is the only list of flags; the parser, the defaults, the help text and the YAML keys are all
+read from its fields. `MstConfig` is the only list of keys of the `"mst"` block.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, cast
+
+GIB = 2**30
+
+Auto: TypeAlias = Literal["auto"]
+AUTO: Auto = "auto"
+ATTENTION_IMPLEMENTATIONS = ("sdpa", "flash_attention_2")
+
+_LENGTH_SUFFIXES = {"": 1, "K": 1024, "M": 1024**2}
+
+
+def nearest(given: str, allowed: Iterable[str]) -> str:
+    """`"; nearest: 'x'"` for the allowed word most like `given`, or `""` when none is alike."""
+    matches = difflib.get_close_matches(given, list(allowed), n=1)
+    return f"; nearest: {matches[0]!r}" if matches else ""
+
+
+def parse_seq_len(text: str) -> int:
+    """Reads a length in tokens: `"4096"`, `"128K"` (K = 1024) or `"1M"` (M = 1024²).
+
+    Raises:
+        ValueError: `text` is not a whole number with an optional K or M.
+    """
+    match = re.fullmatch(r"([+-]?\d+)([KM]?)", text.strip().upper())
+    if match is None:
+        raise ValueError(f"seq_len is {text!r}; allowed: a whole number of tokens such as 4096, 128K or 1M")
+    return int(match[1]) * _LENGTH_SUFFIXES[match[2]]
+
+
+def _flag(default: Any, help: str, parse: Callable[[str], Any] | None = None) -> Any:
+    """A field of `TrainConfig`; `parse` replaces the field's type as the reader of the flag's text."""
+    metadata: dict[str, Any] = {"help": help}
+    if parse is not None:
+        metadata["parse"] = parse
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class TrainConfig:
+    """The flags of a training run. Lengths are in tokens, `weight_decay` and the rates as AdamW has them."""
+
+    config: str | None = _flag(None, "YAML file with values for any of these flags; a flag given beside it wins.")
+    ds_config: str = _flag("ds_configs/zero3_mst.json", "DeepSpeed JSON with an optional 'mst' block.")
+    model: str = _flag(
+        "small_llama",
+        "Shipped config, Hugging Face id, or folder. A folder with only a config starts from random weights.",
+    )
+    tokenizer: str | None = _flag(
+        None, "Hugging Face id or folder; default: the model's own, bytes for shipped configs."
+    )
+    dataset: str = _flag(
+        "python_stdlib",
+        "Shipped name, Hugging Face id, or a .txt, .jsonl or .parquet file or folder of them.",
+    )
+    dataset_config: str | None = _flag(None, "Configuration of a dataset from the Hugging Face hub.")
+    dataset_split: str = _flag("train", "Split of a dataset from the Hugging Face hub.")
+    text_column: str = _flag("text", "Column of the dataset that holds the text.")
+    seq_len: int = _flag(4096, "Tokens in a sequence, over all its shards: 4096, 128K, 1M.", parse_seq_len)
+    max_steps: int = _flag(100, "Optimizer steps.")
+    learning_rate: float = _flag(1e-3, "Peak learning rate of AdamW.")
+    lr_scheduler_type: str = _flag("cosine", "Name of a transformers schedule, such as cosine, linear, constant.")
+    warmup_steps: int | None = _flag(
+        None, "Optimizer steps over which the learning rate rises from 0; default: a tenth of max_steps."
+    )
+    weight_decay: float = _flag(0.01, "Weight decay of AdamW.")
+    adam_beta1: float = _flag(0.9, "Decay rate of AdamW's first moment.")
+    adam_beta2: float = _flag(0.95, "Decay rate of AdamW's second moment.")
+    adam_epsilon: float = _flag(1e-8, "Term added to AdamW's denominator.")
+    max_grad_norm: float = _flag(1.0, "Gradient norm to clip at where the JSON's gradient_clipping is 'auto'.")
+    seed: int = _flag(42, "Seed of the weights and of the order of the data.")
+    eval_steps: int = _flag(0, "Optimizer steps between evaluations on the held-out part; 0: none.")
+    eval_samples: int = _flag(8, "Sequences in the held-out part.")
+    output_dir: str | None = _flag(None, "Folder for metrics, checkpoints and the model; default: runs/<date-time>.")
+    local_rank: int = _flag(-1, "Set by the DeepSpeed launcher: this process's rank on its node.")
+
+    @property
+    def num_warmup_steps(self) -> int:
+        """Steps of warm-up, a tenth of the run where the user said nothing."""
+        return self.max_steps // 10 if self.warmup_steps is None else self.warmup_steps
+
+    def validate(self) -> None:
+        """Checks every value that needs neither the model nor the data.
+
+        Raises:
+            ValueError: one line with what was given and what is allowed.
+        """
+        for name in ("seq_len", "max_steps"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number >= 1")
+        for name in ("eval_steps", "eval_samples", "weight_decay", "max_grad_norm"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "a number >= 0")
+        for name in ("learning_rate", "adam_epsilon"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "a number > 0")
+        for name in ("adam_beta1", "adam_beta2"):
+            _require(
+                0 <= getattr(self, name) < 1,
+                name,
+                getattr(self, name),
+                "a number from 0 up to, not including, 1",
+            )
+        _require(
+            self.warmup_steps is None or 0 <= self.warmup_steps <= self.max_steps,
+            "warmup_steps",
+            self.warmup_steps,
+            f"0 to max_steps ({self.max_steps})",
+        )
+        if self.eval_steps > 0:
+            _require(
+                self.eval_samples >= 1,
+                "eval_samples",
+                self.eval_samples,
+                "at least 1 where eval_steps is not 0",
+            )
+        _check_scheduler(self.lr_scheduler_type)
+        if self.output_dir is not None:
+            _check_writable(Path(self.output_dir))
+
+
+def _require(condition: bool, name: str, given: object, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} is {given!r}; allowed: {allowed}")
+
+
+def _check_scheduler(name: str) -> None:
+    from transformers import SchedulerType
+
+    names = [member.value for member in SchedulerType]
+    if name not in names:
+        raise ValueError(f"lr_scheduler_type is {name!r}; allowed: {', '.join(names)}{nearest(name, names)}")
+
+
+def _check_writable(folder: Path) -> None:
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"output_dir is {str(folder)!r}, but {existing} is a file; allowed: a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"output_dir is {str(folder)!r}, but {existing} is not writable; allowed: a folder you can write"
+        )
+
+
+def parse_train_config(argv: Sequence[str]) -> TrainConfig:
+    """Reads flags, over the YAML file named by `--config`, over the defaults; then validates.
+
+    Raises:
+        ValueError: the YAML file is missing or malformed, has an unknown key, or a value fails `validate`.
+        SystemExit: argparse's own, for an unknown flag or a value of the wrong type.
+    """
+    from transformers import HfArgumentParser
+
+    class Parser(HfArgumentParser):
+        def add_argument(self, *names: Any, **kwargs: Any) -> argparse.Action:
+            parse = kwargs.pop("parse", None)
+            if parse is not None:
+                kwargs["type"] = _argument_type(parse)
+            return super().add_argument(*names, **kwargs)
+
+    def parse_flags(flags: Sequence[str]) -> TrainConfig:
+        parser = Parser(cast(Any, TrainConfig), allow_abbrev=False)  # its own annotation admits no class
+        (parsed,) = parser.parse_args_into_dataclasses(list(flags), look_for_args_file=False)
+        return parsed
+
+    config = parse_flags(argv)
+    if config.config is not None:
+        # argparse keeps the last of repeated flags: the file's values go first, so that the user's flags win.
+        config = parse_flags([*_yaml_flags(Path(config.config)), *argv])
+    config.validate()
+    return config
+
+
+def _argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            # argparse shows the text of this exception; of a ValueError it would show the function's name.
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return convert
+
+
+def _yaml_flags(path: Path) -> list[str]:
+    import yaml
+
+    if not path.is_file():
+        raise ValueError(f"config is {str(path)!r}; allowed: an existing YAML file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise ValueError(f"config {path} holds a {type(values).__name__}; allowed: a mapping from flag to value")
+    allowed = [flag.name for flag in dataclasses.fields(TrainConfig) if flag.name != "config"]
+    flags = []
+    for key, value in values.items():
+        if key not in allowed:
+            near = nearest(str(key), allowed)
+            raise ValueError(f"config {path} has the unknown key {key!r}{near}; allowed: {', '.join(allowed)}")
+        if isinstance(value, dict | list):
+            raise ValueError(f"{key} in {path} is a {type(value).__name__}; allowed: one number or text")
+        if value is not None:
+            flags.append(f"--{key}={value}")
+    return flags
+
+
+@dataclass(frozen=True)
+class MstConfig:
+    """The `"mst"` block of the DeepSpeed JSON; `"auto"` leaves the choice to the planner.
+
+    sp_size: ranks that share one sequence. mlp_chunks, loss_chunks: chunks per rank. recompute: drop a
+    layer's activations and compute them again in the backward. device_memory_gib: memory to plan for.
+    """
+
+    sp_size: int | Auto = AUTO
+    mlp_chunks: int | Auto = AUTO
+    loss_chunks: int | Auto = AUTO
+    recompute: bool | Auto = AUTO
+    attention: str = AUTO
+    device_memory_gib: float | Auto = AUTO
+
+    @classmethod
+    def from_dict(cls, block: Mapping[str, Any]) -> MstConfig:
+        """Checks the block and fills what it leaves out with `"auto"`.
+
+        Raises:
+            ValueError: not a mapping, an unknown key, or a value of the wrong type or range.
+        """
+        if not isinstance(block, Mapping):
+            raise ValueError(f"'mst' is {block!r}; allowed: an object with the keys {', '.join(_MST_CHECKS)}")
+        for key, value in block.items():
+            if key not in _MST_CHECKS:
+                near = nearest(key, _MST_CHECKS)
+                raise ValueError(f"'mst' has the unknown key {key!r}{near}; allowed: {', '.join(_MST_CHECKS)}")
+            is_allowed, allowed = _MST_CHECKS[key]
+            if value != AUTO and not is_allowed(value):
+                raise ValueError(f"{key} in 'mst' is {value!r}; allowed: 'auto' or {allowed}")
+        return cls(**block)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_positive_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
+_MST_CHECKS: Mapping[str, tuple[Callable[[object], bool], str]] = {
+    "sp_size": (_is_count, "a whole number >= 1"),
+    "mlp_chunks": (_is_count, "a whole number >= 1"),
+    "loss_chunks": (_is_count, "a whole number >= 1"),
+    "recompute": (lambda value: isinstance(value, bool), "true or false"),
+    "attention": (lambda value: value in ATTENTION_IMPLEMENTATIONS, " or ".join(ATTENTION_IMPLEMENTATIONS)),
+    "device_memory_gib": (_is_positive_number, "a number > 0"),
+}

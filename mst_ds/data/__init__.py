@@ -1,0 +1,26 @@
+"""From text to sharded batches: documents, tokens, packed samples, this rank's part of each batch."""
+
+from mst_ds.data.documents import PYTHON_STDLIB, load_documents
+from mst_ds.data.loader import ShardedLoader, eval_batches
+from mst_ds.data.packing import PackedDataset, split_documents, tokenise
+from mst_ds.data.sharding import IGNORE_INDEX, Batch, shard, shift_labels
+from mst_ds.data.tokenizer import byte_tokenizer, load_tokenizer
+from mst_ds.data.training_data import TrainingData, load_training_data
+
+__all__ = [
+    "IGNORE_INDEX",
+    "PYTHON_STDLIB",
+    "Batch",
+    "PackedDataset",
+    "ShardedLoader",
+    "TrainingData",
+    "byte_tokenizer",
+    "eval_batches",
+    "load_documents",
+    "load_tokenizer",
+    "load_training_data",
+    "shard",
+    "shift_labels",
+    "split_documents",
+    "tokenise",
+]

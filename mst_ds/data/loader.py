@@ -1,0 +1,83 @@
+"""Batches for each rank, from samples numbered over the whole world."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from mst_ds.data.order import SampleOrder
+from mst_ds.data.packing import PackedDataset
+from mst_ds.data.sharding import IGNORE_INDEX, Batch, shard
+from mst_ds.topology import Topology
+
+
+class ShardedLoader(Iterator[Batch]):
+    """Endless training batches, one shard per rank, all of the same size on all ranks.
+
+    The order is one stream of permutations of the dataset. Data-parallel rank d takes every dp_size-th batch
+    of it, beginning with the d-th, and the ranks of its sequence group each take their shard of that batch.
+    An epoch that does not fill its last batches goes on in the next one, so no sample is dropped and no rank
+    runs out before another. All there is to remember is `samples_seen`, counted over the whole world.
+
+    Args:
+        micro_batch_size: B, samples in a batch of one data-parallel rank.
+        seed: of the order, >= 0.
+    """
+
+    def __init__(self, dataset: PackedDataset, topology: Topology, *, micro_batch_size: int, seed: int) -> None:
+        self.dataset = dataset
+        self.topology = topology
+        self.micro_batch_size = micro_batch_size
+        self.samples_seen = 0
+        self._order = SampleOrder(len(dataset), seed)
+
+    def __next__(self) -> Batch:
+        """{"input_ids", "shift_labels", "position_ids"}: (B, L), see `shard`."""
+        start = self.samples_seen + self.topology.dp_rank * self.micro_batch_size
+        samples = [self.dataset[self._order[start + offset]] for offset in range(self.micro_batch_size)]
+        self.samples_seen += self.topology.dp_size * self.micro_batch_size
+        return shard(_stack(samples), self.topology, self.dataset.pad_id)
+
+    def state_dict(self) -> dict[str, int]:
+        """The position in the stream, the same on every rank; it can go on at any dp_size and sp_size."""
+        return {"samples_seen": self.samples_seen, "seed": self._order.seed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes on after the batches handed out before `state` was made, in the order of its seed."""
+        self.samples_seen = state["samples_seen"]
+        self._order = SampleOrder(len(self.dataset), state["seed"])
+
+
+def eval_batches(dataset: PackedDataset, topology: Topology, *, micro_batch_size: int) -> Iterator[Batch]:
+    """Every sample once over all data-parallel ranks, in order, and equally many batches on every rank.
+
+    Where the samples run out, a rank gets padding with ignored labels: it takes part in every collective and
+    adds nothing to the loss. The batches are those of `ShardedLoader`.
+    """
+    per_round = topology.dp_size * micro_batch_size
+    for start in range(topology.dp_rank * micro_batch_size, _round_up(len(dataset), per_round), per_round):
+        numbers = range(start, start + micro_batch_size)
+        samples = [dataset[number] if number < len(dataset) else _ignored_sample(dataset) for number in numbers]
+        yield shard(_stack(samples), topology, dataset.pad_id)
+
+
+def _ignored_sample(dataset: PackedDataset) -> Batch:
+    return {
+        "input_ids": torch.full((dataset.seq_len,), dataset.pad_id),
+        "labels": torch.full((dataset.seq_len,), IGNORE_INDEX),
+    }
+
+
+def _stack(samples: Sequence[Batch]) -> Batch:
+    """B samples of (S,) to one batch of (B, S)."""
+
+    def column(name: str) -> Tensor:
+        return torch.stack([sample[name] for sample in samples])
+
+    return {"input_ids": column("input_ids"), "labels": column("labels")}
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -1,0 +1,81 @@
+"""The tokenizer of a run: the model's own, or bytes."""
+
+from __future__ import annotations
+
+from itertools import count
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from mst_ds.config import TrainConfig
+from mst_ds.model_shape import shipped_model_config
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer that needs no files: ids 0 to 255 are the bytes of the UTF-8 text, 256 is `<|endoftext|>`.
+
+    `<|endoftext|>` is the EOS, BOS and padding token. A document that spells it out gets its bytes, so no
+    document can forge its own end, and every text comes back from its ids as it was.
+    """
+    backend = Tokenizer(models.BPE(vocab=_byte_symbols(), merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        split_special_tokens=True,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(config: TrainConfig, model_config: PreTrainedConfig) -> PreTrainedTokenizerBase:
+    """`--tokenizer`, else the model's own; a shipped model config has none and reads bytes.
+
+    Raises:
+        ValueError: no tokenizer is found, it has no EOS token, or it has more ids than the model.
+    """
+    if config.tokenizer is None and shipped_model_config(config.model) is not None:
+        name = "byte level"
+        tokenizer: PreTrainedTokenizerBase = byte_tokenizer()
+    else:
+        name = config.tokenizer or config.model
+        tokenizer = _pretrained(name)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"tokenizer {name!r} has no EOS token to end a document with; allowed: one with eos_token")
+    # The highest id counts, not the number of tokens: ids may have gaps.
+    ids = max(tokenizer.get_vocab().values()) + 1
+    vocab_size = model_config.get_text_config().vocab_size
+    if ids > vocab_size:
+        raise ValueError(
+            f"tokenizer {name!r} has {ids} ids, but model {config.model!r} has a vocab_size of {vocab_size}; "
+            f"allowed: a tokenizer with at most {vocab_size} ids, such as the model's own"
+        )
+    return tokenizer
+
+
+def _pretrained(name: str) -> PreTrainedTokenizerBase:
+    fix = "allowed: --tokenizer with the Hugging Face id or folder of a tokenizer"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"no tokenizer found at {name!r} ({reason}); {fix}") from error
+    # For some architectures a folder without tokenizer files gives one that has only special tokens.
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
+        raise ValueError(f"no tokenizer found at {name!r} (its vocabulary is empty); {fix}")
+    return tokenizer
+
+
+def _byte_symbols() -> dict[str, int]:
+    """The character that `ByteLevel` writes for a byte, as in GPT-2: itself if printable, else from 256."""
+    printable = {
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    }
+    substitutes = count(256)
+    return {chr(byte if byte in printable else next(substitutes)): byte for byte in range(256)}

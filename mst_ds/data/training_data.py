@@ -1,0 +1,39 @@
+"""The one place that orders the data path: tokenizer, documents, tokens, split, samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from mst_ds.config import TrainConfig
+from mst_ds.data.documents import load_documents
+from mst_ds.data.packing import PackedDataset, split_documents, tokenise
+from mst_ds.data.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run reads: `held_out` shares no document with `train`, and is None where `eval_steps` is 0."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: PackedDataset
+    held_out: PackedDataset | None
+
+
+def load_training_data(config: TrainConfig, model_config: PreTrainedConfig) -> TrainingData:
+    """Loads, tokenises and packs `config.dataset`. Needs no process group, and every rank gets the same.
+
+    Raises:
+        ValueError: see `load_tokenizer`, `load_documents`, `split_documents` and `PackedDataset`.
+    """
+    tokenizer = load_tokenizer(config, model_config)
+    tokens = tokenise(load_documents(config), tokenizer)
+    num_held_out = config.eval_samples if config.eval_steps else 0
+    train, held_out = split_documents(tokens, num_held_out, config.seq_len, config.seed)
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return TrainingData(
+        tokenizer=tokenizer,
+        train=PackedDataset(tokens, config.seq_len, pad_id, train),
+        held_out=PackedDataset(tokens, config.seq_len, pad_id, held_out, num_held_out) if num_held_out else None,
+    )

@@ -1,0 +1,198 @@
+"""The one place that puts the parts in order: what can be refused first, then the processes meet, then the weights."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import deepspeed
+import psutil
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, get_scheduler, set_seed
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+from mst_ds.config import AUTO, TrainConfig
+from mst_ds.data import TrainingData, load_training_data
+from mst_ds.model_shape import ModelShape, load_model_config, shipped_model_config
+from mst_ds.patch import apply_plan, find_parts
+from mst_ds.planner import Plan, make_plan
+from mst_ds.topology import choose_sp_size
+from mst_ds.zero import DsConfig, has_block, load_ds_config, offloads_optimizer, resolve, split_mst
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Where the launcher put this process: its global and node-local rank, and how many there are of each."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Launch:
+        """Read the variables of DeepSpeed's launcher or torchrun; without any, a single process."""
+
+        def read(*names: str, default: int) -> int:
+            return next((int(environment[name]) for name in names if name in environment), default)
+
+        world_size = read("WORLD_SIZE", default=1)
+        return cls(
+            rank=read("RANK", default=0),
+            world_size=world_size,
+            local_rank=read("LOCAL_RANK", default=0),
+            local_world_size=read("LOCAL_WORLD_SIZE", "LOCAL_SIZE", default=world_size),
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has passed every check that needs neither weights nor other processes.
+
+    `ds_config` is what DeepSpeed gets: every "auto" filled in, without the "mst" block.
+    """
+
+    config: TrainConfig
+    launch: Launch
+    ds_config: DsConfig
+    model_config: PreTrainedConfig
+    plan: Plan
+    data: TrainingData
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return _DTYPES[self.plan.dtype]
+
+
+def prepare(config: TrainConfig, launch: Launch) -> Run:
+    """Check the whole request and make this rank's plan and data, before weights load or processes meet.
+
+    Raises:
+        ValueError: anything in the flags, the DeepSpeed JSON, the model's config or the dataset that cannot run, in one
+            line. Every rank finds the same, so all ranks stop.
+    """
+    model_config = load_model_config(config.model)
+    shape = ModelShape.from_config(model_config)
+    raw = load_ds_config(config.ds_config)
+    mst = split_mst(raw)[1]
+    sp_size = choose_sp_size(
+        mst.sp_size,
+        world_size=launch.world_size,
+        num_attention_heads=shape.num_attention_heads,
+        ranks_per_node=launch.local_world_size,
+    )
+    resolved = resolve(
+        raw,
+        train=config,
+        hidden_size=shape.hidden_size,
+        has_accelerator=_has_accelerator(),
+        dp_size=launch.world_size // sp_size,
+    )
+    plan = make_plan(
+        model_config,
+        resolved,
+        world_size=launch.world_size,
+        seq_len=config.seq_len,
+        device_memory=_device_memory(launch) if mst.device_memory_gib == AUTO else None,
+        sp_size=sp_size,
+        rank=launch.rank,
+    )
+    with torch.device("meta"):
+        find_parts(AutoModelForCausalLM.from_config(model_config), plan)
+    return Run(config, launch, split_mst(resolved)[0], model_config, plan, load_training_data(config, model_config))
+
+
+def build_engine(run: Run) -> DeepSpeedEngine:
+    """Let the processes meet, then build the model under its plan and hand it to DeepSpeed. A collective call."""
+    get_accelerator().set_device(run.launch.local_rank)
+    deepspeed.init_distributed()
+    set_seed(run.config.seed)
+    model = _load_model(run)
+    # Dropout must not repeat from rank to rank; the weights above must.
+    set_seed(run.config.seed + run.launch.rank)
+    apply_plan(model, run.plan)
+    has_own_optimizer, has_own_schedule = (has_block(run.ds_config, name) for name in ("optimizer", "scheduler"))
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=None if has_own_optimizer else _adamw(model, run),
+        lr_scheduler=None if has_own_schedule else functools.partial(_schedule, run.config),
+        config=run.ds_config,
+    )
+    return engine
+
+
+def _has_accelerator() -> bool:
+    return bool(get_accelerator().device_name() != "cpu")
+
+
+def _device_memory(launch: Launch) -> int:
+    """Bytes of this rank's device; without an accelerator the ranks of a node share its memory."""
+    if _has_accelerator():
+        return int(get_accelerator().total_memory(launch.local_rank))
+    return psutil.virtual_memory().total // launch.local_world_size
+
+
+def _load_model(run: Run) -> PreTrainedModel:
+    # transformers looks for this object, by a weak reference, to build the weights sharded from the start.
+    zero3 = HfDeepSpeedConfig(run.ds_config) if run.plan.zero_stage == 3 else None
+    if has_weights(run.config.model):
+        model = AutoModelForCausalLM.from_pretrained(
+            run.config.model, dtype=run.dtype, attn_implementation=run.plan.attention
+        )
+    else:
+        model = AutoModelForCausalLM.from_config(
+            run.model_config, dtype=run.dtype, attn_implementation=run.plan.attention
+        )
+    del zero3
+    return model.train()
+
+
+def has_weights(name_or_path: str) -> bool:
+    """Whether there are weights to load: a shipped config has none, a folder may, a Hugging Face id does."""
+    if shipped_model_config(name_or_path) is not None:
+        return False
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        return True
+    return any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "pytorch_model*.bin"))
+
+
+def _adamw(model: PreTrainedModel, run: Run) -> torch.optim.Optimizer:
+    config = run.config
+    decayed: list[torch.nn.Parameter] = []
+    plain: list[torch.nn.Parameter] = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            # Norms and biases are not decayed. Under ZeRO-3 a shard is flat; its shape is kept beside it.
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            (decayed if len(shape) > 1 else plain).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    settings: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+    }
+    groups = [group for group in groups if group["params"]]
+    if not _has_accelerator():
+        return torch.optim.AdamW(groups, **settings)
+    if offloads_optimizer(run.ds_config):
+        return DeepSpeedCPUAdam(groups, **settings)
+    return torch.optim.AdamW(groups, **settings, fused=True)
+
+
+def _schedule(config: TrainConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return get_scheduler(config.lr_scheduler_type, optimizer, config.num_warmup_steps, config.max_steps)

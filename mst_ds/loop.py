@@ -1,0 +1,106 @@
+"""The training loop: accumulation, step, evaluation."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mst_ds.data import IGNORE_INDEX, Batch
+from mst_ds.metrics import MetricsWriter, peak_memory_bytes
+from mst_ds.planner import Plan
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+def train(
+    engine: DeepSpeedEngine,
+    plan: Plan,
+    batches: Iterator[Batch],
+    metrics: MetricsWriter,
+    *,
+    max_steps: int,
+    eval_steps: int = 1,
+    held_out: Callable[[], Iterable[Batch]] | None = None,
+) -> None:
+    """Take `max_steps` optimizer steps, logging each; evaluate every `eval_steps` of them, and at the end.
+
+    Args:
+        batches: this rank's shards, see `mst_ds.data.shard`; `gradient_accumulation_steps` of them make a step.
+        held_out: makes the batches of one evaluation, equally many on every rank; None: no evaluation.
+
+    Raises:
+        FloatingPointError: the loss of a step is not finite. Every rank raises it.
+    """
+    tokens = plan.seq_len * plan.micro_batch_size * plan.dp_size * plan.gradient_accumulation_steps
+    for step in range(1, max_steps + 1):
+        start = time.perf_counter()
+        learning_rate = engine.get_lr()[0]
+        loss = train_step(engine, [next(batches) for _ in range(plan.gradient_accumulation_steps)])
+        seconds = time.perf_counter() - start
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss of step {step} is {loss}: lower the learning rate, or look at its data")
+        grad_norm = engine.get_global_grad_norm()
+        metrics.log_step(
+            step,
+            loss=loss,
+            tokens_per_second=tokens / seconds,
+            grad_norm=None if grad_norm is None else float(grad_norm),
+            learning_rate=learning_rate,
+            device_memory_bytes=peak_memory_bytes(engine.device),
+            seconds=seconds,
+            tokens=tokens,
+        )
+        if held_out is not None and (step % eval_steps == 0 or step == max_steps):
+            metrics.log_eval(step, evaluate(engine, held_out()))
+
+
+def train_step(engine: DeepSpeedEngine, micro_batches: list[Batch]) -> float:
+    """One optimizer step over `micro_batches` of every rank; returns the mean loss over all their valid tokens.
+
+    One token, one weight: each micro-batch's loss is its sum over valid tokens divided by the number of valid tokens of
+    the whole step, over ranks and micro-batches. DeepSpeed averages gradients over all ranks, at every ZeRO stage and
+    however it communicates, because it knows nothing of sequence parallelism; so the world size undoes that average.
+    """
+    engine.train()
+    num_items = _sum_over_ranks(_count_valid(micro_batches, engine.device))
+    total = torch.zeros((), device=engine.device, dtype=torch.float32)
+    for batch in micro_batches:
+        loss = engine(**_on_device(batch, engine.device), num_items_in_batch=num_items).loss
+        engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
+        engine.step()
+        total += loss.detach()
+    return _sum_over_ranks(total).item()
+
+
+@torch.no_grad()
+def evaluate(engine: DeepSpeedEngine, batches: Iterable[Batch]) -> float:
+    """The mean loss over all valid tokens of `batches`, of all ranks together; 0 where there is none."""
+    engine.eval()
+    loss = torch.zeros((), device=engine.device, dtype=torch.float64)
+    num_items = torch.zeros((), device=engine.device, dtype=torch.int64)
+    for batch in batches:
+        num_items += _count_valid([batch], engine.device)
+        loss += engine(**_on_device(batch, engine.device), num_items_in_batch=1).loss
+    engine.train()
+    return _sum_over_ranks(loss).item() / max(1, int(_sum_over_ranks(num_items)))
+
+
+def _count_valid(batches: list[Batch], device: torch.device) -> Tensor:
+    count = sum(int((batch["shift_labels"] != IGNORE_INDEX).sum()) for batch in batches)
+    return torch.tensor(count, device=device)
+
+
+def _on_device(batch: Batch, device: torch.device) -> Batch:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def _sum_over_ranks(value: Tensor) -> Tensor:
+    dist.all_reduce(value)
+    return value

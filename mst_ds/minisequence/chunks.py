@@ -1,0 +1,109 @@
+"""What every chunked operator shares: where chunks begin and end, and how their gradients add up."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+
+import torch
+
+# With fewer rows CPU GEMMs sum one product after the other: up to four times the error, and slow.
+_MIN_CHUNK_TOKENS = 4
+
+
+def chunk_slices(num_tokens: int, chunks: int) -> Iterator[slice]:
+    """Yield `chunks` slices that cover `range(num_tokens)` exactly once, their lengths differing by at most one.
+
+    Where chunks would be shorter than 4 tokens there are fewer: the plan is made for the full length, and a shorter batch
+    must not fail. Nothing outside the loop depends on the number of chunks.
+
+    Raises:
+        ValueError: `chunks` is less than 1.
+    """
+    if chunks < 1:
+        raise ValueError(f"chunks must be at least 1, got {chunks}")
+    chunks = min(chunks, max(1, num_tokens // _MIN_CHUNK_TOKENS))
+    start = 0
+    for index in range(chunks):
+        stop = start + num_tokens // chunks + (index < num_tokens % chunks)
+        yield slice(start, stop)
+        start = stop
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which gradients of `dtype` parameters are summed over chunks: never below fp32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def zeros_for_accumulation(parameter: torch.Tensor) -> torch.Tensor:
+    """A zero accumulator for the gradient of `parameter`: in `accumulation_dtype`, for a bias (one vector) in fp64.
+
+    A bias gradient is a bare sum. In fp32 its running total would be rounded at every chunk, which one sum over all
+    tokens is not: twice the error of the unchunked gradient at 256 chunks.
+    """
+    dtype = torch.float64 if parameter.dim() == 1 else accumulation_dtype(parameter.dtype)
+    return torch.zeros_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def add_column_sums(accumulator: torch.Tensor, values: torch.Tensor) -> None:
+    """`accumulator += values.sum(0)`, the sum in fp32 at least.
+
+    Args:
+        accumulator: (M,).
+        values: (T, M), any floating dtype.
+    """
+    accumulator += values.sum(0, dtype=accumulation_dtype(values.dtype))
+
+
+def add_outer_products(accumulator: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """`accumulator += left.T @ right` without rounding the product to a 16-bit dtype first.
+
+    Args:
+        accumulator: (M, N) in the accumulation dtype.
+        left: (T, M), any floating dtype.
+        right: (T, N), any floating dtype.
+    """
+    if left.dtype == right.dtype != accumulator.dtype and _gemm_accumulates_in_fp32(left.device, left.dtype):
+        torch.addmm(accumulator, left.t(), right, out_dtype=accumulator.dtype, out=accumulator)
+    else:
+        accumulator.addmm_(left.to(accumulator.dtype).t(), right.to(accumulator.dtype))
+
+
+@functools.cache
+def _gemm_accumulates_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    # 16-bit inputs with an fp32 result are a CUDA GEMM, absent on other devices and in older builds: asked once.
+    if device.type != "cuda":
+        return False
+    total = torch.ones(16, 16, device=device)
+    ones = torch.ones(16, 16, device=device, dtype=dtype)
+    try:
+        torch.addmm(total, ones.t(), ones, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((total == 17).all())
+
+
+def autocast_disabled(device: torch.device) -> AbstractContextManager[None]:
+    """Operators choose each product's dtype themselves; autocast inside them would round accumulators."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def cast_for_autocast(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    """Do what autocast does to a linear layer's inputs, differentiably."""
+    if tensor is None or not torch.is_autocast_enabled(device.type) or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device.type))
+
+
+def require_gathered(name: str, weight: torch.Tensor) -> None:
+    """Raise a readable error for a ZeRO-3 placeholder, instead of a shape mismatch deep inside a matmul.
+
+    Raises:
+        ValueError: `weight` has no elements.
+    """
+    if weight.numel() == 0:
+        raise ValueError(
+            f"{name} has no elements: ZeRO-3 has not gathered it; call mst_ds.apply_plan with a ZeRO-3 plan "
+            "before deepspeed.initialize"
+        )

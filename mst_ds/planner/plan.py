@@ -1,0 +1,125 @@
+"""From what the user wrote to the plan of one rank."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from mst_ds.config import AUTO, GIB, MstConfig, TrainConfig
+from mst_ds.model_shape import ModelShape, load_model_config
+from mst_ds.planner.phases import step_phases
+from mst_ds.planner.search import choose_chunks
+from mst_ds.planner.types import Plan
+from mst_ds.planner.workload import Workload
+from mst_ds.topology import Topology, choose_sp_size, shard_length
+from mst_ds.zero import load_ds_config, read_zero, resolve, split_mst
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+def make_plan(
+    model_config: PreTrainedConfig | str,
+    ds_config: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    world_size: int,
+    seq_len: int,
+    device_memory: int | None = None,
+    sp_size: int | None = None,
+    rank: int = 0,
+    ranks_per_node: int | None = None,
+) -> Plan:
+    """Plans one rank. A plan that does not fit is a plan too, with `fits` False.
+
+    Where the JSON leaves bf16 to "auto", the plan is for an accelerator; a resolved config gives the plan for
+    the machine it was resolved on. Recompute "auto" is on: without it the kept activations bound the length.
+
+    Args:
+        model_config: a Hugging Face config, or a name or folder as `load_model_config` takes it.
+        ds_config: a DeepSpeed JSON, or a mapping of the same content, with or without its "mst" block.
+        world_size: ranks of the run.
+        seq_len: S, tokens of a whole sequence.
+        device_memory: bytes that a rank may use. None: what `device_memory_gib` of the "mst" block says.
+        sp_size: ranks that share a sequence. None: what the "mst" block says.
+        rank: the rank to plan for.
+        ranks_per_node: keeps an automatic `sp_size` within a node. None: all ranks are on one.
+
+    Raises:
+        ValueError: a setting that cannot be planned, in one line with what is allowed.
+    """
+    if seq_len < 1:
+        raise ValueError(f"seq_len is {seq_len}; allowed: a whole number >= 1")
+    if world_size < 1:
+        raise ValueError(f"world_size is {world_size}; allowed: a whole number >= 1")
+    config = load_model_config(model_config) if isinstance(model_config, str) else model_config
+    shape = ModelShape.from_config(config)
+    raw = load_ds_config(ds_config)
+    mst = split_mst(raw)[1]
+    topology = Topology(
+        rank,
+        world_size,
+        choose_sp_size(
+            mst.sp_size if sp_size is None else sp_size,
+            world_size=world_size,
+            num_attention_heads=shape.num_attention_heads,
+            ranks_per_node=ranks_per_node,
+        ),
+    )
+    resolved = resolve(
+        raw,
+        train=TrainConfig(),  # fills rates only, which take no memory
+        hidden_size=shape.hidden_size,
+        has_accelerator=True,
+        dp_size=topology.dp_size,
+    )
+    zero = read_zero(resolved, dp_world_size=world_size)
+    work = Workload(
+        shape=shape,
+        zero=zero,
+        sp_size=topology.sp_size,
+        seq_len=seq_len,
+        recompute=mst.recompute is not False,
+        attention=_attention(mst, zero.dtype),
+    )
+    memory = _device_memory(device_memory, mst)
+    mlp_chunks, loss_chunks = choose_chunks(
+        work, device_memory=memory, mlp_chunks=mst.mlp_chunks, loss_chunks=mst.loss_chunks
+    )
+    return Plan(
+        topology=topology,
+        seq_len=seq_len,
+        shard_length=shard_length(seq_len, topology.sp_size),
+        micro_batch_size=zero.micro_batch_size,
+        gradient_accumulation_steps=zero.gradient_accumulation_steps,
+        zero_stage=zero.stage,
+        dtype=zero.dtype,
+        mlp_chunks=mlp_chunks,
+        loss_chunks=loss_chunks,
+        recompute=work.recompute,
+        attention=work.attention,
+        device_memory=memory,
+        phases=step_phases(work, mlp_chunks=mlp_chunks, loss_chunks=loss_chunks),
+    )
+
+
+def _attention(mst: MstConfig, dtype: str) -> str:
+    if mst.attention == "flash_attention_2" and dtype == "fp32":
+        raise ValueError(
+            "attention in 'mst' is 'flash_attention_2', which has no fp32; allowed: 'sdpa', or enable bf16"
+        )
+    if mst.attention != AUTO:
+        return mst.attention
+    from transformers.utils.import_utils import is_flash_attn_2_available
+
+    return "flash_attention_2" if dtype != "fp32" and is_flash_attn_2_available() else "sdpa"
+
+
+def _device_memory(device_memory: int | None, mst: MstConfig) -> int:
+    if device_memory is None:
+        if mst.device_memory_gib == AUTO:
+            raise ValueError("device_memory is not known; allowed: bytes, or a number in 'mst' for device_memory_gib")
+        return int(mst.device_memory_gib * GIB)
+    if device_memory < 1:
+        raise ValueError(f"device_memory is {device_memory}; allowed: a whole number of bytes >= 1")
+    return device_memory

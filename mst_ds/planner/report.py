@@ -1,0 +1,49 @@
+"""A plan as people read it."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from mst_ds.config import GIB
+from mst_ds.planner.types import Plan
+
+_SHOWN_TERMS = 3
+
+
+def plan_table(plan: Plan) -> Table:
+    """A table for rich: what was decided, and for each phase its memory and largest terms, in GiB.
+
+    Every term with its formula stands in `plan.phases`.
+    """
+    table = Table(title=_decisions(plan), caption=_verdict(plan), title_justify="left", caption_justify="left")
+    table.add_column("phase", no_wrap=True)
+    table.add_column("device", no_wrap=True, justify="right")
+    table.add_column("host", no_wrap=True, justify="right")
+    table.add_column("largest on the device")
+    for phase in plan.phases:
+        terms = sorted((term for term in phase.terms if term.place == "device"), key=lambda term: -term.bytes)
+        largest = ", ".join(f"{term.name} {_gib(term.bytes)}" for term in terms[:_SHOWN_TERMS])
+        style = "bold" if phase is plan.peak_phase else None
+        table.add_row(phase.name, _gib(phase.device_bytes), _gib(phase.host_bytes), largest, style=style)
+    return table
+
+
+def _decisions(plan: Plan) -> str:
+    return (
+        f"rank {plan.topology.rank} of {plan.topology.world_size}: sp {plan.sp_size}, dp {plan.dp_size}, "
+        f"{plan.shard_length} of {plan.seq_len} tokens, ZeRO-{plan.zero_stage}, {plan.dtype}, "
+        f"{plan.attention}, recompute {'on' if plan.recompute else 'off'}, "
+        f"mlp_chunks {plan.mlp_chunks}, loss_chunks {plan.loss_chunks}"
+    )
+
+
+def _verdict(plan: Plan) -> str:
+    verdict = "fits in" if plan.fits else "does NOT fit in"
+    return (
+        f"{_gib(plan.peak_bytes)} GiB at the peak ({plan.peak_phase.name}) {verdict} "
+        f"{_gib(plan.device_memory)} GiB; host {_gib(plan.host_bytes)} GiB"
+    )
+
+
+def _gib(count: int) -> str:
+    return f"{count / GIB:.3f}"

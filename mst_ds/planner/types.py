@@ -1,0 +1,112 @@
+"""The planner's result: named memory terms, in phases, of one rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from mst_ds.topology import Topology
+
+Place: TypeAlias = Literal["device", "host", "nvme"]
+
+
+@dataclass(frozen=True)
+class MemoryTerm:
+    """One thing that occupies memory: how many bytes, where, and the formula that gave them."""
+
+    name: str
+    bytes: int
+    place: Place
+    formula: str
+
+
+def product_term(name: str, place: Place, *factors: tuple[str, int]) -> MemoryTerm:
+    """A term that is the product of named factors, so that its formula cannot differ from its bytes."""
+    return MemoryTerm(
+        name,
+        bytes=math.prod(value for _, value in factors),
+        place=place,
+        formula=" x ".join(f"{label} {value}" for label, value in factors if value != 1),
+    )
+
+
+def total_bytes(terms: Iterable[MemoryTerm]) -> int:
+    return sum(term.bytes for term in terms)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A moment of a step: what is alive together at its highest point."""
+
+    name: str
+    terms: tuple[MemoryTerm, ...]
+
+    @property
+    def device_bytes(self) -> int:
+        return self._bytes("device")
+
+    @property
+    def host_bytes(self) -> int:
+        return self._bytes("host")
+
+    def _bytes(self, place: Place) -> int:
+        return total_bytes(term for term in self.terms if term.place == place)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one rank does, and what it costs. Lengths are in tokens, memory in bytes.
+
+    attention is the implementation that runs ("sdpa" or "flash_attention_2"), dtype the model's ("fp32",
+    "fp16" or "bf16"); phases are in the order in which they happen.
+    """
+
+    topology: Topology
+    seq_len: int
+    shard_length: int
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    zero_stage: int
+    dtype: str
+    mlp_chunks: int
+    loss_chunks: int
+    recompute: bool
+    attention: str
+    device_memory: int
+    phases: tuple[Phase, ...]
+
+    @property
+    def sp_size(self) -> int:
+        return self.topology.sp_size
+
+    @property
+    def sp_rank(self) -> int:
+        return self.topology.sp_rank
+
+    @property
+    def dp_size(self) -> int:
+        return self.topology.dp_size
+
+    @property
+    def dp_rank(self) -> int:
+        return self.topology.dp_rank
+
+    @property
+    def peak_phase(self) -> Phase:
+        """The phase that needs most device memory; of equal ones the first."""
+        return max(self.phases, key=lambda phase: phase.device_bytes)
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.peak_phase.device_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory at its highest."""
+        return max(phase.host_bytes for phase in self.phases)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_bytes <= self.device_memory

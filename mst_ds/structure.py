@@ -1,0 +1,170 @@
+"""Finds the parts of a decoder that can be chunked, by what they compute and not by what they are called."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import permutations
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mst_ds.minisequence import chunked_mlp
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# A probe's sizes: small, and all different, so that a mixed-up dimension cannot go unnoticed.
+_HIDDEN, _INTERMEDIATE, _VOCAB, _TOKENS = 6, 10, 14, 5
+
+
+@dataclass(frozen=True)
+class MlpStructure:
+    """A module that computes `down(activation(gate(x)) * up(x))`, or without a gate `down(activation(up(x)))`."""
+
+    module: nn.Module
+    gate: nn.Linear | None
+    up: nn.Linear
+    down: nn.Linear
+    activation: Callable[[Tensor], Tensor]
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers that transformers itself treats as the unit of recompute."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def find_mlps(model: PreTrainedModel, *, required: bool) -> list[MlpStructure]:
+    """The MLP of every decoder layer.
+
+    Each candidate is checked by running its own forward on stand-ins of a few elements against the chunked operator, in
+    fp64: what merely looks like an MLP is not taken for one. Weights are not read, so ZeRO-3 need not gather them.
+
+    Args:
+        required: raise where a decoder layer has no such MLP; otherwise the model's MLPs are then left as they are.
+
+    Raises:
+        ValueError: `required`, and a layer without an MLP of this structure.
+    """
+    found = []
+    names = {module: name for name, module in model.named_modules()}
+    for layer in decoder_layers(model):
+        mlp = next((mlp for child in layer.children() if (mlp := _as_mlp(child)) is not None), None)
+        if mlp is not None:
+            found.append(mlp)
+        elif required:
+            raise ValueError(
+                f"{type(model).__name__}: {names[layer]} has no MLP that can be chunked exactly (two or three linear "
+                'layers and an activation); set "mlp_chunks": 1 in the "mst" block to train it with its own MLP'
+            )
+        else:
+            return []
+    if required and not found:
+        raise ValueError(
+            f'{type(model).__name__} has no decoder layers with an MLP; set "mlp_chunks": 1 in the "mst" block'
+        )
+    return found
+
+
+def loss_structure(model: PreTrainedModel) -> tuple[nn.Module, nn.Linear]:
+    """The decoder and the LM head of a model whose logits are `head(decoder(...).last_hidden_state)` and nothing else.
+
+    Raises:
+        ValueError: the model has no such parts, or does more to its logits, such as scaling or softcapping.
+    """
+    decoder, head = model.base_model, model.get_output_embeddings()
+    name = type(model).__name__
+    if decoder is model or type(head) is not nn.Linear:
+        raise ValueError(f"{name} is no causal language model with a linear LM head: mst_ds cannot chunk its loss")
+    if getattr(model.config, "output_router_logits", False):
+        raise ValueError(
+            f"{name} adds a router loss to its loss, which mst_ds does not yet: "
+            "set output_router_logits to false in the model's config"
+        )
+    if not _logits_are_plain(model, decoder, head):
+        raise ValueError(f"{name} does more to its logits than its LM head (scaling, softcapping): not supported yet")
+    return decoder, head
+
+
+def _as_mlp(module: nn.Module) -> MlpStructure | None:
+    linears = [(name, child) for name, child in module.named_children() if type(child) is nn.Linear]
+    others = [child for _, child in module.named_children() if type(child) is not nn.Linear]
+    activations = [child for child in others if not any(True for _ in child.parameters())]
+    if len(linears) not in (2, 3) or len(activations) != 1 or len(others) != 1:
+        return None
+    for names in permutations([name for name, _ in linears]):
+        roles = dict(zip(("gate", "up", "down") if len(names) == 3 else ("up", "down"), names, strict=True))
+        if _computes_mlp(module, roles, activations[0]):
+            parts = {role: getattr(module, name) for role, name in roles.items()}
+            return MlpStructure(module, parts.get("gate"), parts["up"], parts["down"], activations[0])
+    return None
+
+
+def _computes_mlp(module: nn.Module, roles: dict[str, str], activation: nn.Module) -> bool:
+    with _isolated_rng():
+        stand_ins = {}
+        for role, name in roles.items():
+            sizes = (_INTERMEDIATE, _HIDDEN) if role == "down" else (_HIDDEN, _INTERMEDIATE)
+            bias = getattr(module, name).bias is not None
+            stand_ins[name] = nn.Linear(*sizes, bias=bias, device="cpu", dtype=torch.float64)
+        x = torch.randn(1, _TOKENS, _HIDDEN, dtype=torch.float64, device="cpu")
+        part = {role: stand_ins[name] for role, name in roles.items()}
+        gate = part.get("gate")
+        expected = chunked_mlp(
+            x,
+            gate.weight if gate is not None else None,
+            part["up"].weight,
+            part["down"].weight,
+            chunks=2,
+            activation=activation,
+            gate_bias=gate.bias if gate is not None else None,
+            up_bias=part["up"].bias,
+            down_bias=part["down"].bias,
+        )
+        actual = _run_probe(module, stand_ins, x)
+    return isinstance(actual, Tensor) and actual.shape == expected.shape and torch.allclose(actual, expected)
+
+
+class _StandInDecoder(nn.Module):
+    def __init__(self, hidden_states: Tensor) -> None:
+        super().__init__()
+        self.hidden_states = hidden_states
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        from transformers.modeling_outputs import MoeModelOutputWithPast
+
+        return MoeModelOutputWithPast(last_hidden_state=self.hidden_states)
+
+
+def _logits_are_plain(model: PreTrainedModel, decoder: nn.Module, head: nn.Linear) -> bool:
+    with _isolated_rng():
+        hidden_states = torch.randn(1, _TOKENS, _HIDDEN, dtype=torch.float64, device="cpu")
+        # Far from 0, where a softcap is visible.
+        stand_in_head = nn.Linear(_HIDDEN, _VOCAB, bias=head.bias is not None, device="cpu", dtype=torch.float64)
+        stand_in_head.requires_grad_(False).weight.mul_(100)
+        stand_ins = {decoder: _StandInDecoder(hidden_states), head: stand_in_head}
+        named = {name: stand_ins[child] for name, child in model.named_children() if child in stand_ins}
+        output = _run_probe(model, named, torch.zeros(1, _TOKENS, dtype=torch.long, device="cpu"))
+    logits = getattr(output, "logits", None)
+    return len(named) == 2 and isinstance(logits, Tensor) and torch.allclose(logits, stand_in_head(hidden_states))
+
+
+def _run_probe(module: nn.Module, stand_ins: Mapping[str, nn.Module], x: Tensor) -> Any:
+    """Run the forward of `module`'s class with some of its children replaced; None where that does not work."""
+    probe = copy.copy(module)
+    probe.__dict__["_modules"] = {**module._modules, **stand_ins}
+    # As in training: an MLP with dropout must not pass for one without.
+    probe.__dict__["training"] = True
+    try:
+        with torch.no_grad():
+            return type(module).forward(probe, x)
+    except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError):
+        return None
+
+
+def _isolated_rng() -> Any:
+    return torch.random.fork_rng(devices=[])

@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import json
+import sysconfig
+from pathlib import Path
+
+import datasets
+import huggingface_hub.constants
+import pytest
+
+from mst_ds.config import TrainConfig
+from mst_ds.data import documents, load_documents
+
+
+def texts(path: Path | str, **flags: str) -> list[str]:
+    loaded = load_documents(TrainConfig(dataset=str(path), **flags))
+    assert loaded.column_names == ["text"]
+    return list(loaded["text"])
+
+
+def write_jsonl(path: Path, *rows: dict[str, object]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def refusal(path: Path | str, **flags: str) -> str:
+    with pytest.raises(ValueError, match="allowed: ") as caught:
+        load_documents(TrainConfig(dataset=str(path), **flags))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_stdlib_is_every_source_file_without_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = "# " + "x" * 2048
+    kept = ["b.py", "a/z.py", "a/a.py", "unittest/case.py"]
+    left_out = [
+        "site-packages/p.py",
+        "test/t.py",
+        "a/tests/t.py",
+        "a/idle_test/t.py",
+        "__pycache__/c.py",
+        "a/notes.txt",
+    ]
+    for name in kept + left_out:
+        file = tmp_path / "stdlib" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"# {name}\n{source}")
+    (tmp_path / "stdlib" / "short.py").write_text("pass")
+    (tmp_path / "stdlib" / "latin.py").write_bytes(b"# \xe9" + source.encode())
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / name))
+
+    assert texts("python_stdlib") == [f"# {name}\n{source}" for name in sorted(kept)]
+
+
+def test_stdlib_of_this_python_is_megabytes_of_text() -> None:
+    text = "".join(texts("python_stdlib"))
+
+    assert "def getsourcefile(object):" in text
+    assert len(text) > 2**20
+
+
+def test_each_txt_file_is_one_document(tmp_path: Path) -> None:
+    folder = tmp_path / "books [1]*"
+    (folder / "more").mkdir(parents=True)
+    (folder / "b.txt").write_text("two\n\nparagraphs\n")
+    (folder / "a.txt").write_text("one")
+    (folder / "more" / "c.TXT").write_text("three")
+    (folder / "README.md").write_text("not read")
+    (folder / ".hidden.txt").write_text("not read")
+
+    assert texts(folder / "b.txt") == ["two\n\nparagraphs\n"]
+    assert texts(folder) == ["one", "two\n\nparagraphs\n", "three"]
+
+
+def test_changed_file_is_read_again(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("before")
+    assert texts(file) == ["before"]
+    file.write_text("after it")
+    assert texts(file) == ["after it"]
+
+
+def test_each_jsonl_row_is_one_document_and_the_column_is_chosen(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", {"id": 1, "body": "x"}, {"id": 2, "body": "y"})
+
+    assert texts(file, text_column="body") == ["x", "y"]
+    assert texts(file, text_column="body", dataset_split="train[1:]") == ["y"]
+
+
+def test_parquet_files_of_a_folder_follow_each_other(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        datasets.Dataset.from_dict({"text": [name]}).to_parquet(tmp_path / "rows" / f"{name}.parquet")
+
+    assert texts(tmp_path / "rows") == ["a", "b"]
+
+
+def test_column_of_large_strings_is_text(tmp_path: Path) -> None:
+    features = datasets.Features({"text": datasets.Value("large_string")})
+    datasets.Dataset.from_dict({"text": ["x"]}, features=features).to_parquet(tmp_path / "a.parquet")
+
+    assert texts(tmp_path / "a.parquet") == ["x"]
+
+
+def test_missing_column_names_the_columns(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", {"id": 1, "texts": "x"})
+
+    message = refusal(file)
+
+    assert "text_column is 'text'" in message
+    assert "allowed: 'id', 'texts'; nearest: 'texts'" in message
+
+
+@pytest.mark.parametrize("value", [7, ["x"], {"role": "user"}])
+def test_column_that_is_no_text_is_refused(tmp_path: Path, value: object) -> None:
+    assert "allowed: a column of text" in refusal(write_jsonl(tmp_path / "a.jsonl", {"text": value}))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_empty_file_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+
+    assert "is empty" in refusal(tmp_path / name)
+
+
+def test_dataset_without_rows_is_refused(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"text": []}).to_parquet(tmp_path / "a.parquet")
+
+    assert "corresponds to no data" in refusal(tmp_path / "a.parquet")
+
+
+def test_unknown_extension_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text\nx\n")
+
+    assert "allowed: a .txt, .jsonl, .parquet file" in refusal(tmp_path / "a.csv")
+    assert "allowed: a .txt, .jsonl, .parquet file" in refusal(tmp_path)
+
+
+def test_folder_of_two_kinds_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    write_jsonl(tmp_path / "b.jsonl", {"text": "x"})
+
+    assert ".jsonl and .txt files" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["/nowhere/at/all", "nowhere.jsonl"])
+def test_missing_file_is_refused_without_asking_the_hub(name: str) -> None:
+    assert "no such file or folder exists" in refusal(name)
+
+
+def test_file_that_is_not_what_its_name_says_is_refused_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text: "y"}\n')
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
+
+    assert "JSON parse error" in refusal(tmp_path / "a.jsonl")
+    assert "can't decode byte 0xff" in refusal(tmp_path / "a.txt")
+
+
+def test_unknown_split_is_refused_with_the_splits_there_are(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", {"text": "x"})
+
+    assert "Should be one of ['train']" in refusal(file, dataset_split="validation")
+
+
+def test_name_that_the_hub_does_not_give_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+    message = refusal("python_stdlb", dataset_config="en")
+
+    assert "dataset 'python_stdlb' cannot be loaded (Couldn't reach" in message
+    assert "allowed: 'python_stdlib', a .txt" in message
+
+
+def test_id_configuration_and_split_reach_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*args: str, **kwargs: str) -> datasets.Dataset:
+        return datasets.Dataset.from_dict({"text": [f"{args} {kwargs}"]})
+
+    monkeypatch.setattr(documents, "load_dataset", load_dataset)
+
+    assert texts("owner/name", dataset_config="en", dataset_split="test") == ["('owner/name', 'en') {'split': 'test'}"]
+
+
+def test_reason_of_several_lines_is_given_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*args: str, **kwargs: str) -> datasets.Dataset:
+        raise ValueError("Config name is missing.\nPlease pick one among: ['de', 'en']")
+
+    monkeypatch.setattr(documents, "load_dataset", load_dataset)
+
+    assert "(Config name is missing. Please pick one among: ['de', 'en'])" in refusal("owner/name")

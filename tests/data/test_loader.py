@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from mst_ds.data import IGNORE_INDEX, Batch, PackedDataset, ShardedLoader, eval_batches
+from mst_ds.data.order import SampleOrder, permutation
+from mst_ds.topology import Topology
+
+Packed = Callable[..., PackedDataset]
+LAYOUTS = [(1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (4, 2)]  # dp_size, sp_size
+
+
+def world(dataset: PackedDataset, dp_size: int, sp_size: int, micro: int = 1, seed: int = 7) -> list[ShardedLoader]:
+    size = dp_size * sp_size
+    topologies = [Topology(rank, size, sp_size) for rank in range(size)]
+    return [ShardedLoader(dataset, topology, micro_batch_size=micro, seed=seed) for topology in topologies]
+
+
+def whole_rows(parts: list[Batch], sp_size: int, seq_len: int) -> list[list[int]]:
+    """The samples that the ranks hold together, in the order of the data-parallel ranks; padding cut off."""
+    rows = []
+    for first in range(0, len(parts), sp_size):
+        joined = torch.cat([part["input_ids"] for part in parts[first : first + sp_size]], dim=1)
+        rows += joined[:, :seq_len].tolist()
+    return rows
+
+
+def samples_of(loaders: list[ShardedLoader], steps: int) -> list[int]:
+    """The numbers of the samples that all ranks get in `steps` steps."""
+    sp_size, seq_len = loaders[0].topology.sp_size, loaders[0].dataset.seq_len
+    rows = [row for _ in range(steps) for row in whole_rows([next(each) for each in loaders], sp_size, seq_len)]
+    # The tokens of the test corpus count up from 0, so a sample's first token tells its number.
+    return [row[0] // seq_len for row in rows]
+
+
+@pytest.mark.parametrize(("dp_size", "sp_size"), LAYOUTS)
+@pytest.mark.parametrize("micro", [1, 2, 3])
+def test_every_sample_once_an_epoch_in_one_order_at_every_layout(
+    packed: Packed, dp_size: int, sp_size: int, micro: int
+) -> None:
+    dataset = packed(num_samples=7)
+    epochs = 2 * dp_size * micro
+
+    samples = samples_of(world(dataset, dp_size, sp_size, micro), steps=2 * 7)
+
+    assert [sorted(samples[7 * epoch : 7 * epoch + 7]) for epoch in range(epochs)] == [[*range(7)]] * epochs
+    assert samples == samples_of(world(dataset, 1, 1), steps=7 * epochs)
+
+
+def test_every_token_of_the_corpus_once_an_epoch(packed: Packed) -> None:
+    dataset = packed(num_samples=6, seq_len=7)
+    loaders = world(dataset, dp_size=2, sp_size=3)
+
+    rows = [row for _ in range(3) for row in whole_rows([next(each) for each in loaders], 3, 7)]
+
+    seen = [token for row in rows for token in row if token != dataset.pad_id]
+    assert sorted(seen) == list(range(dataset.num_tokens))
+
+
+def test_each_epoch_has_an_order_of_its_own_from_its_first_sample_on(packed: Packed) -> None:
+    samples = samples_of(world(packed(num_samples=20), 1, 1), steps=60)
+
+    orders = [samples[start : start + 20] for start in (0, 20, 40)]
+    assert len({tuple(order) for order in orders}) == 3
+    assert [permutation(20, 7, epoch).tolist() for epoch in range(3)] == orders
+
+
+def test_order_is_the_same_in_every_version_of_numpy() -> None:
+    assert permutation(10, 42, 0).tolist() == [4, 8, 1, 9, 3, 6, 0, 7, 2, 5]
+
+
+def test_position_means_the_same_sample_whatever_was_asked_before() -> None:
+    forwards, backwards = SampleOrder(5, seed=3), SampleOrder(5, seed=3)
+
+    assert [forwards[position] for position in range(25)] == [backwards[position] for position in range(24, -1, -1)][
+        ::-1
+    ]
+
+
+@pytest.mark.parametrize("micro", [1, 3])
+def test_all_ranks_have_equal_batches_where_the_samples_do_not_divide(packed: Packed, micro: int) -> None:
+    loaders = world(packed(num_samples=7, seq_len=5), dp_size=2, sp_size=2, micro=micro)
+
+    for _ in range(10):
+        for batch in (next(loader) for loader in loaders):
+            assert {tensor.shape for tensor in batch.values()} == {(micro, 3)}
+
+
+def test_leaving_early_leaves_nothing_behind(packed: Packed) -> None:
+    whole = samples_of(world(packed(num_samples=8), 1, 2), steps=8)
+    loaders = world(packed(num_samples=8), 1, 2)
+
+    seen = []
+    for taken in (3, 1, 4):
+        parts = [list(islice(iter(loader), taken)) for loader in loaders]
+        for step in zip(*parts, strict=True):
+            seen += [row[0] // 5 for row in whole_rows(list(step), 2, 5)]
+
+    assert seen == whole
+
+
+@pytest.mark.parametrize(("dp_size", "sp_size"), LAYOUTS)
+def test_resumed_run_goes_on_with_the_same_samples_at_any_layout(packed: Packed, dp_size: int, sp_size: int) -> None:
+    dataset = packed(num_samples=10)
+    before = world(dataset, 2, 2, micro=3)
+    samples_of(before, steps=4)
+    states = [loader.state_dict() for loader in before]
+    expected = samples_of(before, steps=4)
+
+    after = world(dataset, dp_size, sp_size, seed=1234)
+    for loader in after:
+        loader.load_state_dict(states[-1])
+
+    assert states == [{"samples_seen": 24, "seed": 7}] * 4
+    assert samples_of(after, steps=24 // dp_size) == expected
+
+
+@pytest.mark.parametrize(("dp_size", "sp_size"), LAYOUTS)
+@pytest.mark.parametrize("micro", [1, 3])
+def test_evaluation_sees_each_sample_once_with_equally_many_batches(
+    packed: Packed, dp_size: int, sp_size: int, micro: int
+) -> None:
+    dataset = packed(num_samples=7)
+    size = dp_size * sp_size
+    batches = [
+        list(eval_batches(dataset, Topology(rank, size, sp_size), micro_batch_size=micro)) for rank in range(size)
+    ]
+
+    assert {len(rank) for rank in batches} == {-(-7 // (dp_size * micro))}
+    rows = [row for step in zip(*batches, strict=True) for row in whole_rows(list(step), sp_size, 5)]
+    assert [row for row in rows if row != [dataset.pad_id] * 5] == [dataset[i]["input_ids"].tolist() for i in range(7)]
+    labels = torch.cat([batch["shift_labels"].flatten() for rank in batches for batch in rank])
+    # A sample of 5 tokens has 4 labels, and the last sample is one token short.
+    assert (labels != IGNORE_INDEX).sum() == 7 * 4 - 1
+
+
+def test_ranks_beyond_the_last_sample_get_ignored_labels(packed: Packed) -> None:
+    (batch,) = eval_batches(packed(num_samples=2, seq_len=8), Topology(3, 4, 1), micro_batch_size=2)
+
+    assert (batch["shift_labels"] == IGNORE_INDEX).all()
+    assert batch["input_ids"].shape == (2, 8)
+
+
+def test_batches_do_not_depend_on_the_state_of_any_generator(packed: Packed) -> None:
+    first = samples_of(world(packed(num_samples=10), 1, 1), steps=10)
+    torch.manual_seed(1)
+    np.random.seed(1)
+
+    assert samples_of(world(packed(num_samples=10), 1, 1), steps=10) == first
+    assert samples_of(world(packed(num_samples=10), 1, 1, seed=8), steps=10) != first

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mst_ds.data import IGNORE_INDEX, Batch, shard, shift_labels
+from mst_ds.topology import Topology
+
+PAD = 77
+
+
+def batch_of(batch_size: int, seq_len: int) -> Batch:
+    """Every token another; the labels of the last two positions of the last row are ignored."""
+    ids = torch.arange(batch_size * seq_len).reshape(batch_size, seq_len) + 100
+    labels = ids.clone()
+    labels[-1, -2:] = IGNORE_INDEX
+    return {"input_ids": ids, "labels": labels}
+
+
+def shards_of(batch: Batch, sp_size: int) -> list[Batch]:
+    return [shard(batch, Topology(rank, sp_size, sp_size), PAD) for rank in range(sp_size)]
+
+
+def test_label_is_the_next_token_and_the_last_has_none() -> None:
+    assert shift_labels(torch.tensor([[5, 6, 7], [8, IGNORE_INDEX, 9]])).tolist() == [
+        [6, 7, IGNORE_INDEX],
+        [IGNORE_INDEX, 9, IGNORE_INDEX],
+    ]
+    assert shift_labels(torch.tensor([5])).tolist() == [IGNORE_INDEX]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("seq_len", [1, 5, 8, 507])
+@pytest.mark.parametrize("sp_size", [1, 2, 3, 4, 8])
+def test_shards_side_by_side_are_the_padded_sequence(sp_size: int, seq_len: int, batch_size: int) -> None:
+    batch = batch_of(batch_size, seq_len)
+
+    shards = shards_of(batch, sp_size)
+
+    whole = {name: torch.cat([part[name] for part in shards], dim=1) for name in shards[0]}
+    padding = -seq_len % sp_size
+    length = (seq_len + padding) // sp_size
+    assert {part[name].shape for part in shards for name in part} == {(batch_size, length)}
+    assert torch.equal(whole["input_ids"][:, :seq_len], batch["input_ids"])
+    assert torch.equal(whole["shift_labels"][:, : seq_len - 1], batch["labels"][:, 1:])
+    assert (whole["input_ids"][:, seq_len:] == PAD).all()
+    assert (whole["shift_labels"][:, seq_len - 1 :] == IGNORE_INDEX).all()
+    assert torch.equal(whole["position_ids"], torch.arange(seq_len + padding).expand(batch_size, -1))
+
+
+def test_last_label_of_a_shard_is_the_first_token_of_the_next() -> None:
+    first, second = shards_of(batch_of(1, 8), 2)
+
+    assert first["shift_labels"][0, -1] == second["input_ids"][0, 0]
+
+
+def test_rank_takes_the_shard_of_its_place_in_the_sequence_group() -> None:
+    batch = batch_of(1, 8)
+
+    for rank in range(4):
+        part = shard(batch, Topology(rank, world_size=4, sp_size=2))
+        assert part["position_ids"].tolist() == [[[0, 1, 2, 3], [4, 5, 6, 7]][rank % 2]]
+
+
+def test_shards_can_be_sent_and_leave_the_batch_as_it_was() -> None:
+    batch = batch_of(3, 7)
+    before = {name: tensor.clone() for name, tensor in batch.items()}
+
+    for part in shards_of(batch, 2):
+        assert all(tensor.is_contiguous() and tensor.dtype == torch.int64 for tensor in part.values())
+        for tensor in part.values():
+            tensor.zero_()
+    assert all(torch.equal(batch[name], before[name]) for name in batch)

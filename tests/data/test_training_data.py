@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+
+from mst_ds.config import TrainConfig
+from mst_ds.data import PackedDataset, load_training_data
+
+MODEL = LlamaConfig(vocab_size=264)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(10):
+        (folder / f"{number}.txt").write_text(str(number) * 99)
+    return folder
+
+
+def digits(dataset: PackedDataset) -> set[int]:
+    ids = {token for index in range(len(dataset)) for token in dataset[index]["input_ids"].tolist()}
+    return ids - {256}
+
+
+def test_training_and_held_out_part_share_no_document(folder: Path) -> None:
+    config = TrainConfig(dataset=str(folder), seq_len=40, eval_steps=1, eval_samples=4)
+
+    data = load_training_data(config, MODEL)
+
+    assert data.held_out is not None
+    assert len(data.held_out) == 4
+    assert data.train.num_tokens == 800
+    assert len(digits(data.train)) == 8
+    assert not digits(data.train) & digits(data.held_out)
+
+
+def test_without_evaluation_all_documents_are_for_training(folder: Path) -> None:
+    data = load_training_data(TrainConfig(dataset=str(folder), seq_len=40), MODEL)
+
+    assert data.held_out is None
+    assert data.train.num_tokens == 1000
+    assert data.train.pad_id == data.tokenizer.pad_token_id == 256
+
+
+def test_dataset_shorter_than_one_sequence_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"^seq_len is 1001, but the dataset has 1000 tokens"):
+        load_training_data(TrainConfig(dataset=str(folder), seq_len=1001), MODEL)

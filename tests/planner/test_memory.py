@@ -1,0 +1,204 @@
+"""The terms: each is what its formula says, and stands where and when it should."""
+
+import math
+import re
+
+import pytest
+from transformers import LlamaConfig
+
+from mst_ds.config import GIB
+from mst_ds.planner import make_plan
+
+HIDDEN, INTERMEDIATE, LAYERS, VOCAB = 64, 192, 3, 1000
+MODEL = LlamaConfig(
+    hidden_size=HIDDEN,
+    intermediate_size=INTERMEDIATE,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    vocab_size=VOCAB,
+)
+PARAMETERS = 2 * VOCAB * HIDDEN + HIDDEN + LAYERS * (HIDDEN * (2.5 * HIDDEN + 3 * INTERMEDIATE) + 2 * HIDDEN)
+
+
+def plan_of(stage=3, *, mst=None, dtype="bf16", world_size=4, seq_len=4000, sp_size=1, rank=0, **ds_config):
+    zero = {"stage": stage, "reduce_bucket_size": 1000, "stage3_prefetch_bucket_size": 500} | ds_config.pop("zero", {})
+    ds_config = {dtype: {"enabled": True}, "zero_optimization": zero, "mst": mst or {}} | ds_config
+    return make_plan(
+        MODEL,
+        ds_config,
+        world_size=world_size,
+        seq_len=seq_len,
+        device_memory=GIB,
+        sp_size=sp_size,
+        rank=rank,
+    )
+
+
+def terms_of(plan, phase_name):
+    (phase,) = (phase for phase in plan.phases if phase.name == phase_name)
+    names = [term.name for term in phase.terms]
+    assert len(names) == len(set(names)), "a term counts once in a phase"
+    return {term.name: term for term in phase.terms}
+
+
+def bytes_of(plan, phase_name):
+    return {name: term.bytes for name, term in terms_of(plan, phase_name).items()}
+
+
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("sp_size", [1, 4])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_every_formula_gives_its_bytes_and_terms_sum_to_the_phase(stage, recompute, sp_size, dtype):
+    plan = plan_of(stage, mst={"recompute": recompute}, sp_size=sp_size, dtype=dtype)
+    assert [phase.name for phase in plan.phases] == [
+        "initialisation",
+        "forward",
+        "loss",
+        "backward",
+        "optimizer_step",
+    ]
+    for phase in plan.phases:
+        assert phase.terms
+        for term in phase.terms:
+            factors = [int(re.search(r" (\d+)$", factor)[1]) for factor in term.formula.split(" x ")]
+            assert math.prod(factors) == term.bytes > 0
+        assert phase.device_bytes == sum(term.bytes for term in phase.terms if term.place == "device")
+    assert plan.peak_bytes == max(phase.device_bytes for phase in plan.phases) == plan.peak_phase.device_bytes
+
+
+# Bytes of one parameter's states by the ZeRO paper (arXiv 1910.02054, table 1: 2 + 2 + 12), over 4 ranks.
+@pytest.mark.parametrize(
+    ("stage", "parameters", "gradients", "optimizer"),
+    [(0, 2, 2, 12), (1, 2, 2, 3), (2, 2, 0.5, 3), (3, 0.5, 0.5, 3)],
+)
+def test_states_are_sharded_by_stage(stage, parameters, gradients, optimizer):
+    terms = bytes_of(plan_of(stage), "backward")
+    assert terms["parameters"] == parameters * PARAMETERS
+    assert terms["gradients"] == gradients * PARAMETERS
+    assert terms["master_parameters"] + terms["adam_moments"] == optimizer * PARAMETERS
+    assert ("gathered_parameters" in terms) == (stage == 3)
+    assert ("reduce_bucket" in terms) == (stage > 0)
+
+
+def test_shards_are_rounded_up():
+    terms = bytes_of(plan_of(3, world_size=7), "forward")
+    assert terms["parameters"] == 2 * math.ceil(PARAMETERS / 7)
+    assert terms["master_parameters"] == 4 * math.ceil(PARAMETERS / 7)
+
+
+def test_sequence_parallel_ranks_share_the_states_like_all_others():
+    for sp_size in (1, 2, 4):
+        assert bytes_of(plan_of(3, sp_size=sp_size), "backward")["adam_moments"] == 2 * PARAMETERS
+
+
+def test_plain_fp32_has_no_master_copy():
+    assert "master_parameters" not in terms_of(plan_of(0, dtype="fp32"), "backward")
+    assert bytes_of(plan_of(3, dtype="fp32"), "backward")["master_parameters"] == PARAMETERS
+
+
+def test_offloading_moves_states_off_the_device():
+    offload = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    on_device, offloaded = plan_of(3), plan_of(3, zero=offload)
+    states = ("parameters", "master_parameters", "adam_moments", "gradients")
+    moved = sum(bytes_of(on_device, "backward")[name] for name in states)
+    terms = terms_of(offloaded, "backward")
+    assert {terms[name].place for name in states} == {"host"}
+    assert terms["gathered_parameters"].place == terms["reduce_bucket"].place == "device"
+    before, after = (next(p for p in plan.phases if p.name == "backward") for plan in (on_device, offloaded))
+    assert before.device_bytes - after.device_bytes == after.host_bytes == moved
+    assert on_device.host_bytes == 0
+    assert offloaded.host_bytes == max(phase.host_bytes for phase in offloaded.phases) > moved  # the step's own
+    nvme = plan_of(3, zero={"offload_optimizer": {"device": "nvme"}})
+    assert terms_of(nvme, "backward")["adam_moments"].place == "nvme"
+    assert terms_of(nvme, "optimizer_step")["adam_denominator"].place == "host"
+
+
+def test_gradients_stand_before_the_backward_only_where_they_must():
+    assert "gradients" not in terms_of(plan_of(2), "forward")
+    assert "gradients" in terms_of(plan_of(2, gradient_accumulation_steps=2), "forward")
+    assert "gradients" in terms_of(plan_of(3), "initialisation")
+
+
+def test_gathered_parameters_are_bounded_by_the_live_limit():
+    limits = {"small": 1000, "middle": 100_000, "unlimited": 10**9}
+    gathered = {
+        name: bytes_of(plan_of(3, zero={"stage3_max_live_parameters": limit}), "forward")["gathered_parameters"]
+        for name, limit in limits.items()
+    }
+    # Never less than what a module needs: here the embedding, which is larger than a layer.
+    assert gathered == {"small": 2 * VOCAB * HIDDEN, "middle": 200_000, "unlimited": 2 * PARAMETERS}
+
+
+def test_overlap_has_two_buckets_below_stage_3():
+    buckets = [
+        bytes_of(plan_of(stage, zero={"overlap_comm": overlap}), "backward")["reduce_bucket"]
+        for stage, overlap in [(2, False), (2, True), (3, True)]
+    ]
+    assert buckets == [2000, 4000, 2000]
+
+
+def test_optimizer_step_walks_sub_groups_at_stage_3():
+    assert bytes_of(plan_of(3), "optimizer_step")["fp32_gradient"] == PARAMETERS
+    limited = plan_of(3, zero={"sub_group_size": 1000})
+    assert bytes_of(limited, "optimizer_step")["fp32_gradient"] == 4000
+    assert bytes_of(plan_of(1, zero={"sub_group_size": 1000}), "optimizer_step")["fp32_gradient"] == PARAMETERS
+
+
+def test_recompute_keeps_layer_inputs_only():
+    kept = bytes_of(plan_of(mst={"recompute": True}), "loss")
+    assert kept["layer_inputs"] == LAYERS * 4000 * HIDDEN * 2
+    all_kept = bytes_of(plan_of(mst={"recompute": False}), "loss")
+    assert "layer_inputs" not in all_kept
+    assert all_kept["residual"] == LAYERS * 4000 * HIDDEN * 2
+    # query, key and value: 8 + 2 + 2 heads of 8; norms: two of 8 bytes an element.
+    assert all_kept["query_key_value"] == LAYERS * 4000 * 96 * 2
+    assert all_kept["norm_activations"] == LAYERS * 2 * 4000 * HIDDEN * 8
+
+
+def test_chunked_operators_have_the_terms_of_their_implementation():
+    plan = plan_of(mst={"mlp_chunks": 3, "loss_chunks": 7, "recompute": True}, seq_len=4001, dtype="bf16")
+    loss = bytes_of(plan, "loss")
+    assert loss["head_gradient"] == 4 * VOCAB * HIDDEN
+    assert loss["hidden_gradient"] == 2 * 4001 * HIDDEN
+    assert loss["loss_logits"] == 4 * math.ceil(4001 / 7) * VOCAB
+    assert loss["loss_logits_16bit"] == 2 * math.ceil(4001 / 7) * VOCAB
+    assert "loss_logits_16bit" not in terms_of(plan_of(mst={"loss_chunks": 7}, dtype="fp32"), "loss")
+    unchunked = plan_of(mst={"mlp_chunks": 1})
+    backward, forward = bytes_of(unchunked, "backward"), bytes_of(unchunked, "forward")
+    assert backward["mlp_chunk"] == 5 * 4000 * INTERMEDIATE * 2
+    assert backward["mlp_weight_gradients"] == 3 * HIDDEN * INTERMEDIATE * 4
+    assert backward["mlp_input_gradient"] == forward["mlp_output"] == 4000 * HIDDEN * 2
+    assert forward["mlp_chunk"] == 2 * 4000 * INTERMEDIATE * 2
+
+
+def test_the_loss_never_needs_less_than_its_scaled_gradients():
+    terms = bytes_of(plan_of(mst={"loss_chunks": 4000}), "loss")
+    assert "loss_logits" not in terms
+    assert terms["scaled_head_gradient"] == 2 * VOCAB * HIDDEN
+    assert terms["scaled_hidden_gradient"] == 2 * 4000 * HIDDEN
+
+
+def test_micro_batch_multiplies_tokens():
+    plan = plan_of(mst={"loss_chunks": 7}, seq_len=1000, train_micro_batch_size_per_gpu=4)
+    assert plan.micro_batch_size == 4
+    assert bytes_of(plan, "loss") == bytes_of(plan_of(mst={"loss_chunks": 7}, seq_len=4000), "loss")
+
+
+def test_attention_works_on_the_whole_sequence_with_a_part_of_the_heads():
+    no_sp = bytes_of(plan_of(mst={"mlp_chunks": 64}), "backward")
+    sp = bytes_of(plan_of(mst={"mlp_chunks": 16}, sp_size=4), "backward")
+    assert "all_to_all_buffers" not in no_sp
+    # 8 query heads over 4 ranks, and fewer key/value heads (2) than ranks: each rank has one of its own.
+    assert sp["query_key_value"] == 4000 * (2 + 1 + 1) * 8 * 2
+    assert sp["all_to_all_buffers"] == 2 * 4000 * (2 + 1 + 1) * 8 * 2
+    assert sp["repeated_key_value"] == 4000 * (2 + 2) * 8 * 2
+    assert no_sp["repeated_key_value"] == 4000 * (8 + 8) * 8 * 2
+    assert sp["norm_activations"] == no_sp["norm_activations"] / 4
+
+
+def test_flash_attention_does_not_repeat_keys_and_values():
+    flash = plan_of(mst={"attention": "flash_attention_2"})
+    assert flash.attention == "flash_attention_2"
+    assert "repeated_key_value" not in terms_of(flash, "backward")

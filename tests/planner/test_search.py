@@ -1,0 +1,141 @@
+"""Which chunk counts the planner chooses."""
+
+import itertools
+from functools import partial
+
+import pytest
+from transformers import LlamaConfig
+
+from mst_ds.config import GIB
+from mst_ds.model_shape import ModelShape
+from mst_ds.planner.phases import layer_phase, loss_phase, step_phases
+from mst_ds.planner.search import MIN_CHUNK_TOKENS, choose_chunks
+from mst_ds.planner.workload import Workload
+from mst_ds.zero import read_zero
+
+LLAMA_8B = LlamaConfig(
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    vocab_size=128256,
+)
+SHORT_AND_WIDE = LlamaConfig(
+    hidden_size=64, intermediate_size=6400, num_hidden_layers=1, num_attention_heads=4, vocab_size=50000
+)
+HUGE = 10**15
+
+
+def workload(model=LLAMA_8B, *, seq_len=65536, sp_size=1, stage=3, recompute=True):
+    zero = read_zero(
+        {"bf16": {"enabled": True}, "zero_optimization": {"stage": stage}},
+        dp_world_size=8,
+    )
+    return Workload(ModelShape.from_config(model), zero, sp_size, seq_len, recompute, "sdpa")
+
+
+def auto(work, device_memory=HUGE):
+    return choose_chunks(work, device_memory=device_memory, mlp_chunks="auto", loss_chunks="auto")
+
+
+def peak(work, mlp_chunks, loss_chunks):
+    phases = step_phases(work, mlp_chunks=mlp_chunks, loss_chunks=loss_chunks)
+    return max(phases, key=lambda phase: phase.device_bytes)
+
+
+@pytest.mark.parametrize("seq_len", [524_288, 1_000_000])
+def test_chunks_are_the_fewest_that_keep_mlp_and_loss_from_being_the_peak(seq_len):
+    work = workload(seq_len=seq_len, sp_size=8)
+    mlp_chunks, loss_chunks = auto(work)
+    assert mlp_chunks > 1
+    assert loss_chunks > 1
+    for backward in (False, True):
+        assert "mlp_chunk" not in {term.name for term in layer_phase(work, mlp_chunks, backward=backward).terms}
+    one_fewer = [layer_phase(work, mlp_chunks - 1, backward=backward) for backward in (False, True)]
+    assert "mlp_chunk" in {term.name for phase in one_fewer for term in phase.terms}
+    assert peak(work, mlp_chunks, loss_chunks).name != "loss"
+    assert peak(work, mlp_chunks, loss_chunks - 1).name == "loss"
+
+
+def test_what_needs_no_chunks_gets_one():
+    narrow = LlamaConfig(
+        hidden_size=512, intermediate_size=64, num_hidden_layers=8, num_attention_heads=8, vocab_size=300
+    )
+    assert auto(workload(narrow, seq_len=8192)) == (1, 1)
+
+
+def test_where_unchunked_memory_prevails_chunks_stop_at_its_size():
+    work = workload(SHORT_AND_WIDE, seq_len=100_000, stage=0)
+    mlp_chunks, loss_chunks = auto(work)
+    assert 1 < mlp_chunks < 100_000 // MIN_CHUNK_TOKENS
+    assert 1 < loss_chunks < 100_000 // MIN_CHUNK_TOKENS
+
+
+@pytest.mark.parametrize("model", [LLAMA_8B, SHORT_AND_WIDE])
+@pytest.mark.parametrize("recompute", [True, False])
+def test_a_smaller_budget_never_has_fewer_chunks_and_is_met_with_the_fewest(model, recompute):
+    work = workload(model, seq_len=100_000, recompute=recompute)
+    roomy = auto(work)
+    most = 100_000 // MIN_CHUNK_TOKENS
+    top, floor = peak(work, *roomy).device_bytes, peak(work, most, most).device_bytes
+    counts = []
+    for budget in (top, (3 * top + floor) // 4, (top + floor) // 2, floor):
+        mlp_chunks, loss_chunks = auto(work, budget)
+        counts.append((mlp_chunks, loss_chunks))
+        assert peak(work, mlp_chunks, loss_chunks).device_bytes <= budget
+        if mlp_chunks > roomy[0]:
+            fewer = [layer_phase(work, mlp_chunks - 1, backward=backward).device_bytes for backward in (False, True)]
+            assert max(fewer) > budget
+        if loss_chunks > roomy[1]:
+            assert loss_phase(work, loss_chunks - 1).device_bytes > budget
+    assert counts[0] == roomy
+    for roomier, tighter in itertools.pairwise(counts):
+        assert roomier[0] <= tighter[0]
+        assert roomier[1] <= tighter[1]
+
+
+def test_one_byte_less_than_a_layer_needs_takes_one_more_chunk():
+    # On so short a shard the MLP's weight gradients exceed the rest of the layer: more chunks still help.
+    work = workload(seq_len=65536, sp_size=8)
+    roomy = auto(work)[0]
+    needed = layer_phase(work, roomy, backward=True).device_bytes
+    assert auto(work, needed)[0] == roomy
+    assert auto(work, needed - 1)[0] == roomy + 1
+
+
+def test_where_nothing_fits_no_chunks_are_added_that_do_not_help():
+    work = workload(seq_len=1_000_000)
+    mlp_chunks, loss_chunks = auto(work, GIB)
+    most = 1_000_000 // MIN_CHUNK_TOKENS
+    assert peak(work, mlp_chunks, loss_chunks).device_bytes == peak(work, most, most).device_bytes
+    # Attention is what does not fit: chunking the MLP further would only cost time.
+    assert mlp_chunks == auto(work)[0]
+
+
+@pytest.mark.parametrize("seq_len", [1, 7, MIN_CHUNK_TOKENS - 1, MIN_CHUNK_TOKENS, 1021, 100_000])
+def test_no_chunk_is_shorter_than_the_floor(seq_len):
+    for device_memory, sp_size in itertools.product((1, HUGE), (1, 4)):
+        work = workload(SHORT_AND_WIDE, seq_len=seq_len, sp_size=sp_size)
+        for chunks in auto(work, device_memory):
+            assert 1 <= chunks <= work.tokens
+            assert chunks == 1 or work.tokens // chunks >= MIN_CHUNK_TOKENS
+
+
+def test_the_users_counts_stay():
+    work = workload()
+    choose = partial(choose_chunks, work, device_memory=1)
+    assert choose(mlp_chunks=3, loss_chunks=65536) == (3, 65536)
+    assert choose(mlp_chunks="auto", loss_chunks=5)[1] == 5
+    assert choose(mlp_chunks=5, loss_chunks="auto")[0] == 5
+
+
+@pytest.mark.parametrize("name", ["mlp_chunks", "loss_chunks"])
+def test_more_chunks_than_tokens_are_refused(name):
+    chunks = {"mlp_chunks": "auto", "loss_chunks": "auto"} | {name: 26}
+    work = workload(seq_len=99, sp_size=4)
+    with pytest.raises(
+        ValueError, match=f"{name} is 26, more than the 25 tokens of a rank .*; allowed: 'auto' or 1 to 25"
+    ):
+        choose_chunks(work, device_memory=GIB, **chunks)
+    assert choose_chunks(work, device_memory=GIB, **chunks | {name: 25})

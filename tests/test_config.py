@@ -1,0 +1,184 @@
+"""Flags, the YAML file, and the "mst" block."""
+
+import dataclasses
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+
+from mst_ds.config import MstConfig, TrainConfig, parse_seq_len, parse_train_config
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [("4096", 4096), ("128K", 131072), ("128k", 131072), ("1M", 1048576), ("0", 0), ("-5", -5)],
+)
+def test_seq_len_is_read_in_tokens(text, tokens):
+    assert parse_seq_len(text) == tokens
+
+
+@pytest.mark.parametrize("text", ["", "long", "1.5M", "4 K tokens", "1G"])
+def test_seq_len_that_is_no_length_is_refused(text):
+    with pytest.raises(ValueError, match="allowed: a whole number of tokens such as 4096, 128K or 1M"):
+        parse_seq_len(text)
+
+
+def test_every_flag_has_help_and_reaches_the_config():
+    changed = {
+        name: {int: "7", int | None: "7", float: "0.5"}.get(of_type, "linear")
+        for name, of_type in get_type_hints(TrainConfig).items()
+        if name not in ("config", "output_dir")
+    }
+    config = parse_train_config([text for name, value in changed.items() for text in (f"--{name}", value)])
+    for field in dataclasses.fields(TrainConfig):
+        assert field.metadata["help"]
+        if field.name in changed:
+            assert str(getattr(config, field.name)) == changed[field.name]
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("seq_len: 128K\nlearning_rate: 1e-4\nmax_steps: 30\ntokenizer:\n")
+    config = parse_train_config(["--max_steps", "40", "--config", str(path), "--seed=1"])
+    assert (config.seq_len, config.learning_rate, config.max_steps, config.seed) == (131072, 1e-4, 40, 1)
+    assert config.tokenizer is None
+    assert config.weight_decay == TrainConfig().weight_decay
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("learning_rat: 1", "unknown key 'learning_rat'; nearest: 'learning_rate'"),
+        ("config: other.yaml", "unknown key 'config'"),
+        ("seed: [1, 2]", "seed in .* is a list; allowed: one number or text"),
+        ("- seed", "holds a list; allowed: a mapping from flag to value"),
+        ("seed: {", "is not YAML"),
+    ],
+)
+def test_a_bad_file_is_refused(tmp_path, content, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        parse_train_config(["--config", str(path)])
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="allowed: an existing YAML file"):
+        parse_train_config(["--config", str(tmp_path / "none.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--seq_len", "long"],
+            "argument --seq_len/--seq-len: seq_len is 'long'; allowed: a whole number of tokens",
+        ),
+        (["--max_steps", "1.5"], "invalid int value: '1.5'"),
+        (["--learning", "1"], "--learning"),
+    ],
+)
+def test_argparse_names_the_flag(capsys, flags, message):
+    with pytest.raises((SystemExit, ValueError)) as stop:
+        parse_train_config(flags)
+    assert message in capsys.readouterr().err + str(stop.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"seq_len": 0}, "seq_len is 0; allowed: a whole number >= 1"),
+        ({"seq_len": -4096}, "seq_len is -4096"),
+        ({"max_steps": 0}, "max_steps is 0"),
+        ({"learning_rate": 0.0}, r"learning_rate is 0.0; allowed: a number > 0"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"adam_beta2": 1.0}, "adam_beta2 is 1.0"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1"),
+        ({"warmup_steps": -1}, "warmup_steps is -1"),
+        ({"max_steps": 5, "warmup_steps": 6}, r"warmup_steps is 6; allowed: 0 to max_steps \(5\)"),
+        ({"eval_steps": -1}, "eval_steps is -1"),
+        (
+            {"eval_steps": 1, "eval_samples": 0},
+            "eval_samples is 0; allowed: at least 1 where eval_steps is not 0",
+        ),
+        (
+            {"lr_scheduler_type": "cosin"},
+            "lr_scheduler_type is 'cosin'; allowed: .*linear.*; nearest: 'cosine'",
+        ),
+    ],
+)
+def test_validate_refuses(values, message):
+    with pytest.raises(ValueError, match=message) as error:
+        TrainConfig(**values).validate()
+    assert "\n" not in str(error.value)
+
+
+def test_warm_up_is_a_tenth_of_the_run_unless_given():
+    assert TrainConfig(max_steps=50).num_warmup_steps == 5
+    assert TrainConfig(max_steps=50, warmup_steps=0).num_warmup_steps == 0
+
+
+def test_validate_accepts_the_limits(tmp_path):
+    TrainConfig(seq_len=1, max_steps=1, warmup_steps=1, eval_steps=0, eval_samples=0).validate()
+    TrainConfig(output_dir=str(tmp_path / "new" / "run")).validate()
+    assert not (tmp_path / "new").exists()
+
+
+def test_output_dir_has_to_be_a_folder(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    for folder in (file, file / "run"):
+        with pytest.raises(ValueError, match="is a file; allowed: a folder"):
+            TrainConfig(output_dir=str(folder)).validate()
+
+
+def test_output_dir_has_to_be_writable(tmp_path, monkeypatch):
+    # Root may write everywhere, so the answer of the system is replaced.
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(ValueError, match=f"{tmp_path} is not writable"):
+        TrainConfig(output_dir=str(tmp_path / "run")).validate()
+
+
+def test_parsing_validates():
+    with pytest.raises(ValueError, match="seq_len is -1"):
+        parse_train_config(["--seq_len", "-1"])
+
+
+def test_an_empty_mst_block_is_all_auto():
+    assert set(dataclasses.asdict(MstConfig.from_dict({})).values()) == {"auto"}
+
+
+def test_mst_values_are_kept():
+    block = {
+        "sp_size": 2,
+        "mlp_chunks": 8,
+        "loss_chunks": 4,
+        "recompute": False,
+        "attention": "sdpa",
+        "device_memory_gib": 79.5,
+    }
+    assert dataclasses.asdict(MstConfig.from_dict(block)) == block
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"mlp_chunk": 2}, "unknown key 'mlp_chunk'; nearest: 'mlp_chunks'; allowed: sp_size, mlp_chunks"),
+        ({"zzz": 2}, "unknown key 'zzz'; allowed"),
+        ({"sp_size": 0}, "sp_size in 'mst' is 0; allowed: 'auto' or a whole number >= 1"),
+        ({"mlp_chunks": True}, "mlp_chunks in 'mst' is True"),
+        ({"loss_chunks": 2.0}, "loss_chunks in 'mst' is 2.0"),
+        ({"recompute": "yes"}, "recompute in 'mst' is 'yes'; allowed: 'auto' or true or false"),
+        (
+            {"attention": "eager"},
+            "attention in 'mst' is 'eager'; allowed: 'auto' or sdpa or flash_attention_2",
+        ),
+        ({"device_memory_gib": 0}, "device_memory_gib in 'mst' is 0"),
+        ({"device_memory_gib": float("inf")}, "device_memory_gib in 'mst' is inf"),
+        ([], r"'mst' is \[\]; allowed: an object"),
+    ],
+)
+def test_a_bad_mst_block_is_refused(block, message):
+    with pytest.raises(ValueError, match=message):
+        MstConfig.from_dict(block)

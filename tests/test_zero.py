@@ -1,0 +1,262 @@
+"""The DeepSpeed JSON: reading, the "mst" block, "auto", and the typed view."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+
+from mst_ds.config import MstConfig, TrainConfig
+from mst_ds.zero import has_block, load_ds_config, offloads_optimizer, read_zero, resolve, split_mst
+
+DS_CONFIGS = sorted((Path(__file__).parents[1] / "ds_configs").glob("*.json"))
+
+
+def resolved(ds_config, **overrides):
+    arguments = {
+        "train": TrainConfig(),
+        "hidden_size": 128,
+        "has_accelerator": True,
+        "dp_size": 1,
+    } | overrides
+    return resolve(ds_config, **arguments)
+
+
+def all_values(block):
+    for value in block.values():
+        yield from all_values(value) if isinstance(value, dict) else [value]
+
+
+def test_there_are_configs():
+    assert [path.stem for path in DS_CONFIGS] == ["zero2_mst", "zero3_mst", "zero3_mst_offload"]
+
+
+@pytest.mark.parametrize("path", DS_CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("has_accelerator", [True, False])
+def test_shipped_configs_resolve_to_what_deepspeed_accepts(path, has_accelerator):
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    ds_config, mst = split_mst(resolved(load_ds_config(path), has_accelerator=has_accelerator))
+    assert mst == MstConfig()
+    assert "auto" not in all_values(ds_config)
+    theirs = DeepSpeedZeroConfig(**ds_config["zero_optimization"])
+    ours = read_zero(ds_config, dp_world_size=2)
+    assert (
+        (ours.stage, ours.reduce_bucket_size)
+        == (theirs.stage, theirs.reduce_bucket_size)
+        == (int(path.stem[4]), 128**2)
+    )
+    assert ours.dtype == ("bf16" if has_accelerator else "fp32")
+    is_offloaded = "offload" in path.stem
+    assert ours.param_offload == ours.optimizer_offload == ("cpu" if is_offloaded else "none")
+    # DeepSpeed's own CPU Adam needs a build; a machine without an accelerator does without it.
+    assert ds_config.get("zero_force_ds_cpu_optimizer") == (has_accelerator if is_offloaded else None)
+
+
+def test_defaults_are_deepspeeds():
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    for stage in range(4):
+        ours = read_zero({"zero_optimization": {"stage": stage}}, dp_world_size=4)
+        theirs = DeepSpeedZeroConfig(stage=stage)
+        assert ours.overlap_comm == theirs.overlap_comm
+        assert ours.reduce_bucket_size == theirs.reduce_bucket_size
+        assert ours.allgather_bucket_size == theirs.allgather_bucket_size
+        assert ours.sub_group_size == theirs.sub_group_size
+        assert ours.stage3_prefetch_bucket_size == theirs.prefetch_bucket_size
+        assert ours.stage3_max_live_parameters == theirs.max_live_parameters
+        assert ours.stage3_param_persistence_threshold == theirs.param_persistence_threshold
+    assert read_zero({}, dp_world_size=4).stage == DeepSpeedZeroConfig().stage
+
+
+def test_a_mapping_is_copied():
+    given = {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}, "mst": {"sp_size": 2}}
+    before = copy.deepcopy(given)
+    loaded = load_ds_config(given)
+    resolved(loaded)["zero_optimization"]["stage"] = 1
+    rest, mst = split_mst(loaded)
+    rest["zero_optimization"]["stage"] = 0
+    assert loaded == given == before
+    assert "mst" not in rest
+    assert mst.sp_size == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"a": 1,\n "b" 2}', "is not JSON: Expecting ':' delimiter at line 2, column 6"),
+        ("[]", "the DeepSpeed config is a list; allowed: an object"),
+        ("\xff\xfe", "is not UTF-8 text"),
+    ],
+)
+def test_a_bad_file_is_refused(tmp_path, content, message):
+    path = tmp_path / "ds.json"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=message):
+        load_ds_config(path)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="allowed: an existing DeepSpeed JSON file"):
+        load_ds_config(tmp_path / "ds.json")
+
+
+@pytest.mark.parametrize(
+    ("ds_config", "message"),
+    [
+        *(({"zero_optimization": {"stage": s}}, "allowed: 0, 1, 2, 3") for s in (4, -1, "3", True, 2.0, "auto")),
+        ({"zero_optimization": True}, "zero_optimization is True; allowed: an object"),
+        ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "bf16 and fp16 are both enabled"),
+        (
+            {"train_micro_batch_size_per_gpu": 0},
+            "train_micro_batch_size_per_gpu is 0; allowed: 'auto' or a whole",
+        ),
+        ({"gradient_accumulation_steps": 1.5}, "gradient_accumulation_steps is 1.5"),
+        ({"train_batch_size": "8"}, "train_batch_size is '8'"),
+        ({"mst": {"spsize": 2}}, "'mst' has the unknown key 'spsize'; nearest: 'sp_size'"),
+    ],
+)
+def test_bad_values_are_refused_on_loading(ds_config, message):
+    with pytest.raises(ValueError, match=message) as error:
+        load_ds_config(ds_config)
+    assert "\n" not in str(error.value)
+
+
+def test_keys_that_only_deepspeed_knows_pass():
+    ds_config = {"wall_clock_breakdown": True, "some_future_block": {"x": 1}}
+    assert resolved(load_ds_config(ds_config)).items() >= ds_config.items()
+
+
+def test_train_batch_size_counts_samples_over_sequence_groups():
+    ds_config = {
+        "train_batch_size": 24,
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 3,
+    }
+    assert "train_batch_size" not in resolved(ds_config, dp_size=4)
+    assert "train_batch_size" not in resolved(ds_config | {"train_batch_size": "auto"}, dp_size=2)
+    with pytest.raises(ValueError, match=r"train_batch_size is 24; allowed: 12 = .* 2 x .* 3 x 2 data-parallel"):
+        resolved(ds_config, dp_size=2)
+
+
+def test_auto_follows_the_hugging_face_trainer(tmp_path):
+    """The oracle is transformers' own code, fed the same values."""
+    from types import SimpleNamespace
+
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+    ds_config = {
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": "auto"},
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "zero_optimization": {
+            "stage": 3,
+            "reduce_bucket_size": "auto",
+            "stage3_prefetch_bucket_size": "auto",
+            "stage3_param_persistence_threshold": "auto",
+        },
+        "optimizer": {
+            "type": "AdamW",
+            "params": dict.fromkeys(["lr", "betas", "eps", "weight_decay"], "auto"),
+        },
+        "scheduler": {
+            "type": "WarmupDecayLR",
+            "params": dict.fromkeys(["warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps"], "auto"),
+        },
+    }
+    train = TrainConfig(warmup_steps=0, learning_rate=3e-4, weight_decay=0.2, adam_beta2=0.99, max_grad_norm=0.7)
+    arguments = SimpleNamespace(
+        world_size=1,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=1,
+        max_grad_norm=0.7,
+        learning_rate=3e-4,
+        adam_beta1=train.adam_beta1,
+        adam_beta2=0.99,
+        adam_epsilon=train.adam_epsilon,
+        weight_decay=0.2,
+        save_on_each_node=False,
+        fp16=False,
+        fp16_full_eval=False,
+        bf16=True,
+        bf16_full_eval=False,
+        get_warmup_steps=lambda steps: 0,
+    )
+    theirs = HfTrainerDeepSpeedConfig(copy.deepcopy(ds_config))
+    theirs.trainer_config_process(arguments)
+    model = SimpleNamespace(config=SimpleNamespace(hidden_size=1000))
+    theirs.trainer_config_finalize(arguments, model, train.max_steps)
+    ours = resolved(ds_config, train=train, hidden_size=1000)
+    assert ours == json.loads(json.dumps(theirs.config))
+
+
+def test_bf16_auto_gives_way_to_fp16():
+    ds_config = {"bf16": {"enabled": "auto"}, "fp16": {"enabled": True}}
+    assert read_zero(resolved(ds_config), dp_world_size=1).dtype == "fp16"
+
+
+def test_auto_without_a_rule_is_refused_and_deepspeeds_own_stays():
+    with pytest.raises(ValueError, match=r"zero_optimization.sub_group_size is 'auto', which has no meaning there"):
+        resolved({"zero_optimization": {"stage": 3, "sub_group_size": "auto"}})
+    own = {"data_types": {"keep_in_fp32_modules": "auto"}}
+    assert resolved(own)["data_types"] == own["data_types"]
+
+
+@pytest.mark.parametrize(
+    ("ds_config", "field", "expected"),
+    [
+        ({"zero_optimization": {"stage": 3, "reduce_bucket_size": 5e8}}, "reduce_bucket_size", 500_000_000),
+        ({"zero_optimization": {"stage": 1, "cpu_offload": True}}, "optimizer_offload", "cpu"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "param_offload", "nvme"),
+        # DeepSpeed offloads parameters at stage 3 only, the optimizer from stage 1 on.
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "param_offload", "none"),
+        (
+            {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}},
+            "optimizer_offload",
+            "none",
+        ),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": None}}, "optimizer_offload", "none"),
+        ({"bf16": {"enabled": True}}, "dtype_bytes", 2),
+        ({"bf16": {"enabled": True}}, "grad_accum_dtype_bytes", 2),
+        (
+            {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
+            "grad_accum_dtype_bytes",
+            4,
+        ),
+        ({}, "dtype_bytes", 4),
+        ({}, "dp_world_size", 8),
+    ],
+)
+def test_settings_are_typed(ds_config, field, expected):
+    assert getattr(read_zero(ds_config, dp_world_size=8), field) == expected
+
+
+@pytest.mark.parametrize(
+    ("ds_config", "message"),
+    [
+        (
+            {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}},
+            "reduce_bucket_size is 'auto'; allowed",
+        ),
+        ({"zero_optimization": {"stage": 3, "sub_group_size": -1}}, "sub_group_size is -1"),
+        ({"bf16": {"enabled": "auto"}}, "bf16.enabled is 'auto'; allowed: true or false"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}},
+            "device is 'disk'; allowed: none, cpu",
+        ),
+        ({"data_types": {"grad_accum_dtype": "fp8"}}, "grad_accum_dtype is 'fp8'; allowed: fp32"),
+    ],
+)
+def test_settings_of_the_wrong_type_are_refused(ds_config, message):
+    with pytest.raises(ValueError, match=message):
+        read_zero(ds_config, dp_world_size=1)
+
+
+def test_what_the_json_brings_itself():
+    offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    assert offloads_optimizer(offload)
+    assert not offloads_optimizer({"zero_optimization": {"stage": 2}})
+    assert has_block({"optimizer": {"type": "AdamW"}}, "optimizer")
+    assert not has_block({"optimizer": {"type": "AdamW"}}, "scheduler")
