@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
 GIB = 2**30
+DEFAULT_MODEL = "small_llama"
 
 Auto: TypeAlias = Literal["auto"]
 AUTO: Auto = "auto"
@@ -58,7 +59,7 @@ class TrainConfig:
     config: str | None = _flag(None, "YAML file with values for any of these flags; a flag given beside it wins.")
     ds_config: str = _flag("ds_configs/zero3_mst.json", "DeepSpeed JSON with an optional 'mst' block.")
     model: str = _flag(
-        "small_llama",
+        DEFAULT_MODEL,
         "Shipped config, Hugging Face id, or folder. A folder with only a config starts from random weights.",
     )
     tokenizer: str | None = _flag(
@@ -73,7 +74,7 @@ class TrainConfig:
     text_column: str = _flag("text", "Column of the dataset that holds the text.")
     seq_len: int = _flag(4096, "Tokens in a sequence, over all its shards: 4096, 128K, 1M.", parse_seq_len)
     max_steps: int = _flag(100, "Optimizer steps.")
-    learning_rate: float = _flag(1e-3, "Peak learning rate of AdamW.")
+    learning_rate: float | None = _flag(None, "Peak learning rate of AdamW; default: 4e-3 for small_llama, else 2e-5.")
     lr_scheduler_type: str = _flag("cosine", "Name of a transformers schedule, such as cosine, linear, constant.")
     warmup_steps: int | None = _flag(
         None, "Optimizer steps over which the learning rate rises from 0; default: a tenth of max_steps."
@@ -90,6 +91,13 @@ class TrainConfig:
     local_rank: int = _flag(-1, "Set by the DeepSpeed launcher: this process's rank on its node.")
 
     @property
+    def peak_learning_rate(self) -> float:
+        """The user's, or a default: what a model of half a million parameters needs would ruin a pretrained one."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 4e-3 if self.model == DEFAULT_MODEL else 2e-5
+
+    @property
     def num_warmup_steps(self) -> int:
         """Steps of warm-up, a tenth of the run where the user said nothing."""
         return self.max_steps // 10 if self.warmup_steps is None else self.warmup_steps
@@ -102,10 +110,10 @@ class TrainConfig:
         """
         for name in ("seq_len", "max_steps"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number >= 1")
-        for name in ("eval_steps", "eval_samples", "weight_decay", "max_grad_norm"):
+        for name in ("seed", "eval_steps", "eval_samples", "weight_decay", "max_grad_norm"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "a number >= 0")
-        for name in ("learning_rate", "adam_epsilon"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "a number > 0")
+        _require(self.peak_learning_rate > 0, "learning_rate", self.learning_rate, "a number > 0")
+        _require(self.adam_epsilon > 0, "adam_epsilon", self.adam_epsilon, "a number > 0")
         for name in ("adam_beta1", "adam_beta2"):
             _require(
                 0 <= getattr(self, name) < 1,

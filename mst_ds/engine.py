@@ -182,7 +182,7 @@ def _adamw(model: PreTrainedModel, run: Run) -> torch.optim.Optimizer:
         {"params": plain, "weight_decay": 0.0},
     ]
     settings: dict[str, Any] = {
-        "lr": config.learning_rate,
+        "lr": config.peak_learning_rate,
         "betas": (config.adam_beta1, config.adam_beta2),
         "eps": config.adam_epsilon,
     }

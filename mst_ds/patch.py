@@ -22,26 +22,33 @@ from mst_ds.ulysses.backends import causal_backend
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-    from transformers.modeling_outputs import CausalLMOutputWithPast
 
 _UNDO = "_mst_undo"
 _IGNORE_INDEX = -100  # transformers' and torch's default
 
 
+class _Unset:
+    """Stands for the old value of an attribute that an instance did not have; a deepcopy leaves a class as it is."""
+
+
 @dataclass
 class _Undo:
-    """What to do, in reverse order, to have the original model back."""
+    """The instance attributes that were changed, with their old values; data only, so that a model can be copied."""
 
-    steps: list[Callable[[], None]] = field(default_factory=list)
+    changes: list[tuple[Any, str, Any]] = field(default_factory=list)
 
     def set_attribute(self, module: Any, name: str, value: Any) -> None:
         """Set an instance attribute so that the undo restores the old one, or uncovers the class's."""
-        attributes = module.__dict__
-        if name in attributes:
-            self.steps.append(functools.partial(attributes.__setitem__, name, attributes[name]))
-        else:
-            self.steps.append(functools.partial(attributes.pop, name, None))
-        attributes[name] = value
+        self.changes.append((module, name, module.__dict__.get(name, _Unset)))
+        module.__dict__[name] = value
+
+    def run(self) -> None:
+        """Put back what was there before, the last change first."""
+        for module, name, old in reversed(self.changes):
+            if old is _Unset:
+                module.__dict__.pop(name, None)
+            else:
+                module.__dict__[name] = old
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,9 @@ def apply_plan(
             _mark_as_leaf(mlp.module, undo)
     head = parts.head
     undo.set_attribute(head, "forward", functools.partial(_head_forward, head, head.forward, plan.loss_chunks))
-    undo.set_attribute(model, "forward", _model_forward(model, parts, plan, sequence_group))
+    original = model.forward
+    forward = functools.partial(_model_forward, original, parts, plan, sequence_group)
+    undo.set_attribute(model, "forward", functools.update_wrapper(forward, original))
     if plan.sp_size > 1:
         register_attention()
         _use_attention(model, undo)
@@ -134,16 +143,18 @@ def remove_plan(model: PreTrainedModel) -> PreTrainedModel:
     undo = model.__dict__.pop(_UNDO, None)
     if undo is None:
         raise ValueError("the model has no plan: mst_ds.apply_plan was not called on it")
-    for step in reversed(undo.steps):
-        step()
+    undo.run()
     return model
 
 
 def _mark_as_leaf(module: nn.Module, undo: _Undo) -> None:
-    from deepspeed.utils import set_z3_leaf_module, z3_leaf_module
+    from deepspeed.utils import set_z3_leaf_module
 
-    undo.steps.append(functools.partial(set_z3_leaf_module, module, z3_leaf_module(module)))
+    before = dict(module.__dict__)
     set_z3_leaf_module(module, True)
+    for name, value in module.__dict__.items():
+        if before.get(name, _Unset) is not value:
+            undo.changes.append((module, name, before.get(name, _Unset)))
 
 
 def _use_attention(model: PreTrainedModel, undo: _Undo) -> None:
@@ -197,39 +208,36 @@ def _head_forward(
 
 
 def _model_forward(
-    model: PreTrainedModel, parts: ModelParts, plan: Plan, group: dist.ProcessGroup | None
-) -> Callable[..., CausalLMOutputWithPast]:
+    original: Callable[..., Any],
+    parts: ModelParts,
+    plan: Plan,
+    group: dist.ProcessGroup | None,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    *,
+    labels: Tensor | None = None,
+    shift_labels: Tensor | None = None,
+    num_items_in_batch: int | Tensor | None = None,
+    return_dict: bool | None = None,
+    **kwargs: Any,
+) -> Any:
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
-    original = model.forward
-
-    @functools.wraps(original)
-    def forward(
-        input_ids: Tensor | None = None,
-        *,
-        labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
-        num_items_in_batch: int | Tensor | None = None,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        if group is not None:
-            _check_shard_arguments(labels, shift_labels, num_items_in_batch, kwargs)
-            kwargs |= _shard_arguments(input_ids, plan, group, kwargs)
-        if labels is None and shift_labels is None:
-            output: CausalLMOutputWithPast = original(input_ids=input_ids, **kwargs)
-            return output
-        if shift_labels is None:
-            assert labels is not None
-            shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=_IGNORE_INDEX)
-        kwargs["use_cache"] = False
-        kwargs.pop("return_dict", None)
-        outputs = parts.decoder(input_ids=input_ids, **kwargs)
-        loss = parts.head(outputs.last_hidden_state, labels=shift_labels, num_items_in_batch=num_items_in_batch)
-        return CausalLMOutputWithPast(
-            loss=loss, hidden_states=outputs.get("hidden_states"), attentions=outputs.get("attentions")
-        )
-
-    return forward
+    kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask}
+    if group is not None:
+        _check_shard_arguments(labels, shift_labels, num_items_in_batch, kwargs)
+        kwargs |= _shard_arguments(plan, group, kwargs)
+    if labels is None and shift_labels is None:
+        return original(return_dict=return_dict, **kwargs)
+    if shift_labels is None:
+        assert labels is not None
+        shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=_IGNORE_INDEX)
+    outputs = parts.decoder(**kwargs | {"use_cache": False})
+    loss = parts.head(outputs.last_hidden_state, labels=shift_labels, num_items_in_batch=num_items_in_batch)
+    output = CausalLMOutputWithPast(
+        loss=loss, hidden_states=outputs.get("hidden_states"), attentions=outputs.get("attentions")
+    )
+    return output.to_tuple() if return_dict is False else output
 
 
 def _check_shard_arguments(
@@ -249,18 +257,16 @@ def _check_shard_arguments(
         raise ValueError("a model with sp_size > 1 cannot generate: call mst_ds.remove_plan(model) first")
 
 
-def _shard_arguments(
-    input_ids: Tensor | None, plan: Plan, group: dist.ProcessGroup, kwargs: dict[str, Any]
-) -> dict[str, Any]:
+def _shard_arguments(plan: Plan, group: dist.ProcessGroup, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The keyword arguments with which a shard's forward differs: positions of the whole sequence, Ulysses' context."""
-    mask = kwargs.get("attention_mask")
+    mask = kwargs["attention_mask"]
     if mask is not None and not bool((mask == 1).all()):
         raise ValueError(
             "with sp_size > 1 attention_mask must be all ones: pad on the right with ignored labels instead"
         )
     positions = kwargs.get("position_ids")
     if positions is None:
-        inputs = input_ids if input_ids is not None else kwargs["inputs_embeds"]
+        inputs = kwargs["input_ids"] if kwargs["input_ids"] is not None else kwargs["inputs_embeds"]
         batch, length = inputs.shape[:2]
         positions = torch.arange(length, device=inputs.device) + plan.sp_rank * length
         positions = positions.unsqueeze(0).expand(batch, -1)

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import permutations
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,9 @@ from mst_ds.minisequence import chunked_mlp
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# A probe's sizes: small, and all different, so that a mixed-up dimension cannot go unnoticed.
-_HIDDEN, _INTERMEDIATE, _VOCAB, _TOKENS = 6, 10, 14, 5
+# A probe's sizes: small, and all different, so that a mixed-up dimension cannot go unnoticed. Tokens enough for two
+# chunks, so that what mixes tokens cannot either.
+_HIDDEN, _INTERMEDIATE, _VOCAB, _TOKENS = 6, 10, 14, 9
 
 
 @dataclass(frozen=True)
@@ -76,23 +77,36 @@ def loss_structure(model: PreTrainedModel) -> tuple[nn.Module, nn.Linear]:
     Raises:
         ValueError: the model has no such parts, or does more to its logits, such as scaling or softcapping.
     """
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
     decoder, head = model.base_model, model.get_output_embeddings()
     name = type(model).__name__
-    if decoder is model or type(head) is not nn.Linear:
+    if decoder is model or not _is_plain_linear(head):
         raise ValueError(f"{name} is no causal language model with a linear LM head: mst_ds cannot chunk its loss")
     if getattr(model.config, "output_router_logits", False):
         raise ValueError(
             f"{name} adds a router loss to its loss, which mst_ds does not yet: "
             "set output_router_logits to false in the model's config"
         )
+    if model.loss_function is not ForCausalLMLoss:
+        raise ValueError(f"{name} has a loss_function of its own, which mst_ds cannot chunk: only cross-entropy")
     if not _logits_are_plain(model, decoder, head):
         raise ValueError(f"{name} does more to its logits than its LM head (scaling, softcapping): not supported yet")
     return decoder, head
 
 
+def _is_plain_linear(module: nn.Module | None) -> TypeGuard[nn.Linear]:
+    """Whether its weight and bias are all that counts: a chunked operator reads them without calling the module."""
+    if type(module) is not nn.Linear or "forward" in module.__dict__:
+        return False
+    return not (module._forward_hooks or module._forward_pre_hooks)
+
+
 def _as_mlp(module: nn.Module) -> MlpStructure | None:
-    linears = [(name, child) for name, child in module.named_children() if type(child) is nn.Linear]
-    others = [child for _, child in module.named_children() if type(child) is not nn.Linear]
+    if "forward" in module.__dict__:
+        return None
+    linears = [(name, child) for name, child in module.named_children() if _is_plain_linear(child)]
+    others = [child for _, child in module.named_children() if not _is_plain_linear(child)]
     activations = [child for child in others if not any(True for _ in child.parameters())]
     if len(linears) not in (2, 3) or len(activations) != 1 or len(others) != 1:
         return None

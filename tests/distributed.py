@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import pickle
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -15,58 +17,77 @@ from typing import Any
 import torch
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, limit: float = 240) -> list[Any]:
-    """Call `function(rank, *args)` on `world_size` fresh processes that share a gloo group; return what each returned.
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, limit: float = 200) -> list[Any]:
+    """Call `function(rank, *args)` on each of `world_size` processes that share a gloo group; return the results.
+
+    The processes are kept for the next call with the same world size, because starting them takes longer than most
+    tests. After a failure they are killed, so that none inherits a broken group.
 
     Raises:
-        AssertionError: a rank raised (with its traceback), died, or did not end within `limit` seconds. The other ranks
-            are killed at once.
+        AssertionError: a rank raised (with its traceback), died, or did not end within `limit` seconds.
     """
-    context = multiprocessing.get_context("spawn")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    pipes, processes = [], []
-    for rank in range(world_size):
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_rank_main, args=(function, rank, world_size, port, sender, args), daemon=True)
-        process.start()
-        sender.close()
-        pipes.append(receiver)
-        processes.append(process)
+    ranks = _kept.pop(world_size, None) or _Ranks(world_size)
     try:
-        return _collect(pipes, limit)
-    finally:
-        for process in processes:
+        results = ranks.call(function, args, limit)
+    except BaseException:
+        ranks.kill()
+        raise
+    _kept[world_size] = ranks
+    return results
+
+
+class _Ranks:
+    """Processes that wait for functions to call."""
+
+    def __init__(self, world_size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.pipes: list[Connection] = []
+        self.processes = []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, world_size, port, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def call(self, function: Callable[..., Any], args: tuple[Any, ...], limit: float) -> list[Any]:
+        for pipe in self.pipes:
+            pipe.send((sys.path, pickle.dumps((function, args))))
+        results: dict[int, Any] = {}
+        deadline = time.monotonic() + limit
+        while len(results) < len(self.pipes):
+            pending = {pipe: rank for rank, pipe in enumerate(self.pipes) if rank not in results}
+            ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
+            assert ready, f"ranks {sorted(pending.values())} did not end within {limit} s"
+            for pipe in ready:
+                rank = pending[pipe]
+                try:
+                    failure, results[rank] = pickle.loads(pipe.recv_bytes())
+                except EOFError:
+                    raise AssertionError(f"rank {rank} died") from None
+                assert failure is None, f"rank {rank} failed:\n{failure}"
+        return [results[rank] for rank in range(len(self.pipes))]
+
+    def kill(self) -> None:
+        for process in self.processes:
             process.kill()
             process.join()
 
 
-def _collect(pipes: list[Connection], limit: float) -> list[Any]:
-    results: dict[int, Any] = {}
-    deadline = time.monotonic() + limit
-    while len(results) < len(pipes):
-        pending = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in results}
-        ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
-        assert ready, f"ranks {sorted(pending.values())} did not end within {limit} s"
-        for pipe in ready:
-            rank = pending[pipe]  # type: ignore[index]
-            try:
-                failure, results[rank] = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
-            except EOFError:
-                raise AssertionError(f"rank {rank} died") from None
-            assert failure is None, f"rank {rank} failed:\n{failure}"
-    return [results[rank] for rank in range(len(pipes))]
+_kept: dict[int, _Ranks] = {}
 
 
-def _rank_main(
-    function: Callable[..., Any],
-    rank: int,
-    world_size: int,
-    port: int,
-    pipe: Connection,
-    args: tuple[Any, ...],
-) -> None:
+@atexit.register
+def _kill_kept() -> None:
+    for ranks in _kept.values():
+        ranks.kill()
+
+
+def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -74,12 +95,14 @@ def _rank_main(
         "LOCAL_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
     }
     torch.set_num_threads(1)
-    try:
-        torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
-        # By value: torch's own way shares memory with a process that is about to end.
-        pipe.send_bytes(pickle.dumps((None, function(rank, *args))))
-    except BaseException:
-        pipe.send_bytes(pickle.dumps((traceback.format_exc(), None)))
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
+    while True:
+        sys.path[:], job = pipe.recv()
+        try:
+            function, args = pickle.loads(job)
+            # By value: torch's own way of sending tensors needs both processes to live on.
+            pipe.send_bytes(pickle.dumps((None, function(rank, *args))))
+        except BaseException:
+            pipe.send_bytes(pickle.dumps((traceback.format_exc(), None)))

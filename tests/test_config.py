@@ -25,7 +25,7 @@ def test_seq_len_that_is_no_length_is_refused(text):
 
 def test_every_flag_has_help_and_reaches_the_config():
     changed = {
-        name: {int: "7", int | None: "7", float: "0.5"}.get(of_type, "linear")
+        name: {int: "7", int | None: "7", float: "0.5", float | None: "0.5"}.get(of_type, "linear")
         for name, of_type in get_type_hints(TrainConfig).items()
         if name not in ("config", "output_dir")
     }
@@ -43,6 +43,12 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
     assert (config.seq_len, config.learning_rate, config.max_steps, config.seed) == (131072, 1e-4, 40, 1)
     assert config.tokenizer is None
     assert config.weight_decay == TrainConfig().weight_decay
+
+
+def test_a_pretrained_model_gets_a_gentle_learning_rate_by_default():
+    assert TrainConfig().peak_learning_rate == 4e-3
+    assert TrainConfig(model="meta-llama/Llama-3.1-8B").peak_learning_rate == 2e-5
+    assert TrainConfig(model="meta-llama/Llama-3.1-8B", learning_rate=1e-4).peak_learning_rate == 1e-4
 
 
 @pytest.mark.parametrize(
@@ -95,6 +101,7 @@ def test_argparse_names_the_flag(capsys, flags, message):
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"adam_beta2": 1.0}, "adam_beta2 is 1.0"),
         ({"weight_decay": -0.1}, "weight_decay is -0.1"),
+        ({"seed": -1}, "seed is -1"),
         ({"warmup_steps": -1}, "warmup_steps is -1"),
         ({"max_steps": 5, "warmup_steps": 6}, r"warmup_steps is 6; allowed: 0 to max_steps \(5\)"),
         ({"eval_steps": -1}, "eval_steps is -1"),

@@ -45,7 +45,10 @@ def samples(count: int, seq_len: int) -> Batch:
     return {"input_ids": input_ids, "labels": labels}
 
 
-def tiny_plan(topology: Topology, seq_len: int, **settings: Any) -> Plan:
+ONE_RANK = Topology(rank=0, world_size=1, sp_size=1)
+
+
+def tiny_plan(topology: Topology = ONE_RANK, seq_len: int = 32, **settings: Any) -> Plan:
     """A plan with chunks of uneven length everywhere, without the planner's search."""
     plan = Plan(
         topology=topology,

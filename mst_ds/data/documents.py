@@ -23,7 +23,8 @@ _READERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     ".jsonl": ("json", {}),
     ".parquet": ("parquet", {}),
 }
-_NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+# Not the library itself, or (encodings) tables written by a program.
+_NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "encodings"}
 _MIN_STDLIB_BYTES = 2048
 
 
@@ -32,7 +33,7 @@ def load_documents(config: TrainConfig) -> Dataset:
 
     A .txt file is one document, a row of a .jsonl or .parquet file is one, and the files of a folder follow
     each other sorted by path. "python_stdlib" is the source of the running Python's standard library, without
-    its tests and files of less than 2 KiB.
+    its tests, generated tables and files of less than 2 KiB.
 
     Raises:
         ValueError: no such dataset or split, an unknown extension, no column of text, no documents.

@@ -15,8 +15,8 @@ _MIN_CHUNK_TOKENS = 4
 def chunk_slices(num_tokens: int, chunks: int) -> Iterator[slice]:
     """Yield `chunks` slices that cover `range(num_tokens)` exactly once, their lengths differing by at most one.
 
-    Where chunks would be shorter than 4 tokens there are fewer: the plan is made for the full length, and a shorter batch
-    must not fail. Nothing outside the loop depends on the number of chunks.
+    Where chunks would be shorter than 4 tokens there are fewer: the plan is made for the full length, and a shorter
+    batch must not fail. Nothing outside the loop depends on the number of chunks.
 
     Raises:
         ValueError: `chunks` is less than 1.

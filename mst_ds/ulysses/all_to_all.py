@@ -19,7 +19,7 @@ from .layout import HeadLayout
 def sequence_to_heads(
     query: Tensor, key: Tensor, value: Tensor, layout: HeadLayout, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """This shard, query (B, N, L, D), key and value (B, K, L, D) -> this rank's heads, (B, n, S, D) and (B, k, S, D)."""
+    """This shard, query (B, N, L, D), key, value (B, K, L, D) -> this rank's heads, (B, n, S, D) and (B, k, S, D)."""
     return _SequenceToHeads.apply(query, key, value, layout, group)
 
 

@@ -1,0 +1,228 @@
+"""A request that cannot run: exit code 2 and one line on stderr, before weights load or processes meet."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import datasets
+import deepspeed
+import pytest
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "launch" / "train.py"
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 264,
+}
+
+
+class TooLateError(Exception):
+    """No ValueError, so that `main` lets it through."""
+
+
+@pytest.fixture(scope="module")
+def train() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("launch_train", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def nothing_has_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """One process in the project's folder, for which it is too late once ranks meet or weights are read."""
+
+    def too_late(name: str) -> Callable[..., Any]:
+        def poisoned(*args: Any, **kwargs: Any) -> Any:
+            raise TooLateError(name)
+
+        return poisoned
+
+    monkeypatch.setattr(deepspeed, "init_distributed", too_late("init_distributed"))
+    monkeypatch.setattr(dist, "init_process_group", too_late("init_process_group"))
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", too_late("from_pretrained"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
+    monkeypatch.chdir(ROOT)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+@pytest.fixture
+def refused(
+    train: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Run the command, on one of `world_size` ranks; return its one line, without "train.py: error: "."""
+
+    def run(*flags: str, world_size: int = 1) -> str:
+        for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": world_size}.items():
+            monkeypatch.setenv(name, str(value))
+        assert train.main(flags) == 2
+        output = capsys.readouterr()
+        assert output.out == ""
+        return only_line(output.err)
+
+    return run
+
+
+def only_line(stderr: str) -> str:
+    assert stderr.startswith("train.py: error: ")
+    assert stderr.count("\n") == 1, stderr
+    assert stderr.endswith("\n")
+    return stderr.removeprefix("train.py: error: ")
+
+
+def write(path: Path, content: str | dict[str, Any]) -> str:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return str(path)
+
+
+def model_folder(path: Path, config: dict[str, Any]) -> str:
+    write(path / "config.json", config)
+    write(path / "model.safetensors", "reading this fails")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "world_size", "says"),
+    [
+        ('{"zero_optimization": {"stage": 3},\n}', 1, ["is not JSON", "line 2, column 1"]),
+        ("[]", 1, ["is a list"]),
+        (
+            {"mst": {"mlp_chunk": 4}},
+            1,
+            ["'mlp_chunk'", "nearest: 'mlp_chunks'", "allowed: sp_size, "],
+        ),
+        ({"zero_optimization": {"stage": 4}}, 1, ["stage is 4", "allowed: 0, 1, 2, 3"]),
+        (
+            {"zero_optimization": {"stage": "three"}},
+            1,
+            ["stage is 'three'", "allowed: 0, 1, 2, 3"],
+        ),
+        (
+            {"mst": {"sp_size": 3}},
+            4,
+            ["sp_size is 3", "world size 4", "allowed: 1, 2, 4", "nearest: 2"],
+        ),
+        (
+            {"mst": {"sp_size": 8}},
+            8,
+            ["sp_size is 8", "4 query heads", "allowed: 1, 2, 4", "nearest: 4"],
+        ),
+        ({"train_batch_size": 3}, 2, ["train_batch_size is 3", "allowed: 1 = "]),
+        (
+            {"mst": {"sp_size": 1}, "train_batch_size": 3},
+            2,
+            ["train_batch_size is 3", "allowed: 2 = "],
+        ),
+    ],
+)
+def test_ds_config(
+    content: str | dict[str, Any], world_size: int, says: list[str], refused: Callable[..., str], tmp_path: Path
+) -> None:
+    line = refused("--ds_config", write(tmp_path / "ds.json", content), world_size=world_size)
+    for words in says:
+        assert words in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--ds_config", "missing.json"], ["'missing.json'", "an existing DeepSpeed JSON"]),
+        (["--seq_len", "0"], ["seq_len is 0", "allowed: a whole number >= 1"]),
+        (["--seq_len", "-5"], ["seq_len is -5", "allowed: a whole number >= 1"]),
+        (["--sqe_len", "4096"], ["--sqe_len"]),
+        (["--model", "smal_llama"], ["'smal_llama'", "nearest: 'small_llama'"]),
+    ],
+)
+def test_flags(flags: list[str], says: list[str], refused: Callable[..., str]) -> None:
+    line = refused(*flags)
+    for words in says:
+        assert words in line
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("text.jsonl", '{"txet": "a"}\n', ["text_column is 'text'", "allowed: 'txet'", "nearest: 'txet'"]),
+        ("text.txt", "", ["is empty", "at least one document"]),
+        ("text.jsonl", "", ["is empty", "at least one document"]),
+        ("text.jsonl", '{"text": ""}\n', ["the dataset has 0 tokens"]),
+    ],
+)
+def test_dataset(file: str, content: str, says: list[str], refused: Callable[..., str], tmp_path: Path) -> None:
+    line = refused("--dataset", write(tmp_path / file, content))
+    for words in says:
+        assert words in line
+
+
+@pytest.mark.parametrize(
+    ("config", "world_size", "says"),
+    [
+        ({"model_type": "bert"}, 1, ["'bert' is not a decoder"]),
+        ({"model_type": "t5"}, 1, ["'t5' is not a decoder"]),
+        ({"model_type": "gemma2", **TINY}, 1, ["Gemma2ForCausalLM", "softcapping"]),
+        ({"model_type": "mixtral", **TINY}, 1, ["num_local_experts = 8"]),
+        (
+            {"model_type": "mistral", **TINY, "sliding_window": 8},
+            2,
+            ["sliding_window 8", "use sp_size 1"],
+        ),
+    ],
+)
+def test_model(
+    config: dict[str, Any], world_size: int, says: list[str], refused: Callable[..., str], tmp_path: Path
+) -> None:
+    line = refused("--model", model_folder(tmp_path / "model", config), world_size=world_size)
+    for words in says:
+        assert words in line
+
+
+def test_model_folder_without_config(refused: Callable[..., str], tmp_path: Path) -> None:
+    assert "has no config.json" in refused("--model", str(tmp_path))
+
+
+def test_output_dir_below_a_file(refused: Callable[..., str], tmp_path: Path) -> None:
+    file = write(tmp_path / "file", "")
+    assert f"{file} is a file; allowed: a folder" in refused("--output_dir", f"{file}/run")
+
+
+def test_only_one_rank_of_a_node_speaks(
+    train: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert train.main(["--seq_len", "0"]) == 2
+    assert train.main(["--ds_config", "missing.json"]) == 2
+    assert capfd.readouterr() == ("", "")
+
+
+def test_as_a_command() -> None:
+    command = [sys.executable, str(SCRIPT), "--ds_config", "missing.json"]
+    done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "'missing.json'" in only_line(done.stderr)
+
+
+def test_a_request_that_can_run_lets_processes_meet(train: ModuleType, tmp_path: Path) -> None:
+    # Without this one, all others would pass with a command that refuses everything, or meets by another way.
+    dataset = write(tmp_path / "text.txt", "some text " * 20)
+    with pytest.raises(TooLateError, match="init_distributed"):
+        train.main(["--dataset", dataset, "--seq_len", "64", "--output_dir", str(tmp_path / "run")])

@@ -1,0 +1,250 @@
+"""Ulysses attention in the patched model, without DeepSpeed: fp64 against the plain model in one process."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import run_ranks
+from live_memory import LiveMemory
+from tiny import samples, tiny_llama, tiny_plan
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mst_ds.data import IGNORE_INDEX, Batch, shard, shift_labels
+from mst_ds.patch import apply_plan
+from mst_ds.topology import Topology
+from mst_ds.ulysses.backends import attend_within_documents, causal_backend
+
+SEQ_LEN = 37
+# transformers computes rotary embeddings, norms and the plain loss in fp32, also for fp64 weights.
+TOLERANCE = 2e-7
+
+Gradients = dict[str, torch.Tensor]
+
+
+def worst_error(candidate: Gradients, reference: Gradients) -> float:
+    return max(float((candidate[name] - grad).norm() / grad.norm()) for name, grad in reference.items())
+
+
+def sharded_gradients(topology: Topology, batch: Batch, num_items: int, **settings: Any) -> tuple[float, Gradients]:
+    """Loss and gradients of the whole batch, from the patched model on this rank's shard of it."""
+    model = apply_plan(tiny_llama().double(), tiny_plan(topology, SEQ_LEN, **settings))
+    loss = model(**batch, num_items_in_batch=num_items).loss
+    loss.backward()
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        gradients[name] = parameter.grad.clone()
+        dist.all_reduce(gradients[name])
+    total = loss.detach()
+    dist.all_reduce(total)
+    return total.item(), gradients
+
+
+def valid(labels: torch.Tensor) -> int:
+    return int((shift_labels(labels) != IGNORE_INDEX).sum())
+
+
+def one_document_a_row(rank: int, world_size: int, recompute: bool) -> tuple[float, Gradients]:
+    topology = Topology(rank, world_size, world_size)
+    data = samples(3, SEQ_LEN)
+    return sharded_gradients(topology, shard(data, topology), valid(data["labels"]), recompute=recompute)
+
+
+@pytest.mark.parametrize(("sp_size", "recompute"), [(2, True), (3, False)])
+def test_gradients_in_fp64(sp_size: int, recompute: bool) -> None:
+    data = samples(3, SEQ_LEN)
+    model = tiny_llama().double()
+    loss = model(**data).loss
+    loss.backward()
+    reference = {name: parameter.grad for name, parameter in model.named_parameters()}
+    total, gradients = run_ranks(one_document_a_row, sp_size, sp_size, recompute)[0]
+    assert total == pytest.approx(loss.item(), rel=TOLERANCE)
+    assert worst_error(gradients, reference) <= TOLERANCE
+
+
+# Two rows with other documents each; at sp 2 the shards meet at 19, inside a document of both rows.
+DOCUMENT_LENGTHS = ([11, 20, 6], [30, 7])
+
+
+def packed() -> tuple[Batch, torch.Tensor]:
+    """The batch, its labels masked where a document's last token would predict the next document; its positions."""
+    data = samples(2, SEQ_LEN)
+    data["labels"] = data["input_ids"].clone()
+    positions = torch.empty(2, SEQ_LEN, dtype=torch.long)
+    for row, lengths in enumerate(DOCUMENT_LENGTHS):
+        positions[row] = torch.cat([torch.arange(length) for length in lengths])
+        data["labels"][row][positions[row] == 0] = IGNORE_INDEX
+    return data, positions
+
+
+def packed_documents(rank: int) -> tuple[float, Gradients]:
+    topology = Topology(rank, 2, 2)
+    data, positions = packed()
+    batch = shard(data, topology)
+    # One token is missing to the shards' common length; padding goes on in the last document.
+    whole = torch.cat([positions, positions[:, -1:] + 1], dim=1)
+    batch["position_ids"] = whole.chunk(2, dim=1)[rank]
+    return sharded_gradients(topology, batch, valid(data["labels"]))
+
+
+def test_packed_documents_equal_each_document_alone() -> None:
+    # peers.md row 7.
+    data, _ = packed()
+    model = tiny_llama().double()
+    num_items = valid(data["labels"])
+    total = 0.0
+    for row, lengths in enumerate(DOCUMENT_LENGTHS):
+        for document in data["input_ids"][row].split(lengths):
+            loss = model(input_ids=document[None], labels=document[None]).loss * (len(document) - 1) / num_items
+            loss.backward()
+            total += loss.item()
+    reference = {name: parameter.grad for name, parameter in model.named_parameters()}
+    loss, gradients = run_ranks(packed_documents, 2)[0]
+    assert loss == pytest.approx(total, rel=TOLERANCE)
+    assert worst_error(gradients, reference) <= TOLERANCE
+
+
+class Collectives(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.calls[func._opname] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count_collectives(rank: int) -> list[dict[str, int]]:
+    topology = Topology(rank, 2, 2)
+    counts = []
+    for layers in (1, 3):
+        plan = tiny_plan(topology, SEQ_LEN, recompute=False)
+        model = apply_plan(tiny_llama(num_hidden_layers=layers), plan)
+        with Collectives() as collectives:
+            model(**shard(samples(1, SEQ_LEN), topology), num_items_in_batch=1)
+        counts.append(dict(collectives.calls))
+    return counts
+
+
+def test_positions_are_gathered_once_and_each_layer_exchanges_twice() -> None:
+    one_layer, three_layers = run_ranks(count_collectives, 2)[0]
+    assert one_layer == {"allgather_": 1, "alltoall_base_": 2}
+    assert three_layers == {"allgather_": 1, "alltoall_base_": 6}
+
+
+def peak_bytes(rank: int) -> list[int]:
+    topology = Topology(rank, 2, 2)
+    peaks = []
+    for seq_len in (1024, 2048):
+        model = apply_plan(tiny_llama(), tiny_plan(topology, seq_len))
+        batch = shard(samples(1, seq_len), topology)
+        with LiveMemory() as memory:
+            model(**batch, num_items_in_batch=1).loss.backward()
+        peaks.append(memory.peak)
+    return peaks
+
+
+def test_memory_is_linear_in_the_length() -> None:
+    for short, double in run_ranks(peak_bytes, 2):
+        # A mask of 2048 x 2048 booleans alone would add 4 MiB to some 3 MiB.
+        assert double <= 2.1 * short
+
+
+def refusals(rank: int) -> dict[str, str]:
+    topology = Topology(rank, 2, 2)
+    model = apply_plan(tiny_llama(), tiny_plan(topology, 16))
+    batch = shard(samples(1, 16), topology)
+    ids, labels = batch["input_ids"], batch["shift_labels"]
+    half_masked = torch.ones_like(ids)
+    half_masked[:, :3] = 0
+    calls: dict[str, dict[str, Any]] = {
+        "labels": {"labels": ids},
+        "no count": {"shift_labels": labels},
+        "left padding": {"shift_labels": labels, "num_items_in_batch": 1, "attention_mask": half_masked},
+        "cache": {"use_cache": True},
+    }
+    messages = {}
+    for name, arguments in calls.items():
+        try:
+            model(input_ids=ids, **arguments)
+        except ValueError as error:
+            messages[name] = str(error)
+    return messages
+
+
+def test_what_a_shard_cannot_do_is_refused() -> None:
+    # peers.md row 8: left padding.
+    for messages in run_ranks(refusals, 2):
+        assert "pass shift_labels in place of labels" in messages["labels"]
+        assert "num_items_in_batch" in messages["no count"]
+        assert "attention_mask must be all ones" in messages["left padding"]
+        assert "cannot generate" in messages["cache"]
+
+
+def test_a_sliding_window_is_refused() -> None:
+    # peers.md row 8.
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    config.sliding_window, config.num_key_value_heads = 8, 4
+    with pytest.raises(ValueError, match="sliding_window 8, which Ulysses attention does not support"):
+        apply_plan(MistralForCausalLM(config), tiny_plan(Topology(0, 2, 2), 16))
+
+
+def test_without_a_process_group_sequence_parallelism_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"needs torch\.distributed"):
+        apply_plan(tiny_llama(), tiny_plan(Topology(0, 2, 2), 16))
+
+
+def other_implementations(rank: int) -> tuple[bool, str]:
+    from transformers import AttentionInterface
+
+    before = dict(AttentionInterface())
+    other, model = tiny_llama(), tiny_llama()
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config = other.config
+    apply_plan(model, tiny_plan(Topology(rank, 2, 2), 16))
+    after = dict(AttentionInterface())
+    return all(after[name] is function for name, function in before.items()), other.config._attn_implementation
+
+
+def test_no_other_attention_and_no_other_model_is_touched() -> None:
+    assert run_ranks(other_implementations, 2)[0] == (True, "sdpa")
+
+
+def test_the_flash_attention_backend_hands_over_its_own_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The package needs a GPU; this stands in for it, with its documented layout (B, S, heads, D).
+    def flash_attn_func(q: Any, k: Any, v: Any, *, dropout_p: float, softmax_scale: float, causal: bool) -> Any:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        output = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout_p, scale=softmax_scale, is_causal=causal, enable_gqa=True
+        )
+        return output.transpose(1, 2)
+
+    module = types.ModuleType("flash_attn")
+    module.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
+    module.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 12, 8) for heads in (4, 2, 2))
+    starts = [[0, 5], [0, 7]]
+    flash, sdpa = (
+        attend_within_documents(causal_backend(name), query, key, value, 0.3, 0.0, starts)
+        for name in ("flash_attention_2", "sdpa")
+    )
+    torch.testing.assert_close(flash, sdpa)
+
+
+def test_backends_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mst_ds.ulysses.backends.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs the package flash-attn"):
+        causal_backend("flash_attention_2")
+    with pytest.raises(ValueError, match="'eager'"):
+        causal_backend("eager")
