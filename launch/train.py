@@ -7,6 +7,7 @@ import functools
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +17,8 @@ from mst_ds.config import TrainConfig, parse_train_config
 
 if TYPE_CHECKING:
     from mst_ds.engine import Run
+
+_SECONDS_FOR_THE_FIRST_RANK = 10.0
 
 
 def main(argv: Sequence[str]) -> int:
@@ -31,9 +34,11 @@ def main(argv: Sequence[str]) -> int:
         if run.launch.rank == 0:
             _make(folder)
     except ValueError as error:
-        # One line a node, not one a rank: what is wrong for one rank is mostly wrong for all.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            # One line a node, not one a rank: the launcher ends this process when the first rank has spoken. Ending
+            # sooner would have the first rank killed before it could; still here, the error is this rank's alone.
+            time.sleep(_SECONDS_FOR_THE_FIRST_RANK)
+        print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     _train(run, folder)
     return 0

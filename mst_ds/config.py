@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, NoReturn, TypeAlias, cast
 
 GIB = 2**30
 DEFAULT_MODEL = "small_llama"
@@ -73,7 +73,7 @@ class TrainConfig:
     dataset_split: str = _flag("train", "Split of a dataset from the Hugging Face hub.")
     text_column: str = _flag("text", "Column of the dataset that holds the text.")
     seq_len: int = _flag(4096, "Tokens in a sequence, over all its shards: 4096, 128K, 1M.", parse_seq_len)
-    max_steps: int = _flag(100, "Optimizer steps.")
+    max_steps: int = _flag(250, "Optimizer steps.")
     learning_rate: float | None = _flag(None, "Peak learning rate of AdamW; default: 4e-3 for small_llama, else 2e-5.")
     lr_scheduler_type: str = _flag("cosine", "Name of a transformers schedule, such as cosine, linear, constant.")
     warmup_steps: int | None = _flag(
@@ -166,8 +166,8 @@ def parse_train_config(argv: Sequence[str]) -> TrainConfig:
     """Reads flags, over the YAML file named by `--config`, over the defaults; then validates.
 
     Raises:
-        ValueError: the YAML file is missing or malformed, has an unknown key, or a value fails `validate`.
-        SystemExit: argparse's own, for an unknown flag or a value of the wrong type.
+        ValueError: an unknown flag, a value of the wrong type or one that fails `validate`; a YAML file that is
+            missing or malformed, or has an unknown key.
     """
     from transformers import HfArgumentParser
 
@@ -178,10 +178,18 @@ def parse_train_config(argv: Sequence[str]) -> TrainConfig:
                 kwargs["type"] = _argument_type(parse)
             return super().add_argument(*names, **kwargs)
 
+        def error(self, message: str) -> NoReturn:
+            raise ValueError(message)  # in one line, where argparse would print the usage as well and exit
+
     def parse_flags(flags: Sequence[str]) -> TrainConfig:
         parser = Parser(cast(Any, TrainConfig), allow_abbrev=False)  # its own annotation admits no class
-        (parsed,) = parser.parse_args_into_dataclasses(list(flags), look_for_args_file=False)
-        return parsed
+        parsed, unknown = parser.parse_args_into_dataclasses(
+            list(flags), look_for_args_file=False, return_remaining_strings=True
+        )
+        if unknown:
+            allowed = [f"--{flag.name}" for flag in dataclasses.fields(TrainConfig)]
+            raise ValueError(f"unknown flag {unknown[0]!r}{nearest(unknown[0], allowed)}; --help lists the flags")
+        return cast(TrainConfig, parsed)
 
     config = parse_flags(argv)
     if config.config is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,10 +43,19 @@ class Launch:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Launch:
-        """Read the variables of DeepSpeed's launcher or torchrun; without any, a single process."""
+        """Read the variables of DeepSpeed's launcher or torchrun; without any, a single process.
+
+        Raises:
+            ValueError: a variable is not a number.
+        """
 
         def read(*names: str, default: int) -> int:
-            return next((int(environment[name]) for name in names if name in environment), default)
+            name = next((name for name in names if name in environment), None)
+            if name is None:
+                return default
+            if not environment[name].isdecimal():
+                raise ValueError(f"the environment variable {name} is {environment[name]!r}; allowed: a whole number")
+            return int(environment[name])
 
         world_size = read("WORLD_SIZE", default=1)
         return cls(
@@ -116,6 +126,8 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
 def build_engine(run: Run) -> DeepSpeedEngine:
     """Let the processes meet, then build the model under its plan and hand it to DeepSpeed. A collective call."""
     get_accelerator().set_device(run.launch.local_rank)
+    if "MASTER_ADDR" not in os.environ:
+        _stand_alone()
     deepspeed.init_distributed()
     set_seed(run.config.seed)
     model = _load_model(run)
@@ -130,6 +142,20 @@ def build_engine(run: Run) -> DeepSpeedEngine:
         config=run.ds_config,
     )
     return engine
+
+
+def _stand_alone() -> None:
+    """Without a launcher a run is one process: say so where DeepSpeed looks, or it would ask for MPI."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ |= {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
 
 
 def _has_accelerator() -> bool:

@@ -142,10 +142,12 @@ def _shipped_names() -> list[str]:
 
 
 def _check_is_decoder(config: PreTrainedConfig) -> None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
-    # Encoders such as BERT are in the mapping too; their is_decoder, which plain decoders lack, tells.
-    is_decoder = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and getattr(config, "is_decoder", True)
+    # Encoders such as BERT are in the mapping too, for those who set their is_decoder.
+    is_decoder = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and (
+        type(config) not in MODEL_FOR_MASKED_LM_MAPPING or getattr(config, "is_decoder", False)
+    )
     if config.is_encoder_decoder or not is_decoder:
         raise ValueError(
             f"model type {config.model_type!r} is not a decoder; allowed: decoder-only causal language "

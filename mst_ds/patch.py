@@ -73,8 +73,8 @@ def find_parts(model: PreTrainedModel, plan: Plan) -> ModelParts:
     layers = decoder_layers(model)
     if plan.recompute and not layers:
         raise ValueError(f'{name} does not support recompute: set "recompute": false in the "mst" block')
+    causal_backend(plan.attention)
     if plan.sp_size > 1:
-        causal_backend(plan.attention)
         if not model._supports_attention_backend:
             raise ValueError(
                 f"{name} does not use transformers' attention interface, which sequence parallelism needs: "

@@ -148,10 +148,21 @@ class _StandInDecoder(nn.Module):
         super().__init__()
         self.hidden_states = hidden_states
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        from transformers.modeling_outputs import MoeModelOutputWithPast
+    def forward(self, *args: Any, **kwargs: Any) -> _StandInOutput:
+        return _StandInOutput(self.hidden_states)
 
-        return MoeModelOutputWithPast(last_hidden_state=self.hidden_states)
+
+class _StandInOutput:
+    """What every decoder's output has, whatever else it may have: hidden states, and None for the rest."""
+
+    def __init__(self, hidden_states: Tensor) -> None:
+        self.last_hidden_state = hidden_states
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def __getitem__(self, index: int | slice) -> Any:
+        return (self.last_hidden_state,)[index]
 
 
 def _logits_are_plain(model: PreTrainedModel, decoder: nn.Module, head: nn.Linear) -> bool:

@@ -71,7 +71,7 @@ def refused(
 ) -> Callable[..., str]:
     """Run the command, on one of `world_size` ranks; return its one line, without "train.py: error: "."""
 
-    def run(*flags: str, world_size: int = 1) -> str:
+    def run(*flags: str, world_size: int | str = 1) -> str:
         for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": world_size}.items():
             monkeypatch.setenv(name, str(value))
         assert train.main(flags) == 2
@@ -205,13 +205,25 @@ def test_output_dir_below_a_file(refused: Callable[..., str], tmp_path: Path) ->
     assert f"{file} is a file; allowed: a folder" in refused("--output_dir", f"{file}/run")
 
 
-def test_only_one_rank_of_a_node_speaks(
+def test_another_rank_lets_the_first_of_its_node_speak(
     train: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    order = []
     monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(train.time, "sleep", lambda seconds: order.append((seconds, capfd.readouterr())))
     assert train.main(["--seq_len", "0"]) == 2
-    assert train.main(["--ds_config", "missing.json"]) == 2
-    assert capfd.readouterr() == ("", "")
+    assert order == [(10.0, ("", ""))], "it spoke before it waited"
+    # The launcher would have ended it by now; it was not, so the error is this rank's alone.
+    assert "seq_len is 0" in only_line(capfd.readouterr().err)
+
+
+def test_two_ranks_say_it_once() -> None:
+    command = ["deepspeed", "--num_gpus", "2", str(SCRIPT), "--seq_len", "0"]
+    done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    said = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("train.py: error")]
+    assert len(said) == 1
+    assert "seq_len is 0" in said[0]
 
 
 def test_as_a_command() -> None:
@@ -219,6 +231,22 @@ def test_as_a_command() -> None:
     done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "'missing.json'" in only_line(done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--max_steps", "x"), "argument --max_steps/--max-steps: invalid int value: 'x'"),
+        (("--seq_len", "x"), "seq_len is 'x'"),
+        (("--sqe_len", "5"), "unknown flag '--sqe_len'; nearest: '--seq_len'"),
+    ],
+)
+def test_flags_that_argparse_refuses(refused: Callable[..., str], flags: tuple[str, str], says: str) -> None:
+    assert says in refused(*flags)
+
+
+def test_an_environment_that_is_no_launchers(refused: Callable[..., str]) -> None:
+    assert "WORLD_SIZE is 'x'" in refused(world_size="x")
 
 
 def test_a_request_that_can_run_lets_processes_meet(train: ModuleType, tmp_path: Path) -> None:

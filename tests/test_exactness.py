@@ -160,7 +160,7 @@ def accumulate(rank: int, batch_size: int) -> list[Outcome]:
     topology = Topology(rank, 2, 2)
     return [
         train_sharded(topology, batch_size=batch_size, micro_batches=count, stage=stage)
-        for stage in (1, 3)
+        for stage in range(4)
         for count in (1, 2, 4)
     ]
 

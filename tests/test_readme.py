@@ -31,8 +31,6 @@ from mst_ds.zero import load_ds_config
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
-# As `make` does: DeepSpeed starts python and ninja by name.
-ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
 def run(command: list[str], *, limit: float) -> subprocess.CompletedProcess[str]:
@@ -40,7 +38,6 @@ def run(command: list[str], *, limit: float) -> subprocess.CompletedProcess[str]
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
