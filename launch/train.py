@@ -93,7 +93,7 @@ def _train(run: Run, folder: Path) -> None:
 
 
 def _output_dir(config: TrainConfig) -> Path:
-    return Path(config.output_dir or f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}")
+    return Path(config.output_dir or f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}").expanduser()
 
 
 def _make(folder: Path) -> None:

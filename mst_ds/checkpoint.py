@@ -26,7 +26,6 @@ def export_model(engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, fo
     if dist.get_rank() == 0:
         engine.module.save_pretrained(Path(folder), state_dict=state)
         tokenizer.save_pretrained(Path(folder))
-    dist.barrier()
 
 
 def _gather_parameters(model: nn.Module) -> dict[str, torch.Tensor]:

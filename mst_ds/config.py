@@ -18,10 +18,23 @@ from typing import Any, Literal, NoReturn, TypeAlias, cast
 
 GIB = 2**30
 DEFAULT_MODEL = "small_llama"
+# Beside the package in its repository, so that the command runs from any folder.
+DEFAULT_DS_CONFIG = str(Path(__file__).parents[1] / "ds_configs" / "zero3_mst.json")
 
 Auto: TypeAlias = Literal["auto"]
 AUTO: Auto = "auto"
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "flash_attention_2")
+
+# The schedules of transformers that need no more than the steps and the warm-up.
+_SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
 
 _LENGTH_SUFFIXES = {"": 1, "K": 1024, "M": 1024**2}
 
@@ -57,7 +70,7 @@ class TrainConfig:
     """The flags of a training run. Lengths are in tokens, `weight_decay` and the rates as AdamW has them."""
 
     config: str | None = _flag(None, "YAML file with values for any of these flags; a flag given beside it wins.")
-    ds_config: str = _flag("ds_configs/zero3_mst.json", "DeepSpeed JSON with an optional 'mst' block.")
+    ds_config: str = _flag(DEFAULT_DS_CONFIG, "DeepSpeed JSON with an optional 'mst' block.")
     model: str = _flag(
         DEFAULT_MODEL,
         "Shipped config, Hugging Face id, or folder. A folder with only a config starts from random weights.",
@@ -110,7 +123,8 @@ class TrainConfig:
         """
         for name in ("seq_len", "max_steps"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number >= 1")
-        for name in ("seed", "eval_steps", "eval_samples", "weight_decay", "max_grad_norm"):
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2**32 - 1")
+        for name in ("eval_steps", "eval_samples", "weight_decay", "max_grad_norm"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "a number >= 0")
         _require(self.peak_learning_rate > 0, "learning_rate", self.learning_rate, "a number > 0")
         _require(self.adam_epsilon > 0, "adam_epsilon", self.adam_epsilon, "a number > 0")
@@ -136,7 +150,7 @@ class TrainConfig:
             )
         _check_scheduler(self.lr_scheduler_type)
         if self.output_dir is not None:
-            _check_writable(Path(self.output_dir))
+            _check_writable(Path(self.output_dir).expanduser())
 
 
 def _require(condition: bool, name: str, given: object, allowed: str) -> None:
@@ -145,11 +159,8 @@ def _require(condition: bool, name: str, given: object, allowed: str) -> None:
 
 
 def _check_scheduler(name: str) -> None:
-    from transformers import SchedulerType
-
-    names = [member.value for member in SchedulerType]
-    if name not in names:
-        raise ValueError(f"lr_scheduler_type is {name!r}; allowed: {', '.join(names)}{nearest(name, names)}")
+    if name not in _SCHEDULES:
+        raise ValueError(f"lr_scheduler_type is {name!r}; allowed: {', '.join(_SCHEDULES)}{nearest(name, _SCHEDULES)}")
 
 
 def _check_writable(folder: Path) -> None:

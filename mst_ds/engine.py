@@ -20,6 +20,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from mst_ds.config import AUTO, TrainConfig
 from mst_ds.data import TrainingData, load_training_data
+from mst_ds.jit_build import build_shared_memory_collective
 from mst_ds.model_shape import ModelShape, load_model_config, shipped_model_config
 from mst_ds.patch import apply_plan, find_parts
 from mst_ds.planner import Plan, make_plan
@@ -118,6 +119,11 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
         sp_size=sp_size,
         rank=launch.rank,
     )
+    if plan.zero_stage == 0 and plan.dtype != "fp32":
+        # DeepSpeed's optimizer for it takes a step with zero gradients first, and does not scale an fp16 loss.
+        raise ValueError(
+            f"the ZeRO stage is 0 in {plan.dtype}, which DeepSpeed trains wrong; allowed: 1, 2, 3, or fp32"
+        )
     with torch.device("meta"):
         find_parts(AutoModelForCausalLM.from_config(model_config), plan)
     return Run(config, launch, split_mst(resolved)[0], model_config, plan, load_training_data(config, model_config))
@@ -128,11 +134,12 @@ def build_engine(run: Run) -> DeepSpeedEngine:
     get_accelerator().set_device(run.launch.local_rank)
     if "MASTER_ADDR" not in os.environ:
         _stand_alone()
+    build_shared_memory_collective()
     deepspeed.init_distributed()
     set_seed(run.config.seed)
     model = _load_model(run)
     # Dropout must not repeat from rank to rank; the weights above must.
-    set_seed(run.config.seed + run.launch.rank)
+    set_seed((run.config.seed + run.launch.rank) % 2**32)
     apply_plan(model, run.plan)
     has_own_optimizer, has_own_schedule = (has_block(run.ds_config, name) for name in ("optimizer", "scheduler"))
     engine, *_ = deepspeed.initialize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,22 +37,21 @@ def train(
         held_out: makes the batches of one evaluation, equally many on every rank; None: no evaluation.
 
     Raises:
-        FloatingPointError: the loss of a step is not finite. Every rank raises it.
+        FloatingPointError: the loss or gradient norm of a step is not finite. Every rank raises it. (In fp16 a gradient
+            that is not finite is a step that DeepSpeed skips, to go on with a smaller loss scale.)
     """
     tokens = plan.seq_len * plan.micro_batch_size * plan.dp_size * plan.gradient_accumulation_steps
     for step in range(1, max_steps + 1):
         start = time.perf_counter()
         learning_rate = engine.get_lr()[0]
-        loss = train_step(engine, [next(batches) for _ in range(plan.gradient_accumulation_steps)])
+        result = train_step(engine, [next(batches) for _ in range(plan.gradient_accumulation_steps)])
         seconds = time.perf_counter() - start
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss of step {step} is {loss}: lower the learning rate, or look at its data")
-        grad_norm = engine.get_global_grad_norm()
+        _check_finite(step, result, has_loss_scale=plan.dtype == "fp16")
         metrics.log_step(
             step,
-            loss=loss,
+            loss=result.loss,
             tokens_per_second=tokens / seconds,
-            grad_norm=None if grad_norm is None else float(grad_norm),
+            grad_norm=result.grad_norm,
             learning_rate=learning_rate,
             device_memory_bytes=peak_memory_bytes(engine.device),
             seconds=seconds,
@@ -61,8 +61,16 @@ def train(
             metrics.log_eval(step, evaluate(engine, held_out()))
 
 
-def train_step(engine: DeepSpeedEngine, micro_batches: list[Batch]) -> float:
-    """One optimizer step over `micro_batches` of every rank; returns the mean loss over all their valid tokens.
+@dataclass(frozen=True)
+class StepResult:
+    """The mean loss over all valid tokens of a step, and its gradient norm before clipping."""
+
+    loss: float
+    grad_norm: float
+
+
+def train_step(engine: DeepSpeedEngine, micro_batches: list[Batch]) -> StepResult:
+    """One optimizer step over `micro_batches` of every rank.
 
     One token, one weight: each micro-batch's loss is its sum over valid tokens divided by the number of valid tokens of
     the whole step, over ranks and micro-batches. DeepSpeed averages gradients over all ranks, at every ZeRO stage and
@@ -71,12 +79,26 @@ def train_step(engine: DeepSpeedEngine, micro_batches: list[Batch]) -> float:
     engine.train()
     num_items = _sum_over_ranks(_count_valid(micro_batches, engine.device))
     total = torch.zeros((), device=engine.device, dtype=torch.float32)
+    norm_of_stage_0 = None
     for batch in micro_batches:
         loss = engine(**_on_device(batch, engine.device), num_items_in_batch=num_items).loss
         engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
+        if engine.is_gradient_accumulation_boundary() and engine.zero_optimization_stage() == 0:
+            # Without ZeRO DeepSpeed clips by torch's function and keeps no norm.
+            gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+            norm_of_stage_0 = torch.nn.utils.get_total_norm(gradients)
         engine.step()
         total += loss.detach()
-    return _sum_over_ranks(total).item()
+    norm = engine.get_global_grad_norm() if norm_of_stage_0 is None else norm_of_stage_0
+    return StepResult(_sum_over_ranks(total).item(), float(norm))
+
+
+def _check_finite(step: int, result: StepResult, *, has_loss_scale: bool) -> None:
+    for name, value in (("loss", result.loss), ("gradient norm", result.grad_norm)):
+        if not math.isfinite(value) and not (has_loss_scale and name == "gradient norm"):
+            raise FloatingPointError(
+                f"the {name} of step {step} is {value}: lower the learning rate, or look at the data of that step"
+            )
 
 
 @torch.no_grad()

@@ -118,6 +118,7 @@ def load_model_config(name_or_path: str) -> PreTrainedConfig:
     Raises:
         ValueError: found in none of these places, or not a config that transformers can read.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     shipped = shipped_model_config(name_or_path)
@@ -126,7 +127,7 @@ def load_model_config(name_or_path: str) -> PreTrainedConfig:
         raise ValueError(f"model folder {name_or_path!r} has no config.json; allowed: a folder with one")
     try:
         return AutoConfig.from_pretrained(str(folder) if folder.is_dir() else name_or_path)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         names = _shipped_names()
         if folder.is_dir():
             reason = str(error).splitlines()[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mst_ds.minisequence import chunked_loss, chunked_mlp
 from mst_ds.planner import Plan
-from mst_ds.structure import MlpStructure, decoder_layers, find_mlps, loss_structure
+from mst_ds.structure import MlpStructure, decoder_layers, find_mlps, loss_structure, require_shardable
 from mst_ds.ulysses import ATTENTION_NAME, UlyssesContext, new_sequence_group, register_attention
 from mst_ds.ulysses.attention import find_document_starts
 from mst_ds.ulysses.backends import causal_backend
@@ -80,11 +81,7 @@ def find_parts(model: PreTrainedModel, plan: Plan) -> ModelParts:
                 f"{name} does not use transformers' attention interface, which sequence parallelism needs: "
                 "use sp_size 1 for this model"
             )
-        if getattr(model.config, "sliding_window", None) is not None:
-            raise ValueError(
-                f"{name} has sliding_window {model.config.sliding_window}, which Ulysses attention does not support "
-                "yet: use sp_size 1 for this model"
-            )
+        require_shardable(model)
     return ModelParts(layers, find_mlps(model, required=plan.mlp_chunks > 1), *loss_structure(model))
 
 
@@ -192,6 +189,7 @@ def _head_forward(
     hidden_states: Tensor,
     labels: Tensor | None = None,
     num_items_in_batch: int | Tensor | None = None,
+    ignore_index: int = _IGNORE_INDEX,
 ) -> Tensor:
     # The loss is computed inside the head's own call: that is where ZeRO-3 gathers its weight, once.
     if labels is None:
@@ -202,7 +200,7 @@ def _head_forward(
         labels,
         chunks=chunks,
         bias=head.bias,
-        ignore_index=_IGNORE_INDEX,
+        ignore_index=ignore_index,
         num_items_in_batch=num_items_in_batch,
     )
 
@@ -212,28 +210,31 @@ def _model_forward(
     parts: ModelParts,
     plan: Plan,
     group: dist.ProcessGroup | None,
-    input_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    *,
-    labels: Tensor | None = None,
-    shift_labels: Tensor | None = None,
-    num_items_in_batch: int | Tensor | None = None,
-    return_dict: bool | None = None,
+    *args: Any,
     **kwargs: Any,
 ) -> Any:
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
-    kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask}
+    positional = dict(zip(inspect.signature(original).parameters, args, strict=False))
+    kwargs = {"input_ids": None, "attention_mask": None, **positional, **kwargs}
+    labels, shift_labels = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
+    num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+    ignore_index = kwargs.pop("ignore_index", _IGNORE_INDEX)
+    return_dict = kwargs.pop("return_dict", None)
     if group is not None:
         _check_shard_arguments(labels, shift_labels, num_items_in_batch, kwargs)
         kwargs |= _shard_arguments(plan, group, kwargs)
     if labels is None and shift_labels is None:
         return original(return_dict=return_dict, **kwargs)
     if shift_labels is None:
-        assert labels is not None
-        shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=_IGNORE_INDEX)
+        shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
     outputs = parts.decoder(**kwargs | {"use_cache": False})
-    loss = parts.head(outputs.last_hidden_state, labels=shift_labels, num_items_in_batch=num_items_in_batch)
+    loss = parts.head(
+        outputs.last_hidden_state,
+        labels=shift_labels,
+        num_items_in_batch=num_items_in_batch,
+        ignore_index=ignore_index,
+    )
     output = CausalLMOutputWithPast(
         loss=loss, hidden_states=outputs.get("hidden_states"), attentions=outputs.get("attentions")
     )

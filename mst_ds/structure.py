@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # A probe's sizes: small, and all different, so that a mixed-up dimension cannot go unnoticed. Tokens enough for two
 # chunks, so that what mixes tokens cannot either.
+_FULL_ATTENTION = frozenset({"full_attention", "attention"})
+_LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 _HIDDEN, _INTERMEDIATE, _VOCAB, _TOKENS = 6, 10, 14, 9
 
 
@@ -90,7 +92,10 @@ def loss_structure(model: PreTrainedModel) -> tuple[nn.Module, nn.Linear]:
         )
     if model.loss_function is not ForCausalLMLoss:
         raise ValueError(f"{name} has a loss_function of its own, which mst_ds cannot chunk: only cross-entropy")
-    if not _logits_are_plain(model, decoder, head):
+    plain = _logits_are_plain(model, decoder, head)
+    if plain is None:
+        raise ValueError(f"{name} cannot be checked: its forward does not run with another decoder; not supported yet")
+    if not plain:
         raise ValueError(f"{name} does more to its logits than its LM head (scaling, softcapping): not supported yet")
     return decoder, head
 
@@ -100,6 +105,37 @@ def _is_plain_linear(module: nn.Module | None) -> TypeGuard[nn.Linear]:
     if type(module) is not nn.Linear or "forward" in module.__dict__:
         return False
     return not (module._forward_hooks or module._forward_pre_hooks)
+
+
+def require_shardable(model: PreTrainedModel) -> None:
+    """Refuse what is not exact on a shard: tokens may meet in causal attention over all positions, nowhere else.
+
+    Raises:
+        ValueError: a sliding window, attention that is not causal, layers that mix tokens in another way, or rotary
+            frequencies that depend on the length, of which a shard sees only its part.
+    """
+    config = model.config.get_text_config()
+    types = {*(getattr(config, "layer_types", None) or ()), *(getattr(config, "layers_block_type", None) or ())}
+    rope = getattr(config, "rope_parameters", None) or {}
+    ropes = rope.values() if rope and all(isinstance(value, dict) for value in rope.values()) else [rope]
+    rope_types = {str(entry.get("rope_type")) for entry in ropes}
+    window = getattr(config, "sliding_window", None)
+    reasons = {
+        f"sliding_window {window}": window is not None and getattr(config, "use_sliding_window", True),
+        f"layers of type {', '.join(sorted(types - _FULL_ATTENTION))}": bool(types - _FULL_ATTENTION),
+        "convolutions over the sequence": any(isinstance(module, nn.Conv1d) for module in model.modules()),
+        "attention that is not causal": getattr(config, "is_causal", True) is False
+        or bool(getattr(config, "use_bidirectional_attention", False)),
+        f"rope_type {', '.join(sorted(rope_types & _LENGTH_DEPENDENT_ROPE))}": bool(
+            rope_types & _LENGTH_DEPENDENT_ROPE
+        ),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ValueError(
+                f"{type(model).__name__} has {reason}, which sequence parallelism does not support yet: "
+                "use sp_size 1 for this model"
+            )
 
 
 def _as_mlp(module: nn.Module) -> MlpStructure | None:
@@ -165,7 +201,8 @@ class _StandInOutput:
         return (self.last_hidden_state,)[index]
 
 
-def _logits_are_plain(model: PreTrainedModel, decoder: nn.Module, head: nn.Linear) -> bool:
+def _logits_are_plain(model: PreTrainedModel, decoder: nn.Module, head: nn.Linear) -> bool | None:
+    """Whether the model's logits are its head's output; None where that cannot be found out."""
     with _isolated_rng():
         hidden_states = torch.randn(1, _TOKENS, _HIDDEN, dtype=torch.float64, device="cpu")
         # Far from 0, where a softcap is visible.
@@ -175,7 +212,9 @@ def _logits_are_plain(model: PreTrainedModel, decoder: nn.Module, head: nn.Linea
         named = {name: stand_ins[child] for name, child in model.named_children() if child in stand_ins}
         output = _run_probe(model, named, torch.zeros(1, _TOKENS, dtype=torch.long, device="cpu"))
     logits = getattr(output, "logits", None)
-    return len(named) == 2 and isinstance(logits, Tensor) and torch.allclose(logits, stand_in_head(hidden_states))
+    if len(named) != len(stand_ins) or not isinstance(logits, Tensor):
+        return None
+    return torch.allclose(logits, stand_in_head(hidden_states))
 
 
 def _run_probe(module: nn.Module, stand_ins: Mapping[str, nn.Module], x: Tensor) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,21 @@ _ZERO = "zero_optimization"
 _MICRO_BATCH = "train_micro_batch_size_per_gpu"
 _ACCUMULATION = "gradient_accumulation_steps"
 _TRAIN_BATCH = "train_batch_size"
+# DeepSpeed's own way to sequence parallelism, which changes over which ranks it averages gradients.
+_SIZES_OF_ITS_OWN = ("sequence_parallel_size", "data_parallel_size")
+_COMMON_KEYS = (
+    _MST,
+    _ZERO,
+    _MICRO_BATCH,
+    _ACCUMULATION,
+    _TRAIN_BATCH,
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+    "bf16",
+    "fp16",
+    "data_types",
+)
 _OFFLOAD_DEVICES = ("none", "cpu", "nvme")
 # data_types.grad_accum_dtype as DeepSpeed spells it, and bytes.
 _DTYPE_BYTES: Mapping[str, int] = {"fp32": 4, "float32": 4, "fp16": 2, "float16": 2, "bf16": 2, "bfloat16": 2}
@@ -70,7 +86,7 @@ def load_ds_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> DsConf
         if not path.is_file():
             raise ValueError(f"ds_config is {str(path)!r}; allowed: an existing DeepSpeed JSON file")
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
+            config = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
         except UnicodeDecodeError as error:
@@ -107,6 +123,9 @@ def resolve(
     _check_train_batch(resolved.pop(_TRAIN_BATCH, AUTO), resolved[_MICRO_BATCH], resolved[_ACCUMULATION], dp_size)
     for path, value in _auto_values(resolved, train, hidden_size, has_accelerator).items():
         _fill(resolved, path, value)
+    if not has_accelerator and offloads_optimizer(resolved):
+        # DeepSpeed would ask for its own CPU Adam, and that for a build of 50 s.
+        resolved.setdefault("zero_force_ds_cpu_optimizer", False)
     for path in _auto_paths(resolved):
         if path not in _DEEPSPEED_AUTO and not path.startswith(f"{_MST}."):
             raise ValueError(f"{path} is 'auto', which has no meaning there; allowed: a value, or leave the key out")
@@ -152,10 +171,22 @@ def offloads_optimizer(ds_config: Mapping[str, Any]) -> bool:
     return read_zero(ds_config, dp_world_size=1).optimizer_offload != "none"
 
 
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"the DeepSpeed JSON has the value {name}; allowed: a number, which JSON has no {name} for")
+
+
 def _check(config: Mapping[str, Any]) -> None:
+    for key in config:
+        # DeepSpeed ignores a key that it does not know: a typing error would silently train without ZeRO.
+        (near,) = difflib.get_close_matches(key, _COMMON_KEYS, n=1, cutoff=0.85) or (key,)
+        if key not in _COMMON_KEYS and near != key:
+            raise ValueError(f"the DeepSpeed JSON has the unknown key {key!r}; nearest: {near!r}")
     _stage(config)
     if _block(config, "bf16").get("enabled") is True and _block(config, "fp16").get("enabled") is True:
         raise ValueError("bf16 and fp16 are both enabled; allowed: one of them, or neither for fp32")
+    for key in _SIZES_OF_ITS_OWN:
+        if key in config:
+            raise ValueError(f"{key} stands in the JSON; allowed: sp_size in the 'mst' block, which takes its place")
     for key in (_MICRO_BATCH, _ACCUMULATION, _TRAIN_BATCH):
         value = config.get(key, AUTO)
         if value != AUTO and (not isinstance(value, int) or isinstance(value, bool) or value < 1):

@@ -196,6 +196,11 @@ def test_model(
         assert words in line
 
 
+def test_stage_0_in_16_bits(refused: Callable[..., str], tmp_path: Path) -> None:
+    ds_config = write(tmp_path / "ds.json", json.dumps({"bf16": {"enabled": True}}))
+    assert "the ZeRO stage is 0 in bf16" in refused("--ds_config", ds_config)
+
+
 def test_model_folder_without_config(refused: Callable[..., str], tmp_path: Path) -> None:
     assert "has no config.json" in refused("--model", str(tmp_path))
 

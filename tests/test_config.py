@@ -102,6 +102,8 @@ def test_argparse_names_the_flag(capsys, flags, message):
         ({"adam_beta2": 1.0}, "adam_beta2 is 1.0"),
         ({"weight_decay": -0.1}, "weight_decay is -0.1"),
         ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**32}, "seed is 4294967296"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type is 'reduce_lr_on_plateau'"),
         ({"warmup_steps": -1}, "warmup_steps is -1"),
         ({"max_steps": 5, "warmup_steps": 6}, r"warmup_steps is 6; allowed: 0 to max_steps \(5\)"),
         ({"eval_steps": -1}, "eval_steps is -1"),
@@ -189,3 +191,16 @@ def test_mst_values_are_kept():
 def test_a_bad_mst_block_is_refused(block, message):
     with pytest.raises(ValueError, match=message):
         MstConfig.from_dict(block)
+
+
+def test_every_schedule_that_is_allowed_works():
+    import torch
+    from transformers import get_scheduler
+
+    from mst_ds.config import _SCHEDULES
+
+    for name in _SCHEDULES:
+        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+        schedule = get_scheduler(name, optimizer, 1, 4)
+        optimizer.step()
+        schedule.step()

@@ -38,8 +38,10 @@ def make_engine(
 ) -> Any:
     import deepspeed
 
+    from mst_ds.jit_build import build_shared_memory_collective
     from mst_ds.patch import apply_plan
 
+    build_shared_memory_collective()
     model = tiny_llama(**dimensions)
     apply_plan(model, tiny_plan(topology, SEQ_LEN, zero_stage=stage, **settings))
     engine, *_ = deepspeed.initialize(
@@ -96,7 +98,7 @@ def train_sharded(
         with pytest.MonkeyPatch.context() as patch:
             if step == 0:
                 patch.setattr(engine, "step", functools.partial(keep_gradients, engine, engine.step, gradients))
-            losses.append(train_step(engine, shards))
+            losses.append(train_step(engine, shards).loss)
     engine.destroy()
     return Outcome(losses, gradients if topology.rank == 0 else {})
 
@@ -240,3 +242,22 @@ def test_evaluation_is_the_mean_over_all_tokens() -> None:
     expected = tiny_llama()(input_ids=data["input_ids"], labels=data["labels"]).loss.item()
     for loss in run_ranks(evaluate_sharded, 4):
         assert loss == pytest.approx(expected, rel=TOLERANCE)
+
+
+def norms_by_stage(rank: int) -> list[float]:
+    from mst_ds.loop import train_step
+
+    topology = Topology(rank, 2, 2)
+    norms = []
+    for stage in range(4):
+        engine = make_engine(topology, stage=stage, dimensions={})
+        norms.append(train_step(engine, [shard(samples(1, SEQ_LEN), topology)]).grad_norm)
+        engine.destroy()
+    return norms
+
+
+def test_the_gradient_norm_is_that_of_one_process_at_every_stage() -> None:
+    reference = plain_training(tiny_llama(), samples(1, SEQ_LEN), steps=1)
+    expected = torch.nn.utils.get_total_norm(list(reference.gradients.values())).item()
+    for norms in run_ranks(norms_by_stage, 2):
+        assert norms == pytest.approx([expected] * 4, rel=TOLERANCE)

@@ -16,7 +16,7 @@ LAYERS = [
     {"planner", "minisequence", "ulysses", "metrics", "data"},
     {"structure"},
     {"patch"},
-    {"checkpoint"},
+    {"checkpoint", "jit_build"},
     {"engine"},
     {"loop"},
 ]

@@ -12,8 +12,12 @@ from tiny_models import ARCHITECTURES, build, tiny_model
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     MixtralConfig,
     MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
 )
@@ -353,3 +357,31 @@ def test_the_calling_conventions_of_transformers_are_kept():
     assert isinstance(as_tuple, tuple)
     assert torch.equal(as_tuple[0], loss)
     assert "labels" in inspect.signature(model.forward).parameters
+
+
+def test_positional_arguments_and_ignore_index_mean_what_they_meant():
+    model = tiny_llama()
+    ids = torch.arange(32).view(2, 16)
+    names = list(inspect.signature(model.forward).parameters)
+    positional = [ids, *[None] * (names.index("labels") - 1), ids]
+    expected = model(*positional).loss, model(ids, labels=ids, ignore_index=5).loss
+    apply_plan(model, tiny_plan())
+    torch.testing.assert_close((model(*positional).loss, model(ids, labels=ids, ignore_index=5).loss), expected)
+    assert not torch.equal(*expected)
+
+
+def test_gpt2_with_its_own_mlp():
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=97, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    model = GPT2LMHeadModel(config)
+    ids = torch.arange(16)[None]
+    expected = model(ids, labels=ids).loss
+    apply_plan(model, tiny_plan(mlp_chunks=1))  # its MLP has no nn.Linear: left as it is
+    torch.testing.assert_close(model(ids, labels=ids).loss, expected)
+
+
+def test_a_forward_that_cannot_be_probed_is_said_to_be_that():
+    model = OPTForCausalLM(
+        OPTConfig(hidden_size=32, ffn_dim=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=97)
+    )
+    with pytest.raises(ValueError, match="cannot be checked"):
+        apply_plan(model, tiny_plan(mlp_chunks=1))

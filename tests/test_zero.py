@@ -260,3 +260,29 @@ def test_what_the_json_brings_itself():
     assert not offloads_optimizer({"zero_optimization": {"stage": 2}})
     assert has_block({"optimizer": {"type": "AdamW"}}, "optimizer")
     assert not has_block({"optimizer": {"type": "AdamW"}}, "scheduler")
+
+
+@pytest.mark.parametrize("key", ["sequence_parallel_size", "data_parallel_size"])
+def test_deepspeeds_own_sequence_parallelism_is_refused(key):
+    with pytest.raises(ValueError, match=f"{key} stands in the JSON; allowed: sp_size"):
+        load_ds_config({key: 2})
+
+
+def test_a_typing_error_in_a_key_does_not_train_without_zero():
+    with pytest.raises(ValueError, match="unknown key 'zero_optimisation'; nearest: 'zero_optimization'"):
+        load_ds_config({"zero_optimisation": {"stage": 3}})
+    load_ds_config({"wall_clock_breakdown": True, "steps_per_print": 10})  # DeepSpeed's to judge
+
+
+def test_numbers_that_json_does_not_have(tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text('{"gradient_clipping": NaN}')
+    with pytest.raises(ValueError, match="has the value NaN"):
+        load_ds_config(path)
+
+
+def test_offload_without_an_accelerator_takes_a_torch_optimizer():
+    config = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    for has_accelerator, expected in ((False, False), (True, None)):
+        done = resolve(config, train=TrainConfig(), hidden_size=8, has_accelerator=has_accelerator, dp_size=1)
+        assert done.get("zero_force_ds_cpu_optimizer") is expected

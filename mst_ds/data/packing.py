@@ -31,17 +31,23 @@ def tokenise(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
 
     Rows without text are left out. The result is an Arrow file in the cache of `datasets`, found again by the
     fingerprints of the documents and of the tokenizer.
+
+    Raises:
+        ValueError: text that is not UTF-8.
     """
-    with _one_process_at_a_time(documents):
-        return documents.map(
-            _encode,
-            batched=True,
-            batch_size=_DOCUMENTS_PER_CALL,
-            fn_kwargs={"tokenizer": tokenizer},
-            remove_columns=documents.column_names,
-            features=Features({"input_ids": Sequence(Value("int32"))}),
-            desc="Tokenising",
-        )
+    try:
+        with _one_process_at_a_time(documents):
+            return documents.map(
+                _encode,
+                batched=True,
+                batch_size=_DOCUMENTS_PER_CALL,
+                fn_kwargs={"tokenizer": tokenizer},
+                remove_columns=documents.column_names,
+                features=Features({"input_ids": Sequence(Value("int32"))}),
+                desc="Tokenising",
+            )
+    except UnicodeDecodeError as error:
+        raise ValueError(f"a document of the dataset is not UTF-8 text ({error}); allowed: UTF-8") from error
 
 
 def _encode(rows: dict[str, list[str | None]], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Any]]:

@@ -101,15 +101,16 @@ class _ChunkedLoss(torch.autograd.Function):
             if not (needs_x or needs_weight or needs_bias):
                 continue
             d_logits = logits.mul_(mantissa)
+            rounded = d_logits.to(x.dtype)
             if d_weight is not None:
                 # A CUDA GEMM reads 16-bit operands; where it has to be fp32 anyway, the rounding is saved.
-                left = d_logits.to(x.dtype) if x.is_cuda else d_logits
-                add_outer_products(d_weight, left, x[rows])
+                add_outer_products(d_weight, rounded if x.is_cuda else d_logits, x[rows])
             if d_bias is not None:
                 add_column_sums(d_bias, d_logits)
             if dx is not None:
-                torch.mm(d_logits.to(x.dtype), weight, out=dx[rows])
-            del logits, d_logits
+                torch.mm(rounded, weight, out=dx[rows])
+            # Before the next chunk's: two chunks' logits must never be alive together.
+            del logits, d_logits, rounded
         ctx.save_for_backward(dx, d_weight, d_bias, exponent)
         ctx.shape, ctx.dtypes = hidden_states.shape, (weight.dtype, bias.dtype if bias is not None else None)
         # One sum over all tokens, as without chunks: a running total over chunks would round at every step.

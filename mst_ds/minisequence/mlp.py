@@ -47,7 +47,7 @@ def chunked_mlp(
         up_weight: (I, H).
         down_weight: (H, I).
         chunks: how many chunks; fewer where a chunk would be shorter than 4 tokens.
-        activation: elementwise and deterministic; differentiated by autograd, one chunk at a time.
+        activation: elementwise, deterministic and not in place; differentiated by autograd, one chunk at a time.
         gate_bias, up_bias: (I,) or None.
         down_bias: (H,) or None.
 

@@ -115,6 +115,7 @@ def _exchange(
 ) -> list[list[Tensor]]:
     """Send the tensors `sends[rank]` to each rank; return those received from each, views into one flat buffer."""
     reference = sends[0][0]
+    assert all(tensor.dtype == reference.dtype for tensors in sends for tensor in tensors)
     send_splits = [sum(tensor.numel() for tensor in tensors) for tensors in sends]
     receive_splits = [sum(shape.numel() for shape in shapes) for shapes in receive_shapes]
     send = reference.new_empty(sum(send_splits))

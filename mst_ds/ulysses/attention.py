@@ -83,6 +83,10 @@ def ulysses_attention(
                 f"{type(module).__name__} asks for {name}={kwargs[name]!r}, which Ulysses attention does not "
                 "support: use sp_size 1 for this model"
             )
+    if not kwargs.get("is_causal", getattr(module, "is_causal", True)):
+        raise ValueError(
+            f"{type(module).__name__} is not causal, which Ulysses attention does not support: use sp_size 1"
+        )
     group = ulysses.group
     layout = HeadLayout(query.shape[1], key.shape[1], dist.get_world_size(group))
     query, key, value = sequence_to_heads(query, key, value, layout, group)

@@ -66,6 +66,10 @@ def attend_within_documents(
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float) -> Tensor:
+    if query.is_cuda and query.dtype == torch.float32:
+        # The one kernel for fp32 on CUDA without an S x S matrix wants as many key/value heads as query heads.
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     return scaled_dot_product_attention(
         query,
         key,

@@ -193,8 +193,32 @@ def test_a_sliding_window_is_refused() -> None:
 
     config = MistralConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
     config.sliding_window, config.num_key_value_heads = 8, 4
-    with pytest.raises(ValueError, match="sliding_window 8, which Ulysses attention does not support"):
+    with pytest.raises(ValueError, match="sliding_window 8, which sequence parallelism does not support"):
         apply_plan(MistralForCausalLM(config), tiny_plan(Topology(0, 2, 2), 16))
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type dynamic"),
+        ({"is_causal": False}, "attention that is not causal"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "layers of type linear_attention"),
+    ],
+)
+def test_what_is_not_exact_on_a_shard_is_refused(settings: dict[str, Any], reason: str) -> None:
+    model = tiny_llama()
+    for name, value in settings.items():
+        setattr(model.config, name, value)
+    with pytest.raises(ValueError, match=f"{reason}, which sequence parallelism does not support"):
+        apply_plan(model, tiny_plan(Topology(0, 2, 2)))
+    apply_plan(model, tiny_plan())  # on one rank it is exact
+
+
+def test_layers_that_mix_tokens_by_convolution_are_refused() -> None:
+    model = tiny_llama()
+    model.model.layers[0].convolution = torch.nn.Conv1d(48, 48, 3)
+    with pytest.raises(ValueError, match="convolutions over the sequence"):
+        apply_plan(model, tiny_plan(Topology(0, 2, 2)))
 
 
 def test_without_a_process_group_sequence_parallelism_is_refused() -> None:
