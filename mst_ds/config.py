@@ -86,7 +86,7 @@ class TrainConfig:
     dataset_split: str = _flag("train", "Split of a dataset from the Hugging Face hub.")
     text_column: str = _flag("text", "Column of the dataset that holds the text.")
     seq_len: int = _flag(4096, "Tokens in a sequence, over all its shards: 4096, 128K, 1M.", parse_seq_len)
-    max_steps: int = _flag(250, "Optimizer steps.")
+    max_steps: int = _flag(150, "Optimizer steps.")
     learning_rate: float | None = _flag(None, "Peak learning rate of AdamW; default: 4e-3 for small_llama, else 2e-5.")
     lr_scheduler_type: str = _flag("cosine", "Name of a transformers schedule, such as cosine, linear, constant.")
     warmup_steps: int | None = _flag(
