@@ -215,7 +215,7 @@ def _model_forward(
 ) -> Any:
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
-    positional = dict(zip(inspect.signature(original).parameters, args, strict=False))
+    positional = dict(zip(inspect.signature(original).parameters, args, strict=False)) if args else {}
     kwargs = {"input_ids": None, "attention_mask": None, **positional, **kwargs}
     labels, shift_labels = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
     num_items_in_batch = kwargs.pop("num_items_in_batch", None)

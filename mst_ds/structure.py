@@ -16,10 +16,11 @@ from mst_ds.minisequence import chunked_mlp
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# A probe's sizes: small, and all different, so that a mixed-up dimension cannot go unnoticed. Tokens enough for two
-# chunks, so that what mixes tokens cannot either.
 _FULL_ATTENTION = frozenset({"full_attention", "attention"})
 _LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
+
+# A probe's sizes: small, and all different, so that a mixed-up dimension cannot go unnoticed. Tokens enough for two
+# chunks, so that what mixes tokens cannot either.
 _HIDDEN, _INTERMEDIATE, _VOCAB, _TOKENS = 6, 10, 14, 9
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -38,3 +38,19 @@ def assert_within_budget(candidate: Tensors, reference: Tensors, truth: Tensors)
     # Not `>`: a NaN must be over the budget.
     over = {name: pair for name, pair in errors.items() if not pair[0] <= pair[1] * FACTOR + EPS}
     assert not over, f"errors (candidate, reference) over the budget: {over}"
+
+
+def leaves(tensors: Mapping[str, Tensor], *, frozen: Collection[str] = ()) -> Tensors:
+    """Copies to differentiate by, but for the `frozen`."""
+    return {name: tensor.clone().requires_grad_(name not in frozen) for name, tensor in tensors.items()}
+
+
+def gradients(tensors: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+    return {name: tensor.grad for name, tensor in tensors.items()}
+
+
+def assert_equal_but_for_order(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, atol: float) -> None:
+    """Equal but for the roundings of a sum in another order: both sides are fp64."""
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-11, atol=atol, msg=name)

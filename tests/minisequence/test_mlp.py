@@ -6,7 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from count_products import CountProducts
-from error_budget import assert_within_budget, relative_error, value_and_gradients
+from error_budget import (
+    assert_equal_but_for_order,
+    assert_within_budget,
+    gradients,
+    leaves,
+    relative_error,
+    value_and_gradients,
+)
 from live_memory import LiveMemory
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -53,19 +60,7 @@ def make_tensors(dtype, shape, *, gate=True, bias=True, hidden=HIDDEN, intermedi
     return {name: (torch.randn(sizes) * scales.get(name, 1)).to(dtype) for name, sizes in shapes.items()}
 
 
-def leaves(tensors, *, frozen=()):
-    return {name: tensor.clone().requires_grad_(name not in frozen) for name, tensor in tensors.items()}
-
-
-def gradients(tensors):
-    return {name: tensor.grad for name, tensor in tensors.items()}
-
-
-def assert_same(actual, expected):
-    """Equal but for the roundings of a sum in another order: both sides are fp64."""
-    assert actual.keys() == expected.keys()
-    for name in expected:
-        torch.testing.assert_close(actual[name], expected[name], rtol=1e-11, atol=1e-12, msg=name)
+assert_same = functools.partial(assert_equal_but_for_order, atol=1e-12)
 
 
 @functools.cache

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mst_ds.data import IGNORE_INDEX, Batch, shard, shift_labels
 from mst_ds.patch import apply_plan
 from mst_ds.topology import Topology
+from mst_ds.ulysses.attention import UlyssesContext, ulysses_attention
 from mst_ds.ulysses.backends import attend_within_documents, causal_backend
 
 SEQ_LEN = 37
@@ -264,6 +265,26 @@ def test_the_flash_attention_backend_hands_over_its_own_layout(monkeypatch: pyte
         for name in ("flash_attention_2", "sdpa")
     )
     torch.testing.assert_close(flash, sdpa)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"ulysses": None}, "does not hand keyword arguments on"),
+        ({"attention_mask": torch.ones(1)}, "takes no attention_mask"),
+        ({"sliding_window": 8}, "asks for sliding_window=8"),
+        ({"softcap": 30.0}, "asks for softcap=30.0"),
+        ({"is_causal": False}, "is not causal"),
+    ],
+)
+def test_what_a_layer_may_not_ask_for(arguments: dict[str, Any], says: str) -> None:
+    heads = torch.zeros(1, 2, 4, 8)
+    allowed = {
+        "attention_mask": None,
+        "ulysses": UlyssesContext(None, "sdpa", None),
+    }  # refused before the group is used
+    with pytest.raises(ValueError, match=says):
+        ulysses_attention(torch.nn.Identity(), heads, heads, heads, **(allowed | arguments))
 
 
 def test_backends_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
