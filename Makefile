@@ -61,6 +61,6 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "==> Installing PyTorch (once; minutes, depending on the network)"
 	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt torch
 	@echo "==> Installing mst_ds and everything else it needs"
-	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[tests,plots]'
+	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[tests,plots,peft]'
 	@touch $@
 	@echo "==> The environment is ready"

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeAlias, cast
+from typing import Any, Literal, NoReturn, TypeAlias, cast, get_args
 
 GIB = 2**30
 DEFAULT_MODEL = "small_llama"
@@ -24,6 +24,7 @@ DEFAULT_DS_CONFIG = str(Path(__file__).parents[1] / "ds_configs" / "zero3_mst.js
 Auto: TypeAlias = Literal["auto"]
 AUTO: Auto = "auto"
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "flash_attention_2")
+Packing: TypeAlias = Literal["documents", "none"]
 
 # The schedules of transformers that need no more than the steps and the warm-up.
 _SCHEDULES = (
@@ -75,6 +76,9 @@ class TrainConfig:
         DEFAULT_MODEL,
         "Shipped config, Hugging Face id, or folder. A folder with only a config starts from random weights.",
     )
+    peft_config: str | None = _flag(
+        None, "adapter_config.json of peft, or its folder: trains new adapters, and not the model's own weights."
+    )
     tokenizer: str | None = _flag(
         None, "Hugging Face id or folder; default: the model's own, bytes for shipped configs."
     )
@@ -86,6 +90,9 @@ class TrainConfig:
     dataset_split: str = _flag("train", "Split of a dataset from the Hugging Face hub.")
     text_column: str = _flag("text", "Column of the dataset that holds the text.")
     seq_len: int = _flag(4096, "Tokens in a sequence, over all its shards: 4096, 128K, 1M.", parse_seq_len)
+    packing: Packing = _flag(  # noqa: RUF009 - the alias hides from ruff that the type is immutable
+        "documents", "documents: several to a sample, each as if alone; none: one to a sample, then padding."
+    )
     max_steps: int = _flag(150, "Optimizer steps.")
     learning_rate: float | None = _flag(None, "Peak learning rate of AdamW; default: 4e-3 for small_llama, else 2e-5.")
     lr_scheduler_type: str = _flag("cosine", "Name of a transformers schedule, such as cosine, linear, constant.")
@@ -101,6 +108,10 @@ class TrainConfig:
     eval_steps: int = _flag(0, "Optimizer steps between evaluations on the held-out part; 0: none.")
     eval_samples: int = _flag(8, "Sequences in the held-out part.")
     output_dir: str | None = _flag(None, "Folder for metrics, checkpoints and the model; default: runs/<date-time>.")
+    preflight: bool = _flag(
+        True,
+        "Before the run compare a small model of this architecture with transformers' own, and refuse what differs.",
+    )
     local_rank: int = _flag(-1, "Set by the DeepSpeed launcher: this process's rank on its node.")
 
     @property
@@ -148,6 +159,7 @@ class TrainConfig:
                 self.eval_samples,
                 "at least 1 where eval_steps is not 0",
             )
+        _require(self.packing in get_args(Packing), "packing", self.packing, " or ".join(get_args(Packing)))
         _check_scheduler(self.lr_scheduler_type)
         if self.output_dir is not None:
             _check_writable(Path(self.output_dir).expanduser())

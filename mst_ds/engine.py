@@ -15,20 +15,24 @@ import psutil
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, get_scheduler, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedConfig, get_scheduler, set_seed
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
+from mst_ds.adapters import add_adapters, load_peft_config
 from mst_ds.config import AUTO, TrainConfig
 from mst_ds.data import TrainingData, load_training_data
 from mst_ds.jit_build import build_shared_memory_collective
 from mst_ds.model_shape import ModelShape, load_model_config, shipped_model_config
 from mst_ds.patch import apply_plan, find_parts
 from mst_ds.planner import Plan, make_plan
+from mst_ds.preflight import require_exact
 from mst_ds.topology import choose_sp_size
 from mst_ds.zero import DsConfig, has_block, load_ds_config, offloads_optimizer, resolve, split_mst
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
+    from peft import PeftConfig
+    from torch import nn
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -71,13 +75,16 @@ class Launch:
 class Run:
     """A run that has passed every check that needs neither weights nor other processes.
 
-    `ds_config` is what DeepSpeed gets: every "auto" filled in, without the "mst" block.
+    `ds_config` is what DeepSpeed gets: every "auto" filled in, without the "mst" block. `own_attention` is the
+    implementation that transformers loads the model with; None leaves that to transformers.
     """
 
     config: TrainConfig
     launch: Launch
     ds_config: DsConfig
     model_config: PreTrainedConfig
+    peft_config: PeftConfig | None
+    own_attention: str | None
     plan: Plan
     data: TrainingData
 
@@ -124,9 +131,22 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
         raise ValueError(
             f"the ZeRO stage is 0 in {plan.dtype}, which DeepSpeed trains wrong; allowed: 1, 2, 3, or fp32"
         )
+    peft_config = None if config.peft_config is None else load_peft_config(config.peft_config)
     with torch.device("meta"):
-        find_parts(AutoModelForCausalLM.from_config(model_config), plan)
-    return Run(config, launch, split_mst(resolved)[0], model_config, plan, load_training_data(config, model_config))
+        model = AutoModelForCausalLM.from_config(model_config)
+        adapted = model if peft_config is None else add_adapters(model, peft_config)
+    find_parts(adapted, plan)
+    if config.packing == "documents" and not model._supports_attention_backend:
+        raise ValueError(
+            f"packing is 'documents', but {type(model).__name__} does not use transformers' attention interface, which "
+            "keeps attention inside a document; allowed: 'none'"
+        )
+    # A model with that interface gets the attention of its plan from apply_plan.
+    own_attention = plan.attention if plan.attention != "sdpa" and not model._supports_attention_backend else None
+    data = load_training_data(config, model_config)
+    if config.preflight:
+        require_exact(model_config, plan, packed=config.packing == "documents")
+    return Run(config, launch, split_mst(resolved)[0], model_config, peft_config, own_attention, plan, data)
 
 
 def build_engine(run: Run) -> DeepSpeedEngine:
@@ -144,6 +164,7 @@ def build_engine(run: Run) -> DeepSpeedEngine:
     has_own_optimizer, has_own_schedule = (has_block(run.ds_config, name) for name in ("optimizer", "scheduler"))
     engine, *_ = deepspeed.initialize(
         model=model,
+        model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
         optimizer=None if has_own_optimizer else _adamw(model, run),
         lr_scheduler=None if has_own_schedule else functools.partial(_schedule, run.config),
         config=run.ds_config,
@@ -176,19 +197,20 @@ def _device_memory(launch: Launch) -> int:
     return psutil.virtual_memory().total // launch.local_world_size
 
 
-def _load_model(run: Run) -> PreTrainedModel:
+def _load_model(run: Run) -> nn.Module:
     # transformers looks for this object, by a weak reference, to build the weights sharded from the start.
     zero3 = HfDeepSpeedConfig(run.ds_config) if run.plan.zero_stage == 3 else None
     if has_weights(run.config.model):
         model = AutoModelForCausalLM.from_pretrained(
-            run.config.model, dtype=run.dtype, attn_implementation=run.plan.attention
+            run.config.model, dtype=run.dtype, attn_implementation=run.own_attention
         )
     else:
         model = AutoModelForCausalLM.from_config(
-            run.model_config, dtype=run.dtype, attn_implementation=run.plan.attention
+            run.model_config, dtype=run.dtype, attn_implementation=run.own_attention
         )
+    trained: nn.Module = model if run.peft_config is None else add_adapters(model, run.peft_config)
     del zero3
-    return model.train()
+    return trained.train()
 
 
 def has_weights(name_or_path: str) -> bool:
@@ -201,7 +223,7 @@ def has_weights(name_or_path: str) -> bool:
     return any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "pytorch_model*.bin"))
 
 
-def _adamw(model: PreTrainedModel, run: Run) -> torch.optim.Optimizer:
+def _adamw(model: nn.Module, run: Run) -> torch.optim.Optimizer:
     config = run.config
     decayed: list[torch.nn.Parameter] = []
     plain: list[torch.nn.Parameter] = []

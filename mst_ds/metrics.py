@@ -83,16 +83,23 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 def flops_per_token(shape: ModelShape, seq_len: int) -> float:
     """Model FLOPs of the forward and backward for one token of a sequence of `seq_len`, without recompute.
 
-    6 · parameters + 6 · layers · heads · head_dim · seq_len, after PaLM (arXiv 2204.02311, appendix B). Its
-    attention term, 12 · layers · heads · head_dim · seq_len, is halved: under a causal mask a token attends
-    to half of the sequence on average. An input embedding is looked up, not multiplied, and so not counted,
-    unless it is tied: then it is the head.
+    6 · parameters + 12 · layers · heads · head_dim · tokens attended to, after PaLM (arXiv 2204.02311, appendix B).
+    Parameters are those that the token meets: of a mixture of experts its own. An input embedding is looked up, not
+    multiplied, and so not counted, unless it is tied: then it is the head. Under a causal mask a token attends to half
+    of the sequence on average, in a layer with a sliding window to its window at most.
     """
-    multiplied = shape.parameter_count
+    multiplied = shape.active_parameter_count - shape.position_parameter_count
     if not shape.tie_word_embeddings:
         multiplied -= shape.embedding_parameter_count
-    attention = shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim * seq_len
-    return 6.0 * multiplied + 6.0 * attention
+    full_layers = shape.num_hidden_layers - len(shape.sliding_windows)
+    attended = full_layers * seq_len / 2 + sum(_mean_attended(window, seq_len) for window in shape.sliding_windows)
+    return 6.0 * multiplied + 6.0 * attended * shape.num_attention_heads * (shape.head_dim + shape.value_head_dim)
+
+
+def _mean_attended(window: int, seq_len: int) -> float:
+    """Tokens that a token of a sequence attends to on average, where it sees the last `window` of them."""
+    window = min(window, seq_len)
+    return window - window * window / (2 * seq_len)
 
 
 def package_versions() -> dict[str, str]:

@@ -5,27 +5,47 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
-from mst_ds.minisequence import chunked_loss, chunked_mlp
+from mst_ds.minisequence import chunked_loss, chunked_loss_of_head, chunked_tokenwise
+from mst_ds.model_forward import PatchedModel, model_forward, model_generate
 from mst_ds.planner import Plan
-from mst_ds.structure import MlpStructure, decoder_layers, find_mlps, loss_structure, require_shardable
-from mst_ds.ulysses import ATTENTION_NAME, UlyssesContext, new_sequence_group, register_attention
-from mst_ds.ulysses.attention import find_document_starts
+from mst_ds.structure import (
+    Chunkable,
+    ExpertsStructure,
+    LossStructure,
+    MlpStructure,
+    TokenwiseStructure,
+    decoder_layers,
+    find_mlps,
+    loss_structure,
+    require_shardable,
+)
+from mst_ds.ulysses import (
+    ATTENTION_NAME,
+    ProcessSequenceGroup,
+    SequenceGroup,
+    new_sequence_group,
+    register_attention,
+)
 from mst_ds.ulysses.backends import causal_backend
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Model = TypeVar("Model", bound=nn.Module)
+
 _UNDO = "_mst_undo"
-_IGNORE_INDEX = -100  # transformers' and torch's default
+# Their frequencies follow from the longest position, of which a shard sees only its own part.
+_LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 
 
 class _Unset:
@@ -37,6 +57,7 @@ class _Undo:
     """The instance attributes that were changed, with their old values; data only, so that a model can be copied."""
 
     changes: list[tuple[Any, str, Any]] = field(default_factory=list)
+    hooks: list[RemovableHandle] = field(default_factory=list)
 
     def set_attribute(self, module: Any, name: str, value: Any) -> None:
         """Set an instance attribute so that the undo restores the old one, or uncovers the class's."""
@@ -45,6 +66,8 @@ class _Undo:
 
     def run(self) -> None:
         """Put back what was there before, the last change first."""
+        for hook in self.hooks:
+            hook.remove()
         for module, name, old in reversed(self.changes):
             if old is _Unset:
                 module.__dict__.pop(name, None)
@@ -57,42 +80,38 @@ class ModelParts:
     """What of a model a plan replaces; `mlps` is empty where the model keeps its own."""
 
     layers: list[nn.Module]
-    mlps: list[MlpStructure]
-    decoder: nn.Module
-    head: nn.Linear
+    mlps: list[Chunkable]
+    loss: LossStructure
 
 
-def find_parts(model: PreTrainedModel, plan: Plan) -> ModelParts:
+def find_parts(model: nn.Module, plan: Plan) -> ModelParts:
     """Find what `plan` replaces, changing nothing. A model on the meta device will do.
 
     Raises:
         ValueError: the model is patched already, or is built in a way for which the patched model would not be exact.
     """
+    model = _without_adapters(model, plan)
     if hasattr(model, _UNDO):
         raise ValueError("the model has a plan already: call mst_ds.remove_plan(model) first")
-    name = type(model).__name__
     layers = decoder_layers(model)
     if plan.recompute and not layers:
-        raise ValueError(f'{name} does not support recompute: set "recompute": false in the "mst" block')
+        raise ValueError(
+            f'{type(model).__name__} does not support recompute: set "recompute": false in the "mst" block'
+        )
     causal_backend(plan.attention)
     if plan.sp_size > 1:
-        if not model._supports_attention_backend:
-            raise ValueError(
-                f"{name} does not use transformers' attention interface, which sequence parallelism needs: "
-                "use sp_size 1 for this model"
-            )
         require_shardable(model)
-    return ModelParts(layers, find_mlps(model, required=plan.mlp_chunks > 1), *loss_structure(model))
+    return ModelParts(layers, find_mlps(model, required=plan.mlp_chunks > 1), loss_structure(model))
 
 
-def apply_plan(
-    model: PreTrainedModel, plan: Plan, *, sequence_group: dist.ProcessGroup | None = None
-) -> PreTrainedModel:
+def apply_plan(model: Model, plan: Plan, *, sequence_group: dist.ProcessGroup | SequenceGroup | None = None) -> Model:
     """Patch this instance so that it computes what `plan` says; no class and no other instance is touched.
 
     Afterwards `model(input_ids=..., labels=...).loss` is the loss as before, its logits None. With sp_size > 1 every
     rank passes its own shard, with `shift_labels` and `num_items_in_batch` in place of `labels`; the losses of the
-    sequence group then add up to the sequence's loss.
+    sequence group then add up to the sequence's loss. See `mst_ds.model_forward` for packed documents and padding.
+
+    A model with adapters of peft (LoRA) is patched below them, and returned as it was given.
 
     Under ZeRO-3 call it before `deepspeed.initialize`: it marks each chunked MLP as a leaf module, so that the chunk
     loop runs inside one gather.
@@ -105,23 +124,25 @@ def apply_plan(
     """
     # Everything that can be refused is refused before anything is changed.
     parts = find_parts(model, plan)
-    if plan.sp_size > 1:
-        sequence_group = sequence_group or new_sequence_group(plan.topology)
-
+    base = _without_adapters(model, plan)
+    group = _sequence_group(plan, sequence_group)
     undo = _Undo()
-    model.__dict__[_UNDO] = undo
+    base.__dict__[_UNDO] = undo
     for mlp in parts.mlps:
-        undo.set_attribute(mlp.module, "forward", functools.partial(_mlp_forward, mlp, plan.mlp_chunks))
-        if plan.zero_stage == 3:
-            _mark_as_leaf(mlp.module, undo)
-    head = parts.head
-    undo.set_attribute(head, "forward", functools.partial(_head_forward, head, head.forward, plan.loss_chunks))
-    original = model.forward
-    forward = functools.partial(_model_forward, original, parts, plan, sequence_group)
-    undo.set_attribute(model, "forward", functools.update_wrapper(forward, original))
-    if plan.sp_size > 1:
-        register_attention()
-        _use_attention(model, undo)
+        _chunk_mlp(mlp, plan, undo)
+    _chunk_head(parts.loss, plan, undo)
+    if plan.zero_stage == 3:
+        for module in (*parts.layers, parts.loss.head):
+            undo.hooks.append(module.register_forward_pre_hook(_require_input_gradient))
+    configs = _use_attention(base, undo) if base._supports_attention_backend else []
+    if group is not None:
+        _share_longest_position(base, group, undo)
+    patched = PatchedModel(base, parts.mlps, parts.loss, plan, group, configs)
+    forward = functools.partial(model_forward, base.forward, patched)
+    undo.set_attribute(base, "forward", functools.update_wrapper(forward, base.forward))
+    generate: Any = getattr(base, "generate", None)
+    if generate is not None:
+        undo.set_attribute(base, "generate", functools.partial(model_generate, generate, patched))
     if plan.recompute:
         for layer in parts.layers:
             undo.set_attribute(layer, "gradient_checkpointing", True)
@@ -131,17 +152,77 @@ def apply_plan(
     return model
 
 
-def remove_plan(model: PreTrainedModel) -> PreTrainedModel:
+def remove_plan(model: Model) -> Model:
     """Take the plan off again: the model computes what it computed before, bit for bit.
 
     Raises:
         ValueError: the model has no plan.
     """
-    undo = model.__dict__.pop(_UNDO, None)
+    undo = _base_model(model).__dict__.pop(_UNDO, None)
     if undo is None:
         raise ValueError("the model has no plan: mst_ds.apply_plan was not called on it")
     undo.run()
     return model
+
+
+def _base_model(model: Any) -> Any:
+    """The model itself, or the one that peft has wrapped."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _without_adapters(model: Any, plan: Plan) -> PreTrainedModel:
+    base: PreTrainedModel = _base_model(model)
+    adapters = getattr(model, "peft_config", {}).values()
+    if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in adapters):
+        raise ValueError(
+            "an activated LoRA adapts the tokens after its invocation, which chunks and shards do not see: use a LoRA "
+            "without alora_invocation_tokens"
+        )
+    if base is not model:
+        _check_tuner(model, plan)
+    return base
+
+
+def _check_tuner(model: Any, plan: Plan) -> None:
+    from peft.tuners.tuners_utils import BaseTuner
+
+    if not model.active_peft_config.is_prompt_learning:
+        if type(model.base_model).forward is not BaseTuner.forward:
+            raise ValueError(
+                f"{type(model.base_model).__name__} does more than adapt layers, such as add to the loss: use adapters "
+                "that do not, such as LoRA"
+            )
+    elif plan.sp_size > 1:
+        raise ValueError(
+            "an adapter that learns a prompt puts it before the sequence, of which a shard is a part: use sp_size 1"
+        )
+
+
+def _sequence_group(plan: Plan, given: dist.ProcessGroup | SequenceGroup | None) -> SequenceGroup | None:
+    if plan.sp_size == 1:
+        return None
+    if given is None:
+        return new_sequence_group(plan.topology)
+    return ProcessSequenceGroup(given) if isinstance(given, dist.ProcessGroup) else given
+
+
+def _chunk_mlp(mlp: Chunkable, plan: Plan, undo: _Undo) -> None:
+    if isinstance(mlp, MlpStructure):
+        chunked: Callable[..., Tensor] = functools.partial(_mlp_forward, mlp, 1)
+    elif isinstance(mlp, ExpertsStructure):
+        chunked = functools.partial(_mlp_forward, mlp, 3)
+    else:
+        chunked = functools.partial(_tokenwise_forward, mlp)
+    undo.set_attribute(mlp.module, "forward", functools.partial(chunked, mlp.module.forward, plan.mlp_chunks))
+    if plan.zero_stage == 3:
+        _mark_as_leaf(mlp.module, undo)
+
+
+def _chunk_head(loss: LossStructure, plan: Plan, undo: _Undo) -> None:
+    head = loss.head
+    undo.set_attribute(head, "forward", functools.partial(_head_forward, loss, head.forward, plan.loss_chunks))
+    if plan.zero_stage == 3 and not loss.is_linear:
+        _mark_as_leaf(head, undo)
 
 
 def _mark_as_leaf(module: nn.Module, undo: _Undo) -> None:
@@ -154,129 +235,99 @@ def _mark_as_leaf(module: nn.Module, undo: _Undo) -> None:
             undo.changes.append((module, name, before.get(name, _Unset)))
 
 
-def _use_attention(model: PreTrainedModel, undo: _Undo) -> None:
+def _require_input_gradient(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """DeepSpeed reduces a leaf module's gradients once its inputs have theirs: too early, if these need none."""
+    hidden_states, *others = inputs
+    trained = any(parameter.requires_grad for parameter in module.parameters())
+    if torch.is_grad_enabled() and trained and not hidden_states.requires_grad:
+        hidden_states = hidden_states.detach().requires_grad_()
+    return hidden_states, *others
+
+
+def _use_attention(model: PreTrainedModel, undo: _Undo) -> list[tuple[Any, str]]:
+    """Name this project's attention in this instance's configs; return them with what they named before."""
+    register_attention()
     # Configs are shared between a model's modules, and often between models: each is copied once for this instance.
-    copies: dict[int, Any] = {}
+    copies: dict[int, tuple[Any, str]] = {}
     for module in model.modules():
-        config = module.__dict__.get("config")
+        config: Any = module.__dict__.get("config")
         if not hasattr(config, "_attn_implementation_internal"):
             continue
         if id(config) not in copies:
-            copies[id(config)] = copy.copy(config)
-            copies[id(config)]._attn_implementation_internal = ATTENTION_NAME
-        undo.set_attribute(module, "config", copies[id(config)])
+            copies[id(config)] = copy.copy(config), config._attn_implementation_internal
+            copies[id(config)][0]._attn_implementation_internal = ATTENTION_NAME
+        undo.set_attribute(module, "config", copies[id(config)][0])
+    return list(copies.values())
 
 
-def _mlp_forward(mlp: MlpStructure, chunks: int, hidden_states: Tensor) -> Tensor:
-    gate, up, down = mlp.gate, mlp.up, mlp.down
-    return chunked_mlp(
-        hidden_states,
-        gate.weight if gate is not None else None,
-        up.weight,
-        down.weight,
-        chunks=chunks,
-        activation=mlp.activation,
-        gate_bias=gate.bias if gate is not None else None,
-        up_bias=up.bias,
-        down_bias=down.bias,
-    )
+def _share_longest_position(model: nn.Module, group: SequenceGroup, undo: _Undo) -> None:
+    """Let rotary embeddings that depend on the sequence's length see its longest position on every shard."""
+    for module in model.modules():
+        rope_type = getattr(module, "rope_type", None)
+        types = rope_type.values() if isinstance(rope_type, dict) else [rope_type]
+        if _LENGTH_DEPENDENT_ROPE.intersection(types):
+            undo.set_attribute(module, "forward", functools.partial(_rotary_forward, module.forward, group))
+
+
+def _rotary_forward(
+    original: Callable[..., tuple[Tensor, ...]],
+    group: SequenceGroup,
+    x: Tensor,
+    position_ids: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, ...]:
+    longest = torch.stack(group.all_gather(position_ids.max())).max()
+    extended = torch.cat([position_ids, longest.expand(len(position_ids), 1)], dim=1)
+    return tuple(tensor[:, :-1] for tensor in original(x, extended, *args, **kwargs))
+
+
+def _mlp_forward(
+    mlp: MlpStructure | ExpertsStructure,
+    num_inputs: int,
+    original: Callable[..., Tensor],
+    chunks: int,
+    *args: Tensor,
+    **kwargs: Tensor,
+) -> Tensor:
+    return mlp.run(chunks, *_inputs(mlp.module, original, num_inputs, args, kwargs))
+
+
+def _tokenwise_forward(
+    tokenwise: TokenwiseStructure, original: Callable[..., Tensor], chunks: int, *args: Tensor, **kwargs: Tensor
+) -> Tensor:
+    module = tokenwise.module
+    inputs = _inputs(module, original, tokenwise.num_inputs, args, kwargs)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return chunked_tokenwise(original, inputs, trained, chunks=chunks)
+
+
+def _inputs(
+    module: nn.Module, original: Callable[..., Tensor], count: int, args: Sequence[Tensor], kwargs: dict[str, Tensor]
+) -> Sequence[Tensor]:
+    bound = inspect.signature(original).bind(*args, **kwargs)
+    if len(bound.args) != count or bound.kwargs:
+        raise ValueError(
+            f"{type(module).__name__} is called with arguments with which mst_ds has not seen it work token by token: "
+            f"{', '.join(bound.arguments)}"
+        )
+    return bound.args
 
 
 def _head_forward(
-    head: nn.Linear,
+    loss: LossStructure,
     original: Callable[[Tensor], Tensor],
     chunks: int,
     hidden_states: Tensor,
     labels: Tensor | None = None,
-    num_items_in_batch: int | Tensor | None = None,
-    ignore_index: int = _IGNORE_INDEX,
+    **arguments: Any,
 ) -> Tensor:
     # The loss is computed inside the head's own call: that is where ZeRO-3 gathers its weight, once.
     if labels is None:
         return original(hidden_states)
-    return chunked_loss(
-        hidden_states,
-        head.weight,
-        labels,
-        chunks=chunks,
-        bias=head.bias,
-        ignore_index=ignore_index,
-        num_items_in_batch=num_items_in_batch,
-    )
-
-
-def _model_forward(
-    original: Callable[..., Any],
-    parts: ModelParts,
-    plan: Plan,
-    group: dist.ProcessGroup | None,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    from transformers.modeling_outputs import CausalLMOutputWithPast
-
-    positional = dict(zip(inspect.signature(original).parameters, args, strict=False)) if args else {}
-    kwargs = {"input_ids": None, "attention_mask": None, **positional, **kwargs}
-    labels, shift_labels = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
-    num_items_in_batch = kwargs.pop("num_items_in_batch", None)
-    ignore_index = kwargs.pop("ignore_index", _IGNORE_INDEX)
-    return_dict = kwargs.pop("return_dict", None)
-    if group is not None:
-        _check_shard_arguments(labels, shift_labels, num_items_in_batch, kwargs)
-        kwargs |= _shard_arguments(plan, group, kwargs)
-    if labels is None and shift_labels is None:
-        return original(return_dict=return_dict, **kwargs)
-    if shift_labels is None:
-        shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
-    outputs = parts.decoder(**kwargs | {"use_cache": False})
-    loss = parts.head(
-        outputs.last_hidden_state,
-        labels=shift_labels,
-        num_items_in_batch=num_items_in_batch,
-        ignore_index=ignore_index,
-    )
-    output = CausalLMOutputWithPast(
-        loss=loss, hidden_states=outputs.get("hidden_states"), attentions=outputs.get("attentions")
-    )
-    return output.to_tuple() if return_dict is False else output
-
-
-def _check_shard_arguments(
-    labels: Tensor | None, shift_labels: Tensor | None, num_items_in_batch: object, kwargs: dict[str, Any]
-) -> None:
-    if labels is not None and shift_labels is None:
-        raise ValueError(
-            "with sp_size > 1 pass shift_labels in place of labels: a shard's last target is on the next rank, so "
-            "labels are shifted before the sequence is sharded"
-        )
-    if shift_labels is not None and num_items_in_batch is None:
-        raise ValueError(
-            "with sp_size > 1 pass num_items_in_batch, the number of valid labels of the whole step over all ranks: "
-            "one token, one weight"
-        )
-    if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
-        raise ValueError("a model with sp_size > 1 cannot generate: call mst_ds.remove_plan(model) first")
-
-
-def _shard_arguments(plan: Plan, group: dist.ProcessGroup, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The keyword arguments with which a shard's forward differs: positions of the whole sequence, Ulysses' context."""
-    mask = kwargs["attention_mask"]
-    if mask is not None and not bool((mask == 1).all()):
-        raise ValueError(
-            "with sp_size > 1 attention_mask must be all ones: pad on the right with ignored labels instead"
-        )
-    positions = kwargs.get("position_ids")
-    if positions is None:
-        inputs = kwargs["input_ids"] if kwargs["input_ids"] is not None else kwargs["inputs_embeds"]
-        batch, length = inputs.shape[:2]
-        positions = torch.arange(length, device=inputs.device) + plan.sp_rank * length
-        positions = positions.unsqueeze(0).expand(batch, -1)
-        starts = None
-    else:
-        starts = find_document_starts(positions, group)
-    return {
-        "attention_mask": None,
-        "position_ids": positions,
-        "use_cache": False,
-        "ulysses": UlyssesContext(group, plan.attention, starts),
-    }
+    arguments |= {"chunks": chunks, "logit_scale": loss.logit_scale, "logit_softcap": loss.logit_softcap}
+    head: Any = loss.head
+    if loss.is_linear:
+        return chunked_loss(hidden_states, head.weight, labels, bias=head.bias, **arguments)
+    trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    return chunked_loss_of_head(original, hidden_states, trained, labels, **arguments)

@@ -15,7 +15,10 @@ import datasets
 import deepspeed
 import pytest
 import torch.distributed as dist
+from torch import Tensor
 from transformers import PreTrainedModel
+
+from mst_ds.minisequence import mlp
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "launch" / "train.py"
@@ -179,12 +182,12 @@ def test_dataset(file: str, content: str, says: list[str], refused: Callable[...
     [
         ({"model_type": "bert"}, 1, ["'bert' is not a decoder"]),
         ({"model_type": "t5"}, 1, ["'t5' is not a decoder"]),
-        ({"model_type": "gemma2", **TINY}, 1, ["Gemma2ForCausalLM", "softcapping"]),
-        ({"model_type": "mixtral", **TINY}, 1, ["num_local_experts = 8"]),
+        ({"model_type": "stablelm", **TINY}, 1, ["packing is 'documents'", "StableLmForCausalLM", "allowed: 'none'"]),
+        ({"model_type": "bloom", **TINY}, 2, ["BloomForCausalLM", "attention interface", "use sp_size 1"]),
         (
-            {"model_type": "mistral", **TINY, "sliding_window": 8},
+            {"model_type": "minimax", **TINY, "layer_types": ["linear_attention"]},
             2,
-            ["sliding_window 8", "use sp_size 1"],
+            ["layers of type linear_attention", "use sp_size 1"],
         ),
     ],
 )
@@ -194,6 +197,28 @@ def test_model(
     line = refused("--model", model_folder(tmp_path / "model", config), world_size=world_size)
     for words in says:
         assert words in line
+
+
+def test_a_peft_config_that_is_not_there(refused: Callable[..., str], tmp_path: Path) -> None:
+    assert "allowed: an existing adapter_config.json" in refused("--peft_config", str(tmp_path))
+
+
+def test_a_model_that_would_not_train_exactly(
+    train: ModuleType, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    flags = ["--dataset", write(tmp_path / "text.txt", "some text " * 20), "--seq_len", "64"]
+    flags += ["--output_dir", str(tmp_path / "run")]
+    right = mlp.add_outer_products
+
+    def one_part_in_a_thousand_too_large(accumulator: Tensor, left: Tensor, right_side: Tensor) -> None:
+        right(accumulator, 1.001 * left, right_side)
+
+    monkeypatch.setattr(mlp, "add_outer_products", one_part_in_a_thousand_too_large)
+    line = refused(*flags)
+    assert "preflight: LlamaForCausalLM is not exact: model.layers." in line
+    assert ".mlp" in line
+    with pytest.raises(TooLateError, match="init_distributed"):
+        train.main([*flags, "--preflight", "false"])
 
 
 def test_stage_0_in_16_bits(refused: Callable[..., str], tmp_path: Path) -> None:

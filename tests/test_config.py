@@ -6,7 +6,7 @@ from typing import get_type_hints
 
 import pytest
 
-from mst_ds.config import MstConfig, TrainConfig, parse_seq_len, parse_train_config
+from mst_ds.config import MstConfig, Packing, TrainConfig, parse_seq_len, parse_train_config
 
 
 @pytest.mark.parametrize(
@@ -24,8 +24,9 @@ def test_seq_len_that_is_no_length_is_refused(text):
 
 
 def test_every_flag_has_help_and_reaches_the_config():
+    texts = {int: "7", int | None: "7", float: "0.5", float | None: "0.5", Packing: "none"}
     changed = {
-        name: {int: "7", int | None: "7", float: "0.5", float | None: "0.5"}.get(of_type, "linear")
+        name: texts.get(of_type, "linear")
         for name, of_type in get_type_hints(TrainConfig).items()
         if name not in ("config", "output_dir")
     }
@@ -45,6 +46,17 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
     assert config.weight_decay == TrainConfig().weight_decay
 
 
+@pytest.mark.parametrize(
+    ("content", "packing"), [("", "documents"), ("packing:", "documents"), ("packing: none", "none")]
+)
+def test_packing_in_the_file(tmp_path, content, packing):
+    # YAML's own word for no value is null: none is text.
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    assert parse_train_config(["--config", str(path)]).packing == packing
+    assert parse_train_config(["--config", str(path), "--packing", "documents"]).packing == "documents"
+
+
 def test_a_pretrained_model_gets_a_gentle_learning_rate_by_default():
     assert TrainConfig().peak_learning_rate == 4e-3
     assert TrainConfig(model="meta-llama/Llama-3.1-8B").peak_learning_rate == 2e-5
@@ -56,6 +68,7 @@ def test_a_pretrained_model_gets_a_gentle_learning_rate_by_default():
     [
         ("learning_rat: 1", "unknown key 'learning_rat'; nearest: 'learning_rate'"),
         ("config: other.yaml", "unknown key 'config'"),
+        ("packing: false", "argument --packing: invalid choice: 'False'"),
         ("seed: [1, 2]", "seed in .* is a list; allowed: one number or text"),
         ("- seed", "holds a list; allowed: a mapping from flag to value"),
         ("seed: {", "is not YAML"),
@@ -82,6 +95,7 @@ def test_a_missing_file_is_refused(tmp_path):
             "argument --seq_len/--seq-len: seq_len is 'long'; allowed: a whole number of tokens",
         ),
         (["--max_steps", "1.5"], "invalid int value: '1.5'"),
+        (["--packing", "nonsense"], "argument --packing: invalid choice: 'nonsense' (choose from "),
         (["--learning", "1"], "--learning"),
     ],
 )
@@ -106,6 +120,7 @@ def test_argparse_names_the_flag(capsys, flags, message):
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type is 'reduce_lr_on_plateau'"),
         ({"warmup_steps": -1}, "warmup_steps is -1"),
         ({"max_steps": 5, "warmup_steps": 6}, r"warmup_steps is 6; allowed: 0 to max_steps \(5\)"),
+        ({"packing": "nonsense"}, "packing is 'nonsense'; allowed: documents or none"),
         ({"eval_steps": -1}, "eval_steps is -1"),
         (
             {"eval_steps": 1, "eval_samples": 0},

@@ -12,10 +12,12 @@ PACKAGE = Path(__file__).parents[1] / "mst_ds"
 # From the bottom up. Modules of one line may import each other; each may import any line above this one.
 LAYERS = [
     {"config"},
-    {"zero", "model_shape", "topology"},
-    {"planner", "minisequence", "ulysses", "metrics", "data"},
+    {"zero", "model_shape", "topology", "adapters"},
+    {"planner", "minisequence", "router_loss", "ulysses", "metrics", "data"},
     {"structure"},
+    {"model_forward"},
     {"patch"},
+    {"preflight"},
     {"checkpoint", "jit_build"},
     {"engine"},
     {"loop"},
@@ -23,7 +25,7 @@ LAYERS = [
 # These are read before a process group or an accelerator exists, also on a laptop without either.
 PURE = {"config", "zero", "model_shape", "topology", "planner"}
 # Within a layer these have nothing to do with each other.
-APART = {"planner", "minisequence", "ulysses", "metrics", "data"}
+APART = {"planner", "minisequence", "router_loss", "ulysses", "metrics", "data"}
 
 
 def modules():

@@ -73,7 +73,7 @@ def in_the_projects_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_shell_command_is_of_a_kind_that_is_tested() -> None:
     lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    known = {"make", "deepspeed", "source", ".venv/bin/pre-commit"}
+    known = {"make", "deepspeed", "python", "source", ".venv/bin/pre-commit"}
     assert {words[0] for words in map(shlex.split, lines)} == known
     assert len(blocks("bash")) == README.read_text(encoding="utf-8").count("```bash")
 
@@ -90,6 +90,13 @@ def test_make_targets() -> None:
                 assert_flags_are_known(shlex.split(value))
             else:
                 assert (ROOT / shlex.split(value)[0]).exists()
+
+
+def test_python_commands() -> None:
+    (command,) = commands("python")
+    done = run([sys.executable, *command[1:]], limit=120)
+    assert done.returncode == 0, done.stdout
+    assert "LlamaForCausalLM is exact" in done.stdout
 
 
 def test_deepspeed_commands() -> None:
@@ -192,7 +199,7 @@ def test_the_picture_shows_the_imports() -> None:
     picture, _ = blocks("mermaid", ROOT / "docs" / "architecture.md")
     drawn: dict[str, set[str]] = {name: set() for name in actual}
     for lower, upper in re.findall(r"^ +(\w+) --> (\w+)", picture, re.MULTILINE):
-        if upper != "train":
+        if upper not in {"train", "command"}:  # scripts
             drawn[upper].add(lower)
     assert closure(drawn) == closure(actual)
 
@@ -272,5 +279,5 @@ def held_out_loss(model: Any) -> float:
     held_out = load_training_data(config, load_model_config(config.model)).held_out
     assert held_out is not None
     (batch,) = eval_batches(held_out, Topology(0, 1, 1), micro_batch_size=EVAL_SAMPLES)
-    logits = model(batch["input_ids"], use_cache=False).logits
+    logits = model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["shift_labels"].flatten()).item()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from mst_ds.data.order import SampleOrder
 from mst_ds.data.packing import PackedDataset
@@ -34,18 +34,35 @@ class ShardedLoader(Iterator[Batch]):
         self._order = SampleOrder(len(dataset), seed)
 
     def __next__(self) -> Batch:
-        """{"input_ids", "shift_labels", "position_ids"}: (B, L), see `shard`."""
+        """{"input_ids", "shift_labels", "position_ids", "attention_mask"}: (B, L), see `shard`."""
         start = self.samples_seen + self.topology.dp_rank * self.micro_batch_size
         samples = [self.dataset[self._order[start + offset]] for offset in range(self.micro_batch_size)]
         self.samples_seen += self.topology.dp_size * self.micro_batch_size
         return shard(_stack(samples), self.topology, self.dataset.pad_id)
 
-    def state_dict(self) -> dict[str, int]:
-        """The position in the stream, the same on every rank; it can go on at any dp_size and sp_size."""
-        return {"samples_seen": self.samples_seen, "seed": self._order.seed}
+    def state_dict(self) -> dict[str, int | str]:
+        """The position in the stream, the same on every rank; it can go on at any dp_size and sp_size.
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on after the batches handed out before `state` was made, in the order of its seed."""
+        With it goes the dataset's fingerprint: in other samples the same position is another place in the data.
+        """
+        return {"samples_seen": self.samples_seen, "seed": self._order.seed, **self.dataset.fingerprint}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on after the batches handed out before `state` was made, in the order of its seed.
+
+        Raises:
+            ValueError: `state` was made with other samples, by another packing or seq_len or of other documents.
+        """
+        here = self.dataset.fingerprint
+        differing = [name for name in here if state.get(name) != here[name]]
+        if differing:
+            saved, own = (
+                " and ".join(f"{name} {samples.get(name)!r}" for name in differing) for samples in (state, here)
+            )
+            raise ValueError(
+                f"the position in the data was saved with {saved}, but this run has {own}; allowed: the packing, "
+                "seq_len, dataset, seed and held-out part with which it was saved"
+            )
         self.samples_seen = state["samples_seen"]
         self._order = SampleOrder(len(self.dataset), state["seed"])
 
@@ -67,16 +84,14 @@ def _ignored_sample(dataset: PackedDataset) -> Batch:
     return {
         "input_ids": torch.full((dataset.seq_len,), dataset.pad_id),
         "labels": torch.full((dataset.seq_len,), IGNORE_INDEX),
+        "position_ids": torch.arange(dataset.seq_len),
+        "attention_mask": torch.zeros(dataset.seq_len, dtype=torch.int64),
     }
 
 
 def _stack(samples: Sequence[Batch]) -> Batch:
     """B samples of (S,) to one batch of (B, S)."""
-
-    def column(name: str) -> Tensor:
-        return torch.stack([sample[name] for sample in samples])
-
-    return {"input_ids": column("input_ids"), "labels": column("labels")}
+    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 
 def _round_up(number: int, multiple: int) -> int:

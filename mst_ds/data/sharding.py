@@ -28,20 +28,30 @@ def shift_labels(labels: Tensor) -> Tensor:
 def shard(batch: Batch, topology: Topology, pad_id: int = 0) -> Batch:
     """This rank's part of a batch that every rank of its sequence group holds in full: nothing is exchanged.
 
+    Where S is no multiple of sp_size the sequence is padded on the right.
+
     Args:
-        batch: {"input_ids": (B, S), "labels": (B, S)}, int64, the labels not shifted.
-        pad_id: the id on padding at the end, where S is no multiple of sp_size. No earlier position sees it.
+        batch: {"input_ids", "labels"[, "position_ids"][, "attention_mask"]}: (B, S) int64, the labels not shifted.
+            Without positions each row is one document, without a mask none of it is padding.
+        pad_id: the id on the padding added here.
 
     Returns:
-        {"input_ids": (B, L), "shift_labels": (B, L), "position_ids": (B, L)}, int64, L = ceil(S / sp_size).
+        {"input_ids", "shift_labels", "position_ids", "attention_mask"}: (B, L) int64, L = ceil(S / sp_size). The mask
+        is 0 on padding, the batch's own and that added here, and 1 elsewhere. All positions stay below S.
     """
     input_ids = batch["input_ids"]
     batch_size, seq_len = input_ids.shape
     part = shard_slice(seq_len, topology.sp_size, topology.sp_rank)
-    padding = (0, topology.sp_size * shard_length(seq_len, topology.sp_size) - seq_len)
-    shifted = pad(shift_labels(batch["labels"]), padding, value=IGNORE_INDEX)
-    return {
-        "input_ids": pad(input_ids, padding, value=pad_id)[:, part].contiguous(),
-        "shift_labels": shifted[:, part].contiguous(),
-        "position_ids": torch.arange(part.start, part.stop).repeat(batch_size, 1),
+    added = topology.sp_size * shard_length(seq_len, topology.sp_size) - seq_len
+    position_ids = batch.get("position_ids", torch.arange(seq_len).expand(batch_size, -1))
+    attention_mask = batch.get("attention_mask", torch.ones_like(input_ids))
+    # Padding counts from 0 again: a learned position beyond S may not exist. It never has more than S tokens, save in
+    # a world with more ranks than tokens.
+    padding_positions = torch.arange(added).expand(batch_size, -1) % seq_len
+    whole = {
+        "input_ids": pad(input_ids, (0, added), value=pad_id),
+        "shift_labels": pad(shift_labels(batch["labels"]), (0, added), value=IGNORE_INDEX),
+        "position_ids": torch.cat([position_ids, padding_positions], dim=1),
+        "attention_mask": pad(attention_mask, (0, added), value=0),
     }
+    return {name: tensor[:, part].contiguous() for name, tensor in whole.items()}

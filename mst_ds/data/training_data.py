@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -22,7 +23,7 @@ class TrainingData:
 
 
 def load_training_data(config: TrainConfig, model_config: PreTrainedConfig) -> TrainingData:
-    """Loads, tokenises and packs `config.dataset`. Needs no process group, and every rank gets the same.
+    """Loads, tokenises and cuts `config.dataset` into samples. Needs no process group, and every rank gets the same.
 
     Raises:
         ValueError: see `load_tokenizer`, `load_documents`, `split_documents` and `PackedDataset`.
@@ -30,10 +31,11 @@ def load_training_data(config: TrainConfig, model_config: PreTrainedConfig) -> T
     tokenizer = load_tokenizer(config, model_config)
     tokens = tokenise(load_documents(config), tokenizer)
     num_held_out = config.eval_samples if config.eval_steps else 0
-    train, held_out = split_documents(tokens, num_held_out, config.seq_len, config.seed)
+    train, held_out = split_documents(tokens, num_held_out, config.seq_len, config.seed, config.packing)
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    samples = partial(PackedDataset, tokens, config.seq_len, pad_id, packing=config.packing)
     return TrainingData(
         tokenizer=tokenizer,
-        train=PackedDataset(tokens, config.seq_len, pad_id, train),
-        held_out=PackedDataset(tokens, config.seq_len, pad_id, held_out, num_held_out) if num_held_out else None,
+        train=samples(documents=train),
+        held_out=samples(documents=held_out, max_samples=num_held_out) if num_held_out else None,
     )

@@ -1,6 +1,8 @@
-"""The two MsT operators (arXiv 2407.15892): work through a shard chunk by chunk, usable without DeepSpeed."""
+"""The MsT operators (arXiv 2407.15892): work through a shard chunk by chunk, usable without DeepSpeed."""
 
-from .loss import chunked_loss
+from .experts import chunked_experts
+from .loss import chunked_loss, chunked_loss_of_head
 from .mlp import chunked_mlp
+from .tokenwise import chunked_tokenwise
 
-__all__ = ["chunked_loss", "chunked_mlp"]
+__all__ = ["chunked_experts", "chunked_loss", "chunked_loss_of_head", "chunked_mlp", "chunked_tokenwise"]

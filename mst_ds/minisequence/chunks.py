@@ -64,10 +64,21 @@ def add_outer_products(accumulator: torch.Tensor, left: torch.Tensor, right: tor
         left: (T, M), any floating dtype.
         right: (T, N), any floating dtype.
     """
-    if left.dtype == right.dtype != accumulator.dtype and _gemm_accumulates_in_fp32(left.device, left.dtype):
+    if not accumulator.is_contiguous():  # the view of a transposed weight
+        accumulator, left, right = accumulator.t(), right, left
+    needs_out_dtype = left.dtype == right.dtype != accumulator.dtype and accumulator.is_contiguous()
+    if needs_out_dtype and _gemm_accumulates_in_fp32(left.device, left.dtype):
         torch.addmm(accumulator, left.t(), right, out_dtype=accumulator.dtype, out=accumulator)
     else:
         accumulator.addmm_(left.to(accumulator.dtype).t(), right.to(accumulator.dtype))
+
+
+def unrounded_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """`left @ right` in fp32 at least, also for 16-bit operands: (T, M), (M, N) -> (T, N)."""
+    dtype = accumulation_dtype(left.dtype)
+    if left.dtype == right.dtype != dtype and _gemm_accumulates_in_fp32(left.device, left.dtype):
+        return torch.mm(left, right, out_dtype=dtype)
+    return torch.mm(left.to(dtype), right.to(dtype))
 
 
 @functools.cache

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from .chunks import (
     require_gathered,
     zeros_for_accumulation,
 )
+from .linear_sums import SumLinearGradients, gradients_of
 
 
 def chunked_loss(
@@ -29,6 +32,8 @@ def chunked_loss(
     bias: Tensor | None = None,
     ignore_index: int = -100,
     num_items_in_batch: int | float | Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
 ) -> Tensor:
     """Cross-entropy of `hidden_states @ weight.T + bias` against `labels`, worked through in chunks of tokens.
 
@@ -45,6 +50,8 @@ def chunked_loss(
         ignore_index: tokens with this label add nothing.
         num_items_in_batch: what the sum over valid tokens is divided by; None means their number, giving the mean.
             Pass the count of the whole optimizer step for one token, one weight, over ranks and micro-batches.
+        logit_scale: the logits are the head's output times this (Cohere, Granite).
+        logit_softcap: c, for logits `c * tanh(logits / c)` after the scale (Gemma 2, arXiv 2408.00118, section 2.2).
 
     Returns:
         A scalar in fp32 (fp64 for fp64 input). Without a valid token it is 0, never NaN.
@@ -52,6 +59,55 @@ def chunked_loss(
     Raises:
         ValueError: `chunks` below 1, labels of another shape, or a weight that ZeRO-3 has not gathered.
     """
+    require_gathered("the LM head's weight", weight)
+    device = hidden_states.device
+    x, *parameters = (cast_for_autocast(tensor, device) for tensor in (hidden_states, weight, bias))
+    assert x is not None
+    with autocast_disabled(device):
+        transform = _LogitTransform(logit_scale, logit_softcap)
+        return _apply(_LinearHead, x, parameters, labels, chunks, ignore_index, num_items_in_batch, transform)
+
+
+def chunked_loss_of_head(
+    head: Callable[[Tensor], Tensor],
+    hidden_states: Tensor,
+    parameters: Sequence[Tensor],
+    labels: Tensor,
+    *,
+    chunks: int,
+    ignore_index: int = -100,
+    num_items_in_batch: int | float | Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+) -> Tensor:
+    """`chunked_loss` for a head that is more than a weight and a bias, such as one with an adapter.
+
+    The head is differentiated by autograd, chunk by chunk, in the forward; it runs once. Gradients of linear layers are
+    summed over chunks in fp32; a chunk's gradient of any other parameter is rounded to its dtype first.
+
+    Args:
+        head: (1, T, H) to logits (1, T, V); may draw random numbers.
+        parameters: what `head` reads and gradients are wanted for, where they require them.
+
+    The other arguments, the result and the errors are those of `chunked_loss`.
+    """
+    for parameter in parameters:
+        require_gathered("a parameter of the LM head", parameter)
+    transform = _LogitTransform(logit_scale, logit_softcap)
+    bound = functools.partial(_CallableHead, head)
+    return _apply(bound, hidden_states, parameters, labels, chunks, ignore_index, num_items_in_batch, transform)
+
+
+def _apply(
+    make_head: Callable[..., _LinearHead | _CallableHead],
+    hidden_states: Tensor,
+    parameters: Sequence[Tensor | None],
+    labels: Tensor,
+    chunks: int,
+    ignore_index: int,
+    num_items_in_batch: int | float | Tensor | None,
+    transform: _LogitTransform,
+) -> Tensor:
     if chunks < 1:
         raise ValueError(f"chunks must be at least 1, got {chunks}")
     if labels.shape != hidden_states.shape[:-1]:
@@ -59,16 +115,16 @@ def chunked_loss(
             f"labels must have the shape {tuple(hidden_states.shape[:-1])}, that of hidden_states without its last "
             f"dimension, got {tuple(labels.shape)}"
         )
-    require_gathered("the LM head's weight", weight)
     device = hidden_states.device
     labels = labels.to(device).reshape(-1)
     if num_items_in_batch is None:
         num_items_in_batch = (labels != ignore_index).sum()
     num_items = torch.as_tensor(num_items_in_batch, device=device).to(accumulation_dtype(hidden_states.dtype))
     weights = torch.where(num_items > 0, 1 / num_items, torch.zeros_like(num_items))
-    tensors = (cast_for_autocast(tensor, device) for tensor in (hidden_states, weight, bias))
-    with autocast_disabled(device):
-        return _ChunkedLoss.apply(labels, weights, ignore_index, chunks, torch.is_grad_enabled(), *tensors)
+    loss: Tensor = _ChunkedLoss.apply(
+        labels, weights, ignore_index, chunks, torch.is_grad_enabled(), make_head, transform, hidden_states, *parameters
+    )
+    return loss
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -80,65 +136,146 @@ class _ChunkedLoss(torch.autograd.Function):
         ignore_index: int,
         chunks: int,
         grad_enabled: bool,
+        make_head: Callable[..., _LinearHead | _CallableHead],
+        transform: _LogitTransform,
         hidden_states: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
+        *parameters: Tensor | None,
     ) -> Tensor:
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         # needs_input_grad says nothing about no_grad, which is invisible in here.
-        needs_x, needs_weight, needs_bias = (grad_enabled and needed for needed in ctx.needs_input_grad[5:])
+        needs_x, *needs = (grad_enabled and needed for needed in ctx.needs_input_grad[_FIRST_TENSOR:])
         dx = torch.empty_like(x) if needs_x else None
-        d_weight = zeros_for_accumulation(weight) if needs_weight else None
-        d_bias = zeros_for_accumulation(bias) if needs_bias and bias is not None else None
+        sums = [
+            zeros_for_accumulation(parameter) if needed and parameter is not None else None
+            for parameter, needed in zip(parameters, needs, strict=True)
+        ]
         # 1/n = mantissa * 2^exponent. The mantissa enters here, before gradients are rounded to 16 bits; the exponent
         # in the backward, together with the incoming gradient, mostly a power of two as well. So they are rounded
         # once, and in fp16 nothing underflows before the loss scale arrives.
         mantissa, exponent = torch.frexp(token_weight)
         losses = torch.zeros(x.shape[0], dtype=accumulation_dtype(x.dtype), device=x.device)
+        needs_gradients = needs_x or any(needs)
         for rows in chunk_slices(x.shape[0], chunks):
-            logits = _logits(x[rows], weight, bias)
+            head = make_head(x[rows], parameters, needs_x=needs_x, sums=sums)
+            logits, slope = transform(head.logits(), keep_slope=needs_gradients)
             losses[rows] = _cross_entropy_(logits, labels[rows], ignore_index)
-            if not (needs_x or needs_weight or needs_bias):
-                continue
-            d_logits = logits.mul_(mantissa)
-            rounded = d_logits.to(x.dtype)
-            if d_weight is not None:
-                # A CUDA GEMM reads 16-bit operands; where it has to be fp32 anyway, the rounding is saved.
-                add_outer_products(d_weight, rounded if x.is_cuda else d_logits, x[rows])
-            if d_bias is not None:
-                add_column_sums(d_bias, d_logits)
-            if dx is not None:
-                torch.mm(rounded, weight, out=dx[rows])
+            if needs_gradients:
+                d_logits = logits.mul_(mantissa) if slope is None else logits.mul_(mantissa).mul_(slope)
+                head.add_gradients(d_logits, dx[rows] if dx is not None else None)
+                del d_logits
             # Before the next chunk's: two chunks' logits must never be alive together.
-            del logits, d_logits, rounded
-        ctx.save_for_backward(dx, d_weight, d_bias, exponent)
-        ctx.shape, ctx.dtypes = hidden_states.shape, (weight.dtype, bias.dtype if bias is not None else None)
+            del head, logits, slope
+        ctx.save_for_backward(dx, exponent, *sums)
+        ctx.shape, ctx.dtypes = hidden_states.shape, [p.dtype if p is not None else None for p in parameters]
         # One sum over all tokens, as without chunks: a running total over chunks would round at every step.
         return losses.sum() * token_weight
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        dx, d_weight, d_bias, exponent = ctx.saved_tensors
+        dx, exponent, *sums = ctx.saved_tensors
         scale = torch.ldexp(grad_output, exponent)
-        weight_dtype, bias_dtype = ctx.dtypes
         return (
-            *(None,) * 5,
+            *(None,) * _FIRST_TENSOR,
             _scaled(dx, scale, dx.dtype).view(ctx.shape) if dx is not None else None,
-            _scaled(d_weight, scale, weight_dtype) if d_weight is not None else None,
-            _scaled(d_bias, scale, bias_dtype) if d_bias is not None else None,
+            *(
+                _scaled(total, scale, dtype) if total is not None else None
+                for total, dtype in zip(sums, ctx.dtypes, strict=True)
+            ),
         )
+
+
+# Where the tensors that can have gradients begin among the arguments of _ChunkedLoss.
+_FIRST_TENSOR = 7
+
+
+class _LinearHead:
+    """One chunk through a linear head: its logits, then the gradients that belong to theirs."""
+
+    def __init__(
+        self, x: Tensor, parameters: Sequence[Tensor | None], *, needs_x: bool, sums: Sequence[Tensor | None]
+    ) -> None:
+        weight, self.bias = parameters
+        assert weight is not None
+        self.x, self.weight, (self.d_weight, self.d_bias) = x, weight, sums
+
+    def logits(self) -> Tensor:
+        """(T, V) in fp32 at least, the caller's to write over."""
+        # One operation: adding the bias afterwards would round 16-bit logits twice.
+        x, weight, bias = self.x, self.weight, self.bias
+        logits = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+        return logits.to(accumulation_dtype(x.dtype))
+
+    def add_gradients(self, d_logits: Tensor, dx: Tensor | None) -> None:
+        """Add the parameters' gradients to `sums`, write the input's to `dx`."""
+        x = self.x
+        rounded = d_logits.to(x.dtype)
+        if self.d_weight is not None:
+            # A CUDA GEMM reads 16-bit operands; where it has to be fp32 anyway, the rounding is saved.
+            add_outer_products(self.d_weight, rounded if x.is_cuda else d_logits, x)
+        if self.d_bias is not None:
+            add_column_sums(self.d_bias, d_logits)
+        if dx is not None:
+            torch.mm(rounded, self.weight, out=dx)
+
+
+class _CallableHead:
+    """One chunk through any head, by autograd."""
+
+    def __init__(
+        self,
+        head: Callable[[Tensor], Tensor],
+        x: Tensor,
+        parameters: Sequence[Tensor],
+        *,
+        needs_x: bool,
+        sums: Sequence[Tensor | None],
+    ) -> None:
+        self.x = x.detach().unsqueeze(0).requires_grad_(needs_x)
+        self.sums = [(p, total) for p, total in zip(parameters, sums, strict=True) if total is not None]
+        with torch.set_grad_enabled(needs_x or bool(self.sums)), SumLinearGradients(self.sums):
+            self.output = head(self.x)
+
+    def logits(self) -> Tensor:
+        """(T, V) in fp32 at least, the caller's to write over."""
+        logits = self.output.detach().squeeze(0)
+        # A head may return what autograd needs again, or its own parameter.
+        return logits.to(accumulation_dtype(logits.dtype), copy=True)
+
+    def add_gradients(self, d_logits: Tensor, dx: Tensor | None) -> None:
+        """Add the parameters' gradients to `sums`, write the input's to `dx`."""
+        d_output = d_logits.to(self.output.dtype).unsqueeze(0)
+        wanted = [self.x] if dx is not None else []
+        wanted += [parameter for parameter, _ in self.sums]
+        grads = gradients_of(self.output, wanted, d_output)
+        if dx is not None:
+            dx.zero_() if grads[0] is None else dx.copy_(grads[0].squeeze(0))
+        for (_, total), part in zip(self.sums, grads[len(grads) - len(self.sums) :], strict=True):
+            if part is not None:  # linear layers have added theirs
+                total.add_(part)
+
+
+class _LogitTransform(NamedTuple):
+    """What a model does to its head's output: logits = softcap * tanh(scale * output / softcap), in fp32."""
+
+    scale: float
+    softcap: float | None
+
+    def __call__(self, logits: Tensor, *, keep_slope: bool) -> tuple[Tensor, Tensor | float | None]:
+        """Write over `logits`; return them and the derivative by the head's output, None where it is 1."""
+        if self.scale != 1:
+            logits *= self.scale
+        if self.softcap is None:
+            return logits, self.scale if self.scale != 1 else None
+        logits /= self.softcap
+        logits.tanh_()
+        slope = logits.square().neg_().add_(1).mul_(self.scale) if keep_slope else None
+        return logits.mul_(self.softcap), slope
 
 
 def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     # Into a new tensor: what is saved must survive a second backward (retain_graph). `out` avoids an fp32 temporary.
     return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
-
-
-def _logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    # One operation: adding the bias afterwards would round 16-bit logits twice.
-    logits = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
-    return logits.to(accumulation_dtype(x.dtype))
 
 
 def _cross_entropy_(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ def chunked_mlp(
     gate_bias: Tensor | None = None,
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    gate_in_up: bool = False,
+    transposed: bool = False,
 ) -> Tensor:
     """`down(activation(gate(x)) * up(x))`, or `down(activation(up(x)))` without a gate, worked through in chunks.
 
@@ -50,15 +52,21 @@ def chunked_mlp(
         activation: elementwise, deterministic and not in place; differentiated by autograd, one chunk at a time.
         gate_bias, up_bias: (I,) or None.
         down_bias: (H,) or None.
+        gate_in_up: the gate's rows come first in `up_weight`, (2 I, H), and in `up_bias`, (2 I,), as in Phi-3; the
+            gate's own weight and bias are None.
+        transposed: weights are (inputs, outputs), as in GPT-2: (H, I) or (H, 2 I) up and (I, H) down.
 
     Returns:
         (..., H), the dtype of `hidden_states` (under autocast: the autocast dtype).
 
     Raises:
-        ValueError: `chunks` below 1, or a weight that ZeRO-3 has not gathered.
+        ValueError: `chunks` below 1, a gate both in `gate_weight` and in `up_weight`, or a weight that ZeRO-3 has not
+            gathered.
     """
     if chunks < 1:
         raise ValueError(f"chunks must be at least 1, got {chunks}")
+    if gate_in_up and (gate_weight is not None or gate_bias is not None):
+        raise ValueError("gate_in_up says that up_weight holds the gate: gate_weight and gate_bias must be None")
     for name, weight in (
         ("gate_weight", gate_weight),
         ("up_weight", up_weight),
@@ -70,7 +78,30 @@ def chunked_mlp(
     tensors = (hidden_states, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias)
     cast = [cast_for_autocast(tensor, device) for tensor in tensors]
     with autocast_disabled(device):
-        return _ChunkedMLP.apply(activation, chunks, *cast)
+        return _ChunkedMLP.apply(activation, chunks, _Layout(gate_in_up, transposed), *cast)
+
+
+class _Layout(NamedTuple):
+    """How the parameters are stored. What is saved for the backward is the parameter itself, never a view of it: under
+    ZeRO-3 a view would keep the gathered weight alive."""
+
+    gate_in_up: bool
+    transposed: bool
+
+    def oriented(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The tensors as they are stored, but weights as (outputs, inputs)."""
+        weights, biases = tensors[:3], tensors[3:]
+        if self.transposed:
+            weights = [weight.t() if weight is not None else None for weight in weights]
+        return [*weights, *biases]
+
+    def split(self, oriented: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Weights of gate, up and down and their biases, each by itself."""
+        gate, up, down, gate_bias, up_bias, down_bias = oriented
+        if self.gate_in_up:
+            gate, up = up.chunk(2) if up is not None else (None, None)
+            gate_bias, up_bias = up_bias.chunk(2) if up_bias is not None else (None, None)
+        return [gate, up, down, gate_bias, up_bias, down_bias]
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
@@ -85,18 +116,19 @@ class _ChunkedMLP(torch.autograd.Function):
         ctx: Any,
         activation: Activation,
         chunks: int,
+        layout: _Layout,
         hidden_states: Tensor,
-        gate_weight: Tensor | None,
-        up_weight: Tensor,
-        down_weight: Tensor,
-        gate_bias: Tensor | None,
-        up_bias: Tensor | None,
-        down_bias: Tensor | None,
+        *parameters: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(hidden_states, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias)
-        ctx.activation, ctx.chunks = activation, chunks
+        ctx.save_for_backward(hidden_states, *parameters)
+        ctx.activation, ctx.chunks, ctx.layout = activation, chunks, layout
+        gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias = layout.split(layout.oriented(parameters))
+        assert up_weight is not None
+        assert down_weight is not None
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
-        out = x.new_empty(x.shape[0], down_weight.shape[0])
+        # Not a view: models may add to it in place.
+        out = x.new_empty(*hidden_states.shape[:-1], down_weight.shape[0])
+        flat = out.view(-1, out.shape[-1])
         for rows in chunk_slices(x.shape[0], chunks):
             # At most two tensors of intermediate size are alive: the product is written over one of them.
             if gate_weight is None:
@@ -104,15 +136,15 @@ class _ChunkedMLP(torch.autograd.Function):
             else:
                 product = activation(_linear(x[rows], gate_weight, gate_bias))
                 product.mul_(_linear(x[rows], up_weight, up_bias))
-            _linear(product, down_weight, down_bias, out=out[rows])
+            _linear(product, down_weight, down_bias, out=flat[rows])
             del product
-        return out.view(*hidden_states.shape[:-1], down_weight.shape[0])
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         hidden_states, *parameters = ctx.saved_tensors
-        needs = ctx.needs_input_grad[2:]
+        needs = ctx.needs_input_grad[3:]
         with autocast_disabled(hidden_states.device):
             x = hidden_states.reshape(-1, hidden_states.shape[-1])
             dy = grad_output.reshape(-1, grad_output.shape[-1])
@@ -121,19 +153,20 @@ class _ChunkedMLP(torch.autograd.Function):
                 zeros_for_accumulation(parameter) if needed else None
                 for parameter, needed in zip(parameters, needs[1:], strict=True)
             ]
+            tensors = ctx.layout.oriented(parameters), ctx.layout.oriented(sums)
             for rows in chunk_slices(x.shape[0], ctx.chunks):
-                _backward_chunk(
-                    ctx.activation, x[rows], dy[rows], dx[rows] if dx is not None else None, parameters, sums
-                )
+                d_rows = dx[rows] if dx is not None else None
+                _backward_chunk(ctx.activation, ctx.layout, x[rows], dy[rows], d_rows, *tensors)
         grads = (
             total.to(parameter.dtype) if total is not None else None
             for parameter, total in zip(parameters, sums, strict=True)
         )
-        return None, None, dx.view_as(hidden_states) if dx is not None else None, *grads
+        return None, None, None, dx.view_as(hidden_states) if dx is not None else None, *grads
 
 
 def _backward_chunk(
     activation: Activation,
+    layout: _Layout,
     x: Tensor,
     dy: Tensor,
     dx: Tensor | None,
@@ -145,8 +178,8 @@ def _backward_chunk(
     The order below never has more than five tensors of intermediate size alive, and writes over each as soon as its
     value is not needed again.
     """
-    gate_weight, up_weight, down_weight, gate_bias, up_bias, _ = parameters
-    d_gate_weight, d_up_weight, d_down_weight, d_gate_bias, d_up_bias, d_down_bias = sums
+    gate_weight, up_weight, down_weight, gate_bias, up_bias, _ = layout.split(parameters)
+    d_down_weight, d_down_bias = sums[2], sums[5]
     assert up_weight is not None
     assert down_weight is not None
 
@@ -172,15 +205,13 @@ def _backward_chunk(
     (d_inner,) = torch.autograd.grad(activated, inner, d_inner_out)
     del activated, inner, d_inner_out
 
-    if gate_weight is None:
-        branches = [(d_inner, up_weight, d_up_weight, d_up_bias)]
-    else:
-        assert d_up is not None
-        branches = [
-            (d_inner, gate_weight, d_gate_weight, d_gate_bias),
-            (d_up, up_weight, d_up_weight, d_up_bias),
-        ]
-    for index, (grad, weight, d_weight, d_bias) in enumerate(branches):
+    grads = [d_inner] if d_up is None else [d_inner, d_up]
+    if layout.gate_in_up:
+        grads = [torch.cat(grads, dim=1)]
+    # By the stored weights, so that an input gradient that is one product is rounded once.
+    stored = zip(*(tensors[2 - len(grads) : 2] for tensors in (parameters[:3], sums[:3], sums[3:])), strict=True)
+    for index, (grad, (weight, d_weight, d_bias)) in enumerate(zip(grads, stored, strict=True)):
+        assert weight is not None
         if d_weight is not None:
             add_outer_products(d_weight, grad, x)
         if d_bias is not None:

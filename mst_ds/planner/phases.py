@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mst_ds.planner import activations, states
+from mst_ds.planner.mlp import mlp_steps
 from mst_ds.planner.types import MemoryTerm, Phase, total_bytes
 from mst_ds.planner.workload import Workload
 
@@ -27,8 +28,8 @@ def layer_phase(work: Workload, mlp_chunks: int, *, backward: bool) -> Phase:
         terms += activations.output_gradient(work)
         if work.recompute:
             terms += activations.layer_activations(work)
-    mlp = mlp_step(work, mlp_chunks, backward=backward)
-    largest = max(mlp, rest_of_layer_step(work, backward=backward), key=total_bytes)
+    mlps = (step.terms for step in mlp_steps(work, mlp_chunks, backward=backward))
+    largest = max(*mlps, rest_of_layer_step(work, backward=backward), key=total_bytes)
     return Phase("backward" if backward else "forward", terms + largest)
 
 
@@ -37,11 +38,6 @@ def loss_phase(work: Workload, loss_chunks: int) -> Phase:
     terms = _computing(work, backward=False) + activations.loss_unchunked(work)
     largest = max(activations.loss_logits(work, loss_chunks), activations.loss_scaling(work), key=total_bytes)
     return Phase("loss", terms + largest)
-
-
-def mlp_step(work: Workload, chunks: int, *, backward: bool) -> Terms:
-    chunk = activations.mlp_chunk(work, chunks, backward=backward)
-    return (*activations.mlp_unchunked(work, backward=backward), chunk)
 
 
 def rest_of_layer_step(work: Workload, *, backward: bool) -> Terms:

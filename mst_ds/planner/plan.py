@@ -100,6 +100,7 @@ def make_plan(
         attention=work.attention,
         device_memory=memory,
         phases=step_phases(work, mlp_chunks=mlp_chunks, loss_chunks=loss_chunks),
+        counts_are_exact=shape.counts_are_exact,
     )
 
 

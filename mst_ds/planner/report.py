@@ -15,7 +15,11 @@ def plan_table(plan: Plan) -> Table:
 
     Every term with its formula stands in `plan.phases`.
     """
-    table = Table(title=_decisions(plan), caption=_verdict(plan), title_justify="left", caption_justify="left")
+    title = _decisions(plan)
+    # Otherwise the title would be wrapped to the columns.
+    table = Table(
+        title=title, caption=_verdict(plan), title_justify="left", caption_justify="left", min_width=len(title)
+    )
     table.add_column("phase", no_wrap=True)
     table.add_column("device", no_wrap=True, justify="right")
     table.add_column("host", no_wrap=True, justify="right")
@@ -39,9 +43,10 @@ def _decisions(plan: Plan) -> str:
 
 def _verdict(plan: Plan) -> str:
     verdict = "fits in" if plan.fits else "does NOT fit in"
+    caveat = "" if plan.counts_are_exact else "; parameters counted as those of a similar model, an estimate"
     return (
         f"{_gib(plan.peak_bytes)} GiB at the peak ({plan.peak_phase.name}) {verdict} "
-        f"{_gib(plan.device_memory)} GiB; host {_gib(plan.host_bytes)} GiB"
+        f"{_gib(plan.device_memory)} GiB; host {_gib(plan.host_bytes)} GiB{caveat}"
     )
 
 

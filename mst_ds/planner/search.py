@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 from mst_ds.config import AUTO, Auto
 from mst_ds.planner import activations
-from mst_ds.planner.phases import layer_phase, loss_phase, mlp_step, rest_of_layer_step
+from mst_ds.planner.mlp import mlp_steps
+from mst_ds.planner.phases import layer_phase, loss_phase, rest_of_layer_step
 from mst_ds.planner.types import total_bytes
 from mst_ds.planner.workload import Workload
 
@@ -50,12 +51,11 @@ def _given(name: str, chunks: int | Auto, work: Workload) -> int | None:
 
 def _mlp_is_not_the_peak(work: Workload, chunks: int) -> bool:
     return all(
-        total_bytes(mlp_step(work, chunks, backward=backward))
-        <= total_bytes(rest_of_layer_step(work, backward=backward))
+        total_bytes(step.terms) <= total_bytes(rest_of_layer_step(work, backward=backward))
         # Where the unchunked part alone is larger than the rest, more chunks than this gain little.
-        or activations.mlp_chunk(work, chunks, backward=backward).bytes
-        <= total_bytes(activations.mlp_unchunked(work, backward=backward))
+        or total_bytes(step.chunk) <= total_bytes(step.rest)
         for backward in (False, True)
+        for step in mlp_steps(work, chunks, backward=backward)
     )
 
 

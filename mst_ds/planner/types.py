@@ -60,7 +60,7 @@ class Plan:
     """What one rank does, and what it costs. Lengths are in tokens, memory in bytes.
 
     attention is the implementation that runs ("sdpa" or "flash_attention_2"), dtype the model's ("fp32",
-    "fp16" or "bf16"); phases are in the order in which they happen.
+    "fp16" or "bf16"); phases are in the order in which they happen. counts_are_exact: see `ModelShape`.
     """
 
     topology: Topology
@@ -76,6 +76,7 @@ class Plan:
     attention: str
     device_memory: int
     phases: tuple[Phase, ...]
+    counts_are_exact: bool = True
 
     @property
     def sp_size(self) -> int:

@@ -35,9 +35,14 @@ class Workload:
         return self.tokens * self.sp_size
 
     @property
+    def query_heads(self) -> int:
+        """Query heads of a rank between the all-to-alls."""
+        return ceil_divide(self.shape.num_attention_heads, self.sp_size)
+
+    @property
     def query_width(self) -> int:
         """Query heads of a rank between the all-to-alls, times the head dimension."""
-        return ceil_divide(self.shape.num_attention_heads, self.sp_size) * self.shape.head_dim
+        return self.query_heads * self.shape.head_dim
 
     @property
     def key_value_width(self) -> int:
@@ -45,8 +50,21 @@ class Workload:
 
     @property
     def repeats_key_value(self) -> bool:
-        """sdpa works on as many key/value heads as query heads; flash attention groups them itself."""
-        return self.attention == "sdpa" and self.key_value_width != self.query_width
+        """Whether attention works on as many key/value heads as query heads.
+
+        Kernels group them themselves, but not sdpa's for fp32; and where ranks have heads of no even grouping, each
+        query head gets a copy of its own.
+        """
+        heads, key_value_heads = self.shape.num_attention_heads, self.shape.num_key_value_heads
+        uneven = heads % self.sp_size or (key_value_heads % self.sp_size and self.sp_size % key_value_heads)
+        is_ungrouped = bool(uneven) or (self.attention == "sdpa" and self.zero.dtype == "fp32")
+        return is_ungrouped and self.key_value_width != self.query_width
+
+    @property
+    def block_scores(self) -> int:
+        """Scores of one head that attention without a kernel computes at a time: 2^18, but 64 queries at least."""
+        length = self.sp_size * shard_length(self.seq_len, self.sp_size)
+        return length * max(64, min(2**18 // length, length))
 
     def chunk_tokens(self, chunks: int) -> int:
         return ceil_divide(self.tokens, chunks)

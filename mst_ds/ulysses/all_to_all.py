@@ -9,21 +9,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .groups import SequenceGroup
 from .layout import HeadLayout
 
 
 def sequence_to_heads(
-    query: Tensor, key: Tensor, value: Tensor, layout: HeadLayout, group: dist.ProcessGroup
+    query: Tensor, key: Tensor, value: Tensor, layout: HeadLayout, group: SequenceGroup
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This shard, query (B, N, L, D), key, value (B, K, L, D) -> this rank's heads, (B, n, S, D) and (B, k, S, D)."""
     return _SequenceToHeads.apply(query, key, value, layout, group)
 
 
-def heads_to_sequence(output: Tensor, layout: HeadLayout, group: dist.ProcessGroup) -> Tensor:
+def heads_to_sequence(output: Tensor, layout: HeadLayout, group: SequenceGroup) -> Tensor:
     """(B, n, S, D) attention output of this rank's heads -> (B, L, N, D) of this shard, all heads."""
     return _HeadsToSequence.apply(output, layout, group)
 
@@ -31,7 +31,7 @@ def heads_to_sequence(output: Tensor, layout: HeadLayout, group: dist.ProcessGro
 class _SequenceToHeads(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: HeadLayout, group: dist.ProcessGroup
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: HeadLayout, group: SequenceGroup
     ) -> tuple[Tensor, ...]:
         ctx.layout, ctx.group = layout, group
         ctx.shapes = [tensor.shape for tensor in (query, key, value)]
@@ -40,7 +40,7 @@ class _SequenceToHeads(torch.autograd.Function):
             [tensor[:, heads.start : heads.stop] for tensor, heads in zip((query, key, value), of_rank, strict=True)]
             for of_rank in ranges
         ]
-        mine = ranges[dist.get_rank(group)]
+        mine = ranges[group.rank]
         shapes = [
             _with(shape, heads=len(heads), length=shape[2]) for shape, heads in zip(ctx.shapes, mine, strict=True)
         ]
@@ -72,7 +72,7 @@ class _SequenceToHeads(torch.autograd.Function):
 
 class _HeadsToSequence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, output: Tensor, layout: HeadLayout, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, output: Tensor, layout: HeadLayout, group: SequenceGroup) -> Tensor:
         ctx.layout, ctx.group, ctx.shape = layout, group, output.shape
         length = output.shape[2] // layout.sp_size
         shapes = [
@@ -111,7 +111,7 @@ def _with(shape: torch.Size, *, heads: int, length: int) -> torch.Size:
 
 
 def _exchange(
-    sends: list[list[Tensor]], receive_shapes: list[list[torch.Size]], group: dist.ProcessGroup
+    sends: list[list[Tensor]], receive_shapes: list[list[torch.Size]], group: SequenceGroup
 ) -> list[list[Tensor]]:
     """Send the tensors `sends[rank]` to each rank; return those received from each, views into one flat buffer."""
     reference = sends[0][0]
@@ -124,6 +124,6 @@ def _exchange(
         send[offset : offset + tensor.numel()].view(tensor.shape).copy_(tensor)
         offset += tensor.numel()
     received = reference.new_empty(sum(receive_splits))
-    dist.all_to_all_single(received, send, receive_splits, send_splits, group=group)
+    group.all_to_all(received, send, receive_splits, send_splits)
     flat = iter(received.split([shape.numel() for shapes in receive_shapes for shape in shapes]))
     return [[next(flat).view(shape) for shape in shapes] for shapes in receive_shapes]

@@ -6,17 +6,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from .all_to_all import heads_to_sequence, sequence_to_heads
 from .backends import attend_within_documents, causal_backend
+from .groups import SequenceGroup
 from .layout import HeadLayout
+from .masks import SlidingWindow, describe_mask
+from .spec import AttentionSpec
 
 ATTENTION_NAME = "mst_ulysses"
 
-# Keyword arguments with which models ask their attention function for something that is not plain causal attention.
-_UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias")
+# Tensors that models hand to every attention function, and that change nothing in what is computed here.
+_HARMLESS = frozenset({"position_ids", "cache_position"})
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,12 @@ class UlyssesContext:
     """What attention needs to know of a forward pass beyond its tensors; travels to every layer as a keyword argument.
 
     Args:
-        group: the sequence group.
+        group: the sequence group; None where the sequence is not sharded.
         backend: a name that `causal_backend` knows.
         document_starts: see `attend_within_documents`; found once per forward, not once per layer.
     """
 
-    group: dist.ProcessGroup
+    group: SequenceGroup | None
     backend: str
     document_starts: list[list[int]] | None
 
@@ -40,11 +42,7 @@ def register_attention() -> None:
     from transformers.masking_utils import AttentionMaskInterface
 
     AttentionInterface.register(ATTENTION_NAME, ulysses_attention)
-    AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
-
-
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    return None
+    AttentionMaskInterface.register(ATTENTION_NAME, describe_mask)
 
 
 def ulysses_attention(
@@ -52,7 +50,7 @@ def ulysses_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: SlidingWindow | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     ulysses: UlyssesContext | None = None,
@@ -61,11 +59,13 @@ def ulysses_attention(
     """Causal attention over a sequence whose shards lie on the ranks of a group (arXiv 2309.14509).
 
     Args:
-        query: (B, N, L, D) of this rank's shard, rotary embedding applied; key, value: (B, K, L, D).
-        attention_mask: must be None; documents are told apart by `ulysses.document_starts`.
+        query: (B, N, L, D) of this rank's shard, rotary embedding applied; key: (B, K, L, D); value: (B, K, L, Dv).
+        attention_mask: what `register_attention`'s mask function returned; documents and padding are told apart by
+            `ulysses.document_starts`.
+        kwargs: `sliding_window`, `softcap` and `s_aux`, the (N,) attention sinks, as in `AttentionSpec`.
 
     Returns:
-        (B, L, N, D) and None, as transformers' attention functions do.
+        (B, L, N, Dv) and None, as transformers' attention functions do.
 
     Raises:
         ValueError: the model asks for something that this attention does not do, so its result would be wrong.
@@ -73,45 +73,116 @@ def ulysses_attention(
     if ulysses is None:
         raise ValueError(
             f"{type(module).__name__} does not hand keyword arguments on to its attention function: "
-            "sequence parallelism needs that; use sp_size 1 for this model"
+            "mst_ds needs that; this model is not supported"
         )
-    if attention_mask is not None:
-        raise ValueError("Ulysses attention takes no attention_mask: pad on the right with ignored labels instead")
-    for name in _UNSUPPORTED:
-        if kwargs.get(name) is not None:
-            raise ValueError(
-                f"{type(module).__name__} asks for {name}={kwargs[name]!r}, which Ulysses attention does not "
-                "support: use sp_size 1 for this model"
-            )
-    if not kwargs.get("is_causal", getattr(module, "is_causal", True)):
-        raise ValueError(
-            f"{type(module).__name__} is not causal, which Ulysses attention does not support: use sp_size 1"
-        )
+    _check_request(module, query, key, attention_mask, kwargs)
+    query, key, value = _one_dtype(module, query, key, value)
+    sinks = kwargs.get("s_aux")
     group = ulysses.group
-    layout = HeadLayout(query.shape[1], key.shape[1], dist.get_world_size(group))
-    query, key, value = sequence_to_heads(query, key, value, layout, group)
-    index = layout.key_value_index(dist.get_rank(group))
-    if index is not None:
-        key, value = key[:, index], value[:, index]
-    backend = causal_backend(ulysses.backend)
-    output = attend_within_documents(backend, query, key, value, scaling, dropout, ulysses.document_starts)
+    if group is not None:
+        layout = HeadLayout(query.shape[1], key.shape[1], group.size)
+        query, key, value = sequence_to_heads(query, key, value, layout, group)
+        index = layout.key_value_index(group.rank)
+        if index is not None:
+            key, value = key[:, index], value[:, index]
+        heads = layout.query_heads(group.rank)
+        sinks = sinks if sinks is None else sinks[heads.start : heads.stop]
+    spec = AttentionSpec(
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        dropout=dropout,
+        window=attention_mask.size if attention_mask is not None else kwargs.get("sliding_window") or None,
+        softcap=kwargs.get("softcap"),
+        sinks=sinks,
+    )
+    attend = causal_backend(ulysses.backend)
+    output = attend_within_documents(attend, query, key, value, spec, ulysses.document_starts)
+    if group is None:
+        return output.transpose(1, 2).contiguous(), None
     return heads_to_sequence(output, layout, group), None
 
 
-def find_document_starts(position_ids: Tensor, group: dist.ProcessGroup) -> list[list[int]] | None:
-    """Gather the positions of all shards and find where documents begin: wherever a position does not go on by one.
+def find_document_starts(
+    position_ids: Tensor, attention_mask: Tensor | None, group: SequenceGroup | None
+) -> list[list[int]] | None:
+    """Find where documents begin in the whole sequence, with one all-gather.
+
+    A document begins where a position does not go on by one, and where padding begins or ends. A run of padding is one
+    document, whatever its positions: real tokens never see it, on either side.
 
     Args:
-        position_ids: (B, L) of this rank's shard.
+        position_ids: (B, L) of this rank's shard; one row may stand for all.
+        attention_mask: (B, L) of this rank's shard, 1 for a token and 0 for padding; None where all are tokens.
+        group: the sequence group; None where the sequence is not sharded.
 
     Returns:
         For each row the first index of each document in the whole sequence, or None when every row is one document.
+
+    Raises:
+        ValueError: positions that are not one row for each sequence, or a mask of another shape or with other values
+            than 0 and 1.
     """
-    sp_size = dist.get_world_size(group)
-    shards = [torch.empty_like(position_ids, memory_format=torch.contiguous_format) for _ in range(sp_size)]
-    dist.all_gather(shards, position_ids.contiguous(), group=group)
-    positions = torch.cat(shards, dim=1)
-    is_start = torch.ones_like(positions, dtype=torch.bool)
-    is_start[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
+    if position_ids.dim() != 2:
+        raise ValueError(f"position_ids must be (batch, length), got shape {tuple(position_ids.shape)}")
+    # Position and mask of a token travel as one number, so that ranks with and without a mask exchange the same.
+    tokens = 2 * position_ids.long() + 1
+    if attention_mask is not None:
+        is_binary = bool(((attention_mask == 0) | (attention_mask == 1)).all())
+        if attention_mask.dim() != 2 or attention_mask.shape[1] != position_ids.shape[1] or not is_binary:
+            raise ValueError(
+                f"attention_mask must be (batch, {position_ids.shape[1]}), 1 for a token and 0 for padding; "
+                f"got shape {tuple(attention_mask.shape)}{'' if is_binary else ' and other values'}"
+            )
+        tokens = tokens - 1 + attention_mask.long()
+    if group is not None:
+        tokens = torch.cat(group.all_gather(tokens), dim=1)
+    is_padding = tokens % 2 == 0
+    goes_on = (tokens[:, 1:] == tokens[:, :-1] + 2) | (is_padding[:, 1:] & is_padding[:, :-1])
+    is_start = torch.ones_like(tokens, dtype=torch.bool)
+    is_start[:, 1:] = ~goes_on
     starts = [row.nonzero().flatten().tolist() for row in is_start]
     return None if all(row == [0] for row in starts) else starts
+
+
+def _check_request(
+    module: nn.Module, query: Tensor, key: Tensor, attention_mask: SlidingWindow | None, kwargs: dict[str, Any]
+) -> None:
+    """Refuse what would not be causal self-attention over whole documents."""
+    name = type(module).__name__
+    if attention_mask is not None and not isinstance(attention_mask, SlidingWindow):
+        raise ValueError(
+            f"{name} hands its attention function an attention_mask of its own, which mst_ds's attention cannot take: "
+            "pass position_ids that restart with each document, and a mask of 1 and 0 for padding"
+        )
+    is_causal = kwargs.get("is_causal")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise ValueError(f"{name} is not causal, which mst_ds's attention does not support")
+    # A layer that names a window of 0 has none, as in transformers.
+    window = kwargs.get("sliding_window") or None
+    size = window if attention_mask is None else attention_mask.size
+    if size is not None and size < 1:
+        raise ValueError(f"{name} has a sliding window of {size}; allowed: 1 token or more")
+    if window is not None and size != window:
+        raise ValueError(f"{name} asks for sliding_window={window}, but its mask has a window of {size}")
+    if key.shape[2] != query.shape[2]:
+        raise ValueError(
+            f"{name} attends from {query.shape[2]} tokens to {key.shape[2]}: "
+            "mst_ds's attention is over the tokens themselves"
+        )
+    for argument, tensor in kwargs.items():
+        if isinstance(tensor, Tensor) and argument != "s_aux" and argument not in _HARMLESS:
+            raise ValueError(
+                f"{name} hands {argument} to its attention function, which mst_ds's attention does not know"
+            )
+
+
+def _one_dtype(module: nn.Module, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast its dtype: a rotary embedding or norm may have left fp32 behind."""
+    device = tensors[0].device.type
+    if torch.is_autocast_enabled(device) and all(tensor.dtype != torch.float64 for tensor in tensors):
+        tensors = tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+    dtypes = [tensor.dtype for tensor in tensors]
+    if len(set(dtypes)) > 1:
+        raise ValueError(
+            f"{type(module).__name__} has query, key, value in {', '.join(map(str, dtypes))}: they must have one dtype"
+        )
+    return tensors

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import islice
+from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -116,8 +118,45 @@ def test_resumed_run_goes_on_with_the_same_samples_at_any_layout(packed: Packed,
     for loader in after:
         loader.load_state_dict(states[-1])
 
-    assert states == [{"samples_seen": 24, "seed": 7}] * 4
+    fingerprint = {"packing": "documents", "seq_len": 5, "num_samples": 10, "num_tokens": 49}
+    assert states == [{"samples_seen": 24, "seed": 7} | fingerprint] * 4
     assert samples_of(after, steps=24 // dp_size) == expected
+
+
+@pytest.mark.parametrize(
+    ("lengths", "samples", "says"),
+    [
+        ((5, 44), {"packing": "none"}, "saved with packing 'documents', but this run has packing 'none'; allowed"),
+        ((3, 46), {"seq_len": 6}, "seq_len 5 and num_samples 10, but this run has seq_len 6 and num_samples 8"),
+        ((3, 45), {}, "num_tokens 49, but this run has num_tokens 48"),
+        ((3, 46), {"max_samples": 9}, "num_samples 10, but this run has num_samples 9"),
+        ((2, 47), {"documents": np.array([1])}, "with num_tokens 49, but this run has num_tokens 47; allowed"),
+    ],
+)
+def test_position_in_other_samples_is_refused(
+    packed: Packed,
+    token_rows: Callable[..., datasets.Dataset],
+    lengths: tuple[int, ...],
+    samples: dict[str, Any],
+    says: str,
+) -> None:
+    (before,) = world(packed(num_samples=10), 1, 1)
+    next(before)
+    other = PackedDataset(token_rows(*lengths), **({"seq_len": 5, "pad_id": 0} | samples))
+    (after,) = world(other, 1, 1, seed=8)
+
+    with pytest.raises(ValueError, match=r"^the position in the data was saved with .*; allowed: .*\Z") as caught:
+        after.load_state_dict(before.state_dict())
+
+    assert says in str(caught.value)
+    assert after.state_dict() == world(other, 1, 1, seed=8)[0].state_dict(), "refused, but taken over"
+
+
+def test_position_without_a_fingerprint_is_refused(packed: Packed) -> None:
+    (loader,) = world(packed(num_samples=10), 1, 1)
+
+    with pytest.raises(ValueError, match="saved with packing None"):
+        loader.load_state_dict({"samples_seen": 3, "seed": 7})
 
 
 @pytest.mark.parametrize(("dp_size", "sp_size"), LAYOUTS)
@@ -135,14 +174,18 @@ def test_evaluation_sees_each_sample_once_with_equally_many_batches(
     rows = [row for step in zip(*batches, strict=True) for row in whole_rows(list(step), sp_size, 5)]
     assert [row for row in rows if row != [dataset.pad_id] * 5] == [dataset[i]["input_ids"].tolist() for i in range(7)]
     labels = torch.cat([batch["shift_labels"].flatten() for rank in batches for batch in rank])
-    # A sample of 5 tokens has 4 labels, and the last sample is one token short.
-    assert (labels != IGNORE_INDEX).sum() == 7 * 4 - 1
+    # A sample of 5 tokens has 4 labels, but the first sample has two documents and the last is one token short.
+    assert (labels != IGNORE_INDEX).sum() == 7 * 4 - 2
+    mask = torch.cat([batch["attention_mask"].flatten() for rank in batches for batch in rank])
+    assert mask.sum() == dataset.num_tokens
 
 
 def test_ranks_beyond_the_last_sample_get_ignored_labels(packed: Packed) -> None:
     (batch,) = eval_batches(packed(num_samples=2, seq_len=8), Topology(3, 4, 1), micro_batch_size=2)
 
     assert (batch["shift_labels"] == IGNORE_INDEX).all()
+    assert (batch["attention_mask"] == 0).all()
+    assert batch["position_ids"].tolist() == [[*range(8)]] * 2
     assert batch["input_ids"].shape == (2, 8)
 
 

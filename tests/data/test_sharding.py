@@ -45,7 +45,32 @@ def test_shards_side_by_side_are_the_padded_sequence(sp_size: int, seq_len: int,
     assert torch.equal(whole["shift_labels"][:, : seq_len - 1], batch["labels"][:, 1:])
     assert (whole["input_ids"][:, seq_len:] == PAD).all()
     assert (whole["shift_labels"][:, seq_len - 1 :] == IGNORE_INDEX).all()
-    assert torch.equal(whole["position_ids"], torch.arange(seq_len + padding).expand(batch_size, -1))
+    assert torch.equal(whole["position_ids"][:, :seq_len], torch.arange(seq_len).expand(batch_size, -1))
+    assert (whole["position_ids"] < seq_len).all(), "more than the model has learned"
+    assert torch.equal(
+        whole["attention_mask"], (torch.arange(seq_len + padding) < seq_len).long().expand(batch_size, -1)
+    )
+
+
+@pytest.mark.parametrize("sp_size", [1, 2, 3, 4])
+def test_documents_and_padding_stay_what_they_are(sp_size: int) -> None:
+    # At sp 2 the shards meet at 5, within the second document; at sp 3 and 4 the length does not divide.
+    batch = batch_of(2, 10)
+    batch["position_ids"] = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0, 0, 1], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]])
+    batch["attention_mask"] = torch.tensor([[1] * 8 + [0] * 2, [1] * 10])
+    batch["labels"][batch["position_ids"] == 0] = IGNORE_INDEX
+
+    shards = shards_of(batch, sp_size)
+
+    whole = {name: torch.cat([part[name] for part in shards], dim=1) for name in shards[0]}
+    added = -10 % sp_size
+    assert torch.equal(whole["position_ids"][:, :10], batch["position_ids"])
+    assert torch.equal(whole["attention_mask"][:, :10], batch["attention_mask"])
+    assert whole["position_ids"][:, 10:].tolist() == [[*range(added)]] * 2
+    assert (whole["attention_mask"][:, 10:] == 0).all()
+    assert torch.equal(whole["shift_labels"][:, :9], batch["labels"][:, 1:])
+    # The last tokens of both documents in the first row, which would predict another document.
+    assert whole["shift_labels"][0, [2, 6]].tolist() == [IGNORE_INDEX] * 2
 
 
 def test_last_label_of_a_shard_is_the_first_token_of_the_next() -> None:

@@ -37,6 +37,26 @@ def test_training_and_held_out_part_share_no_document(folder: Path) -> None:
     assert not digits(data.train) & digits(data.held_out)
 
 
+def test_without_packing_a_sample_has_one_document(folder: Path) -> None:
+    config = TrainConfig(dataset=str(folder), seq_len=60, eval_steps=1, eval_samples=4, packing="none")
+
+    data = load_training_data(config, MODEL)
+
+    # A document of 100 tokens is samples of 60 and 40: two documents for 4 samples. Their tokens would take three.
+    assert data.held_out is not None
+    assert (len(data.train), len(data.held_out)) == (8 * 2, 4)
+    assert {int(sample["attention_mask"].sum()) for sample in data.train} == {60, 40}
+    assert {len(set(sample["input_ids"].tolist()) - {256}) for sample in data.train} == {1}
+    assert len(digits(data.train)) == 8
+    assert not digits(data.train) & digits(data.held_out)
+
+
+def test_without_packing_a_sequence_may_be_longer_than_the_dataset(folder: Path) -> None:
+    data = load_training_data(TrainConfig(dataset=str(folder), seq_len=1001, packing="none"), MODEL)
+
+    assert [int(sample["attention_mask"].sum()) for sample in data.train] == [100] * 10
+
+
 def test_without_evaluation_all_documents_are_for_training(folder: Path) -> None:
     data = load_training_data(TrainConfig(dataset=str(folder), seq_len=40), MODEL)
 

@@ -16,42 +16,16 @@ from error_budget import (
     value_and_gradients,
 )
 from live_memory import LiveMemory
+from plain_loss import HIDDEN, ONE, VOCAB, make_labels, make_tensors, plain_loss
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mst_ds.minisequence import chunked_loss
 
-HIDDEN, VOCAB = 128, 499
 MIB = 2**20
-ONE = torch.ones(())
-
-
-def plain_loss(labels, tensors, *, num_items_in_batch=None, ignore_index=-100):
-    logits = F.linear(tensors["x"], tensors["weight"], tensors.get("bias"))
-    # As transformers does: the loss of 16-bit logits is computed in fp32.
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2)
-    reduction = "mean" if num_items_in_batch is None else "sum"
-    loss = F.cross_entropy(logits, labels.flatten(), reduction=reduction, ignore_index=ignore_index)
-    return loss if num_items_in_batch is None else loss / num_items_in_batch
 
 
 def our_loss(chunks, labels, tensors, **kwargs):
     return chunked_loss(tensors["x"], tensors["weight"], labels, chunks=chunks, bias=tensors.get("bias"), **kwargs)
-
-
-def make_tensors(dtype, shape, *, bias=True, hidden=HIDDEN, vocab=VOCAB):
-    """Hidden states and a head whose logits have a spread of 2, so that the softmax is neither flat nor one-hot."""
-    torch.manual_seed(0)
-    tensors = {"x": torch.randn(*shape, hidden), "weight": torch.randn(vocab, hidden) * 2 * hidden**-0.5}
-    if bias:
-        tensors["bias"] = torch.randn(vocab)
-    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
-
-
-def make_labels(shape, *, ignored=0.3, vocab=VOCAB):
-    """Labels whose ignored part gathers at the front: first chunks have few valid ones, or none."""
-    labels = torch.randint(vocab, shape)
-    labels.view(-1)[: int(ignored / 2 * labels.numel())] = -100
-    return labels.masked_fill_(torch.rand(shape) < ignored / 2, -100)
 
 
 assert_same = functools.partial(assert_equal_but_for_order, atol=1e-14)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from transformers import LlamaConfig
+from transformers import LlamaConfig, StableLmConfig
 
 from mst_ds.config import GIB, TrainConfig
 from mst_ds.planner import make_plan, plan_table
@@ -154,6 +154,16 @@ def test_the_report_shows_every_phase_with_its_largest_terms_and_the_verdict():
     assert f"mlp_chunks {plan.mlp_chunks}, loss_chunks {plan.loss_chunks}" in text
     assert f"at the peak ({plan.peak_phase.name}) fits in 8.000 GiB" in text
     assert "does NOT fit in" in rendered(small_plan(device_memory=1))
+
+
+def test_the_report_says_where_parameters_are_not_counted_exactly():
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    plans = [
+        make_plan(config(**sizes), {}, world_size=1, seq_len=64, device_memory=GIB)
+        for config in (LlamaConfig, StableLmConfig)
+    ]
+    assert [plan.counts_are_exact for plan in plans] == [True, False]
+    assert ["an estimate" in rendered(plan) for plan in plans] == [False, True]
 
 
 def rendered(plan):

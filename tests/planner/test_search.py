@@ -4,7 +4,7 @@ import itertools
 from functools import partial
 
 import pytest
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MixtralConfig
 
 from mst_ds.config import GIB
 from mst_ds.model_shape import ModelShape
@@ -23,6 +23,9 @@ LLAMA_8B = LlamaConfig(
 )
 SHORT_AND_WIDE = LlamaConfig(
     hidden_size=64, intermediate_size=6400, num_hidden_layers=1, num_attention_heads=4, vocab_size=50000
+)
+EXPERTS = MixtralConfig(
+    hidden_size=64, intermediate_size=6400, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2
 )
 HUGE = 10**15
 
@@ -72,7 +75,7 @@ def test_where_unchunked_memory_prevails_chunks_stop_at_its_size():
     assert 1 < loss_chunks < 100_000 // MIN_CHUNK_TOKENS
 
 
-@pytest.mark.parametrize("model", [LLAMA_8B, SHORT_AND_WIDE])
+@pytest.mark.parametrize("model", [LLAMA_8B, SHORT_AND_WIDE, EXPERTS], ids=["llama_8b", "short_and_wide", "experts"])
 @pytest.mark.parametrize("recompute", [True, False])
 def test_a_smaller_budget_never_has_fewer_chunks_and_is_met_with_the_fewest(model, recompute):
     work = workload(model, seq_len=100_000, recompute=recompute)

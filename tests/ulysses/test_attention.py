@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import types
 from collections import Counter
 from typing import Any
 
@@ -18,8 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mst_ds.data import IGNORE_INDEX, Batch, shard, shift_labels
 from mst_ds.patch import apply_plan
 from mst_ds.topology import Topology
-from mst_ds.ulysses.attention import UlyssesContext, ulysses_attention
-from mst_ds.ulysses.backends import attend_within_documents, causal_backend
 
 SEQ_LEN = 37
 # transformers computes rotary embeddings, norms and the plain loss in fp32, also for fp64 weights.
@@ -110,6 +106,54 @@ def test_packed_documents_equal_each_document_alone() -> None:
     assert worst_error(gradients, reference) <= TOLERANCE
 
 
+PADDING = ([5, 0], [0, 7])  # of each row, on the left and on the right
+
+
+def windowed_model() -> Any:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 99}
+    return MistralForCausalLM(
+        MistralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, sliding_window=8)
+    ).double()
+
+
+def padded_shard(rank: int) -> tuple[float, Gradients]:
+    """Loss and gradients of two padded rows; padding's own tokens are arbitrary."""
+    topology = Topology(rank, 2, 2)
+    model = apply_plan(windowed_model(), tiny_plan(topology, SEQ_LEN + 1))
+    ids = torch.cat([samples(2, SEQ_LEN)["input_ids"], torch.zeros(2, 1, dtype=torch.long)], dim=1)
+    mask = torch.ones_like(ids)
+    for row, (left, right) in enumerate(PADDING):
+        mask[row, :left] = 0
+        mask[row, SEQ_LEN - right :] = 0
+    labels = shift_labels(ids.masked_fill(mask == 0, IGNORE_INDEX)).masked_fill(mask == 0, IGNORE_INDEX)
+    shards = {"input_ids": ids, "attention_mask": mask, "shift_labels": labels}
+    num_items = int((labels != IGNORE_INDEX).sum())
+    loss = model(**{name: x.chunk(2, dim=1)[rank] for name, x in shards.items()}, num_items_in_batch=num_items).loss
+    loss.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    total = loss.detach()
+    for tensor in (total, *gradients.values()):
+        dist.all_reduce(tensor)
+    return total.item(), gradients
+
+
+def test_a_sliding_window_and_padding_on_either_side() -> None:
+    # peers.md row 8.
+    model = windowed_model()
+    ids = samples(2, SEQ_LEN)["input_ids"]
+    rows = [row[left : SEQ_LEN - right][None] for row, (left, right) in zip(ids, PADDING, strict=True)]
+    num_items = sum(row.shape[1] - 1 for row in rows)
+    total = sum(model(input_ids=row, labels=row).loss * (row.shape[1] - 1) / num_items for row in rows)
+    total.backward()
+    reference = {name: parameter.grad for name, parameter in model.named_parameters()}
+    loss, gradients = run_ranks(padded_shard, 2)[0]
+    assert loss == pytest.approx(total.item(), rel=TOLERANCE)
+    assert worst_error(gradients, reference) <= TOLERANCE
+
+
 class Collectives(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
@@ -162,12 +206,12 @@ def refusals(rank: int) -> dict[str, str]:
     model = apply_plan(tiny_llama(), tiny_plan(topology, 16))
     batch = shard(samples(1, 16), topology)
     ids, labels = batch["input_ids"], batch["shift_labels"]
-    half_masked = torch.ones_like(ids)
-    half_masked[:, :3] = 0
+    mask = torch.ones_like(ids)
+    mask[:, :3] = 0
     calls: dict[str, dict[str, Any]] = {
         "labels": {"labels": ids},
         "no count": {"shift_labels": labels},
-        "left padding": {"shift_labels": labels, "num_items_in_batch": 1, "attention_mask": half_masked},
+        "padding": {"shift_labels": labels, "num_items_in_batch": 1, "attention_mask": mask},
         "cache": {"use_cache": True},
     }
     messages = {}
@@ -180,28 +224,16 @@ def refusals(rank: int) -> dict[str, str]:
 
 
 def test_what_a_shard_cannot_do_is_refused() -> None:
-    # peers.md row 8: left padding.
     for messages in run_ranks(refusals, 2):
         assert "pass shift_labels in place of labels" in messages["labels"]
         assert "num_items_in_batch" in messages["no count"]
-        assert "attention_mask must be all ones" in messages["left padding"]
+        assert "shift_labels must be -100 where attention_mask is 0" in messages["padding"]
         assert "cannot generate" in messages["cache"]
-
-
-def test_a_sliding_window_is_refused() -> None:
-    # peers.md row 8.
-    from transformers import MistralConfig, MistralForCausalLM
-
-    config = MistralConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
-    config.sliding_window, config.num_key_value_heads = 8, 4
-    with pytest.raises(ValueError, match="sliding_window 8, which sequence parallelism does not support"):
-        apply_plan(MistralForCausalLM(config), tiny_plan(Topology(0, 2, 2), 16))
 
 
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type dynamic"),
         ({"is_causal": False}, "attention that is not causal"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "layers of type linear_attention"),
     ],
@@ -242,54 +274,3 @@ def other_implementations(rank: int) -> tuple[bool, str]:
 
 def test_no_other_attention_and_no_other_model_is_touched() -> None:
     assert run_ranks(other_implementations, 2)[0] == (True, "sdpa")
-
-
-def test_the_flash_attention_backend_hands_over_its_own_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The package needs a GPU; this stands in for it, with its documented layout (B, S, heads, D).
-    def flash_attn_func(q: Any, k: Any, v: Any, *, dropout_p: float, softmax_scale: float, causal: bool) -> Any:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        output = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout_p, scale=softmax_scale, is_causal=causal, enable_gqa=True
-        )
-        return output.transpose(1, 2)
-
-    module = types.ModuleType("flash_attn")
-    module.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
-    module.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
-    monkeypatch.setitem(sys.modules, "flash_attn", module)
-    torch.manual_seed(0)
-    query, key, value = (torch.randn(2, heads, 12, 8) for heads in (4, 2, 2))
-    starts = [[0, 5], [0, 7]]
-    flash, sdpa = (
-        attend_within_documents(causal_backend(name), query, key, value, 0.3, 0.0, starts)
-        for name in ("flash_attention_2", "sdpa")
-    )
-    torch.testing.assert_close(flash, sdpa)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        ({"ulysses": None}, "does not hand keyword arguments on"),
-        ({"attention_mask": torch.ones(1)}, "takes no attention_mask"),
-        ({"sliding_window": 8}, "asks for sliding_window=8"),
-        ({"softcap": 30.0}, "asks for softcap=30.0"),
-        ({"is_causal": False}, "is not causal"),
-    ],
-)
-def test_what_a_layer_may_not_ask_for(arguments: dict[str, Any], says: str) -> None:
-    heads = torch.zeros(1, 2, 4, 8)
-    allowed = {
-        "attention_mask": None,
-        "ulysses": UlyssesContext(None, "sdpa", None),
-    }  # refused before the group is used
-    with pytest.raises(ValueError, match=says):
-        ulysses_attention(torch.nn.Identity(), heads, heads, heads, **(allowed | arguments))
-
-
-def test_backends_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mst_ds.ulysses.backends.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="needs the package flash-attn"):
-        causal_backend("flash_attention_2")
-    with pytest.raises(ValueError, match="'eager'"):
-        causal_backend("eager")

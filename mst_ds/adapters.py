@@ -1,0 +1,53 @@
+"""Adapters of peft, such as LoRA: they are trained, the model's own weights are not."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel
+
+_FILE_NAME = "adapter_config.json"
+
+
+def load_peft_config(path: str) -> PeftConfig:
+    """Read an `adapter_config.json`, as peft writes it, from the file or its folder; weights beside it are not read.
+
+    Raises:
+        ValueError: no such file, not a config of peft, an adapter that learns a prompt, or peft is not installed.
+    """
+    file = Path(path) / _FILE_NAME if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise ValueError(f"peft_config is {path!r}; allowed: an existing {_FILE_NAME}, or a folder with one")
+    if find_spec("peft") is None:
+        raise ValueError("peft_config needs the package peft: install it with pip install 'mst_ds[peft]'")
+    from peft import PeftConfig
+
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        config: PeftConfig = PeftConfig.from_peft_type(**fields)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"peft_config {file} is not a config of peft: {' '.join(str(error).split())}") from None
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"peft_config {file} learns a prompt, which mst_ds does not train; allowed: adapters like LORA"
+        )
+    # A saved adapter says that it is for inference, where it would be frozen.
+    config.inference_mode = False
+    config.task_type = "CAUSAL_LM"
+    return config
+
+
+def add_adapters(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """Put new adapters into `model`, in its dtype, and freeze what is not part of them.
+
+    Raises:
+        ValueError: the model has no modules of the names that `config` targets.
+    """
+    from peft import get_peft_model
+
+    return get_peft_model(model, config, autocast_adapter_dtype=False)

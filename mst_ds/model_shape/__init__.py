@@ -1,0 +1,8 @@
+"""Dimensions and parameter counts of a decoder, from its Hugging Face config alone: no weights, no torch."""
+
+from mst_ds.model_shape.configs import load_model_config, shipped_model_config
+from mst_ds.model_shape.experts import ExpertShape
+from mst_ds.model_shape.families import NormKind
+from mst_ds.model_shape.shape import ModelShape, NormShape
+
+__all__ = ["ExpertShape", "ModelShape", "NormKind", "NormShape", "load_model_config", "shipped_model_config"]

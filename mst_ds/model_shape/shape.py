@@ -1,0 +1,155 @@
+"""Dimensions and parameter counts of a decoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mst_ds.model_shape.counts import Dimensions, count_parameters
+from mst_ds.model_shape.experts import ExpertShape, read_experts
+from mst_ds.model_shape.families import FAMILIES, LLAMA, Family, NormKind, is_on
+from mst_ds.model_shape.sizes import optional_size, size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_INTERMEDIATE_NAMES = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+
+
+@dataclass(frozen=True)
+class NormShape:
+    """The norms of a decoder layer.
+
+    Attributes:
+        pre_norms: over the hidden size, with an output that a projection reads.
+        post_norms: over the hidden size, with an output that is added to the residual.
+        query_key_width: elements of a token's queries and keys that norms work on, 0 without such norms.
+    """
+
+    kind: NormKind
+    pre_norms: int
+    post_norms: int
+    query_key_width: int
+
+
+@dataclass(frozen=True)
+class ModelShape(Dimensions):
+    """A decoder's dimensions, under Hugging Face's names, and its parameter counts.
+
+    Attributes:
+        intermediate_size: of the layers that have a dense MLP.
+        gated_mlp: an MLP has gate, up and down projections, not only up and down.
+        experts: None for a dense model.
+        has_router_loss: the model adds a load-balancing loss, for which it keeps the router's logits of every layer.
+        has_logit_softcap: a tanh bounds the logits.
+        has_attention_softcap: a tanh bounds the attention scores.
+        has_fused_qkv: queries, keys and values are parts of one projection's output.
+        sliding_windows: the window of each layer that has one, in tokens.
+        layer_parameter_count: of the largest layer.
+        position_parameter_count: of learned position embeddings, 0 without.
+        head_parameter_count: 0 where the head's weight is the embedding's (tie_word_embeddings).
+        active_parameter_count: what one token meets: all but the experts that it is not routed to.
+        counts_are_exact: False for a family whose layers are counted as if they were Llama's or Mixtral's.
+    """
+
+    tie_word_embeddings: bool
+    gated_mlp: bool
+    norms: NormShape
+    experts: ExpertShape | None
+    has_router_loss: bool
+    has_logit_softcap: bool
+    has_attention_softcap: bool
+    has_fused_qkv: bool
+    sliding_windows: tuple[int, ...]
+    embedding_parameter_count: int
+    position_parameter_count: int
+    head_parameter_count: int
+    layer_parameter_count: int
+    parameter_count: int
+    active_parameter_count: int
+    counts_are_exact: bool
+
+    @classmethod
+    def from_config(cls, config: PreTrainedConfig) -> ModelShape:
+        """Reads a Hugging Face config.
+
+        Raises:
+            ValueError: not a decoder-only causal language model, or without a size.
+        """
+        _check_is_decoder(config)
+        family = FAMILIES.get(config.model_type, LLAMA)
+        dimensions = _dimensions(config)
+        experts = read_experts(config, dimensions.num_hidden_layers)
+        counts = count_parameters(config, family, dimensions, experts)
+        return cls(
+            **vars(dimensions),
+            tie_word_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
+            gated_mlp=family.gated_mlp,
+            norms=_norms(config, family, dimensions),
+            experts=experts,
+            has_router_loss=experts is not None and bool(getattr(config, "output_router_logits", False)),
+            has_logit_softcap=bool(getattr(config, "final_logit_softcapping", None)),
+            has_attention_softcap=bool(getattr(config, "attn_logit_softcapping", None)),
+            has_fused_qkv=family.fused_qkv,
+            sliding_windows=_sliding_windows(config, dimensions.num_hidden_layers),
+            embedding_parameter_count=counts.embedding,
+            position_parameter_count=counts.positions,
+            head_parameter_count=counts.head,
+            layer_parameter_count=counts.layer,
+            parameter_count=counts.all,
+            active_parameter_count=counts.active,
+            counts_are_exact=config.model_type in FAMILIES,
+        )
+
+    @property
+    def num_dense_layers(self) -> int:
+        """Layers with one MLP, which every token goes through."""
+        return self.num_hidden_layers - (self.experts.num_sparse_layers if self.experts is not None else 0)
+
+
+def _dimensions(config: PreTrainedConfig) -> Dimensions:
+    hidden, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
+    head_dim = optional_size(config, "qk_head_dim", "head_dim") or hidden // heads
+    return Dimensions(
+        hidden_size=hidden,
+        intermediate_size=optional_size(config, *_INTERMEDIATE_NAMES) or 4 * hidden,  # GPT-2's rule where it says None
+        num_hidden_layers=size(config, "num_hidden_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=optional_size(config, "num_key_value_heads") or heads,
+        head_dim=head_dim,
+        value_head_dim=optional_size(config, "v_head_dim") or head_dim,
+        vocab_size=size(config, "vocab_size"),
+    )
+
+
+def _norms(config: PreTrainedConfig, family: Family, dimensions: Dimensions) -> NormShape:
+    has_qk_norm = family.qk_norm != "none" and is_on(family.has_qk_norm, config)
+    heads = dimensions.num_attention_heads + dimensions.num_key_value_heads
+    return NormShape(family.norm, family.pre_norms, family.post_norms, has_qk_norm * heads * dimensions.head_dim)
+
+
+def _sliding_windows(config: PreTrainedConfig, num_layers: int) -> tuple[int, ...]:
+    window = optional_size(config, "sliding_window")
+    if window is None:
+        return ()
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * num_layers
+    return (window,) * sum(kind == "sliding_attention" for kind in kinds[:num_layers])
+
+
+def _check_is_decoder(config: PreTrainedConfig) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    # Encoders such as BERT are in the mapping too, for those who set their is_decoder.
+    is_decoder = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and (
+        type(config) not in MODEL_FOR_MASKED_LM_MAPPING or getattr(config, "is_decoder", False)
+    )
+    if config.is_encoder_decoder or not is_decoder:
+        raise ValueError(
+            f"model type {config.model_type!r} is not a decoder; allowed: decoder-only causal language "
+            "models such as llama, qwen3, mistral, gemma2"
+        )
+    if (text := config.get_text_config()) is not config:
+        raise ValueError(
+            f"model type {config.model_type!r} is multimodal; allowed: decoders of text alone, such as its part "
+            f"{text.model_type!r}"
+        )

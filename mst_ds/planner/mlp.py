@@ -1,0 +1,127 @@
+"""Memory terms of the chunked MLP: dense, of experts, and shared beside experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mst_ds.model_shape import ExpertShape
+from mst_ds.planner.activations import hidden_term
+from mst_ds.planner.types import MemoryTerm, product_term
+from mst_ds.planner.workload import Workload, ceil_divide
+
+Terms = tuple[MemoryTerm, ...]
+
+_FP32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class MlpStep:
+    """What an MLP needs at one moment: the terms that more chunks make smaller, and the others."""
+
+    chunk: Terms
+    rest: Terms
+
+    @property
+    def terms(self) -> Terms:
+        return self.rest + self.chunk
+
+
+def mlp_steps(work: Workload, chunks: int, *, backward: bool) -> tuple[MlpStep, ...]:
+    """The moments at which the MLPs of the model's layers can need most."""
+    shape, experts = work.shape, work.shape.experts
+    steps: tuple[MlpStep, ...] = ()
+    if shape.num_dense_layers:
+        steps += _dense_steps(work, chunks, shape.intermediate_size, backward=backward)
+    if experts is not None:
+        steps += (_expert_step(work, chunks, experts, backward=backward),)
+        if experts.shared_intermediate_size:
+            shared = _dense_steps(work, chunks, experts.shared_intermediate_size, backward=backward)
+            # The experts' own result waits to be added.
+            routed = hidden_term(work, "experts_result", 1)
+            steps += tuple(MlpStep(step.chunk, (*step.rest, routed)) for step in shared)
+    return steps
+
+
+def _dense_steps(work: Workload, chunks: int, intermediate_size: int, *, backward: bool) -> tuple[MlpStep, ...]:
+    """Forward: gate and up, the product written over the gate. Backward: gate, up, the product, two gradients; at its
+    end the weights' gradients in 16 bits beside their sums in fp32."""
+    matrices, backward_tensors = (3, 5) if work.shape.gated_mlp else (2, 4)
+    chunk = product_term(
+        "mlp_chunk",
+        "device",
+        ("tensors", backward_tensors if backward else 2),
+        ("chunk tokens", work.chunk_tokens(chunks)),
+        ("intermediate_size", intermediate_size),
+        ("bytes", work.zero.dtype_bytes),
+    )
+    if not backward:
+        return (MlpStep((chunk,), (*_held_in_forward(work), hidden_term(work, "mlp_output", 1))),)
+    input_gradient = hidden_term(work, "mlp_input_gradient", 1)
+    weights = (
+        ("matrices", matrices),
+        ("hidden_size", work.shape.hidden_size),
+        ("intermediate_size", intermediate_size),
+    )
+    sums = product_term("mlp_weight_gradients", "device", *weights, ("bytes", _FP32_BYTES))
+    step = MlpStep((chunk,), (input_gradient, sums))
+    if work.zero.dtype_bytes == _FP32_BYTES:
+        return (step,)
+    rounded = product_term("rounded_weight_gradients", "device", *weights, ("bytes", work.zero.dtype_bytes))
+    return (step, MlpStep((), (input_gradient, sums, rounded)))
+
+
+def _expert_step(work: Workload, chunks: int, experts: ExpertShape, *, backward: bool) -> MlpStep:
+    """A chunk is of one expert's tokens. Sums over a token's experts are in fp32, and the sum over chunks of one
+    expert's weight gradients; those of all experts are in the model's dtype.
+
+    How many tensors a chunk has is measured: gate and up are one tensor of twice the size, differentiated by autograd.
+    """
+    size, hidden = work.zero.dtype_bytes, work.shape.hidden_size
+    # At worst all tokens go to one expert; a token goes to it once.
+    rows = min(work.tokens, ceil_divide(work.tokens * experts.num_experts_per_tok, chunks))
+    of_hidden, of_intermediate = (3, 11) if backward else (4, 5)
+    chunk = (
+        product_term(
+            "mlp_chunk",
+            "device",
+            ("tensors", of_intermediate),
+            ("chunk tokens", rows),
+            ("expert intermediate_size", experts.intermediate_size),
+            ("bytes", size),
+        ),
+        product_term(
+            "mlp_chunk_hidden_states",
+            "device",
+            ("tensors", of_hidden),
+            ("chunk tokens", rows),
+            ("hidden_size", hidden),
+            ("bytes", size),
+        ),
+    )
+    name = "mlp_input_gradient" if backward else "mlp_output"
+    factors = (("tokens", work.tokens), ("hidden_size", hidden), ("bytes", _FP32_BYTES))
+    sums = product_term(f"{name}_sum", "device", *factors)
+    rounded = (hidden_term(work, name, 1),) if size < _FP32_BYTES else ()
+    if not backward:
+        return MlpStep(chunk, (*_held_in_forward(work), sums, *rounded))
+    weights = (
+        ("matrices", 3 if work.shape.gated_mlp else 2),
+        ("hidden_size", hidden),
+        ("expert intermediate_size", experts.intermediate_size),
+    )
+    return MlpStep(
+        chunk,
+        (
+            sums,
+            *rounded,
+            product_term(
+                "expert_weight_gradients", "device", ("experts", experts.num_experts), *weights, ("bytes", size)
+            ),
+            product_term("mlp_weight_gradients", "device", *weights, ("bytes", _FP32_BYTES)),
+        ),
+    )
+
+
+def _held_in_forward(work: Workload) -> Terms:
+    """Without recompute these are counted among the kept activations."""
+    return (hidden_term(work, "residual", 1), hidden_term(work, "mlp_input", 1)) if work.recompute else ()

@@ -1,0 +1,204 @@
+"""Compares a model of the user's architecture with itself under a plan, and refuses what is not exact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from mst_ds.model_shape import ModelShape
+from mst_ds.preflight.compare import Outcome, run_plain, run_planned
+from mst_ds.preflight.culprit import find_culprit
+from mst_ds.preflight.documents import Documents
+from mst_ds.preflight.errors import is_exact
+from mst_ds.preflight.float64 import default_float64
+from mst_ds.preflight.settings import Setting, setting_of_run
+from mst_ds.preflight.shrink import random_fields
+from mst_ds.preflight.small_model import build_small_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from mst_ds.planner import Plan
+
+_MIN_SEQ_LEN = 41  # odd, so that a shard is padded
+_BATCH_SIZE = 2
+
+
+@dataclass(frozen=True)
+class Check:
+    """One setting, compared.
+
+    Args:
+        loss_error: the relative difference of the losses. None, as all errors, where nothing ran.
+        gradient_error: the largest relative error (Frobenius norm) of a parameter's gradient.
+        parameter: whose gradient that is.
+        refusal: why this project does not train the model at this setting, in its own words; None where it does.
+        defect: what differs, in one line; None where all is exact, or refused.
+    """
+
+    setting: Setting
+    loss_error: float | None = None
+    gradient_error: float | None = None
+    parameter: str | None = None
+    refusal: str | None = None
+    defect: str | None = None
+
+    @property
+    def is_exact(self) -> bool:
+        return self.refusal is None and self.defect is None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a preflight found.
+
+    Args:
+        model: the model's class.
+        parameters, layers: of the small model that was compared.
+        switched_off: config fields that were set to 0 to compare, dropouts mostly: no two runs draw the same numbers.
+    """
+
+    model: str
+    parameters: int
+    layers: int
+    switched_off: tuple[str, ...]
+    checks: tuple[Check, ...]
+
+    @property
+    def is_exact(self) -> bool:
+        return all(check.is_exact for check in self.checks)
+
+    @property
+    def verdict(self) -> str:
+        """One line: exact, or the first thing that is not."""
+        for check in self.checks:
+            if check.defect is not None:
+                return f"{self.model} is not exact: {check.defect}, at {check.setting}"
+        for check in self.checks:
+            if check.refusal is not None:
+                return f"{self.model} is refused at {check.setting}: {check.refusal}"
+        worst = max(max(check.loss_error or 0.0, check.gradient_error or 0.0) for check in self.checks)
+        return f"{self.model} is exact: loss and every gradient within {worst:.1e} of transformers'"
+
+
+def check_model(config: PreTrainedConfig, settings: Sequence[Setting]) -> Report:
+    """Compare loss and every gradient of a small model of `config`'s architecture with transformers', in float64.
+
+    The truth is the plain model with eager attention on each document alone. On the CPU; a sequence group is simulated.
+
+    Args:
+        config: the user's Hugging Face config.
+        settings: what to compare; each is a check of the report, in this order.
+
+    Raises:
+        ValueError: not a config of a decoder, or one that cannot be shrunk; the text says why.
+    """
+    ModelShape.from_config(config)
+    # Two settings have the same truth only on the same sequences, so all have those that the most chunks need.
+    lengths = [setting.sp_size * -(-setting.min_tokens() // _BATCH_SIZE) + 1 for setting in settings]
+    seq_len = max(_MIN_SEQ_LEN, *lengths)
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), default_float64(), _one_thread(), _no_warnings():
+        model = build_small_model(config, seq_len=seq_len)
+        make = {True: Documents.packed, False: Documents.padded}
+        truths = {
+            packed: _Truth.of(model, make[packed](seq_len, model.config.vocab_size))
+            for packed in sorted({setting.packed for setting in settings})
+        }
+        checks = tuple(_check(model, truths[setting.packed], setting) for setting in settings)
+    return Report(
+        model=type(model).__name__,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        layers=model.config.num_hidden_layers,
+        switched_off=random_fields(config),
+        checks=checks,
+    )
+
+
+def require_exact(config: PreTrainedConfig, plan: Plan, *, packed: bool) -> None:
+    """Check what a run with this plan computes, in a second or two, before it starts.
+
+    Raises:
+        ValueError: the model is refused or not exact, or cannot be checked; the text says what differs.
+    """
+    report = check_model(config, [setting_of_run(plan, packed=packed)])
+    if not report.is_exact:
+        raise ValueError(f"preflight: {report.verdict}")
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Tensors as small as these take longer on several."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    """What transformers has to say of a config is for the user's, not for the small one."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+@dataclass(frozen=True)
+class _Truth:
+    documents: Documents
+    outcome: Outcome
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, documents: Documents) -> _Truth:
+        name = type(model).__name__
+        before = torch.get_rng_state()
+        try:
+            outcome = run_plain(model, documents)
+        except Exception as error:  # of transformers' own model, so none of this project's doing
+            raise ValueError(f"{name} cannot be checked: the small model fails with {_line(error)}") from error
+        if not torch.equal(torch.get_rng_state(), before):
+            raise ValueError(
+                f"{name} cannot be checked: no config field switches off the random numbers it trains with"
+            )
+        return cls(documents, outcome)
+
+
+def _check(model: PreTrainedModel, truth: _Truth, setting: Setting) -> Check:
+    try:
+        outcome = run_planned(model, truth.documents, setting)
+    except ValueError as refusal:
+        return Check(setting, refusal=" ".join(str(refusal).split()))
+    except Exception as error:
+        return Check(setting, defect=f"it fails with {_line(error)}")
+    errors = outcome.gradient_errors(truth.outcome)
+    # Not a number is worse than any number.
+    worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
+    loss_error = outcome.loss_error(truth.outcome)
+    defect = None
+    if not (is_exact(loss_error) and is_exact(errors[worst])):
+        defect = _name_culprit(model, truth, setting) or f"the gradient of {worst} is off by {errors[worst]:.1e}"
+    return Check(setting, loss_error, errors[worst], worst, defect=defect)
+
+
+def _name_culprit(model: PreTrainedModel, truth: _Truth, setting: Setting) -> str | None:
+    """The module that differs first, found by running both again; None where it does not show once more."""
+    try:
+        plain = run_plain(model, truth.documents, traced=True)
+        culprit = find_culprit(model, plain, run_planned(model, truth.documents, setting, traced=True))
+    except Exception:  # it differs, however its modules take to being watched
+        return None
+    return None if culprit is None else str(culprit)
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -1,0 +1,119 @@
+"""The loss and the gradients of a plain model, and those of its copy under a plan, on the same documents in float64."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mst_ds.patch import apply_plan
+from mst_ds.preflight.documents import Documents
+from mst_ds.preflight.errors import relative_error
+from mst_ds.preflight.float64 import Float64
+from mst_ds.preflight.settings import Setting
+from mst_ds.preflight.trace import Trace, Tracer, join_shards
+from mst_ds.ulysses import SequenceGroup
+from mst_ds.ulysses.simulated import run_simulated
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# A gradient may be 0 in exact arithmetic, as that of a key's bias without rotary embedding: then it is rounding errors,
+# of this part of all gradients together at most.
+_NEGLIGIBLE = 1e-6
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One forward and backward of a model, over all its ranks.
+
+    gradients: by parameter name, zero where there is none.
+    cross_entropy: the loss without a router's part; trace: what the modules computed. Both None where not asked for.
+    """
+
+    loss: Tensor
+    gradients: Mapping[str, Tensor]
+    cross_entropy: Tensor | None = None
+    trace: Trace | None = None
+
+    def loss_error(self, reference: Outcome) -> float:
+        """The relative difference of the losses."""
+        return relative_error(self.loss, reference.loss)
+
+    def gradient_errors(self, reference: Outcome) -> dict[str, float]:
+        """For each parameter the relative error (Frobenius norm) of its gradient."""
+        total = torch.stack([gradient.norm() for gradient in reference.gradients.values()]).norm()
+        return {
+            name: relative_error(self.gradients[name], expected, _NEGLIGIBLE * float(total))
+            for name, expected in reference.gradients.items()
+        }
+
+
+def run_plain(model: PreTrainedModel, documents: Documents, *, traced: bool = False) -> Outcome:
+    """The truth: transformers' own forward and loss, each document alone in its row."""
+    model, rows = copy.deepcopy(model), documents.as_rows()
+    tracer = Tracer(model, *rows["input_ids"].shape) if traced else None
+    with Float64():
+        output = model(**rows)
+        output.loss.backward()
+        outcome = Outcome(output.loss.detach(), _gradients([model]))
+        if tracer is None:
+            return outcome
+        # Shifted by one, as transformers' own loss does it.
+        cross_entropy = torch.nn.functional.cross_entropy(
+            output.logits.detach()[:, :-1].flatten(0, 1), rows["labels"][:, 1:].flatten()
+        )
+    trace = join_shards([tracer.trace], documents.tokens_of_rows)
+    return Outcome(outcome.loss, outcome.gradients, cross_entropy, trace)
+
+
+def run_planned(model: PreTrainedModel, documents: Documents, setting: Setting, *, traced: bool = False) -> Outcome:
+    """A copy of the model under a plan, on the batch of a run; with `sp_size` above 1 a copy for each simulated rank.
+
+    Raises:
+        Exception: whatever the plan or the patched model raises.
+    """
+
+    # A plan is applied by probing the model with random numbers, whose generator threads share.
+    one_at_a_time = threading.Lock()
+
+    def run_rank(group: SequenceGroup | None) -> tuple[PreTrainedModel, Tensor, Tracer | None]:
+        replica = copy.deepcopy(model)
+        sp_rank = 0 if group is None else group.rank
+        plan = setting.plan(sp_rank, seq_len=documents.seq_len, batch_size=documents.batch_size)
+        with one_at_a_time:
+            apply_plan(replica, plan, sequence_group=group)
+        tracer = Tracer(replica, documents.batch_size, plan.shard_length) if traced else None
+        with Float64():
+            loss = replica(**documents.shard(plan.topology), num_items_in_batch=documents.num_items).loss
+            loss.backward()
+        return replica, loss.detach(), tracer
+
+    ranks = run_simulated(run_rank, setting.sp_size) if setting.sp_size > 1 else [run_rank(None)]
+    loss = torch.stack([loss for _, loss, _ in ranks]).sum()
+    gradients = _gradients([replica for replica, _, _ in ranks])
+    if not traced:
+        return Outcome(loss, gradients)
+    trace = join_shards([tracer.trace for _, _, tracer in ranks if tracer is not None], documents.tokens_of_batch)
+    return Outcome(loss, gradients, trace[head_name(model)].scalar, trace)
+
+
+def head_name(model: PreTrainedModel) -> str:
+    """The name of the LM head."""
+    head = model.get_output_embeddings()
+    return next(name for name, module in model.named_modules() if module is head)
+
+
+def _gradients(replicas: list[PreTrainedModel]) -> dict[str, Tensor]:
+    """The sum over ranks, which data-parallel training makes of them."""
+    totals: dict[str, Tensor] = {}
+    for replica in replicas:
+        for name, parameter in replica.named_parameters():
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            totals[name] = totals[name] + gradient if name in totals else gradient
+    return totals

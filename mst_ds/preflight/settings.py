@@ -1,0 +1,87 @@
+"""What a preflight compares: the part of a plan that decides what is computed, without its sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mst_ds.config import Auto, MstConfig
+from mst_ds.planner import Plan
+from mst_ds.topology import Topology, shard_length
+
+# One chunk, some of unequal length, and many.
+_CHUNKS = (1, 4, 64)
+_SP_SIZES = (1, 2)
+# Of a run's own numbers: two ranks stand for any that share a sequence, three chunks for a first, a middle and a last.
+_SEVERAL_RANKS, _SEVERAL_CHUNKS = 2, 3
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What of a plan decides what is computed, and whether documents are packed or padded."""
+
+    sp_size: int
+    mlp_chunks: int
+    loss_chunks: int
+    recompute: bool
+    packed: bool
+
+    def __str__(self) -> str:
+        chunks = f"{self.mlp_chunks} chunk{'s' * (self.mlp_chunks > 1)}"
+        if self.mlp_chunks != self.loss_chunks:
+            chunks = f"mlp_chunks {self.mlp_chunks}, loss_chunks {self.loss_chunks}"
+        recompute = ["recompute"] if self.recompute else []
+        return ", ".join([f"sp {self.sp_size}", chunks, *recompute, "packed" if self.packed else "padded"])
+
+    def plan(self, sp_rank: int, *, seq_len: int, batch_size: int) -> Plan:
+        """The plan of one rank of a single sequence group, without the planner's search and its memory terms."""
+        topology = Topology(rank=sp_rank, world_size=self.sp_size, sp_size=self.sp_size)
+        return Plan(
+            topology=topology,
+            seq_len=seq_len,
+            shard_length=shard_length(seq_len, self.sp_size),
+            micro_batch_size=batch_size,
+            gradient_accumulation_steps=1,
+            zero_stage=0,
+            dtype="fp32",
+            mlp_chunks=self.mlp_chunks,
+            loss_chunks=self.loss_chunks,
+            recompute=self.recompute,
+            attention="sdpa",
+            device_memory=0,
+            phases=(),
+        )
+
+    def min_tokens(self) -> int:
+        """The fewest tokens of a rank that make as many chunks as asked for: none is shorter than 4 tokens."""
+        return 4 * max(self.mlp_chunks, self.loss_chunks)
+
+
+def setting_of_run(plan: Plan, *, packed: bool) -> Setting:
+    """What stands for a run with this plan, as small as it can be."""
+    return Setting(
+        sp_size=min(plan.sp_size, _SEVERAL_RANKS),
+        mlp_chunks=min(plan.mlp_chunks, _SEVERAL_CHUNKS),
+        loss_chunks=min(plan.loss_chunks, _SEVERAL_CHUNKS),
+        recompute=plan.recompute,
+        packed=packed,
+    )
+
+
+def settings_to_try(mst: MstConfig, *, packed: bool) -> list[Setting]:
+    """One rank and two, few chunks and many; where the "mst" block asks for 1 of them, only that."""
+    settings = [
+        Setting(
+            sp_size=sp_size,
+            mlp_chunks=_at_most(mst.mlp_chunks, chunks),
+            loss_chunks=_at_most(mst.loss_chunks, chunks),
+            recompute=mst.recompute is not False,
+            packed=packed,
+        )
+        for sp_size in sorted({_at_most(mst.sp_size, sp_size) for sp_size in _SP_SIZES})
+        for chunks in _CHUNKS
+    ]
+    return list(dict.fromkeys(settings))
+
+
+def _at_most(asked: int | Auto, tried: int) -> int:
+    return 1 if asked == 1 else tried

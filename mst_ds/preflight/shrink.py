@@ -1,0 +1,271 @@
+"""The user's config made small: every size a few, the architecture the same. By the names of its fields, no class."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_VOCAB_SIZE = 101
+_WINDOW = 7  # shorter than most documents, so that it is at work
+_ORIGINAL_POSITIONS = 9  # the same: frequencies that change beyond the original length have changed
+
+# Widths that nothing else depends on, unlike each other, so that a mixed-up dimension does not go unnoticed.
+_WIDTHS: Mapping[str, int] = {
+    "intermediate_size": 40,
+    "n_inner": 40,
+    "ffn_dim": 40,
+    "ffn_hidden_size": 40,
+    "intermediate_size_mlp": 44,
+    "dense_intermediate_size": 44,
+    "moe_intermediate_size": 10,
+    "expert_ffn_hidden_size": 10,
+    "shared_expert_intermediate_size": 14,
+    "shared_experts_intermediate_size": 14,
+    "moe_shared_expert_intermediate_size": 14,
+    "shared_intermediate_size": 14,
+    # Multi-head latent attention: query and key have another width than value.
+    "q_lora_rank": 12,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    # State-space and linear-attention layers.
+    "mamba_d_state": 8,
+    "mamba_dt_rank": 3,
+    "state_size": 8,
+    "time_step_rank": 3,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 4,
+}
+# At most so many; a model that has fewer keeps them.
+_COUNTS: Mapping[str, int] = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_experts_per_token": 2,
+    "top_k_experts": 2,
+    "moe_topk": 2,
+    "moe_k": 2,
+    "n_shared_experts": 2,
+    "num_shared_experts": 2,
+    "moe_num_shared_experts": 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 8,
+    "sliding_window": _WINDOW,
+    "sliding_window_size": _WINDOW,
+    "attention_window_size": _WINDOW,
+    "window_size": _WINDOW,
+    "local_attention": _WINDOW,
+    "attention_chunk_size": _WINDOW,
+}
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_EXPERT_GROUPS = ("n_group", "num_expert_group")
+_KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads")
+_POSITIONS = ("max_position_embeddings", "max_seq_len")
+_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+_RANDOM = re.compile("dropout|pdrop|layerdrop|jitter_noise")
+_WIDTH = re.compile("dim|width|hidden_size|embedding_size")
+_SPECIAL_TOKEN = re.compile("_token_(id|ids|index)$")
+
+
+class _Fields:
+    """The arguments of a config's constructor. transformers' common names stand for a config's own ones too."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self.values = {name: copy.deepcopy(getattr(config, name)) for name in _constructor_names(type(config), config)}
+        self._own_names: Mapping[str, str] = config.attribute_map
+
+    def get(self, name: str) -> Any:
+        return self.values.get(self._own_name(name))
+
+    def size(self, name: str) -> int | None:
+        """The value where it is a size, None where the field is missing, None or something else."""
+        value = self.get(name)
+        return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+    def put(self, name: str, value: Any) -> None:
+        self.values[self._own_name(name)] = value
+
+    def _own_name(self, name: str) -> str:
+        own = self._own_names.get(name, name)
+        return own if own in self.values else name
+
+    def rope_entries(self) -> list[dict[str, Any]]:
+        """The parameters of the rotary embedding: one set, or one for each type of layer."""
+        rope = self.get("rope_parameters") or {}
+        entries = list(rope.values()) if rope and all(isinstance(entry, dict) for entry in rope.values()) else [rope]
+        return [entry for entry in entries if entry]
+
+
+def shrink_config(config: PreTrainedConfig, *, layers: Sequence[int], seq_len: int) -> PreTrainedConfig:
+    """A config of the same architecture with a few thousand parameters.
+
+    Args:
+        config: the user's; it is left as it is.
+        layers: the decoder layers to keep, of those lists that name a value for each.
+        seq_len: S, the longest sequence the small model has to take.
+
+    Raises:
+        ValueError: the config has no size of a decoder.
+        Exception: whatever the config's class raises where it does not accept the small values.
+    """
+    fields = _Fields(config)
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+        if fields.size(name) is None:
+            raise ValueError(f"its {name} is {fields.get(name)!r}")
+    _shrink_layers(fields, layers)
+    _shrink_vocabulary(fields)
+    _shrink_heads(fields)
+    _shrink_positions(fields, seq_len)
+    for name, width in _WIDTHS.items():
+        if fields.size(name) is not None:
+            fields.put(name, width)
+    for name, count in _COUNTS.items():
+        size = fields.size(name)
+        if size is not None:
+            fields.put(name, min(size, count))
+    _shrink_expert_groups(fields)
+    _shrink_state_space_heads(fields)
+    for name in random_fields(config):
+        fields.put(name, 0.0)
+    fields.values |= {"use_cache": False} if "use_cache" in fields.values else {}
+    fields.values.pop("dtype", None)
+    return type(config)(**fields.values)
+
+
+def random_fields(config: PreTrainedConfig) -> tuple[str, ...]:
+    """The fields that make the model draw random numbers while it trains, such as dropouts."""
+    return tuple(
+        name
+        for name in _constructor_names(type(config), config)
+        if _RANDOM.search(name)
+        and isinstance(value := getattr(config, name), int | float)
+        and not isinstance(value, bool)
+        and value > 0
+    )
+
+
+def _constructor_names(config_class: type, config: PreTrainedConfig) -> list[str]:
+    # Attributes that are not arguments follow from those that are; handed on, the old value would win.
+    names = {field.name for field in dataclasses.fields(config_class) if field.init}
+    names |= set(inspect.signature(config_class).parameters) - {"args", "kwargs", "self"}
+    return sorted(name for name in names if hasattr(config, name))
+
+
+def _shrink_layers(fields: _Fields, layers: Sequence[int]) -> None:
+    count = fields.size("num_hidden_layers")
+    for name, value in fields.values.items():
+        if isinstance(value, list | tuple) and len(value) == count:
+            fields.values[name] = [value[layer] for layer in layers]
+    fields.put("num_hidden_layers", len(layers))
+
+
+def _shrink_vocabulary(fields: _Fields) -> None:
+    old = fields.size("vocab_size")
+    assert old is not None
+    size = min(old, _VOCAB_SIZE)
+    for name, value in fields.values.items():
+        if "vocab" in name and value == old:  # of another table over the same tokens
+            fields.values[name] = size
+        elif _SPECIAL_TOKEN.search(name) and isinstance(value, int):
+            fields.values[name] = value % size
+        elif _SPECIAL_TOKEN.search(name) and isinstance(value, list):
+            fields.values[name] = [token % size for token in value]
+
+
+def _shrink_heads(fields: _Fields) -> None:
+    """Hidden size and heads: as many query heads for each key/value head as before, up to 4."""
+    hidden, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
+    assert hidden is not None
+    assert heads is not None
+    key_value = next((size for name in _KEY_VALUE_HEADS if (size := fields.size(name))), heads)
+    new_key_value = min(key_value, 4 if key_value == heads else 2)
+    new_heads = new_key_value * min(heads // key_value, 4)
+    old_head_dim = fields.size("head_dim")
+    head_dim = _head_dim(fields, old_head_dim or hidden // heads)
+    new_hidden = new_heads * head_dim
+    if old_head_dim is not None and old_head_dim * heads != hidden:
+        new_hidden = new_heads * (head_dim + head_dim // 2)
+    if old_head_dim is not None:
+        fields.put("head_dim", head_dim)
+    scalar = fields.get("query_pre_attn_scalar")
+    if scalar is not None:
+        scaled = scalar * head_dim / (old_head_dim or hidden // heads)
+        fields.put("query_pre_attn_scalar", max(1, round(scaled)) if isinstance(scalar, int) else scaled)
+    for name, value in fields.values.items():
+        if _WIDTH.search(name) and value == hidden:  # of something else that is as wide
+            fields.values[name] = new_hidden
+    fields.put("hidden_size", new_hidden)
+    fields.put("num_attention_heads", new_heads)
+    for name in _KEY_VALUE_HEADS:
+        if fields.size(name) is not None:
+            fields.put(name, new_key_value)
+
+
+def _head_dim(fields: _Fields, old: int) -> int:
+    """The smallest that every part of a head that is rotated leaves with whole pairs."""
+    rotary_dim = fields.size("rotary_dim")
+    factors = [entry.get("partial_rotary_factor", 1.0) for entry in fields.rope_entries()]
+    factors += [factor for name in ("partial_rotary_factor", "rotary_pct") if (factor := fields.get(name)) is not None]
+    factors += [rotary_dim / old] if rotary_dim is not None else []
+    head_dim = 4
+    while any(int(head_dim * factor) % 2 or int(head_dim * factor) < 2 for factor in factors):
+        head_dim *= 2
+        if head_dim >= old:
+            return old
+    if rotary_dim is not None:
+        fields.put("rotary_dim", head_dim * rotary_dim // old)
+    for entry in fields.rope_entries():
+        pairs = int(head_dim * entry.get("partial_rotary_factor", 1.0)) // 2
+        for name in ("short_factor", "long_factor"):
+            if isinstance(values := entry.get(name), list):
+                entry[name] = [values[index * len(values) // pairs] for index in range(pairs)]
+    return head_dim
+
+
+def _shrink_positions(fields: _Fields, seq_len: int) -> None:
+    """Learned positions as long as the sequence; the original length of a scaled rotary embedding shorter than it."""
+    lengths = [name for name in _POSITIONS if fields.size(name) is not None]
+    if not fields.rope_entries():
+        for name in lengths:
+            fields.put(name, seq_len)
+    for entry in fields.rope_entries():
+        if entry.get("rope_type") not in _LENGTH_DEPENDENT_ROPE:
+            continue
+        original = fields.size("original_max_position_embeddings") or entry.get("original_max_position_embeddings")
+        for name in lengths:
+            fields.put(name, round(_ORIGINAL_POSITIONS * fields.get(name) / (original or fields.get(name))))
+        entry["original_max_position_embeddings"] = _ORIGINAL_POSITIONS
+        if original is not None and fields.size("original_max_position_embeddings") is not None:
+            fields.put("original_max_position_embeddings", _ORIGINAL_POSITIONS)
+
+
+def _shrink_expert_groups(fields: _Fields) -> None:
+    """Experts that are chosen by groups: two groups of four experts, of which one is chosen."""
+    if not any((fields.size(name) or 1) > 1 for name in _EXPERT_GROUPS):
+        return
+    for name, value in {**dict.fromkeys(_EXPERTS, 8), **dict.fromkeys(_EXPERT_GROUPS, 2), "topk_group": 1}.items():
+        if fields.size(name) is not None:
+            fields.put(name, value)
+
+
+def _shrink_state_space_heads(fields: _Fields) -> None:
+    """Heads that together are as wide as the expanded hidden size."""
+    if fields.size("mamba_n_heads") is None:
+        return
+    width = (fields.size("mamba_expand") or 1) * (fields.size("hidden_size") or 1)
+    fields.put("mamba_n_heads", 4)
+    for name, size in {"mamba_d_head": width // 4, "mamba_d_ssm": width}.items():
+        if fields.size(name) is not None:
+            fields.put(name, size)

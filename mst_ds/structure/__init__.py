@@ -1,0 +1,19 @@
+"""Finds the parts of a decoder that can be chunked, by what they compute and not by what they are called."""
+
+from mst_ds.structure.layers import decoder_layers
+from mst_ds.structure.loss import LossStructure, RouterLoss, loss_structure
+from mst_ds.structure.mlps import Chunkable, ExpertsStructure, MlpStructure, TokenwiseStructure, find_mlps
+from mst_ds.structure.shardable import require_shardable
+
+__all__ = [
+    "Chunkable",
+    "ExpertsStructure",
+    "LossStructure",
+    "MlpStructure",
+    "RouterLoss",
+    "TokenwiseStructure",
+    "decoder_layers",
+    "find_mlps",
+    "loss_structure",
+    "require_shardable",
+]

@@ -1,0 +1,17 @@
+"""The decoder layers of a model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers that transformers itself treats as the unit of recompute."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

@@ -1,0 +1,362 @@
+"""A broken operator is found and named; what is right passes; what is refused is refused in the project's words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.gpt2.modeling_gpt2 import GPT2Model
+from transformers.models.llama.modeling_llama import LlamaAttention
+
+import mst_ds.minisequence.experts
+import mst_ds.minisequence.loss
+import mst_ds.minisequence.mlp
+import mst_ds.model_forward
+import mst_ds.ulysses.all_to_all
+from mst_ds.config import MstConfig
+from mst_ds.planner import make_plan
+from mst_ds.preflight import Check, Setting, check_model, require_exact, settings_to_try
+from mst_ds.preflight.compare import Outcome
+from mst_ds.preflight.errors import TOLERANCE, is_exact, relative_error
+
+PACKED = Setting(sp_size=2, mlp_chunks=3, loss_chunks=3, recompute=True, packed=True)
+ONE_RANK = replace(PACKED, sp_size=1)
+LLAMA = {"num_attention_heads": 8, "num_key_value_heads": 2}
+
+
+def config(model_type: str = "llama", **values: Any) -> PreTrainedConfig:
+    return AutoConfig.for_model(model_type, **(LLAMA if model_type == "llama" else {}), **values)
+
+
+def check(setting: Setting, model_type: str = "llama", **values: Any) -> Check:
+    (only,) = check_model(config(model_type, **values), [setting]).checks
+    return only
+
+
+def defect(setting: Setting, model_type: str = "llama", **values: Any) -> str:
+    found = check(setting, model_type, **values)
+    assert not found.is_exact
+    assert found.refusal is None
+    assert found.defect is not None
+    return found.defect
+
+
+def scale_gradient(monkeypatch: pytest.MonkeyPatch, function: Any, *shape: int, factor: float = 1.001) -> None:
+    """Let an autograd function return its gradients of this shape `factor` times too large.
+
+    Not those of the stand-ins with which a plan is applied, which have another: there it would be noticed.
+    """
+    backward = function.backward
+
+    def scaled(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        results = backward(ctx, *gradients)
+        return tuple(result * factor if result is not None and result.shape == shape else result for result in results)
+
+    monkeypatch.setattr(function, "backward", staticmethod(scaled))
+
+
+def drop_last_token(monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
+    """Let the chunks of an operator end one token early; not for the 129 tokens of the stand-ins."""
+    original = module.chunk_slices
+
+    def slices(num_tokens: int, chunks: int) -> Iterator[slice]:
+        *first, last = original(num_tokens, chunks)
+        yield from first
+        yield slice(last.start, last.stop - (num_tokens < 100))
+
+    monkeypatch.setattr(module, "chunk_slices", slices)
+
+
+@pytest.fixture
+def unwritten_memory_shows() -> Iterator[None]:
+    """torch then fills with NaN what it allocates without a value."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def merge_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the second document of each row see the first."""
+    original = mst_ds.model_forward.find_document_starts
+
+    def starts(*args: Any) -> list[list[int]] | None:
+        found = original(*args)
+        return found and [[first, *rest[1:]] for first, *rest in found]
+
+    monkeypatch.setattr(mst_ds.model_forward, "find_document_starts", starts)
+
+
+@pytest.mark.parametrize("setting", [ONE_RANK, PACKED], ids=str)
+@pytest.mark.parametrize("factor", [1.001, 1 + 1e-8], ids=str)
+def test_scaled_gradient_of_an_mlp(setting: Setting, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    scale_gradient(monkeypatch, mst_ds.minisequence.mlp._ChunkedMLP, 32, 40, factor=factor)
+    off = f"is off by {factor - 1:.1e} (relative)"
+    assert defect(setting) == f"model.layers.1.mlp: the gradient of its down_proj.weight {off}"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("setting", [ONE_RANK, PACKED], ids=str)
+def test_scaled_gradient_of_the_head(setting: Setting, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    scale_gradient(monkeypatch, mst_ds.minisequence.loss._ChunkedLoss, 101, 32)
+    assert defect(setting, tie_word_embeddings=tied).startswith("lm_head: the gradient of its weight is off by ")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_scaled_gradient_of_the_last_hidden_states(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    scale_gradient(monkeypatch, mst_ds.minisequence.loss._ChunkedLoss, 2, 21, 32)
+    said = defect(PACKED, tie_word_embeddings=tied)
+    assert said == "lm_head: the gradient of its input is off by 1.0e-03 (relative)"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_scaled_gradient_inside_attention(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of the query: (batch, heads, length of the shard, head dim).
+    scale_gradient(monkeypatch, mst_ds.ulysses.all_to_all._SequenceToHeads, 2, 8, 21, 4)
+    said = defect(PACKED, tie_word_embeddings=tied)
+    assert said.startswith("model.layers.1.self_attn: the gradient of its input is off by ")
+
+
+def test_scaled_gradient_of_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    scale_gradient(monkeypatch, mst_ds.minisequence.experts._ChunkedExperts, 4, 32, 10)
+    said = defect(PACKED, "qwen3_moe")
+    assert said == "model.layers.1.mlp.experts: the gradient of its down_proj is off by 1.0e-03 (relative)"
+
+
+@pytest.mark.parametrize("setting", [ONE_RANK, PACKED], ids=str)
+def test_attention_sees_a_foreign_document(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    merge_documents(monkeypatch)
+    assert defect(setting).startswith("model.layers.0.self_attn: its output is off by ")
+
+
+@pytest.mark.usefixtures("unwritten_memory_shows")
+@pytest.mark.parametrize("setting", [ONE_RANK, PACKED], ids=str)
+def test_mlp_drops_the_last_token(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    drop_last_token(monkeypatch, mst_ds.minisequence.mlp)
+    assert defect(setting).startswith("model.layers.0.mlp: its output is off by ")
+
+
+@pytest.mark.usefixtures("unwritten_memory_shows")
+@pytest.mark.parametrize("setting", [ONE_RANK, PACKED], ids=str)
+def test_loss_drops_the_last_token(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    drop_last_token(monkeypatch, mst_ds.minisequence.loss)
+    assert defect(setting).startswith("lm_head: its loss is off by ")
+
+
+@pytest.mark.usefixtures("unwritten_memory_shows")
+def test_gradient_that_arises_on_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dropped token is padding here: the loss is right, but a gradient comes from where there is none."""
+    drop_last_token(monkeypatch, mst_ds.minisequence.loss)
+    assert defect(replace(ONE_RANK, packed=False)).startswith("lm_head: the gradient of its input is off by ")
+
+
+def test_scaled_loss_of_a_router(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = mst_ds.model_forward.router_loss
+    monkeypatch.setattr(mst_ds.model_forward, "router_loss", lambda *args, **kwargs: 1.001 * original(*args, **kwargs))
+    assert defect(PACKED, "qwen3_moe", output_router_logits=True).startswith("router: its part of the loss is off by ")
+    assert check(PACKED, "qwen3_moe").is_exact, "a router loss that is off counts"
+
+
+def test_not_a_number_is_a_defect(monkeypatch: pytest.MonkeyPatch) -> None:
+    scale_gradient(monkeypatch, mst_ds.minisequence.mlp._ChunkedMLP, 32, 40, factor=float("nan"))
+    found = check(PACKED)
+    assert found.parameter in ("model.layers.0.mlp.down_proj.weight", "model.layers.1.mlp.down_proj.weight")
+    assert found.defect == "model.layers.1.mlp: the gradient of its down_proj.weight is off by nan (relative)"
+
+
+def test_a_crash_is_a_defect_not_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*args: Any) -> None:
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr(mst_ds.model_forward, "find_document_starts", crash)
+    assert defect(PACKED) == "it fails with RuntimeError: two lines"
+
+
+EXACT: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", LLAMA),
+    "llama-of-dynamic-length": (
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}},
+    ),
+    "gemma2": ("gemma2", {}),
+    "gpt2-with-dropout": ("gpt2", {"attn_pdrop": 0.1}),
+    "qwen3-moe": ("qwen3_moe", {"output_router_logits": True}),
+    "deepseek-v3": ("deepseek_v3", {}),
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_what_is_right_passes(name: str) -> None:
+    settings = [
+        Setting(sp_size, mlp_chunks, loss_chunks, recompute, packed)
+        for sp_size, mlp_chunks, loss_chunks, recompute, packed in (
+            (1, 1, 1, False, False),
+            (1, 3, 1, True, True),
+            (2, 1, 3, False, True),
+            (2, 3, 3, True, False),
+        )
+    ]
+    model_type, values = EXACT[name]
+    report = check_model(AutoConfig.for_model(model_type, **values), settings)
+    assert report.is_exact, report.verdict
+    assert [found.setting for found in report.checks] == settings
+    for found in report.checks:
+        # A hundred times below what counts as exact.
+        assert found.loss_error is not None
+        assert found.loss_error <= TOLERANCE / 100
+        assert found.gradient_error is not None
+        assert 0 < found.gradient_error <= TOLERANCE / 100
+    assert f"{report.model} is exact: loss and every gradient within " in report.verdict
+
+
+def test_report_names_what_was_left_out() -> None:
+    report = check_model(config("gpt2"), [ONE_RANK])
+    assert report.model == "GPT2LMHeadModel"
+    assert report.layers == 2
+    assert "attn_pdrop" in report.switched_off
+
+
+def test_chunks_are_as_many_as_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    original, made = mst_ds.minisequence.mlp.chunk_slices, []
+
+    def slices(num_tokens: int, chunks: int) -> list[slice]:
+        found = list(original(num_tokens, chunks))
+        made.append((chunks, len(found)))
+        return found
+
+    monkeypatch.setattr(mst_ds.minisequence.mlp, "chunk_slices", slices)
+    check(replace(PACKED, mlp_chunks=64))
+    assert (64, 64) in made
+    assert (64, 63) not in made
+
+
+def test_nothing_is_left_behind() -> None:
+    state, dtype = torch.get_rng_state(), torch.get_default_dtype()
+    with torch.no_grad():
+        check(PACKED)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_default_dtype() == dtype
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_refusal_is_the_projects_own_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "this model\nis refused: use another"
+
+    def refuse(model: Any, plan: Any, **kwargs: Any) -> None:
+        if plan.sp_size > 1:
+            raise ValueError(text)
+        original(model, plan, **kwargs)
+
+    original = mst_ds.preflight.compare.apply_plan
+    monkeypatch.setattr("mst_ds.preflight.compare.apply_plan", refuse)
+    report = check_model(config(), [PACKED, ONE_RANK])
+    assert [found.refusal for found in report.checks] == ["this model is refused: use another", None]
+    assert not report.is_exact
+    assert report.verdict == f"LlamaForCausalLM is refused at {PACKED}: this model is refused: use another"
+
+
+def test_a_defect_weighs_more_than_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    scale_gradient(monkeypatch, mst_ds.minisequence.mlp._ChunkedMLP, 32, 40)
+    report = check_model(config(), [PACKED])
+    refused = Check(ONE_RANK, refusal="too early")
+    assert replace(report, checks=(refused, *report.checks)).verdict == (
+        "LlamaForCausalLM is not exact: model.layers.1.mlp: the gradient of its down_proj.weight is off by 1.0e-03 "
+        "(relative), at sp 2, 3 chunks, recompute, packed"
+    )
+
+
+def refusal(wanted: Callable[[], object]) -> str:
+    with pytest.raises(ValueError, match=r"\w") as refused:
+        wanted()
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_not_a_decoder() -> None:
+    assert "'bert' is not a decoder" in refusal(lambda: check(PACKED, "bert"))
+
+
+def test_a_model_that_draws_random_numbers_cannot_be_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = GPT2Model.forward
+
+    def forward(self: GPT2Model, *args: Any, **kwargs: Any) -> Any:
+        torch.rand(1)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(GPT2Model, "forward", forward)
+    state = torch.get_rng_state()
+    assert "random numbers" in refusal(lambda: check(ONE_RANK, "gpt2"))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_small_model_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr(LlamaAttention, "forward", crash)
+    assert "LlamaForCausalLM cannot be checked: the small model fails with RuntimeError: two lines" in refusal(
+        lambda: check(ONE_RANK)
+    )
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_run_is_refused_before_it_starts(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan(config(), {"mst": {"mlp_chunks": 9}}, world_size=4, seq_len=4096, device_memory=2**40, sp_size=4)
+    require_exact(config(), plan, packed=packed)
+    scale_gradient(monkeypatch, mst_ds.minisequence.mlp._ChunkedMLP, 32, 40)
+    assert refusal(lambda: require_exact(config(), plan, packed=packed)) == (
+        "preflight: LlamaForCausalLM is not exact: model.layers.1.mlp: the gradient of its down_proj.weight is off by "
+        "1.0e-03 (relative), at sp 2, mlp_chunks 3, loss_chunks 1, recompute, " + ("packed" if packed else "padded")
+    )
+
+
+def test_settings_to_try() -> None:
+    tried = settings_to_try(MstConfig(), packed=True)
+    assert [(setting.sp_size, setting.mlp_chunks, setting.loss_chunks) for setting in tried] == [
+        (1, 1, 1),
+        (1, 4, 4),
+        (1, 64, 64),
+        (2, 1, 1),
+        (2, 4, 4),
+        (2, 64, 64),
+    ]
+    assert all(setting.recompute and setting.packed for setting in tried)
+
+
+def test_settings_that_the_json_rules_out_are_not_tried() -> None:
+    tried = settings_to_try(MstConfig(sp_size=1, mlp_chunks=1, recompute=False), packed=False)
+    assert [(setting.sp_size, setting.mlp_chunks, setting.loss_chunks) for setting in tried] == [
+        (1, 1, 1),
+        (1, 1, 4),
+        (1, 1, 64),
+    ]
+    assert not any(setting.recompute or setting.packed for setting in tried)
+    assert settings_to_try(MstConfig(loss_chunks=1, mlp_chunks=1, sp_size=2), packed=True) == [
+        Setting(1, 1, 1, True, True),
+        Setting(2, 1, 1, True, True),
+    ]
+
+
+def test_a_gradient_of_zero_may_come_out_as_rounding_errors() -> None:
+    """As that of a key's bias without rotary embedding does: relative to itself it would be off by 1 or more."""
+    gradients = {"weight": torch.tensor([1.0, 2.0]), "bias": torch.tensor([0.0, 3e-17])}
+    rounded = Outcome(torch.tensor(1.0), gradients | {"bias": torch.tensor([2e-17, 0.0])})
+    wrong = Outcome(torch.tensor(1.0), gradients | {"bias": torch.tensor([2e-14, 0.0])})
+    reference = Outcome(torch.tensor(1.0), gradients)
+    assert is_exact(rounded.gradient_errors(reference)["bias"])
+    assert not is_exact(wrong.gradient_errors(reference)["bias"])
+    assert rounded.gradient_errors(reference)["weight"] == 0
+
+
+def test_errors() -> None:
+    expected = torch.tensor([3.0, 4.0])
+    assert relative_error(expected * 1.5, expected) == 0.5
+    assert relative_error(torch.tensor([0.0, 2.0]), torch.zeros(2)) == 2.0
+    assert relative_error(torch.tensor([0.0, 2.0]), torch.zeros(2), least_norm=10.0) == 0.2
+    assert is_exact(TOLERANCE)
+    assert not is_exact(2 * TOLERANCE)
+    assert not is_exact(float("nan"))

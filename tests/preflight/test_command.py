@@ -1,0 +1,118 @@
+"""The command: 0 exact, 1 not exact or refused, 2 and one line on stderr for a request that cannot run."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+import mst_ds.minisequence.mlp
+
+ROOT = Path(__file__).parents[2]
+LLAMA_3_1_8B = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def command() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("launch_preflight", ROOT / "launch" / "preflight.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def model(folder: Path, model_type: str, **values: Any) -> str:
+    AutoConfig.for_model(model_type, **values).save_pretrained(folder / model_type)
+    return str(folder / model_type)
+
+
+def ds_config(folder: Path, **mst: Any) -> str:
+    path = folder / "ds.json"
+    path.write_text(json.dumps({"mst": mst}), encoding="utf-8")
+    return str(path)
+
+
+def test_llama_is_exact(command: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--model", model(tmp_path, "llama", **LLAMA_3_1_8B)]) == 0
+    output = capsys.readouterr()
+    assert output.err == ""
+    *table, verdict = output.out.splitlines()
+    assert verdict.startswith("LlamaForCausalLM is exact: loss and every gradient within ")
+    settings = [line for line in table if "recompute, packed" in line and "exact" in line]
+    assert len(settings) == 6
+    for words in ("sp 1, 1 chunk,", "sp 1, 64 chunks,", "sp 2, 4 chunks,"):
+        assert sum(words in line for line in settings) == 1
+
+
+def test_a_defect(
+    command: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backward = mst_ds.minisequence.mlp._ChunkedMLP.backward
+
+    def doubled(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        """The gradient of the hidden states, (batch, length, hidden); the stand-ins have another batch size."""
+        return tuple(2 * dx if dx is not None and len(dx) == 2 else dx for dx in backward(ctx, *gradients))
+
+    monkeypatch.setattr(mst_ds.minisequence.mlp._ChunkedMLP, "backward", staticmethod(doubled))
+    ds = ds_config(tmp_path, sp_size=1)
+    assert command.main(["--model", model(tmp_path, "llama"), "--ds_config", ds]) == 1
+    output = capsys.readouterr()
+    assert output.err == ""
+    assert "LlamaForCausalLM is not exact: model.layers.1.mlp: the gradient of its input is off by " in output.out
+    assert "sp 2" not in output.out
+
+
+def test_a_refusal(command: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--model", model(tmp_path, "gptj"), "--packing", "none"]) == 1
+    output = capsys.readouterr()
+    assert output.err == ""
+    assert output.out.splitlines()[-1].startswith("GPTJForCausalLM is refused at sp ")
+    assert "padded" in output.out
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--model", "smal_llama"], "nearest: 'small_llama'"),
+        (["--ds_config", "missing.json"], "'missing.json'"),
+        (["--packing", "some"], "packing"),
+        (["--chunks", "4"], "unknown flag '--chunks'"),
+    ],
+)
+def test_bad_input(command: ModuleType, flags: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(flags) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("preflight.py: error: ")
+    assert output.err.count("\n") == 1
+    assert says in output.err
+
+
+def test_what_cannot_be_checked(command: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--model", model(tmp_path, "bert")]) == 2
+    assert "'bert' is not a decoder" in capsys.readouterr().err

@@ -1,0 +1,126 @@
+"""Steps of a patched model on shards: on simulated ranks, or on this rank of a process group under DeepSpeed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tiny import LEARNING_RATE, Outcome, tiny_plan
+from torch import Tensor, nn
+
+from mst_ds import apply_plan
+from mst_ds.data import IGNORE_INDEX, Batch, shard, shift_labels
+from mst_ds.topology import Topology
+from mst_ds.ulysses import SequenceGroup, run_simulated
+
+
+def loss_and_gradients(model: nn.Module, **batch: Any) -> dict[str, Tensor]:
+    """Of one forward and backward: the loss, and the gradient of each parameter that has one."""
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {"loss": loss.detach(), **gradients}
+
+
+def simulated_step(models: Sequence[nn.Module], batch: Batch, **settings: Any) -> dict[str, Tensor]:
+    """`loss_and_gradients` of the sequence, at sp_size `len(models)`.
+
+    Args:
+        models: one for each rank, all alike. Each is patched.
+        batch: see `mst_ds.data.shard`; every rank takes its part.
+        settings: of the plan, see `tiny_plan`.
+    """
+    sp_size, seq_len = len(models), batch["input_ids"].shape[1]
+    num_items = int((shift_labels(batch["labels"]) != IGNORE_INDEX).sum())
+
+    def step(group: SequenceGroup) -> dict[str, Tensor]:
+        topology, model = Topology(group.rank, sp_size, sp_size), models[group.rank]
+        apply_plan(model, tiny_plan(topology, seq_len, **settings), sequence_group=group)
+        return loss_and_gradients(model, **shard(batch, topology), num_items_in_batch=num_items)
+
+    of_ranks = run_simulated(step, sp_size)
+    names = dict.fromkeys(name for of_rank in of_ranks for name in of_rank)
+    return {name: sum(of_rank.get(name, torch.zeros(())) for of_rank in of_ranks) for name in names}
+
+
+def build_engine(model: nn.Module, **config: Any) -> Any:
+    """A DeepSpeed engine with AdamW on what is trainable; `config` adds to its configuration."""
+    import deepspeed
+
+    from mst_ds.jit_build import build_shared_memory_collective
+
+    build_shared_memory_collective()
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.AdamW(trainable, lr=LEARNING_RATE),
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": 0.0,  # DeepSpeed's default clips at 1, the references do not
+            "zero_allow_untested_optimizer": True,
+            **config,
+        },
+    )
+    return engine
+
+
+def plain_steps(model: nn.Module, batch: Batch, steps: int) -> Outcome:
+    """What `train` does, in one process with the plain model on the whole batch; `tiny.plain_training` trains all."""
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer = torch.optim.AdamW(trainable.values(), lr=LEARNING_RATE)
+    losses, gradients = [], {}
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
+        loss.backward()
+        losses.append(loss.item())
+        if step == 0:
+            gradients = {name: parameter.grad.clone() for name, parameter in trainable.items()}
+        optimizer.step()
+    return Outcome(losses, gradients)
+
+
+def zero_block(stage: int, **settings: Any) -> dict[str, Any]:
+    """The ZeRO block of a configuration; at stage 3 every parameter is gathered when it is used, and dropped then."""
+    everything = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
+    return {"stage": stage, **everything, "stage3_max_live_parameters": 0, **settings}
+
+
+def train(engine: Any, batch: Batch, steps: int) -> Outcome:
+    """Take `steps` on this rank's shard; the gradients are those that the first step used, of what is trainable."""
+    from deepspeed.utils import safe_get_full_grad
+
+    from mst_ds.loop import train_step
+
+    gradients: dict[str, Tensor] = {}
+    step = engine.step
+
+    def keep_gradients() -> None:
+        for name, parameter in engine.module.named_parameters():
+            if parameter.requires_grad and name not in gradients:
+                gradients[name] = safe_get_full_grad(parameter).clone()
+        step()
+
+    engine.step = keep_gradients
+    losses = [train_step(engine, [batch]).loss for _ in range(steps)]
+    engine.step = step
+    return Outcome(losses, gradients)
+
+
+def relative_errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """The error of each tensor in the Frobenius norm. Nothing expected is 0, or a test would see nothing."""
+    assert actual.keys() == expected.keys()
+    norms = {name: tensor.norm() for name, tensor in expected.items()}
+    assert all(norm > 0 for norm in norms.values()), [name for name, norm in norms.items() if norm == 0]
+    return {name: float((actual[name] - expected[name]).norm() / norms[name]) for name in expected}
+
+
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """No relative error above `tolerance`."""
+    errors = relative_errors(actual, expected)
+    # Not `<=` alone: a NaN must not pass for small.
+    over = {name: error for name, error in errors.items() if not error <= tolerance}
+    assert not over, f"off by {max(over.values()):.1e}: {', '.join(over)}"

@@ -1,0 +1,93 @@
+"""`--peft_config`: what is refused, and a run that trains adapters and leaves a folder that peft loads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from test_readme import free_port, run
+from tiny import tiny_llama
+from transformers import AutoModelForCausalLM
+
+from mst_ds.adapters import add_adapters, load_peft_config
+from mst_ds.config import TrainConfig
+from mst_ds.data import eval_batches, load_training_data
+from mst_ds.data.tokenizer import byte_tokenizer
+from mst_ds.model_shape import load_model_config
+from mst_ds.topology import Topology
+
+LORA = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj", "up_proj", "down_proj", "lm_head"]}
+
+
+def write(folder: Path, content: str | dict[str, Any]) -> Path:
+    file = folder / "adapter_config.json"
+    file.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{", "is not a config of peft"),
+        ({"r": 4}, "is not a config of peft"),
+        ({"peft_type": "LOTA", "r": 4}, "is not a config of peft"),
+        ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}, "learns a prompt"),
+    ],
+)
+def test_a_file_that_is_refused(tmp_path: Path, content: str | dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says) as error:
+        load_peft_config(str(write(tmp_path, content)))
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"allowed: an existing adapter_config\.json, or a folder with one"):
+        load_peft_config(str(tmp_path))
+
+
+def test_targets_that_the_model_does_not_have(tmp_path: Path) -> None:
+    config = load_peft_config(str(write(tmp_path, LORA | {"target_modules": ["query"]})))
+    with pytest.raises(ValueError, match="query"):
+        add_adapters(tiny_llama(), config)
+
+
+def test_a_saved_adapter_is_trained_in_the_models_dtype(tmp_path: Path) -> None:
+    config = load_peft_config(str(write(tmp_path, LORA | {"inference_mode": True})))
+    model = add_adapters(tiny_llama().bfloat16(), config)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert all("lora_" in name and parameter.dtype == torch.bfloat16 for name, parameter in trained.items())
+
+
+def test_a_run_trains_adapters_that_peft_loads(tmp_path: Path) -> None:
+    model = tiny_llama(vocab_size=320, max_position_embeddings=512)
+    model.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    write(tmp_path, LORA)
+    config = TrainConfig(model=str(tmp_path / "base"), seq_len=256, max_steps=3, eval_steps=3, eval_samples=3)
+    flags = f"--model {config.model} --seq_len 256 --max_steps 3 --eval_steps 3 --eval_samples 3"
+    command = ["deepspeed", "--num_gpus", "2", "--master_port", free_port(), "launch/train.py", *flags.split()]
+    command += ["--learning_rate", "0.05", "--peft_config", str(tmp_path), "--output_dir", str(tmp_path / "run")]
+    done = run(command, limit=200)
+    assert done.returncode == 0, done.stdout
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    evaluated = next(record["eval_loss"] for record in records if "eval_loss" in record)
+
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    held_out = load_training_data(config, load_model_config(config.model)).held_out
+    assert held_out is not None
+    (batch,) = eval_batches(held_out, Topology(0, 1, 1), micro_batch_size=3)
+
+    @torch.no_grad()
+    def loss(model: Any) -> float:
+        logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["shift_labels"].flatten()).item()
+
+    before = loss(base)
+    adapted = PeftModel.from_pretrained(base, str(tmp_path / "run" / "model"))
+    assert loss(adapted) == pytest.approx(evaluated, rel=1e-5)
+    assert evaluated < before - 0.01
