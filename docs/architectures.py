@@ -236,7 +236,6 @@ ARCHITECTURES = (
     Architecture("OPT", "facebook/opt-6.7b", "opt", {"dropout": 0.1}),
     Architecture("GPT-J", "EleutherAI/gpt-j-6b", "gptj"),
     Architecture("Mamba", "state-spaces/mamba-2.8b-hf", "mamba"),
-    Architecture("Jamba", "ai21labs/Jamba-v0.1", "jamba"),
     Architecture(
         "LFM 2",
         "LiquidAI/LFM2-1.2B",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -219,6 +220,8 @@ def _loss_forward(
         valid = labels != ignore_index
         aux_loss, weight = _router_loss(patched, outputs.router_logits, valid, num_items_in_batch, mask)
         loss = loss + (weight * aux_loss).to(loss.device)
+    if loss.requires_grad:
+        loss.register_hook(functools.partial(_check_trained, model, _trained(model)))
     return MoeCausalLMOutputWithPast(
         loss=loss,
         aux_loss=aux_loss,
@@ -226,6 +229,19 @@ def _loss_forward(
         attentions=outputs.get("attentions"),
         router_logits=outputs.get("router_logits"),
     )
+
+
+def _trained(model: nn.Module) -> list[bool]:
+    return [parameter.requires_grad for parameter in model.parameters()]
+
+
+def _check_trained(model: nn.Module, trained: list[bool], grad: Tensor) -> None:
+    """When a backward begins: what it computes again has to be what the forward computed."""
+    if _trained(model) != trained:
+        raise ValueError(
+            "which parameters are trained was changed between forward and backward, such as by another adapter: "
+            "call backward first"
+        )
 
 
 def _router_loss(

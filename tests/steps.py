@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,16 @@ def loss_and_gradients(model: nn.Module, **batch: Any) -> dict[str, Tensor]:
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     return {"loss": loss.detach(), **gradients}
+
+
+def alone(model: nn.Module, sequences: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Loss and gradients of sequences of (1, S), each by itself with the plain model, one token one weight."""
+    num_items = sum(sequence.shape[1] - 1 for sequence in sequences)
+    results = [
+        loss_and_gradients(copy.deepcopy(model), input_ids=ids, labels=ids, num_items_in_batch=num_items)
+        for ids in sequences
+    ]
+    return {name: sum(result[name] for result in results) for name in results[0]}
 
 
 def simulated_step(models: Sequence[nn.Module], batch: Batch, **settings: Any) -> dict[str, Tensor]:

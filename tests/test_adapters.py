@@ -347,6 +347,18 @@ def test_a_model_merged_and_unloaded_under_its_plan() -> None:
     assert_close(loss_and_gradients(model, **make_batch()), loss_and_gradients(plain, **make_batch()), TOLERANCE)
 
 
+def test_another_adapter_between_forward_and_backward_is_refused() -> None:
+    # The backward would compute again with the other adapter.
+    model = apply_plan(adapted("llama", SEVERAL), tiny_plan())
+    model.add_adapter("second", lora(target_modules=MLP))
+    loss = model(**make_batch()).loss
+    model.set_adapter("second")
+    with pytest.raises(ValueError, match="which parameters are trained was changed between forward and backward"):
+        loss.backward()
+    model.set_adapter("default")
+    model(**make_batch()).loss.backward()
+
+
 def by_peft(adapter: Adapter, model: PreTrainedModel) -> nn.Module:
     return get_peft_model(model, lora(**adapter))
 

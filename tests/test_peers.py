@@ -6,7 +6,7 @@ Every test is the smallest form of its situation. The wide ones are with the par
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import islice
 
 import datasets
@@ -16,7 +16,16 @@ import torch.nn.functional as F
 from distributed import run_ranks
 from error_budget import assert_within_budget, value_and_gradients
 from peft import LoraConfig, get_peft_model
-from steps import assert_close, build_engine, loss_and_gradients, plain_steps, simulated_step, train, zero_block
+from steps import (
+    alone,
+    assert_close,
+    build_engine,
+    loss_and_gradients,
+    plain_steps,
+    simulated_step,
+    train,
+    zero_block,
+)
 from tiny import Outcome, samples, tiny_llama, tiny_plan
 from tiny_models import tiny_model
 from torch import Tensor, nn
@@ -46,25 +55,6 @@ def copies(model: nn.Module, count: int) -> list[nn.Module]:
     return [copy.deepcopy(model) for _ in range(count)]
 
 
-def added(results: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: sum(result[name] for result in results) for name in results[0]}
-
-
-def scaled(result: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
-    return {name: tensor * factor for name, tensor in result.items()}
-
-
-def alone(model: nn.Module, sequences: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Loss and gradients of sequences of (1, S), each by itself with the plain model, one token one weight."""
-    num_items = sum(sequence.shape[1] - 1 for sequence in sequences)
-    return added(
-        [
-            loss_and_gradients(copy.deepcopy(model), input_ids=ids, labels=ids, num_items_in_batch=num_items)
-            for ids in sequences
-        ]
-    )
-
-
 # Rows 1 to 3: the LM head and its loss
 
 
@@ -77,7 +67,8 @@ def test_row_01_the_incoming_gradient_scales_every_gradient(factor: float) -> No
     loss = model(**batch).loss * factor
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    assert_close({"loss": loss.detach(), **gradients}, scaled(plain, factor), TOLERANCE)
+    expected = {name: tensor * factor for name, tensor in plain.items()}
+    assert_close({"loss": loss.detach(), **gradients}, expected, TOLERANCE)
 
 
 def test_row_01_two_accumulated_halves_are_the_mean() -> None:
@@ -116,9 +107,7 @@ def test_row_03_a_forward_leaves_no_gradients_behind(enabled: bool) -> None:
 # Rows 4 to 6: under DeepSpeed
 
 
-def engine_steps(
-    rank: int, stages: list[int], seq_len: int, chunks: list[int], reduce_scatter: bool = True
-) -> list[Outcome]:
+def engine_steps(rank: int, stages: list[int], seq_len: int, chunks: list[int], reduce_scatter: bool) -> list[Outcome]:
     topology, outcomes = Topology(rank, 2, 2), []
     for stage in stages:
         settings = {"zero_stage": stage, "mlp_chunks": chunks[rank], "loss_chunks": chunks[rank]}
@@ -129,9 +118,9 @@ def engine_steps(
     return outcomes
 
 
-def assert_as_one_process(stages: list[int], seq_len: int, chunks: list[int], **settings: bool) -> None:
+def assert_as_one_process(stages: list[int], seq_len: int, chunks: list[int], reduce_scatter: bool = True) -> None:
     expected = plain_steps(tiny_llama(), samples(1, seq_len), steps=2)
-    outcomes, _ = run_ranks(engine_steps, 2, stages, seq_len, chunks, *settings.values())
+    outcomes, _ = run_ranks(engine_steps, 2, stages, seq_len, chunks, reduce_scatter)
     for stage, outcome in zip(stages, outcomes, strict=True):
         error, name = outcome.worst_gradient_error(expected)
         assert error <= ENGINE_TOLERANCE, f"ZeRO-{stage}: gradient of {name} is off by {error:.1e}"
@@ -148,14 +137,12 @@ def test_row_05_ranks_with_different_chunk_counts_train_under_zero3() -> None:
     assert_as_one_process([3], seq_len=131, chunks=[2, 8])
 
 
-def test_row_06_no_gradient_is_multiplied_by_the_size_of_the_sequence_group() -> None:
-    """At ZeRO 0, 1 and 2 every gradient under sequence parallelism comes out sp times too large."""
-    assert_as_one_process([0, 1, 2], seq_len=31, chunks=[2, 2])
-
-
-def test_row_06_nor_at_zero3_without_reduce_scatter() -> None:
-    """The same at ZeRO-3 where gradients are reduced without reduce-scatter."""
-    assert_as_one_process([3], seq_len=31, chunks=[2, 2], reduce_scatter=False)
+@pytest.mark.parametrize(("stages", "reduce_scatter"), [([0, 1, 2], True), ([3], False)])
+def test_row_06_no_gradient_is_multiplied_by_the_size_of_the_sequence_group(
+    stages: list[int], reduce_scatter: bool
+) -> None:
+    """At ZeRO 0, 1 and 2, or 3 without reduce-scatter, sequence parallelism makes gradients sp times too large."""
+    assert_as_one_process(stages, seq_len=31, chunks=[2, 2], reduce_scatter=reduce_scatter)
 
 
 # Rows 7 and 8: attention on shards
@@ -204,26 +191,26 @@ def test_row_09_tied_embeddings() -> None:
     assert_close(loss_and_gradients(apply_plan(model, tiny_plan()), **batch), plain, TOLERANCE)
 
 
-def adapted(target_modules: list[str]) -> nn.Module:
-    torch.manual_seed(1)
-    config = LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=target_modules, init_lora_weights=False)
-    return get_peft_model(tiny_model("llama"), config)
+def assert_adapters_train(target_modules: list[str], num_trained: int) -> None:
+    results = []
+    for under_plan in (False, True):
+        torch.manual_seed(1)
+        config = LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=target_modules, init_lora_weights=False)
+        model = get_peft_model(tiny_model("llama"), config)
+        results.append(loss_and_gradients(apply_plan(model, tiny_plan()) if under_plan else model, **make_batch()))
+    plain, patched = results
+    assert len(plain) == 1 + num_trained
+    assert_close(patched, plain, TOLERANCE)
 
 
 def test_row_09_parameters_that_nobody_lists_are_trained() -> None:
     """LoRA parameters that a user does not name among a tiled module's parameters have wrong gradients, or none."""
-    names, batch = ["q_proj", "gate_proj", "up_proj", "down_proj", "lm_head"], make_batch()
-    plain = loss_and_gradients(adapted(names), **batch)
-    assert len(plain) == 1 + 2 * (2 * 4 + 1)
-    assert_close(loss_and_gradients(apply_plan(adapted(names), tiny_plan()), **batch), plain, TOLERANCE)
+    assert_adapters_train(["q_proj", "gate_proj", "up_proj", "down_proj", "lm_head"], num_trained=2 * (2 * 4 + 1))
 
 
 def test_row_10_adapters_in_mlps_alone() -> None:
     """A tiled MLP whose input needs no gradient gives its parameters none."""
-    names, batch = ["gate_proj", "up_proj", "down_proj"], make_batch()
-    plain = loss_and_gradients(adapted(names), **batch)
-    assert len(plain) == 1 + 2 * 2 * 3
-    assert_close(loss_and_gradients(apply_plan(adapted(names), tiny_plan()), **batch), plain, TOLERANCE)
+    assert_adapters_train(["gate_proj", "up_proj", "down_proj"], num_trained=2 * 2 * 3)
 
 
 @pytest.mark.parametrize("trained", ["lm_head", "mlp"])
@@ -282,51 +269,45 @@ def test_row_11_autocast() -> None:
 
 # Row 12: sums over chunks
 
-CHUNKS, TOKENS, HIDDEN = 512, 4 * 512 + 3, 32
+CHUNKS, TOKENS = 512, 4 * 512 + 3
+LABELS = torch.arange(TOKENS) % 99
 
 
-def budget_of(
-    plain: Callable[[dict[str, Tensor]], Tensor],
-    chunked: Callable[[dict[str, Tensor]], Tensor],
-    tensors: dict[str, Tensor],
-    grad_output: Tensor,
+def plain_mlp(t: dict[str, Tensor]) -> Tensor:
+    return F.linear(F.silu(F.linear(t["x"], t["gate"])) * F.linear(t["x"], t["up"]), t["down"])
+
+
+def our_mlp(t: dict[str, Tensor]) -> Tensor:
+    return chunked_mlp(t["x"], t["gate"], t["up"], t["down"], chunks=CHUNKS)
+
+
+def plain_loss(t: dict[str, Tensor]) -> Tensor:
+    logits = F.linear(t["x"], t["head"])
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), LABELS)
+
+
+def our_loss(t: dict[str, Tensor]) -> Tensor:
+    return chunked_loss(t["x"], t["head"], LABELS, chunks=CHUNKS)
+
+
+@pytest.mark.parametrize(
+    ("plain", "ours", "shapes"),
+    [
+        (plain_mlp, our_mlp, {"x": (TOKENS, 32), "gate": (64, 32), "up": (64, 32), "down": (32, 64)}),
+        (plain_loss, our_loss, {"x": (TOKENS, 32), "head": (99, 32)}),
+    ],
+    ids=["mlp", "head"],
+)
+def test_row_12_sums_over_512_chunks_are_as_exact_as_one(
+    plain: Callable[..., Tensor], ours: Callable[..., Tensor], shapes: dict[str, tuple[int, int]]
 ) -> None:
-    truth = value_and_gradients(plain, tensors, torch.float64, grad_output)
-    reference, candidate = (
-        value_and_gradients(function, tensors, torch.bfloat16, grad_output) for function in (plain, chunked)
-    )
-    assert_within_budget(candidate, reference, truth)
-
-
-def test_row_12_sums_over_512_chunks_are_as_exact_as_one_in_the_mlp() -> None:
     """Weight gradients summed over chunks in bf16 lose a digit at 512 chunks."""
     torch.manual_seed(0)
-    shapes = {"x": (TOKENS, HIDDEN), "gate": (64, HIDDEN), "up": (64, HIDDEN), "down": (HIDDEN, 64)}
     tensors = {name: (torch.randn(shape) / shape[1] ** 0.5).bfloat16() for name, shape in shapes.items()}
-
-    def plain(t: dict[str, Tensor]) -> Tensor:
-        return F.linear(F.silu(F.linear(t["x"], t["gate"])) * F.linear(t["x"], t["up"]), t["down"])
-
-    def chunked(t: dict[str, Tensor]) -> Tensor:
-        return chunked_mlp(t["x"], t["gate"], t["up"], t["down"], chunks=CHUNKS)
-
-    budget_of(plain, chunked, tensors, torch.randn(TOKENS, HIDDEN).bfloat16())
-
-
-def test_row_12_sums_over_512_chunks_are_as_exact_as_one_in_the_head() -> None:
-    """The head's gradient summed over chunks in bf16 loses a digit as well."""
-    torch.manual_seed(0)
-    tensors = {"x": torch.randn(TOKENS, HIDDEN).bfloat16(), "head": torch.randn(99, HIDDEN).bfloat16()}
-    labels = torch.randint(0, 99, (TOKENS,))
-
-    def plain(t: dict[str, Tensor]) -> Tensor:
-        logits = F.linear(t["x"], t["head"])
-        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
-
-    def chunked(t: dict[str, Tensor]) -> Tensor:
-        return chunked_loss(t["x"], t["head"], labels, chunks=CHUNKS)
-
-    budget_of(plain, chunked, tensors, torch.ones(()))
+    grad_output = torch.randn_like(plain(tensors))
+    truth = value_and_gradients(plain, tensors, torch.float64, grad_output)
+    reference, candidate = (value_and_gradients(f, tensors, torch.bfloat16, grad_output) for f in (plain, ours))
+    assert_within_budget(candidate, reference, truth)
 
 
 # Row 13
@@ -335,9 +316,8 @@ def test_row_12_sums_over_512_chunks_are_as_exact_as_one_in_the_head() -> None:
 def test_row_13_a_rank_without_labels_adds_nothing() -> None:
     """A rank whose labels are all ignored has a loss of NaN, a mean over nothing."""
     model, batch = tiny_model("llama"), make_batch()
+    batch["labels"] = batch["input_ids"].clone()
     batch["labels"][:, 15:] = IGNORE_INDEX
-    batch["labels"][1] = batch["input_ids"][1]
-    batch["labels"][1, 15:] = IGNORE_INDEX
     assert bool((shard(batch, Topology(1, 2, 2))["shift_labels"] == IGNORE_INDEX).all())
     plain = loss_and_gradients(copy.deepcopy(model), **batch)
     assert_close(simulated_step(copies(model, 2), batch), plain, TOLERANCE)
@@ -380,11 +360,9 @@ def test_row_14_ranks_never_have_more_or_other_batches_than_others(packing: str)
     assert [len(batches) for batches in evaluations] == [2] * 4
     assert {tensor.shape for batches in evaluations for batch in batches for tensor in batch.values()} == {(3, 3)}
     # Every token once, and those that fill up the last batch count for nothing.
-    seen = [
-        batch["shift_labels"][batch["shift_labels"] != IGNORE_INDEX] for batches in evaluations for batch in batches
-    ]
-    expected = [shift_labels(dataset[index]["labels"]) for index in range(num_samples)]
-    assert torch.cat(seen).sort().values.equal(torch.cat(expected)[torch.cat(expected) != IGNORE_INDEX].sort().values)
+    seen = torch.cat([batch["shift_labels"].flatten() for batches in evaluations for batch in batches])
+    expected = torch.cat([shift_labels(dataset[index]["labels"]) for index in range(num_samples)])
+    assert sorted(seen[seen != IGNORE_INDEX].tolist()) == sorted(expected[expected != IGNORE_INDEX].tolist())
 
 
 def sample_numbers(of_ranks: list[ShardedLoader], steps: int) -> list[int]:

@@ -24,10 +24,11 @@ from mst_ds.topology import Topology
 # bf16 and autocast, in one process
 
 
-def adapted_llama() -> nn.Module:
+def adapted_llama(dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A model in `dtype`; its adapters are in fp32 at least, which is how peft makes them."""
     names = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
     torch.manual_seed(1)
-    model = get_peft_model(tiny_model("llama"), LoraConfig(r=4, target_modules=names, task_type="CAUSAL_LM"))
+    model = get_peft_model(tiny_model("llama").to(dtype), LoraConfig(r=4, target_modules=names, task_type="CAUSAL_LM"))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
@@ -79,27 +80,48 @@ def test_gradients_are_as_exact_as_the_plain_models(name: str, dtype: torch.dtyp
     assert_as_exact(candidate, plain, truth)
 
 
-@pytest.mark.parametrize("backward", ["inside", "outside"])
-@pytest.mark.parametrize("name", MODELS)
-def test_under_autocast_gradients_are_as_exact_as_the_plain_models(name: str, backward: str) -> None:
-    model, batch = MODELS[name]().float(), make_batch()
+def test_adapters_in_fp32_on_a_model_in_bf16() -> None:
+    model, batch = adapted_llama(torch.bfloat16), make_batch()
+    trained = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    assert (trained, model.base_model.model.lm_head.weight.dtype) == ({torch.float32}, torch.bfloat16)
     truth = loss_and_gradients(copy.deepcopy(model).double(), **batch)
-    results = []
-    for under_plan in (False, True):
-        candidate = copy.deepcopy(model)
-        if under_plan:
-            apply_plan(candidate, tiny_plan())
-        autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
-        with autocast():
-            loss = candidate(**batch).loss
-        with autocast() if backward == "inside" else nullcontext():
-            loss.backward()
-        gradients = {name: weight.grad for name, weight in candidate.named_parameters() if weight.requires_grad}
-        assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
-        results.append({"loss": loss.detach(), **gradients})
-    plain, patched = results
+    plain = loss_and_gradients(copy.deepcopy(model), **batch)
+    candidate = loss_and_gradients(apply_plan(model, tiny_plan()), **batch)
+    assert {gradient.dtype for gradient in candidate.values()} == {torch.float32}
+    assert_as_exact(candidate, plain, truth)
+
+
+def autocast_step(model: nn.Module, backward: str) -> dict[str, Tensor]:
+    """`loss_and_gradients` with the forward under autocast, the backward inside of the context or outside."""
+    autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
+    with autocast():
+        loss = model(**make_batch()).loss
+    with autocast() if backward == "inside" else nullcontext():
+        loss.backward()
+    gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
+    assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
+    return {"loss": loss.detach(), **gradients}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_under_autocast_gradients_are_as_exact_as_the_plain_models(name: str) -> None:
+    model = MODELS[name]().float()
+    truth = loss_and_gradients(copy.deepcopy(model).double(), **make_batch())
+    plain = autocast_step(copy.deepcopy(model), "inside")
+    inside, outside = (autocast_step(apply_plan(copy.deepcopy(model), tiny_plan()), at) for at in ("inside", "outside"))
     assert total_error(plain, truth) > 1e-3, "autocast was off"
-    assert_as_exact(patched, plain, truth)
+    assert_as_exact(inside, plain, truth)
+    assert all(torch.equal(outside[key], value) for key, value in inside.items())
+
+
+@pytest.mark.parametrize("backward", ["inside", "outside"])
+def test_what_is_computed_again_under_autocast_is_in_the_same_dtype(backward: str) -> None:
+    model, dtypes = apply_plan(adapted_llama().float(), tiny_plan(recompute=False)), []
+    mlp = model.base_model.model.model.layers[0].mlp
+    mlp.up_proj.lora_A["default"].register_forward_hook(lambda _, inputs, output: dtypes.append(output.dtype))
+    autocast_step(model, backward)
+    # Four chunks in the forward, four in the backward.
+    assert dtypes == [torch.bfloat16] * 8
 
 
 # fp16 and its loss scale, under DeepSpeed

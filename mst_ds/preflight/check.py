@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from mst_ds.planner import Plan
 
-_MIN_SEQ_LEN = 41  # odd, so that a shard is padded
-_BATCH_SIZE = 2
+_MIN_SEQ_LEN = 41
+_BATCH_SIZE = 2  # rows that `Documents` makes
 
 
 @dataclass(frozen=True)
@@ -98,17 +98,14 @@ def check_model(config: PreTrainedConfig, settings: Sequence[Setting]) -> Report
         ValueError: not a config of a decoder, or one that cannot be shrunk; the text says why.
     """
     ModelShape.from_config(config)
-    # Two settings have the same truth only on the same sequences, so all have those that the most chunks need.
-    lengths = [setting.sp_size * -(-setting.min_tokens() // _BATCH_SIZE) + 1 for setting in settings]
-    seq_len = max(_MIN_SEQ_LEN, *lengths)
+    sequences = {setting: (setting.packed, _seq_len(setting)) for setting in settings}
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), default_float64(), _one_thread(), _no_warnings():
-        model = build_small_model(config, seq_len=seq_len)
-        make = {True: Documents.packed, False: Documents.padded}
+        model = build_small_model(config, seq_len=max(seq_len for _, seq_len in sequences.values()))
         truths = {
-            packed: _Truth.of(model, make[packed](seq_len, model.config.vocab_size))
-            for packed in sorted({setting.packed for setting in settings})
+            (packed, seq_len): _Truth.of(model, packed=packed, seq_len=seq_len)
+            for packed, seq_len in dict.fromkeys(sequences.values())
         }
-        checks = tuple(_check(model, truths[setting.packed], setting) for setting in settings)
+        checks = tuple(_check(model, truths[sequences[setting]], setting) for setting in settings)
     return Report(
         model=type(model).__name__,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -159,8 +156,10 @@ class _Truth:
     outcome: Outcome
 
     @classmethod
-    def of(cls, model: PreTrainedModel, documents: Documents) -> _Truth:
+    def of(cls, model: PreTrainedModel, *, packed: bool, seq_len: int) -> _Truth:
         name = type(model).__name__
+        make = Documents.packed if packed else Documents.padded
+        documents = make(seq_len, model.config.vocab_size)
         before = torch.get_rng_state()
         try:
             outcome = run_plain(model, documents)
@@ -171,6 +170,12 @@ class _Truth:
                 f"{name} cannot be checked: no config field switches off the random numbers it trains with"
             )
         return cls(documents, outcome)
+
+
+def _seq_len(setting: Setting) -> int:
+    """As short as gives each rank the tokens for its chunks, and odd, so that a shard is padded."""
+    length_of_shard = -(-setting.min_tokens() // _BATCH_SIZE)
+    return max(_MIN_SEQ_LEN, setting.sp_size * length_of_shard + 1) | 1
 
 
 def _check(model: PreTrainedModel, truth: _Truth, setting: Setting) -> Check:

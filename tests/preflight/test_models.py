@@ -15,7 +15,6 @@ DOCS = Path(__file__).parents[2] / "docs"
 # Relative, in float64: norms that compute in fp32 in a model of their own would set this floor.
 GRADIENT_TOLERANCE = 1e-7
 PROMISED = (
-    "Llama 3",
     "Llama 3.1",
     "Qwen 2",
     "Qwen 3",
@@ -24,7 +23,6 @@ PROMISED = (
     "Mixtral",
     "Gemma 2",
     "Gemma 3 (text)",
-    "Phi 3",
     "Phi 3 (longrope)",
     "OLMo 2",
     "GPT-NeoX",
