@@ -26,6 +26,7 @@ from mst_ds.model_shape import ModelShape, load_model_config, shipped_model_conf
 from mst_ds.patch import apply_plan, find_parts
 from mst_ds.planner import Plan, make_plan
 from mst_ds.preflight import require_exact
+from mst_ds.structure import why_own_attention
 from mst_ds.topology import choose_sp_size
 from mst_ds.zero import DsConfig, has_block, load_ds_config, offloads_optimizer, resolve, split_mst
 
@@ -136,13 +137,11 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
         model = AutoModelForCausalLM.from_config(model_config)
         adapted = model if peft_config is None else add_adapters(model, peft_config)
     find_parts(adapted, plan)
-    if config.packing == "documents" and not model._supports_attention_backend:
-        raise ValueError(
-            f"packing is 'documents', but {type(model).__name__} does not use transformers' attention interface, which "
-            "keeps attention inside a document; allowed: 'none'"
-        )
-    # A model with that interface gets the attention of its plan from apply_plan.
-    own_attention = plan.attention if plan.attention != "sdpa" and not model._supports_attention_backend else None
+    reason = why_own_attention(model)
+    if config.packing == "documents" and reason is not None:
+        raise ValueError(f"packing is 'documents', but {type(model).__name__} {reason}; allowed: 'none'")
+    # Any other model gets the attention of its plan from apply_plan.
+    own_attention = plan.attention if plan.attention != "sdpa" and reason is not None else None
     data = load_training_data(config, model_config)
     if config.preflight:
         require_exact(model_config, plan, packed=config.packing == "documents")

@@ -35,6 +35,7 @@ class PatchedModel:
         group: the sequence group; None at sp_size 1.
         configs: this instance's own, which name the attention, with the one named before; empty where the model keeps
             its own attention.
+        why_own_attention: see `mst_ds.structure`.
     """
 
     model: PreTrainedModel
@@ -43,6 +44,7 @@ class PatchedModel:
     plan: Plan
     group: SequenceGroup | None
     configs: Sequence[tuple[Any, str]]
+    why_own_attention: str | None
 
     @property
     def name(self) -> str:
@@ -158,12 +160,9 @@ def _attention_arguments(patched: PatchedModel, mask: Tensor | None, kwargs: dic
     """The decoder's arguments that differ: positions in the whole sequence, and what attention has to know."""
     group, plan = patched.group, patched.plan
     positions = kwargs.get("position_ids")
-    if not patched.configs:
-        if positions is not None and find_document_starts(positions, None, None) is not None:
-            raise ValueError(
-                f"{patched.name} does not use transformers' attention interface, which packed documents need: "
-                "pass one document a row (--packing none)"
-            )
+    if patched.why_own_attention is not None:
+        if positions is not None and _has_documents(positions, mask):
+            raise ValueError(f"{patched.name} {patched.why_own_attention}: pass one document a row (--packing none)")
         return {}
     inputs = kwargs["input_ids"] if kwargs["input_ids"] is not None else kwargs["inputs_embeds"]
     if positions is None and (group is not None or mask is not None):
@@ -173,6 +172,14 @@ def _attention_arguments(patched: PatchedModel, mask: Tensor | None, kwargs: dic
     starts = None if positions is None else find_document_starts(positions, mask, group)
     context = UlyssesContext(group, plan.attention, starts)
     return {"attention_mask": None, "position_ids": positions, "ulysses": context}
+
+
+def _has_documents(positions: Tensor, mask: Tensor | None) -> bool:
+    """Whether a row holds more than one document; padding is none."""
+    is_token = torch.ones_like(positions, dtype=torch.bool) if mask is None else (mask == 1)
+    goes_on = is_token[:, :-1] & (positions[:, 1:] == positions[:, :-1] + 1)
+    begins = (is_token[:, 1:] & ~goes_on).sum(dim=1) + is_token[:, 0]
+    return bool((begins > 1).any())
 
 
 def _shifted_labels(

@@ -28,6 +28,7 @@ from mst_ds.structure import (
     find_mlps,
     loss_structure,
     require_shardable,
+    why_own_attention,
 )
 from mst_ds.ulysses import (
     ATTENTION_NAME,
@@ -134,10 +135,11 @@ def apply_plan(model: Model, plan: Plan, *, sequence_group: dist.ProcessGroup | 
     if plan.zero_stage == 3:
         for module in (*parts.layers, parts.loss.head):
             undo.hooks.append(module.register_forward_pre_hook(_require_input_gradient))
-    configs = _use_attention(base, undo) if base._supports_attention_backend else []
+    reason = why_own_attention(base)
+    configs = _use_attention(base, undo) if reason is None else []
     if group is not None:
         _share_longest_position(base, group, undo)
-    patched = PatchedModel(base, parts.mlps, parts.loss, plan, group, configs)
+    patched = PatchedModel(base, parts.mlps, parts.loss, plan, group, configs, reason)
     forward = functools.partial(model_forward, base.forward, patched)
     undo.set_attribute(base, "forward", functools.update_wrapper(forward, base.forward))
     generate: Any = getattr(base, "generate", None)

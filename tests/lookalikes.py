@@ -74,12 +74,25 @@ class WithAnotherParameter(Mlp):
         return super().forward(x) * self.scale * self.factor
 
 
-class WithNormInFp32(Mlp):
-    """Rounds by the shape of the products before it: the whole and its chunks differ in the seventh digit."""
+class WithProductInFp32(Mlp):
+    """Rounds by the shape of its products: the whole and its chunks differ in the seventh digit."""
 
     def forward(self, x):
-        inner = (self.act(self.a(x)) * self.b(x)).float()
-        return self.c((inner * torch.rsqrt(inner.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype))
+        gate = F.linear(x.float(), self.a.weight.float(), self.a.bias.float())
+        return self.c(self.act(gate).to(x.dtype) * self.b(x))
+
+
+class ThreeInOne(nn.Module):
+    """Sizes that are sums and multiples of others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.all, self.down = nn.Linear(HIDDEN, 3 * INTERMEDIATE), nn.Linear(INTERMEDIATE + HIDDEN, HIDDEN)
+
+    def forward(self, x):
+        gate, up, shift = self.all(x).chunk(3, dim=-1)
+        return self.down(torch.cat([F.silu(gate) * up + shift, x], dim=-1))
 
 
 class UpBeforeGate(nn.Module):
@@ -129,7 +142,8 @@ TOKENWISE = {
     "activation of the product": ActivationOfTheProduct,
     "clamp": WithClamp,
     "stopped gradient": WithStoppedGradient,
-    "norm in fp32": WithNormInFp32,
+    "product in fp32": WithProductInFp32,
+    "three in one": ThreeInOne,
     "other parameters": WithAnotherParameter,
     "up before gate": UpBeforeGate,
     "activation with parameters": lambda: Mlp(nn.PReLU()),

@@ -35,21 +35,25 @@ def alone(model: nn.Module, sequences: Sequence[Tensor]) -> dict[str, Tensor]:
     return {name: sum(result[name] for result in results) for name in results[0]}
 
 
-def simulated_step(models: Sequence[nn.Module], batch: Batch, **settings: Any) -> dict[str, Tensor]:
-    """`loss_and_gradients` of the sequence, at sp_size `len(models)`.
+def patched_step(model: nn.Module, batch: Batch, **settings: Any) -> dict[str, Tensor]:
+    """`loss_and_gradients` of a copy of `model` under a plan with these settings."""
+    return loss_and_gradients(apply_plan(copy.deepcopy(model), tiny_plan(**settings)), **batch)
+
+
+def simulated_step(model: nn.Module, batch: Batch, sp_size: int = 2, **settings: Any) -> dict[str, Tensor]:
+    """`loss_and_gradients` of the sequence on simulated ranks, each with a copy of `model`.
 
     Args:
-        models: one for each rank, all alike. Each is patched.
         batch: see `mst_ds.data.shard`; every rank takes its part.
         settings: of the plan, see `tiny_plan`.
     """
-    sp_size, seq_len = len(models), batch["input_ids"].shape[1]
+    models, seq_len = [copy.deepcopy(model) for _ in range(sp_size)], batch["input_ids"].shape[1]
     num_items = int((shift_labels(batch["labels"]) != IGNORE_INDEX).sum())
 
     def step(group: SequenceGroup) -> dict[str, Tensor]:
-        topology, model = Topology(group.rank, sp_size, sp_size), models[group.rank]
-        apply_plan(model, tiny_plan(topology, seq_len, **settings), sequence_group=group)
-        return loss_and_gradients(model, **shard(batch, topology), num_items_in_batch=num_items)
+        topology, own = Topology(group.rank, sp_size, sp_size), models[group.rank]
+        apply_plan(own, tiny_plan(topology, seq_len, **settings), sequence_group=group)
+        return loss_and_gradients(own, **shard(batch, topology), num_items_in_batch=num_items)
 
     of_ranks = run_simulated(step, sp_size)
     names = dict.fromkeys(name for of_rank in of_ranks for name in of_rank)

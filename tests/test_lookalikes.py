@@ -115,7 +115,7 @@ def test_the_answer_does_not_depend_on_luck(monkeypatch):
     seldom = [MIXING[name] for name in ("layer drop", "a token far before", "scaled by the largest")]
     for seed in range(4):
         monkeypatch.setattr(probe, "_SEED", seed)
-        assert find_mlps(llama_with(TOKENWISE["norm in fp32"]()), required=True)
+        assert find_mlps(llama_with(TOKENWISE["product in fp32"]()), required=True)
         for make in (*seldom, lambda: MixtureOfExperts(ExpertsWithCapacity())):
             assert find_mlps(llama_with(make()), required=False) == []
 

@@ -11,6 +11,8 @@ from transformers import (
     GptOssForCausalLM,
     JetMoeConfig,
     JetMoeForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -112,6 +114,7 @@ MOE_SIZES = {
     "intermediate = quarter hidden": {"moe_intermediate_size": 8},
     "all": {"num_experts": 32, "moe_intermediate_size": 32},
     "experts = intermediate = quarter hidden": {"num_experts": 8, "moe_intermediate_size": 8},
+    "2 experts = intermediate = half hidden": {"num_experts": 8, "moe_intermediate_size": 16},
     "odd": {"num_experts": 5, "moe_intermediate_size": 23},
 }
 
@@ -191,6 +194,13 @@ def test_a_number_that_is_a_size_by_chance_hides_nothing(size):
     model = tiny_model("llama")
     model.model.layers[1].mlp = InBlocks(size)
     assert find_mlps(model, required=False) == []
+
+
+def test_a_convolution_beside_the_mlp_is_no_mixture_of_experts():
+    """Its weight has three dimensions, too."""
+    model = build(Lfm2Config, Lfm2ForCausalLM, **GQA, layer_types=["conv", "full_attention"])
+    found = find_mlps(model, required=True)
+    assert [mlp.module for mlp in found] == [layer.feed_forward for layer in model.model.layers]
 
 
 def test_what_has_no_mlp_of_a_module_is_refused_only_if_it_is_to_be_chunked():

@@ -3,7 +3,7 @@
 from mst_ds.structure.layers import decoder_layers
 from mst_ds.structure.loss import LossStructure, RouterLoss, loss_structure
 from mst_ds.structure.mlps import Chunkable, ExpertsStructure, MlpStructure, TokenwiseStructure, find_mlps
-from mst_ds.structure.shardable import require_shardable
+from mst_ds.structure.shardable import require_shardable, why_own_attention
 
 __all__ = [
     "Chunkable",
@@ -16,4 +16,5 @@ __all__ = [
     "find_mlps",
     "loss_structure",
     "require_shardable",
+    "why_own_attention",
 ]

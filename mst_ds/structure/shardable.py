@@ -1,4 +1,4 @@
-"""Which models can be exact on a shard of the sequence."""
+"""Where the tokens of a model meet: whether it can be exact on a shard, and on packed documents."""
 
 from __future__ import annotations
 
@@ -25,14 +25,30 @@ def require_shardable(model: PreTrainedModel) -> None:
             f"{name} does not use transformers' attention interface, which sequence parallelism needs: {advice}"
         )
     config = model.config.get_text_config()
+    is_causal = getattr(config, "is_causal", True) and not getattr(config, "use_bidirectional_attention", False)
+    reason = _other_mixing(model) if is_causal else "attention that is not causal"
+    if reason is not None:
+        raise ValueError(f"{name} has {reason}, which sequence parallelism does not support: {advice}")
+
+
+def why_own_attention(model: PreTrainedModel) -> str | None:
+    """Why a model keeps its own attention, and takes one document a row, in words that follow its name.
+
+    None where this project's attention keeps documents apart and hides padding, because tokens meet nowhere else.
+    """
+    if not model._supports_attention_backend:
+        return "does not use transformers' attention interface, which packed documents need"
+    reason = _other_mixing(model)
+    return None if reason is None else f"has {reason}, which run on from one packed document into the next"
+
+
+def _other_mixing(model: PreTrainedModel) -> str | None:
+    """What besides attention lets tokens meet; None where there is nothing."""
+    config = model.config.get_text_config()
     types = {*(getattr(config, "layer_types", None) or ()), *(getattr(config, "layers_block_type", None) or ())}
     others = ", ".join(sorted(types - _ATTENTION_TYPES))
-    reasons = {
-        f"layers of type {others}": bool(others),
-        "convolutions over the sequence": any(isinstance(module, nn.Conv1d) for module in model.modules()),
-        "attention that is not causal": getattr(config, "is_causal", True) is False
-        or bool(getattr(config, "use_bidirectional_attention", False)),
-    }
-    for reason, holds in reasons.items():
-        if holds:
-            raise ValueError(f"{name} has {reason}, which sequence parallelism does not support: {advice}")
+    if others:
+        return f"layers of type {others}"
+    if any(isinstance(module, nn.Conv1d) for module in model.modules()):
+        return "convolutions over the sequence"
+    return None

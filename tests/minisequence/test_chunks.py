@@ -9,6 +9,7 @@ from mst_ds.minisequence.chunks import (
     cast_for_autocast,
     chunk_slices,
     require_gathered,
+    unrounded_product,
     zeros_for_accumulation,
 )
 
@@ -67,6 +68,26 @@ def test_outer_products_are_added_without_rounding_to_16_bits():
     right = torch.full((5, 3), 2.0**-10, dtype=torch.bfloat16)
     add_outer_products(accumulator, left, right)
     assert torch.equal(accumulator, torch.full((2, 3), 1 + 5 * 2.0**-20))
+
+
+def test_outer_products_into_the_view_of_a_transposed_weight():
+    left, right = torch.randn(5, 2, dtype=torch.bfloat16), torch.randn(5, 3, dtype=torch.bfloat16)
+    stored = torch.ones(3, 2)
+    add_outer_products(stored.t(), left, right)
+    # Exact products, and sums of five of them: but for the order of the sum.
+    torch.testing.assert_close(stored, 1 + right.float().t() @ left.float(), rtol=1e-6, atol=1e-6)
+    halves = torch.zeros(4, 3)
+    add_outer_products(halves.chunk(2)[1], left, right)
+    assert not halves[:2].any()
+    torch.testing.assert_close(halves[2:], left.float().t() @ right.float(), rtol=1e-6, atol=1e-6)
+
+
+def test_a_product_that_is_not_rounded_to_16_bits():
+    left, right = torch.full((2, 3), 1.0 + 2.0**-7).bfloat16(), torch.full((3, 4), 1.0 + 2.0**-7).bfloat16()
+    product = unrounded_product(left, right)
+    assert product.dtype == torch.float32
+    assert torch.equal(product, torch.full((2, 4), 3 * (1.0 + 2.0**-7) ** 2))
+    assert unrounded_product(left.double(), right.double()).dtype == torch.float64
 
 
 def test_outer_products_take_operands_of_different_dtypes():

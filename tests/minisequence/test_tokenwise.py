@@ -306,13 +306,15 @@ def test_autocast_is_that_of_the_forward(backward):
 
 def test_autocast_around_the_backward_alone_changes_nothing():
     module, x, results = Mlp(torch.float32), tokens(2, 37, dtype=torch.float32), []
-    for enabled in (False, True):
+    for function, enabled in ((module, False), (ours(module, 4), False), (ours(module, 4), True)):
         module.zero_grad()
-        loss = ours(module, 4)(x).square().sum()
+        loss = function(x).square().sum()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             loss.backward()
         results.append([parameter.grad for parameter in module.parameters()])
-    assert all(map(torch.equal, *results))
+    assert all(map(torch.equal, *results[1:]))
+    # In fp32, but for the order of sums: 16 bits anywhere would leave three digits.
+    assert all((a - b).norm() <= 1e-5 * b.norm() for a, b in zip(results[1], results[0], strict=True))
 
 
 @functools.cache
