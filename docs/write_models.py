@@ -109,7 +109,7 @@ def page(rows: Sequence[Row], errors: Sequence[Mapping[int, float | None]]) -> s
     for row, by_sp_size in zip(rows, errors, strict=True):
         cells = [
             row.architecture.name,
-            f"`{row.architecture.example}`",
+            f"[{row.architecture.example}](https://huggingface.co/{row.architecture.example})",
             cell("chunked", row.mlp),
             cell("chunked", row.loss),
             cell("yes", row.packing),

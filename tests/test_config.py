@@ -24,7 +24,7 @@ def test_seq_len_that_is_no_length_is_refused(text):
 
 
 def test_every_flag_has_help_and_reaches_the_config():
-    texts = {int: "7", int | None: "7", float: "0.5", float | None: "0.5", Packing: "none"}
+    texts = {int: "7", int | None: "7", float: "0.5", float | None: "0.5", bool: "False", Packing: "none"}
     changed = {
         name: texts.get(of_type, "linear")
         for name, of_type in get_type_hints(TrainConfig).items()

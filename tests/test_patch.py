@@ -123,8 +123,9 @@ def test_removing_the_plan_restores_the_model_bit_for_bit(name):
     assert torch.equal(model(input_ids=batch["input_ids"]).logits, logits)
 
 
-def test_removing_the_plan_of_a_shard_restores_the_config_and_its_attention():
-    model = tiny_model("llama")
+@pytest.mark.parametrize("name", ["llama", "phi3-longrope", "mixtral", "gemma3"])
+def test_removing_the_plan_of_a_shard_restores_the_config_and_its_attention(name):
+    model = tiny_model(name)
     before, config = attributes(model), model.config
     # Nothing communicates before a forward, so any object will do for the group.
     apply_plan(model, tiny_plan(topology=Topology(0, 2, 2), recompute=True), sequence_group=object())

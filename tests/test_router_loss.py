@@ -77,6 +77,12 @@ def test_the_parts_of_the_ranks_add_up_to_the_whole(side, size):
         torch.testing.assert_close(sharded, grad, rtol=TOLERANCE, atol=1e-9)
 
 
+def test_padding_alone_has_none():
+    loss, grads = with_gradient(lambda own: router_loss(own, 2, mask=torch.zeros(6)), router_logits(6))
+    assert loss == 0
+    assert not any(grad.any() for grad in grads)
+
+
 def test_16_bit_logits_are_summed_in_fp32():
     """2000 probabilities of about 1/5 in bf16: their sum in 16 bits stops growing at 64."""
     logits = [tensor.bfloat16() for tensor in router_logits(2000)]
