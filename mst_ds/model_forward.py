@@ -55,8 +55,9 @@ class PatchedModel:
 def model_forward(original: Callable[..., Any], patched: PatchedModel, *args: Any, **kwargs: Any) -> Any:
     """The forward of a causal language model under its plan, with transformers' arguments.
 
-    With `labels` or `shift_labels` the loss without logits, else the logits. Padding in `attention_mask` is neither
-    seen nor predicted from; `position_ids` that start again begin another document, which sees no other.
+    With `labels` or `shift_labels` the loss without logits, else the logits. Where `position_ids` do not go on by one,
+    another document begins, which sees no other. Padding in `attention_mask` is neither seen nor predicted from, and
+    what stands before it and after it are documents of their own.
 
     Raises:
         ValueError: arguments for which the result would not be exact.

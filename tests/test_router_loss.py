@@ -111,9 +111,11 @@ def make_batch(side=None):
     return batch
 
 
+ON_EITHER_SIDE = [*((name, None) for name in MIXTURES), ("mixtral", "left"), ("mixtral", "right")]
+
+
 @pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
-@pytest.mark.parametrize("side", [None, "left", "right"])
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize(("name", "side"), ON_EITHER_SIDE)
 def test_loss_and_gradients_are_the_plain_models(name, side, recompute):
     model, batch = mixture(name), make_batch(side)
     plain = loss_and_gradients(model, **batch)
@@ -124,8 +126,7 @@ def test_loss_and_gradients_are_the_plain_models(name, side, recompute):
     assert model(**batch, output_router_logits=False).loss.item() == pytest.approx(without.item(), rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("side", [None, "left", "right"])
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize(("name", "side"), ON_EITHER_SIDE)
 def test_on_two_shards_it_is_that_of_the_whole_sequence(name, side):
     model, batch = mixture(name), make_batch(side)
     plain = loss_and_gradients(model, **batch)
