@@ -240,8 +240,9 @@ def _mark_as_leaf(module: nn.Module, undo: _Undo) -> None:
 def _require_input_gradient(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """DeepSpeed reduces a leaf module's gradients once its inputs have theirs: too early, if these need none."""
     hidden_states, *others = inputs
-    trained = any(parameter.requires_grad for parameter in module.parameters())
-    if torch.is_grad_enabled() and trained and not hidden_states.requires_grad:
+    if hidden_states.requires_grad or not torch.is_grad_enabled():
+        return inputs
+    if any(parameter.requires_grad for parameter in module.parameters()):
         hidden_states = hidden_states.detach().requires_grad_()
     return hidden_states, *others
 

@@ -82,22 +82,6 @@ def build_engine(model: nn.Module, **config: Any) -> Any:
     return engine
 
 
-def plain_steps(model: nn.Module, batch: Batch, steps: int) -> Outcome:
-    """What `train` does, in one process with the plain model on the whole batch; `tiny.plain_training` trains all."""
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    optimizer = torch.optim.AdamW(trainable.values(), lr=LEARNING_RATE)
-    losses, gradients = [], {}
-    for step in range(steps):
-        optimizer.zero_grad()
-        loss = model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
-        loss.backward()
-        losses.append(loss.item())
-        if step == 0:
-            gradients = {name: parameter.grad.clone() for name, parameter in trainable.items()}
-        optimizer.step()
-    return Outcome(losses, gradients)
-
-
 def zero_block(stage: int, **settings: Any) -> dict[str, Any]:
     """The ZeRO block of a configuration; at stage 3 every parameter is gathered when it is used, and dropped then."""
     everything = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}

@@ -31,13 +31,12 @@ from steps import (
     build_engine,
     loss_and_gradients,
     patched_step,
-    plain_steps,
     relative_errors,
     simulated_step,
     train,
     zero_block,
 )
-from tiny import Outcome, samples, tiny_llama, tiny_plan
+from tiny import Outcome, plain_training, samples, tiny_llama, tiny_plan
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -266,7 +265,7 @@ def train_under_zero(rank: int, stage: int) -> dict[str, Outcome]:
 
 @functools.cache
 def plain_outcome(case: str) -> Outcome:
-    return plain_steps(fp32_adapted(case), samples(2, SEQ_LEN), steps=2)
+    return plain_training(fp32_adapted(case), samples(2, SEQ_LEN), steps=2)
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -22,12 +22,11 @@ from steps import (
     build_engine,
     loss_and_gradients,
     patched_step,
-    plain_steps,
     simulated_step,
     train,
     zero_block,
 )
-from tiny import Outcome, samples, tiny_llama, tiny_plan
+from tiny import Outcome, plain_training, samples, tiny_llama, tiny_plan
 from tiny_models import tiny_model
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -114,7 +113,7 @@ def engine_steps(rank: int, stages: list[int], seq_len: int, chunks: list[int], 
 
 
 def assert_as_one_process(stages: list[int], seq_len: int, chunks: list[int], reduce_scatter: bool = True) -> None:
-    expected = plain_steps(tiny_llama(), samples(1, seq_len), steps=2)
+    expected = plain_training(tiny_llama(), samples(1, seq_len), steps=2)
     outcomes, _ = run_ranks(engine_steps, 2, stages, seq_len, chunks, reduce_scatter)
     for stage, outcome in zip(stages, outcomes, strict=True):
         error, name = outcome.worst_gradient_error(expected)

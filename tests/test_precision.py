@@ -12,8 +12,8 @@ import pytest
 import torch
 from distributed import run_ranks
 from peft import LoraConfig, get_peft_model
-from steps import build_engine, loss_and_gradients, plain_steps, relative_errors, train, zero_block
-from tiny import Outcome, samples, tiny_llama, tiny_plan
+from steps import build_engine, loss_and_gradients, relative_errors, train, zero_block
+from tiny import Outcome, plain_training, samples, tiny_llama, tiny_plan
 from tiny_models import tiny_model
 from torch import Tensor, nn
 
@@ -171,7 +171,7 @@ def fp16_steps(rank: int, stage: int, scale_powers: list[int], steps: int) -> li
 def test_the_fp16_loss_scale_is_applied_once_and_a_step_that_overflows_is_skipped(stage: int) -> None:
     low, too_high, half = run_ranks(fp16_steps, 2, stage, [10, 20, 19], 3)[0]
 
-    expected = plain_steps(tiny_llama(), samples(2, SEQ_LEN), steps=3)
+    expected = plain_training(tiny_llama(), samples(2, SEQ_LEN), steps=3)
     error, name = low.outcome.worst_gradient_error(expected)
     assert error <= FP16_TOLERANCE, f"gradient of {name} is off by {error:.1e}"
     assert low.outcome.worst_loss_error(expected) <= 1e-3

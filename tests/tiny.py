@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mst_ds.data import IGNORE_INDEX, Batch
@@ -90,9 +90,10 @@ class Outcome:
         return max(abs(a - b) / b for a, b in zip(self.losses, reference.losses, strict=True))
 
 
-def plain_training(model: LlamaForCausalLM, batch: Batch, steps: int) -> Outcome:
-    """AdamW steps of the plain model on the whole batch, in one process."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+def plain_training(model: nn.Module, batch: Batch, steps: int) -> Outcome:
+    """AdamW steps of the plain model's trainable parameters on the whole batch, in one process."""
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer = torch.optim.AdamW(trainable.values(), lr=LEARNING_RATE)
     losses: list[float] = []
     gradients: dict[str, Tensor] = {}
     for step in range(steps):
@@ -101,7 +102,7 @@ def plain_training(model: LlamaForCausalLM, batch: Batch, steps: int) -> Outcome
         loss.backward()
         losses.append(loss.item())
         if step == 0:
-            gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+            gradients = {name: parameter.grad.clone() for name, parameter in trainable.items()}
         optimizer.step()
     return Outcome(losses, gradients)
 
