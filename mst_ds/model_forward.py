@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mst_ds.planner import Plan
+from mst_ds.recompute import LayerRecompute
 from mst_ds.router_loss import router_loss
 from mst_ds.structure import Chunkable, LossStructure, MlpStructure
 from mst_ds.ulysses import ATTENTION_NAME, SequenceGroup, UlyssesContext, find_document_starts
@@ -33,6 +34,7 @@ class PatchedModel:
         loss: its decoder, head, and the way to its loss.
         plan: this rank's.
         group: the sequence group; None at sp_size 1.
+        recompute: of its layers.
         configs: this instance's own, which name the attention, with the one named before; empty where the model keeps
             its own attention.
         why_own_attention: see `mst_ds.structure`.
@@ -43,6 +45,7 @@ class PatchedModel:
     loss: LossStructure
     plan: Plan
     group: SequenceGroup | None
+    recompute: LayerRecompute
     configs: Sequence[tuple[Any, str]]
     why_own_attention: str | None
 
@@ -63,6 +66,7 @@ def model_forward(original: Callable[..., Any], patched: PatchedModel, *args: An
         ValueError: arguments for which the result would not be exact.
     """
     _check_mlps(patched)
+    patched.recompute.begin_forward()
     positional = dict(zip(inspect.signature(original).parameters, args, strict=False)) if args else {}
     kwargs = {"input_ids": None, "attention_mask": None, **positional, **kwargs}
     targets = {name: kwargs.pop(name, None) for name in ("labels", "shift_labels", "num_items_in_batch")}
@@ -171,7 +175,7 @@ def _attention_arguments(patched: PatchedModel, mask: Tensor | None, kwargs: dic
         positions = (torch.arange(length, device=inputs.device) + plan.sp_rank * length).expand(batch, -1)
     # On a shard always: another rank may have padding, and this is a collective call.
     starts = None if positions is None else find_document_starts(positions, mask, group)
-    context = UlyssesContext(group, plan.attention, starts)
+    context = UlyssesContext(group, plan.attention, starts, plan.head_groups, patched.recompute)
     return {"attention_mask": None, "position_ids": positions, "ulysses": context}
 
 

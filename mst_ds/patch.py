@@ -12,20 +12,22 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from mst_ds.minisequence import chunked_loss, chunked_loss_of_head, chunked_tokenwise
 from mst_ds.model_forward import PatchedModel, model_forward, model_generate
 from mst_ds.planner import Plan
+from mst_ds.recompute import DeviceStore, HostStore, LayerRecompute
 from mst_ds.structure import (
     Chunkable,
     ExpertsStructure,
     LossStructure,
     MlpStructure,
+    NormStructure,
     TokenwiseStructure,
     decoder_layers,
     find_mlps,
+    find_norms,
     loss_structure,
     require_shardable,
     why_own_attention,
@@ -82,6 +84,7 @@ class ModelParts:
 
     layers: list[nn.Module]
     mlps: list[Chunkable]
+    norms: list[NormStructure]
     loss: LossStructure
 
 
@@ -102,7 +105,11 @@ def find_parts(model: nn.Module, plan: Plan) -> ModelParts:
     causal_backend(plan.attention)
     if plan.sp_size > 1:
         require_shardable(model)
-    return ModelParts(layers, find_mlps(model, required=plan.mlp_chunks > 1), loss_structure(model))
+    mlps = find_mlps(model, required=plan.mlp_chunks > 1)
+    # What is in an MLP is chunked with it.
+    inside = {module for mlp in mlps for module in mlp.module.modules()}
+    norms = [norm for norm in find_norms(model) if norm.module not in inside]
+    return ModelParts(layers, mlps, norms, loss_structure(model))
 
 
 def apply_plan(model: Model, plan: Plan, *, sequence_group: dist.ProcessGroup | SequenceGroup | None = None) -> Model:
@@ -129,8 +136,12 @@ def apply_plan(model: Model, plan: Plan, *, sequence_group: dist.ProcessGroup | 
     group = _sequence_group(plan, sequence_group)
     undo = _Undo()
     base.__dict__[_UNDO] = undo
+    store = HostStore() if plan.offload_activations else DeviceStore()
+    recompute = LayerRecompute(keep_attention=plan.keep_attention, store=store)
     for mlp in parts.mlps:
-        _chunk_mlp(mlp, plan, undo)
+        _chunk_mlp(mlp, plan, recompute, undo)
+    for norm in parts.norms:
+        undo.set_attribute(norm.module, "forward", functools.partial(_norm_forward, norm, norm.module.forward))
     _chunk_head(parts.loss, plan, undo)
     if plan.zero_stage == 3:
         for module in (*parts.layers, parts.loss.head):
@@ -139,7 +150,7 @@ def apply_plan(model: Model, plan: Plan, *, sequence_group: dist.ProcessGroup | 
     configs = _use_attention(base, undo) if reason is None else []
     if group is not None:
         _share_longest_position(base, group, undo)
-    patched = PatchedModel(base, parts.mlps, parts.loss, plan, group, configs, reason)
+    patched = PatchedModel(base, parts.mlps, parts.loss, plan, group, recompute, configs, reason)
     forward = functools.partial(model_forward, base.forward, patched)
     undo.set_attribute(base, "forward", functools.update_wrapper(forward, base.forward))
     generate: Any = getattr(base, "generate", None)
@@ -148,9 +159,7 @@ def apply_plan(model: Model, plan: Plan, *, sequence_group: dist.ProcessGroup | 
     if plan.recompute:
         for layer in parts.layers:
             undo.set_attribute(layer, "gradient_checkpointing", True)
-            undo.set_attribute(
-                layer, "_gradient_checkpointing_func", functools.partial(checkpoint, use_reentrant=False)
-            )
+            undo.set_attribute(layer, "_gradient_checkpointing_func", recompute.run_layer)
     return model
 
 
@@ -208,13 +217,13 @@ def _sequence_group(plan: Plan, given: dist.ProcessGroup | SequenceGroup | None)
     return ProcessSequenceGroup(given) if isinstance(given, dist.ProcessGroup) else given
 
 
-def _chunk_mlp(mlp: Chunkable, plan: Plan, undo: _Undo) -> None:
+def _chunk_mlp(mlp: Chunkable, plan: Plan, recompute: LayerRecompute, undo: _Undo) -> None:
     if isinstance(mlp, MlpStructure):
-        chunked: Callable[..., Tensor] = functools.partial(_mlp_forward, mlp, 1)
+        chunked: Callable[..., Tensor] = functools.partial(_mlp_forward, mlp, 1, recompute)
     elif isinstance(mlp, ExpertsStructure):
-        chunked = functools.partial(_mlp_forward, mlp, 3)
+        chunked = functools.partial(_mlp_forward, mlp, 3, recompute)
     else:
-        chunked = functools.partial(_tokenwise_forward, mlp)
+        chunked = functools.partial(_tokenwise_forward, mlp, recompute)
     undo.set_attribute(mlp.module, "forward", functools.partial(chunked, mlp.module.forward, plan.mlp_chunks))
     if plan.zero_stage == 3:
         _mark_as_leaf(mlp.module, undo)
@@ -288,21 +297,35 @@ def _rotary_forward(
 def _mlp_forward(
     mlp: MlpStructure | ExpertsStructure,
     num_inputs: int,
+    recompute: LayerRecompute,
     original: Callable[..., Tensor],
     chunks: int,
     *args: Tensor,
     **kwargs: Tensor,
 ) -> Tensor:
-    return mlp.run(chunks, *_inputs(mlp.module, original, num_inputs, args, kwargs))
+    inputs = _inputs(mlp.module, original, num_inputs, args, kwargs)
+    return mlp.run(chunks, *inputs, is_recomputing=recompute.is_recomputing)
+
+
+def _norm_forward(norm: NormStructure, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    # With more than the tensor that it was tried with, such as a gate, it may do something else.
+    if len(args) != 1 or kwargs:
+        return original(*args, **kwargs)
+    return norm.run(*args)
 
 
 def _tokenwise_forward(
-    tokenwise: TokenwiseStructure, original: Callable[..., Tensor], chunks: int, *args: Tensor, **kwargs: Tensor
+    tokenwise: TokenwiseStructure,
+    recompute: LayerRecompute,
+    original: Callable[..., Tensor],
+    chunks: int,
+    *args: Tensor,
+    **kwargs: Tensor,
 ) -> Tensor:
     module = tokenwise.module
     inputs = _inputs(module, original, tokenwise.num_inputs, args, kwargs)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    return chunked_tokenwise(original, inputs, trained, chunks=chunks)
+    return chunked_tokenwise(original, inputs, trained, chunks=chunks, is_recomputing=recompute.is_recomputing)
 
 
 def _inputs(

@@ -3,6 +3,15 @@
 from .experts import chunked_experts
 from .loss import chunked_loss, chunked_loss_of_head
 from .mlp import chunked_mlp
+from .norm import chunked_rms_norm, norm_chunks
 from .tokenwise import chunked_tokenwise
 
-__all__ = ["chunked_experts", "chunked_loss", "chunked_loss_of_head", "chunked_mlp", "chunked_tokenwise"]
+__all__ = [
+    "chunked_experts",
+    "chunked_loss",
+    "chunked_loss_of_head",
+    "chunked_mlp",
+    "chunked_rms_norm",
+    "chunked_tokenwise",
+    "norm_chunks",
+]

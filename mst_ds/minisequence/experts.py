@@ -36,6 +36,7 @@ def chunked_experts(
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     transposed: bool = False,
+    is_recomputing: bool = False,
 ) -> Tensor:
     """For each token the sum over its experts of `weight * down(gate(up(x)))`, worked through in chunks.
 
@@ -55,6 +56,8 @@ def chunked_experts(
         up_bias: (E, U) or None.
         down_bias: (E, H) or None.
         transposed: weights are (E, inputs, outputs), as in GPT-OSS.
+        is_recomputing: torch.utils.checkpoint computes the layer again, and ends with the last tensor that its backward
+            needs; so the output is computed only if it goes on after this call.
 
     Returns:
         (T, H), the dtype of `hidden_states`. Sums are in fp32 at least.
@@ -75,11 +78,22 @@ def chunked_experts(
     device = hidden_states.device
     tensors = (hidden_states, up_weight, down_weight, up_bias, down_bias)
     x, *parameters = (cast_for_autocast(tensor, device) for tensor in tensors)
+    work = _Work(gate, chunks, transposed)
+    assert x is not None
     with autocast_disabled(device):
         output: Tensor = _ChunkedExperts.apply(
-            gate, chunks, transposed, hidden_states.dtype, expert_index, expert_weights, x, *parameters
+            work, hidden_states.dtype, not is_recomputing, expert_index, expert_weights, x, *parameters
         )
+        if is_recomputing:
+            with torch.no_grad():
+                output.copy_(_compute(work, expert_index, expert_weights, x, *parameters))
     return output
+
+
+class _Work(NamedTuple):
+    gate: Gate
+    chunks: int
+    transposed: bool
 
 
 class _Rows(NamedTuple):
@@ -105,38 +119,45 @@ def _chunks_by_expert(expert_index: Tensor, num_experts: int, chunks: int) -> It
             yield [_Rows(expert, places[rows] // k, places[rows]) for rows in chunk_slices(count, -(-count // longest))]
 
 
+def _compute(
+    work: _Work, expert_index: Tensor, expert_weights: Tensor, x: Tensor, *parameters: Tensor | None
+) -> Tensor:
+    assert parameters[0] is not None
+    out = torch.zeros_like(x, dtype=accumulation_dtype(x.dtype), memory_format=torch.contiguous_format)
+    scores = expert_weights.flatten()
+    for of_expert in _chunks_by_expert(expert_index, len(parameters[0]), work.chunks):
+        up, down, up_bias, down_bias = _of_expert(parameters, of_expert[0].expert, work.transposed)
+        for rows in of_expert:
+            inner = work.gate(torch.nn.functional.linear(x[rows.tokens], up, up_bias))
+            result = torch.nn.functional.linear(inner, down, down_bias)
+            # A token has an expert once, so no two rows of a chunk add to one place.
+            out.index_add_(0, rows.tokens, (result * scores[rows.places, None]).to(out.dtype))
+    return out
+
+
 class _ChunkedExperts(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        gate: Gate,
-        chunks: int,
-        transposed: bool,
+        work: _Work,
         dtype: torch.dtype,
+        computes: bool,
         expert_index: Tensor,
         expert_weights: Tensor,
         x: Tensor,
         *parameters: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(expert_index, expert_weights, x, *parameters)
-        ctx.gate, ctx.chunks, ctx.transposed = gate, chunks, transposed
-        assert parameters[0] is not None
-        out = torch.zeros_like(x, dtype=accumulation_dtype(x.dtype), memory_format=torch.contiguous_format)
-        scores = expert_weights.flatten()
-        for of_expert in _chunks_by_expert(expert_index, len(parameters[0]), chunks):
-            up, down, up_bias, down_bias = _of_expert(parameters, of_expert[0].expert, transposed)
-            for rows in of_expert:
-                inner = gate(torch.nn.functional.linear(x[rows.tokens], up, up_bias))
-                result = torch.nn.functional.linear(inner, down, down_bias)
-                # A token has an expert once, so no two rows of a chunk add to one place.
-                out.index_add_(0, rows.tokens, (result * scores[rows.places, None]).to(out.dtype))
-        return out.to(dtype)
+        ctx.gate, ctx.chunks, ctx.transposed = work
+        if not computes:
+            return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+        return _compute(work, expert_index, expert_weights, x, *parameters).to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         expert_index, expert_weights, x, *parameters = ctx.saved_tensors
-        needs_scores, needs_x, *needs = ctx.needs_input_grad[5:]
+        needs_scores, needs_x, *needs = ctx.needs_input_grad[4:]
         dtype = accumulation_dtype(x.dtype)
         dx = torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) if needs_x else None
         d_scores = torch.zeros(expert_weights.numel(), dtype=dtype, device=x.device) if needs_scores else None
@@ -162,7 +183,7 @@ class _ChunkedExperts(torch.autograd.Function):
                     if grad is not None and total is not None:
                         grad[expert] = total
         return (
-            *(None,) * 5,
+            *(None,) * 4,
             d_scores.view_as(expert_weights).to(expert_weights.dtype) if d_scores is not None else None,
             dx.to(x.dtype) if dx is not None else None,
             *grads,

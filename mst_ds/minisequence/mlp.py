@@ -35,6 +35,7 @@ def chunked_mlp(
     down_bias: Tensor | None = None,
     gate_in_up: bool = False,
     transposed: bool = False,
+    is_recomputing: bool = False,
 ) -> Tensor:
     """`down(activation(gate(x)) * up(x))`, or `down(activation(up(x)))` without a gate, worked through in chunks.
 
@@ -55,6 +56,8 @@ def chunked_mlp(
         gate_in_up: the gate's rows come first in `up_weight`, (2 I, H), and in `up_bias`, (2 I,), as in Phi-3; the
             gate's own weight and bias are None.
         transposed: weights are (inputs, outputs), as in GPT-2: (H, I) or (H, 2 I) up and (I, H) down.
+        is_recomputing: torch.utils.checkpoint computes the layer again, and ends with the last tensor that its backward
+            needs; so the output is computed only if it goes on after this call.
 
     Returns:
         (..., H), the dtype of `hidden_states` (under autocast: the autocast dtype).
@@ -77,8 +80,13 @@ def chunked_mlp(
     device = hidden_states.device
     tensors = (hidden_states, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias)
     cast = [cast_for_autocast(tensor, device) for tensor in tensors]
+    work = _Work(activation, chunks, _Layout(gate_in_up, transposed))
     with autocast_disabled(device):
-        return _ChunkedMLP.apply(activation, chunks, _Layout(gate_in_up, transposed), *cast)
+        output: Tensor = _ChunkedMLP.apply(work, not is_recomputing, *cast)
+        if is_recomputing:
+            with torch.no_grad():
+                _compute(work, output, *cast)
+    return output
 
 
 class _Layout(NamedTuple):
@@ -104,47 +112,56 @@ class _Layout(NamedTuple):
         return [gate, up, down, gate_bias, up_bias, down_bias]
 
 
+class _Work(NamedTuple):
+    activation: Activation
+    chunks: int
+    layout: _Layout
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
     if bias is None:
         return torch.mm(x, weight.t(), out=out)
     return torch.addmm(bias, x, weight.t(), out=out)
 
 
+def _compute(work: _Work, output: Tensor, *inputs: Tensor | None) -> None:
+    hidden_states, *parameters = inputs
+    assert hidden_states is not None
+    activation, chunks, layout = work
+    gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias = layout.split(layout.oriented(parameters))
+    assert up_weight is not None
+    assert down_weight is not None
+    x, flat = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (hidden_states, output))
+    for rows in chunk_slices(x.shape[0], chunks):
+        # At most two tensors of intermediate size are alive: the product is written over one of them.
+        if gate_weight is None:
+            product = activation(_linear(x[rows], up_weight, up_bias))
+        else:
+            product = activation(_linear(x[rows], gate_weight, gate_bias))
+            product.mul_(_linear(x[rows], up_weight, up_bias))
+        _linear(product, down_weight, down_bias, out=flat[rows])
+        del product
+
+
 class _ChunkedMLP(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        activation: Activation,
-        chunks: int,
-        layout: _Layout,
-        hidden_states: Tensor,
-        *parameters: Tensor | None,
-    ) -> Tensor:
+    def forward(ctx: Any, work: _Work, computes: bool, hidden_states: Tensor, *parameters: Tensor | None) -> Tensor:
         ctx.save_for_backward(hidden_states, *parameters)
-        ctx.activation, ctx.chunks, ctx.layout = activation, chunks, layout
-        gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias = layout.split(layout.oriented(parameters))
-        assert up_weight is not None
+        ctx.work = work
+        down_weight = work.layout.oriented(parameters)[2]
         assert down_weight is not None
-        x = hidden_states.reshape(-1, hidden_states.shape[-1])
         # Not a view: models may add to it in place.
-        out = x.new_empty(*hidden_states.shape[:-1], down_weight.shape[0])
-        flat = out.view(-1, out.shape[-1])
-        for rows in chunk_slices(x.shape[0], chunks):
-            # At most two tensors of intermediate size are alive: the product is written over one of them.
-            if gate_weight is None:
-                product = activation(_linear(x[rows], up_weight, up_bias))
-            else:
-                product = activation(_linear(x[rows], gate_weight, gate_bias))
-                product.mul_(_linear(x[rows], up_weight, up_bias))
-            _linear(product, down_weight, down_bias, out=flat[rows])
-            del product
-        return out
+        output = hidden_states.new_empty(*hidden_states.shape[:-1], down_weight.shape[0])
+        if computes:
+            _compute(work, output, hidden_states, *parameters)
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         hidden_states, *parameters = ctx.saved_tensors
-        needs = ctx.needs_input_grad[3:]
+        needs = ctx.needs_input_grad[2:]
+        activation, chunks, layout = ctx.work
         with autocast_disabled(hidden_states.device):
             x = hidden_states.reshape(-1, hidden_states.shape[-1])
             dy = grad_output.reshape(-1, grad_output.shape[-1])
@@ -153,15 +170,15 @@ class _ChunkedMLP(torch.autograd.Function):
                 zeros_for_accumulation(parameter) if needed else None
                 for parameter, needed in zip(parameters, needs[1:], strict=True)
             ]
-            tensors = ctx.layout.oriented(parameters), ctx.layout.oriented(sums)
-            for rows in chunk_slices(x.shape[0], ctx.chunks):
+            tensors = layout.oriented(parameters), layout.oriented(sums)
+            for rows in chunk_slices(x.shape[0], chunks):
                 d_rows = dx[rows] if dx is not None else None
-                _backward_chunk(ctx.activation, ctx.layout, x[rows], dy[rows], d_rows, *tensors)
+                _backward_chunk(activation, layout, x[rows], dy[rows], d_rows, *tensors)
         grads = (
             total.to(parameter.dtype) if total is not None else None
             for parameter, total in zip(parameters, sums, strict=True)
         )
-        return None, None, None, dx.view_as(hidden_states) if dx is not None else None, *grads
+        return None, None, dx.view_as(hidden_states) if dx is not None else None, *grads
 
 
 def _backward_chunk(

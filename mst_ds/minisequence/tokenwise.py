@@ -1,4 +1,4 @@
-"""Any module that works token by token, chunk by chunk: MLPs with adapters or dropout."""
+"""Any module that works token by token, chunk by chunk: norms, and MLPs with adapters or dropout."""
 
 from __future__ import annotations
 
@@ -10,12 +10,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mst_ds.recompute import RandomState
+
 from .chunks import chunk_slices, require_gathered, zeros_for_accumulation
 from .linear_sums import SumLinearGradients, gradients_of
 
 
 def chunked_tokenwise(
-    function: Callable[..., Tensor], inputs: Sequence[Tensor], parameters: Sequence[Tensor], *, chunks: int
+    function: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    *,
+    chunks: int,
+    is_recomputing: bool = False,
 ) -> Tensor:
     """`function(*inputs)` in chunks of tokens, for a function whose output for a token depends on that token alone.
 
@@ -30,6 +37,7 @@ def chunked_tokenwise(
         inputs: (..., C_i), the same number of tokens in each; of any dtype, differentiated where floating.
         parameters: what `function` reads and gradients are wanted for, where they require them.
         chunks: how many chunks; fewer where a chunk would be shorter than 4 tokens.
+        is_recomputing: as `chunked_mlp` has it.
 
     Returns:
         (..., C), the leading dimensions of the first input.
@@ -41,27 +49,47 @@ def chunked_tokenwise(
         raise ValueError(f"chunks must be at least 1, got {chunks}")
     for parameter in parameters:
         require_gathered("a parameter", parameter)
-    output: Tensor = _ChunkedTokenwise.apply(function, chunks, len(inputs), *inputs, *parameters)
+    output: Tensor = _ChunkedTokenwise.apply(function, chunks, not is_recomputing, len(inputs), *inputs, *parameters)
+    if is_recomputing:
+        with torch.no_grad():
+            output.copy_(_compute(function, chunks, inputs))
     return output
+
+
+def _compute(function: Callable[..., Tensor], chunks: int, inputs: Sequence[Tensor]) -> Tensor:
+    out: Tensor | None = None
+    leading = inputs[0].shape[:-1]
+    for rows in chunk_slices(leading.numel(), chunks):
+        chunk = function(*(_take(tensor, rows) for tensor in inputs))
+        if out is None:
+            # Not a view: models may add to it in place.
+            out = chunk.new_empty(*leading, chunk.shape[-1])
+        out.view(-1, out.shape[-1])[rows] = chunk.reshape(-1, chunk.shape[-1])
+    assert out is not None
+    return out
+
+
+def _uncomputed(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
+    """A tensor like the output; its width and dtype are the function's secret, which a first token tells."""
+    token = function(*(_take(tensor, slice(1)) for tensor in inputs))
+    return token.new_empty(*inputs[0].shape[:-1], token.shape[-1])
 
 
 class _ChunkedTokenwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, function: Callable[..., Tensor], chunks: int, num_inputs: int, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, function: Callable[..., Tensor], chunks: int, computes: bool, num_inputs: int, *tensors: Tensor
+    ) -> Tensor:
         inputs, parameters = tensors[:num_inputs], tensors[num_inputs:]
         ctx.save_for_backward(*inputs)
         # Not saved with the inputs: recompute and offload would give others back than those that `function` reads.
         ctx.function, ctx.chunks, ctx.parameters = function, chunks, parameters
         ctx.conditions = _Conditions(inputs[0].device)
-        out: Tensor | None = None
-        leading = inputs[0].shape[:-1]
-        for rows in chunk_slices(leading.numel(), chunks):
-            chunk = function(*(_take(tensor, rows) for tensor in inputs))
-            if out is None:
-                # Not a view: models may add to it in place.
-                out = chunk.new_empty(*leading, chunk.shape[-1])
-            out.view(-1, out.shape[-1])[rows] = chunk.reshape(-1, chunk.shape[-1])
-        assert out is not None
+        if computes:
+            out = _compute(function, chunks, inputs)
+        else:
+            with ctx.conditions.restored():
+                out = _uncomputed(function, inputs)
         if ctx.conditions.autocast_enabled:
             # torch 2.9 keeps casts of weights that were made without gradients, and would use them in the backward.
             torch.clear_autocast_cache()
@@ -70,7 +98,7 @@ class _ChunkedTokenwise(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        needs, parameters = ctx.needs_input_grad[3:], ctx.parameters
+        needs, parameters = ctx.needs_input_grad[4:], ctx.parameters
         inputs = ctx.saved_tensors  # recompute lets them be asked for once
         dy = grad_output.reshape(-1, grad_output.shape[-1])
         input_grads = [
@@ -87,7 +115,7 @@ class _ChunkedTokenwise(torch.autograd.Function):
             for rows in chunk_slices(dy.shape[0], ctx.chunks):
                 _backward_chunk(ctx.function, rows, inputs, input_grads, sums, dy[rows])
         grads = {id(parameter): total.to(parameter.dtype) for parameter, total in sums}
-        return None, None, None, *input_grads, *(grads.get(id(parameter)) for parameter in parameters)
+        return None, None, None, None, *input_grads, *(grads.get(id(parameter)) for parameter in parameters)
 
 
 def _backward_chunk(
@@ -126,21 +154,13 @@ class _Conditions:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.cpu_state = torch.get_rng_state()
-        has_generator = device.type not in ("cpu", "meta")
-        self.device_state = torch.get_device_module(device).get_rng_state(device) if has_generator else None
+        self.random_state = RandomState(device)
         self.autocast_enabled = torch.is_autocast_enabled(device.type)
         self.autocast_dtype = torch.get_autocast_dtype(device.type)
 
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Within, all is as it was; random states are put back afterwards."""
-        device, state = self.device, self.device_state
-        forked = (
-            torch.random.fork_rng([]) if state is None else torch.random.fork_rng([device], device_type=device.type)
-        )
-        with forked, torch.autocast(device.type, self.autocast_dtype, enabled=self.autocast_enabled):
-            torch.set_rng_state(self.cpu_state)
-            if state is not None:
-                torch.get_device_module(device).set_rng_state(state, device)
+        autocast = torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_enabled)
+        with self.random_state.restored(), autocast:
             yield

@@ -3,6 +3,7 @@
 from mst_ds.structure.layers import decoder_layers
 from mst_ds.structure.loss import LossStructure, RouterLoss, loss_structure
 from mst_ds.structure.mlps import Chunkable, ExpertsStructure, MlpStructure, TokenwiseStructure, find_mlps
+from mst_ds.structure.norms import NormStructure, find_norms
 from mst_ds.structure.shardable import require_shardable, why_own_attention
 
 __all__ = [
@@ -10,10 +11,12 @@ __all__ = [
     "ExpertsStructure",
     "LossStructure",
     "MlpStructure",
+    "NormStructure",
     "RouterLoss",
     "TokenwiseStructure",
     "decoder_layers",
     "find_mlps",
+    "find_norms",
     "loss_structure",
     "require_shardable",
     "why_own_attention",

@@ -42,7 +42,7 @@ class MlpStructure:
     gate_in_up: bool = False
     transposed: bool = False
 
-    def run(self, chunks: int, hidden_states: Tensor) -> Tensor:
+    def run(self, chunks: int, hidden_states: Tensor, *, is_recomputing: bool = False) -> Tensor:
         """The module's output, computed by the chunked operator."""
         gate, up, down = self.gate, self.up, self.down
         return chunked_mlp(
@@ -57,6 +57,7 @@ class MlpStructure:
             down_bias=down.bias,
             gate_in_up=self.gate_in_up,
             transposed=self.transposed,
+            is_recomputing=is_recomputing,
         )
 
     def formula(self, hidden_states: Tensor) -> Tensor:
@@ -94,7 +95,15 @@ class ExpertsStructure:
         has_gate = hasattr(module, "gate_up_proj")
         return cls(module, module._apply_gate if has_gate else module.act_fn, bool(module.is_transposed))
 
-    def run(self, chunks: int, hidden_states: Tensor, expert_index: Tensor, expert_weights: Tensor) -> Tensor:
+    def run(
+        self,
+        chunks: int,
+        hidden_states: Tensor,
+        expert_index: Tensor,
+        expert_weights: Tensor,
+        *,
+        is_recomputing: bool = False,
+    ) -> Tensor:
         """The module's output, computed by the chunked operator."""
         up, down, up_bias, down_bias = self.parameters()
         return chunked_experts(
@@ -108,6 +117,7 @@ class ExpertsStructure:
             up_bias=up_bias,
             down_bias=down_bias,
             transposed=self.transposed,
+            is_recomputing=is_recomputing,
         )
 
     def formula(self, hidden_states: Tensor, expert_index: Tensor, expert_weights: Tensor) -> Tensor:

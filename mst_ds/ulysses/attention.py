@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .all_to_all import heads_to_sequence, sequence_to_heads
-from .backends import attend_within_documents, causal_backend
+from mst_ds.recompute import LayerRecompute
+
+from .backends import causal_backend
+from .documents import DocumentAttention
 from .groups import SequenceGroup
 from .layout import HeadLayout
 from .masks import SlidingWindow, describe_mask
+from .sequence_attention import SequenceAttention
 from .spec import AttentionSpec
 
 ATTENTION_NAME = "mst_ulysses"
@@ -28,12 +31,16 @@ class UlyssesContext:
     Args:
         group: the sequence group; None where the sequence is not sharded.
         backend: a name that `causal_backend` knows.
-        document_starts: see `attend_within_documents`; found once per forward, not once per layer.
+        document_starts: see `DocumentAttention`; found once per forward, not once per layer.
+        head_groups: in so many groups a rank works through its heads, where the sequence is sharded.
+        recompute: of the model's layers; None where they are not computed again.
     """
 
     group: SequenceGroup | None
     backend: str
     document_starts: list[list[int]] | None
+    head_groups: int = 1
+    recompute: LayerRecompute | None = None
 
 
 def register_attention() -> None:
@@ -77,28 +84,19 @@ def ulysses_attention(
         )
     _check_request(module, query, key, attention_mask, kwargs)
     query, key, value = _one_dtype(module, query, key, value)
-    sinks = kwargs.get("s_aux")
-    group = ulysses.group
-    if group is not None:
-        layout = HeadLayout(query.shape[1], key.shape[1], group.size)
-        query, key, value = sequence_to_heads(query, key, value, layout, group)
-        index = layout.key_value_index(group.rank)
-        if index is not None:
-            key, value = key[:, index], value[:, index]
-        heads = layout.query_heads(group.rank)
-        sinks = sinks if sinks is None else sinks[heads.start : heads.stop]
     spec = AttentionSpec(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         dropout=dropout,
         window=attention_mask.size if attention_mask is not None else kwargs.get("sliding_window") or None,
         softcap=kwargs.get("softcap"),
-        sinks=sinks,
     )
-    attend = causal_backend(ulysses.backend)
-    output = attend_within_documents(attend, query, key, value, spec, ulysses.document_starts)
-    if group is None:
-        return output.transpose(1, 2).contiguous(), None
-    return heads_to_sequence(output, layout, group), None
+    group = ulysses.group
+    sp_size, head_groups = (1, 1) if group is None else (group.size, ulysses.head_groups)
+    layout = HeadLayout(query.shape[1], key.shape[1], sp_size, head_groups)
+    attention = SequenceAttention(
+        DocumentAttention(causal_backend(ulysses.backend), spec, ulysses.document_starts), group, layout
+    )
+    return attention(query, key, value, kwargs.get("s_aux"), recompute=ulysses.recompute), None
 
 
 def find_document_starts(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from .blockwise import attend_blockwise
 from .sinks import attend_with_sink_token
@@ -34,49 +33,6 @@ def causal_backend(name: str) -> CausalAttention:
             raise ValueError('attention "flash_attention_2" needs the package flash-attn: install it, or use "sdpa"')
         return _FlashAttention2()
     raise ValueError(f'attention must be "sdpa" or "flash_attention_2", got {name!r}')
-
-
-def attend_within_documents(
-    attend: CausalAttention,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    spec: AttentionSpec,
-    document_starts: list[list[int]] | None,
-) -> Tensor:
-    """Causal attention that never crosses a document, in memory linear in S.
-
-    Args:
-        query: (B, n, S, D); key: (B, k, S, D); value: (B, k, S, Dv) with k dividing n.
-        document_starts: for each row of the batch the first position of each of its documents, 0 first; None when
-            every row is one document, a list of one for all rows alike.
-
-    Returns:
-        (B, n, S, Dv).
-    """
-    value_dim = value.shape[3]
-    width = max(query.shape[3], value_dim)
-    # Kernels without an S x S matrix want one width.
-    query, key, value = (pad(x, (0, width - x.shape[3])) if x.shape[3] < width else x for x in (query, key, value))
-    if document_starts is None:
-        return _attend_document(attend, query, key, value, spec)[..., :value_dim]
-    document_starts = document_starts * query.shape[0] if len(document_starts) == 1 else document_starts
-    outputs = []
-    # Splits, not slices: the gradient of a split is put together once, that of each slice is as long as the whole.
-    for row, starts in zip(
-        zip(query.split(1), key.split(1), value.split(1), strict=True), document_starts, strict=True
-    ):
-        stops = [*starts[1:], query.shape[2]]
-        lengths = [stop - start for start, stop in zip(starts, stops, strict=True)]
-        documents = zip(*(tensor.split(lengths, dim=2) for tensor in row), strict=True)
-        outputs.append(torch.cat([_attend_document(attend, q, k, v, spec) for q, k, v in documents], dim=2))
-    return torch.cat(outputs)[..., :value_dim]
-
-
-def _attend_document(attend: CausalAttention, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Tensor:
-    if spec.window is not None and spec.window >= query.shape[2]:
-        spec = replace(spec, window=None)
-    return attend(query, key, value, spec)
 
 
 class _Sdpa:

@@ -4,17 +4,24 @@ import torch
 from torch import Tensor
 
 from mst_ds.ulysses import SequenceGroup, run_simulated
-from mst_ds.ulysses.all_to_all import sequence_to_heads
+from mst_ds.ulysses.backends import causal_backend
+from mst_ds.ulysses.documents import DocumentAttention
 from mst_ds.ulysses.layout import HeadLayout
+from mst_ds.ulysses.sequence_attention import SequenceAttention
+from mst_ds.ulysses.spec import AttentionSpec
 
 
 def test_gradients_of_a_shared_head_are_not_rounded_one_by_one() -> None:
     # The one key head goes to all three ranks. In bf16 256 + 1 is 256, but 256 + 1 + 1 is 258.
+    documents = DocumentAttention(causal_backend("sdpa"), AttentionSpec(1.0), None)
+
     def function(group: SequenceGroup) -> Tensor:
-        query, key = torch.zeros(1, 3, 2, 4).bfloat16(), torch.zeros(1, 1, 2, 4).bfloat16().requires_grad_()
-        _, keys, _ = sequence_to_heads(query, key, key.detach(), HeadLayout(3, 1, 3), group)
-        keys.backward(torch.full_like(keys, 256.0 if group.rank == 0 else 1.0))
-        return key.grad
+        attention = SequenceAttention(documents, group, HeadLayout(3, 1, 3))
+        of_group = [torch.full((1, 1, 6, 4), 256.0 if group.rank == 0 else 1.0).bfloat16()] * 3
+        tensors = [torch.zeros(1, heads, 2, 4).bfloat16() for heads in (3, 1, 1)]
+        grads = attention.sums_for(tensors)
+        attention.scatter_gradients(of_group, 0, grads)
+        return grads[1].bfloat16()
 
     for grad in run_simulated(function, 3):
         assert bool((grad == 258).all())

@@ -1,0 +1,105 @@
+"""Finds the norms of a model, which can be chunked by tokens."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from torch import Tensor, nn
+
+from mst_ds.minisequence import chunked_rms_norm, chunked_tokenwise, norm_chunks
+from mst_ds.structure import probe
+from mst_ds.structure.mlps import is_tokenwise
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class RMSNormStructure:
+    """A module that computes `x / sqrt(mean(x^2) + epsilon) * (weight + offset)`."""
+
+    module: nn.Module
+    weight: str
+    epsilon: float
+    offset: float
+
+    def run(self, hidden_states: Tensor) -> Tensor:
+        """The module's output, computed by the chunked operator."""
+        forward = functools.partial(type(self.module).forward, self.module)
+        return chunked_rms_norm(
+            hidden_states,
+            getattr(self.module, self.weight),
+            function=forward,
+            epsilon=self.epsilon,
+            offset=self.offset,
+            chunks=norm_chunks(hidden_states),
+        )
+
+    def formula(self, hidden_states: Tensor) -> Tensor:
+        """The same in plain torch: what a module has to compute to be one."""
+        factor = (hidden_states.square().mean(-1, keepdim=True) + self.epsilon).rsqrt()
+        weight: Tensor = getattr(self.module, self.weight)
+        return hidden_states * factor * (weight + self.offset)
+
+
+@dataclass(frozen=True)
+class OtherNormStructure:
+    """Another module with vectors for weights, such as a LayerNorm, that works token by token."""
+
+    module: nn.Module
+
+    def run(self, hidden_states: Tensor) -> Tensor:
+        """The module's output, computed in chunks."""
+        forward = functools.partial(type(self.module).forward, self.module)
+        trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        return chunked_tokenwise(forward, [hidden_states], trained, chunks=norm_chunks(hidden_states))
+
+
+NormStructure: TypeAlias = RMSNormStructure | OtherNormStructure
+
+
+def find_norms(model: PreTrainedModel) -> list[NormStructure]:
+    """The modules that have vectors for weights and nothing else, and work token by token: norms.
+
+    Each kind is checked once by running its own forward on a stand-in of a few elements, in fp64.
+    """
+    kinds: dict[Any, NormStructure | None] = {}
+    found: list[NormStructure] = []
+    with probe.isolated_rng():
+        for module in model.modules():
+            widths = {probe.shape_of(parameter) for parameter in module.parameters()}
+            if any(module.children()) or len(widths) != 1 or probe.is_changed_by_user(module):
+                continue
+            (shape,) = widths
+            if len(shape) != 1:
+                continue
+            numbers = sorted((name, value) for name, value in module.__dict__.items() if isinstance(value, float))
+            kind = (type(module), shape, *numbers, *(name for name, _ in module.named_parameters()))
+            if kind not in kinds:
+                kinds[kind] = _norm_like(module, shape[0])
+            like = kinds[kind]
+            if isinstance(like, RMSNormStructure):
+                found.append(RMSNormStructure(module, like.weight, like.epsilon, like.offset))
+            elif like is not None:
+                found.append(OtherNormStructure(module))
+    return found
+
+
+def _norm_like(module: nn.Module, width: int) -> NormStructure | None:
+    if not is_tokenwise(module, width):
+        return None
+    names = [name for name, _ in module.named_parameters()]
+    epsilons = [value for value in module.__dict__.values() if isinstance(value, float)]
+    small, hidden = next(iter(probe.miniatures(module, width)))
+    # Small tokens too: for large ones epsilon makes no difference.
+    x = probe.small_and_large_tokens(probe.ROWS, probe.LENGTH, hidden) * 1e-3
+    forward = functools.partial(type(small).forward, small)
+    for epsilon in epsilons if len(names) == 1 else []:
+        for offset in (0.0, 1.0):
+            candidate = RMSNormStructure(small, names[0], epsilon, offset)
+            # A norm computes in fp32, whatever it is given.
+            if probe.is_same(candidate.formula, forward, [x], list(small.parameters()), tolerance=1e-5):
+                return RMSNormStructure(module, names[0], epsilon, offset)
+    return OtherNormStructure(module)
