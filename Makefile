@@ -10,12 +10,12 @@ TRAIN := launch/train.py --ds_config ds_configs/zero3_mst.json
 # Accelerators, and the CPU threads for each of 2 ranks. torch counts the cores that this process may use.
 COUNT_DEVICES := import torch; print(torch.accelerator.device_count(), max(1, torch.get_num_threads() // 2))
 
-.PHONY: help train test lint format clean
+.PHONY: help train test bench lint format clean
 
 help:  ## Lists these commands.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo '  ARGS="..." goes on to train and test: make train ARGS="--output_dir /tmp/run --max_steps 20"'
+	@echo '  ARGS="..." goes on to train, test and bench: make train ARGS="--output_dir /tmp/run --max_steps 20"'
 
 train: $(INSTALLED)  ## Trains a model: on all accelerators, or with 2 ranks on the CPU where there is none.
 	@found=$$($(VENV)/bin/python -c '$(COUNT_DEVICES)') || exit 1; \
@@ -33,6 +33,10 @@ train: $(INSTALLED)  ## Trains a model: on all accelerators, or with 2 ranks on 
 test: $(INSTALLED)  ## Runs every test.
 	@echo "==> Running the tests. The first run also compiles DeepSpeed's shared-memory collective (about 40 s)."
 	@$(IN_VENV) OMP_NUM_THREADS=1 python -m pytest -q $(ARGS)
+
+bench: $(INSTALLED)  ## Times a training step against what else there is, and writes docs/benchmarks.md.
+	@$(IN_VENV) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} python -m benchmarks.step $(ARGS)
+	@$(IN_VENV) python -m benchmarks.write_report
 
 lint: $(INSTALLED)  ## Checks style, format and types, and changes nothing.
 	@$(IN_VENV) ruff check

@@ -263,13 +263,18 @@ class MstConfig:
     """The `"mst"` block of the DeepSpeed JSON; `"auto"` leaves the choice to the planner.
 
     sp_size: ranks that share one sequence. mlp_chunks, loss_chunks: chunks per rank. recompute: drop a
-    layer's activations and compute them again in the backward. device_memory_gib: memory to plan for.
+    layer's activations and compute them again in the backward. keep_attention: but not the attention's output, so that
+    attention runs once. offload_activations: what layers keep lies on the host. head_groups: groups of heads that
+    attention is worked through in where the sequence is sharded. device_memory_gib: memory to plan for.
     """
 
     sp_size: int | Auto = AUTO
     mlp_chunks: int | Auto = AUTO
     loss_chunks: int | Auto = AUTO
     recompute: bool | Auto = AUTO
+    keep_attention: bool | Auto = AUTO
+    offload_activations: bool | Auto = AUTO
+    head_groups: int | Auto = AUTO
     attention: str = AUTO
     device_memory_gib: float | Auto = AUTO
 
@@ -278,7 +283,8 @@ class MstConfig:
         """Checks the block and fills what it leaves out with `"auto"`.
 
         Raises:
-            ValueError: not a mapping, an unknown key, or a value of the wrong type or range.
+            ValueError: not a mapping, an unknown key, a value of the wrong type or range, or a setting of what
+                recompute keeps without recompute.
         """
         if not isinstance(block, Mapping):
             raise ValueError(f"'mst' is {block!r}; allowed: an object with the keys {', '.join(_MST_CHECKS)}")
@@ -289,7 +295,18 @@ class MstConfig:
             is_allowed, allowed = _MST_CHECKS[key]
             if value != AUTO and not is_allowed(value):
                 raise ValueError(f"{key} in 'mst' is {value!r}; allowed: 'auto' or {allowed}")
+        if block.get("recompute") is False:
+            for key in ("keep_attention", "offload_activations"):
+                if block.get(key) is True:
+                    raise ValueError(
+                        f"{key} in 'mst' is True, but recompute is False and layers keep everything; "
+                        f"allowed: 'auto' or false, or recompute true"
+                    )
         return cls(**block)
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool)
 
 
 def _is_count(value: object) -> bool:
@@ -304,7 +321,10 @@ _MST_CHECKS: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "sp_size": (_is_count, "a whole number >= 1"),
     "mlp_chunks": (_is_count, "a whole number >= 1"),
     "loss_chunks": (_is_count, "a whole number >= 1"),
-    "recompute": (lambda value: isinstance(value, bool), "true or false"),
+    "recompute": (_is_bool, "true or false"),
+    "keep_attention": (_is_bool, "true or false"),
+    "offload_activations": (_is_bool, "true or false"),
+    "head_groups": (_is_count, "a whole number >= 1"),
     "attention": (lambda value: value in ATTENTION_IMPLEMENTATIONS, " or ".join(ATTENTION_IMPLEMENTATIONS)),
     "device_memory_gib": (_is_positive_number, "a number > 0"),
 }

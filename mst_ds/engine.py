@@ -124,6 +124,7 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
         world_size=launch.world_size,
         seq_len=config.seq_len,
         device_memory=_device_memory(launch) if mst.device_memory_gib == AUTO else None,
+        host_memory=_host_memory(launch),
         sp_size=sp_size,
         rank=launch.rank,
     )
@@ -194,6 +195,14 @@ def _device_memory(launch: Launch) -> int:
     if _has_accelerator():
         return int(get_accelerator().total_memory(launch.local_rank))
     return psutil.virtual_memory().total // launch.local_world_size
+
+
+def _host_memory(launch: Launch) -> int | None:
+    """Bytes of the host that this rank may use; None without an accelerator, where the host is the device."""
+    if not _has_accelerator():
+        return None
+    # Not what is free now: that differs from rank to rank, but all have to keep the same. A quarter is for others.
+    return psutil.virtual_memory().total * 3 // 4 // launch.local_world_size
 
 
 def _load_model(run: Run) -> nn.Module:

@@ -178,7 +178,10 @@ def test_mst_values_are_kept():
         "sp_size": 2,
         "mlp_chunks": 8,
         "loss_chunks": 4,
-        "recompute": False,
+        "recompute": True,
+        "keep_attention": True,
+        "offload_activations": False,
+        "head_groups": 2,
         "attention": "sdpa",
         "device_memory_gib": 79.5,
     }
@@ -194,6 +197,13 @@ def test_mst_values_are_kept():
         ({"mlp_chunks": True}, "mlp_chunks in 'mst' is True"),
         ({"loss_chunks": 2.0}, "loss_chunks in 'mst' is 2.0"),
         ({"recompute": "yes"}, "recompute in 'mst' is 'yes'; allowed: 'auto' or true or false"),
+        ({"keep_attention": 1}, "keep_attention in 'mst' is 1; allowed: 'auto' or true or false"),
+        ({"offload_activations": "cpu"}, "offload_activations in 'mst' is 'cpu'; allowed: 'auto' or true or false"),
+        ({"head_groups": 0}, "head_groups in 'mst' is 0; allowed: 'auto' or a whole number >= 1"),
+        *(
+            ({"recompute": False, key: True}, f"{key} in 'mst' is True, but recompute is False .*; allowed: 'auto' or")
+            for key in ("keep_attention", "offload_activations")
+        ),
         (
             {"attention": "eager"},
             "attention in 'mst' is 'eager'; allowed: 'auto' or sdpa or flash_attention_2",

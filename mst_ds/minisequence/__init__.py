@@ -1,9 +1,10 @@
 """The MsT operators (arXiv 2407.15892): work through a shard chunk by chunk, usable without DeepSpeed."""
 
+from .chunks import chunks_in_cache
 from .experts import chunked_experts
 from .loss import chunked_loss, chunked_loss_of_head
 from .mlp import chunked_mlp
-from .norm import chunked_rms_norm, norm_chunks
+from .norm import chunked_rms_norm
 from .tokenwise import chunked_tokenwise
 
 __all__ = [
@@ -13,5 +14,5 @@ __all__ = [
     "chunked_mlp",
     "chunked_rms_norm",
     "chunked_tokenwise",
-    "norm_chunks",
+    "chunks_in_cache",
 ]

@@ -11,12 +11,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .chunks import (
+    Scratch,
     accumulation_dtype,
     add_column_sums,
     add_outer_products,
     autocast_disabled,
     cast_for_autocast,
     chunk_slices,
+    chunks_in_cache,
     require_gathered,
     zeros_for_accumulation,
 )
@@ -155,12 +157,13 @@ class _ChunkedLoss(torch.autograd.Function):
         mantissa, exponent = torch.frexp(token_weight)
         losses = torch.zeros(x.shape[0], dtype=accumulation_dtype(x.dtype), device=x.device)
         needs_gradients = needs_x or any(needs)
+        scratch = Scratch()
         for rows in chunk_slices(x.shape[0], chunks):
-            head = make_head(x[rows], parameters, needs_x=needs_x, sums=sums)
+            head = make_head(x[rows], parameters, needs_x=needs_x, sums=sums, scratch=scratch)
             logits, slope = transform(head.logits(), keep_slope=needs_gradients)
-            losses[rows] = _cross_entropy_(logits, labels[rows], ignore_index)
+            losses[rows] = _cross_entropy_(logits, labels[rows], ignore_index, mantissa)
             if needs_gradients:
-                d_logits = logits.mul_(mantissa) if slope is None else logits.mul_(mantissa).mul_(slope)
+                d_logits = logits if slope is None else logits.mul_(slope)
                 head.add_gradients(d_logits, dx[rows] if dx is not None else None)
                 del d_logits
             # Before the next chunk's: two chunks' logits must never be alive together.
@@ -193,23 +196,37 @@ class _LinearHead:
     """One chunk through a linear head: its logits, then the gradients that belong to theirs."""
 
     def __init__(
-        self, x: Tensor, parameters: Sequence[Tensor | None], *, needs_x: bool, sums: Sequence[Tensor | None]
+        self,
+        x: Tensor,
+        parameters: Sequence[Tensor | None],
+        *,
+        needs_x: bool,
+        sums: Sequence[Tensor | None],
+        scratch: Scratch,
     ) -> None:
         weight, self.bias = parameters
         assert weight is not None
         self.x, self.weight, (self.d_weight, self.d_bias) = x, weight, sums
+        self.output = scratch.empty("output", len(x), len(weight), x.dtype, x.device)
+        self.scratch = scratch
 
     def logits(self) -> Tensor:
         """(T, V) in fp32 at least, the caller's to write over."""
         # One operation: adding the bias afterwards would round 16-bit logits twice.
-        x, weight, bias = self.x, self.weight, self.bias
-        logits = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
-        return logits.to(accumulation_dtype(x.dtype))
+        x, weight, bias, output = self.x, self.weight, self.bias, self.output
+        if bias is None:
+            torch.mm(x, weight.t(), out=output)
+        else:
+            torch.addmm(bias, x, weight.t(), out=output)
+        dtype = accumulation_dtype(x.dtype)
+        if dtype == x.dtype:
+            return output
+        return self.scratch.empty("logits", *_size(output), dtype, x.device).copy_(output)
 
     def add_gradients(self, d_logits: Tensor, dx: Tensor | None) -> None:
         """Add the parameters' gradients to `sums`, write the input's to `dx`."""
         x = self.x
-        rounded = d_logits.to(x.dtype)
+        rounded = d_logits if d_logits.dtype == x.dtype else self.output.copy_(d_logits)
         if self.d_weight is not None:
             # A CUDA GEMM reads 16-bit operands; where it has to be fp32 anyway, the rounding is saved.
             add_outer_products(self.d_weight, rounded if x.is_cuda else d_logits, x)
@@ -230,7 +247,9 @@ class _CallableHead:
         *,
         needs_x: bool,
         sums: Sequence[Tensor | None],
+        scratch: Scratch,
     ) -> None:
+        self.scratch = scratch
         self.x = x.detach().unsqueeze(0).requires_grad_(needs_x)
         self.sums = [(p, total) for p, total in zip(parameters, sums, strict=True) if total is not None]
         with torch.set_grad_enabled(needs_x or bool(self.sums)), SumLinearGradients(self.sums):
@@ -238,9 +257,10 @@ class _CallableHead:
 
     def logits(self) -> Tensor:
         """(T, V) in fp32 at least, the caller's to write over."""
-        logits = self.output.detach().squeeze(0)
-        # A head may return what autograd needs again, or its own parameter.
-        return logits.to(accumulation_dtype(logits.dtype), copy=True)
+        output = self.output.detach().squeeze(0)
+        # A copy in any case: a head may return what autograd needs again, or its own parameter.
+        dtype = accumulation_dtype(output.dtype)
+        return self.scratch.empty("logits", *_size(output), dtype, output.device).copy_(output)
 
     def add_gradients(self, d_logits: Tensor, dx: Tensor | None) -> None:
         """Add the parameters' gradients to `sums`, write the input's to `dx`."""
@@ -273,25 +293,35 @@ class _LogitTransform(NamedTuple):
         return logits.mul_(self.softcap), slope
 
 
+def _size(tensor: Tensor) -> tuple[int, int]:
+    rows, columns = tensor.shape
+    return rows, columns
+
+
 def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     # Into a new tensor: what is saved must survive a second backward (retain_graph). `out` avoids an fp32 temporary.
     return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
 
 
-def _cross_entropy_(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    """Cross-entropy of each row, (T,), 0 where ignored; `logits` becomes its own gradient, in place.
+def _cross_entropy_(logits: Tensor, labels: Tensor, ignore_index: int, factor: Tensor) -> Tensor:
+    """Cross-entropy of each row, (T,), 0 where ignored; `logits` becomes `factor` times its own gradient, in place.
 
     Args:
-        logits: (T, V) in fp32 or fp64; holds `softmax(logits) - one_hot(labels)` afterwards, 0 in ignored rows.
+        logits: (T, V) in fp32 or fp64; holds `factor * (softmax(logits) - one_hot(labels))` afterwards, 0 in ignored
+            rows.
         labels: (T,).
+        factor: a scalar.
     """
-    ignored = labels == ignore_index
-    targets = labels.masked_fill(ignored, 0).unsqueeze(-1)
-    logits -= logits.amax(-1, keepdim=True)
-    target_logits = logits.gather(-1, targets)
-    sums = logits.exp_().sum(-1, keepdim=True)
-    losses = (sums.log() - target_logits).squeeze(-1).masked_fill_(ignored, 0)
-    logits /= sums
-    logits.scatter_add_(-1, targets, torch.full_like(target_logits, -1.0))
-    logits.masked_fill_(ignored.unsqueeze(-1), 0)
+    losses = torch.empty_like(logits[:, 0])
+    # A few rows at a time, which stay in a CPU's cache from one pass over them to the next.
+    for rows in chunk_slices(len(labels), chunks_in_cache(logits)):
+        part, ignored = logits[rows], labels[rows] == ignore_index
+        targets = labels[rows].masked_fill(ignored, 0).unsqueeze(-1)
+        part -= part.amax(-1, keepdim=True)
+        target_logits = part.gather(-1, targets)
+        sums = part.exp_().sum(-1, keepdim=True)
+        losses[rows] = (sums.log() - target_logits).squeeze(-1).masked_fill_(ignored, 0)
+        part *= factor / sums
+        part.scatter_add_(-1, targets, -factor.expand_as(target_logits))
+        part.masked_fill_(ignored.unsqueeze(-1), 0)
     return losses

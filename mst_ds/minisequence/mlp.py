@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .chunks import (
+    Scratch,
     add_column_sums,
     add_outer_products,
     autocast_disabled,
@@ -124,6 +125,15 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None =
     return torch.addmm(bias, x, weight.t(), out=out)
 
 
+def _size(tensor: Tensor) -> tuple[int, int]:
+    rows, columns = tensor.shape
+    return rows, columns
+
+
+def _project(scratch: Scratch, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _linear(x, weight, bias, out=scratch.empty(name, len(x), len(weight), x.dtype, x.device))
+
+
 def _compute(work: _Work, output: Tensor, *inputs: Tensor | None) -> None:
     hidden_states, *parameters = inputs
     assert hidden_states is not None
@@ -132,13 +142,14 @@ def _compute(work: _Work, output: Tensor, *inputs: Tensor | None) -> None:
     assert up_weight is not None
     assert down_weight is not None
     x, flat = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (hidden_states, output))
+    scratch = Scratch()
     for rows in chunk_slices(x.shape[0], chunks):
-        # At most two tensors of intermediate size are alive: the product is written over one of them.
+        # At most two tensors of intermediate size are alive: the up projection is written over the gate's output.
         if gate_weight is None:
-            product = activation(_linear(x[rows], up_weight, up_bias))
+            product = activation(_project(scratch, "inner", x[rows], up_weight, up_bias))
         else:
-            product = activation(_linear(x[rows], gate_weight, gate_bias))
-            product.mul_(_linear(x[rows], up_weight, up_bias))
+            product = activation(_project(scratch, "inner", x[rows], gate_weight, gate_bias))
+            product.mul_(_project(scratch, "inner", x[rows], up_weight, up_bias))
         _linear(product, down_weight, down_bias, out=flat[rows])
         del product
 
@@ -170,7 +181,7 @@ class _ChunkedMLP(torch.autograd.Function):
                 zeros_for_accumulation(parameter) if needed else None
                 for parameter, needed in zip(parameters, needs[1:], strict=True)
             ]
-            tensors = layout.oriented(parameters), layout.oriented(sums)
+            tensors = layout.oriented(parameters), layout.oriented(sums), Scratch()
             for rows in chunk_slices(x.shape[0], chunks):
                 d_rows = dx[rows] if dx is not None else None
                 _backward_chunk(activation, layout, x[rows], dy[rows], d_rows, *tensors)
@@ -189,6 +200,7 @@ def _backward_chunk(
     dx: Tensor | None,
     parameters: list[Tensor | None],
     sums: list[Tensor | None],
+    scratch: Scratch,
 ) -> None:
     """Add one chunk's parameter gradients to `sums` and write its input gradient to `dx`.
 
@@ -201,17 +213,21 @@ def _backward_chunk(
     assert down_weight is not None
 
     if gate_weight is None:
-        inner, up = _linear(x, up_weight, up_bias), None
+        inner, up = _project(scratch, "inner", x, up_weight, up_bias), None
     else:
-        inner, up = _linear(x, gate_weight, gate_bias), _linear(x, up_weight, up_bias)
+        inner = _project(scratch, "inner", x, gate_weight, gate_bias)
+        # Not in the scratch: its memory is free for the gate's gradient, which autograd allocates.
+        up = _linear(x, up_weight, up_bias)
     with torch.enable_grad():
-        inner.requires_grad_()
+        # Autograd is told of this chunk's tensor, not of the memory under it.
+        inner = inner.detach().requires_grad_()
         activated = activation(inner)
     product = activated.detach()
-    d_inner_out = torch.mm(dy, down_weight)
+    d_inner_out = scratch.empty("d_inner_out", len(dy), down_weight.shape[1], dy.dtype, dy.device)
+    torch.mm(dy, down_weight, out=d_inner_out)
     d_up = None
     if up is not None:
-        d_up = d_inner_out * product
+        d_up = torch.mul(d_inner_out, product, out=scratch.empty("d_up", *_size(product), dy.dtype, dy.device))
         d_inner_out.mul_(up)
         product = up.mul_(product)
     if d_down_weight is not None:

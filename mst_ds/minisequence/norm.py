@@ -12,15 +12,6 @@ from torch.autograd.function import once_differentiable
 from .chunks import accumulation_dtype, chunk_slices, require_gathered, zeros_for_accumulation
 
 
-def norm_chunks(hidden_states: Tensor) -> int:
-    """Into how many chunks a norm takes (..., H): each large enough for the device, and small beside a long shard.
-
-    2^18 elements stay in a CPU's cache; an accelerator needs 2^24 to be busy longer than it takes to start a kernel.
-    """
-    elements = 2**18 if hidden_states.device.type == "cpu" else 2**24
-    return max(1, -(-hidden_states.numel() // elements))
-
-
 def chunked_rms_norm(
     hidden_states: Tensor,
     weight: Tensor,

@@ -2,6 +2,6 @@
 
 from mst_ds.planner.plan import make_plan
 from mst_ds.planner.report import plan_table
-from mst_ds.planner.types import MemoryTerm, Phase, Plan
+from mst_ds.planner.types import Choice, MemoryTerm, Phase, Plan
 
-__all__ = ["MemoryTerm", "Phase", "Plan", "make_plan", "plan_table"]
+__all__ = ["Choice", "MemoryTerm", "Phase", "Plan", "make_plan", "plan_table"]

@@ -1,4 +1,4 @@
-"""Memory terms of the activations: attention, norms, the chunked loss, and what is kept.
+"""Memory terms of the activations: what layers save, attention, norms, and the chunked loss.
 
 The functions named `*_step` return what one operator needs while it runs. Operators run one after another, so
 only the largest of them counts in a phase.
@@ -6,12 +6,16 @@ only the largest of them counts in a phase.
 
 from __future__ import annotations
 
+from mst_ds.planner.attention import gathered_step, local_term, log_sum_exp, output_width, query_key_value_width
+from mst_ds.planner.kept import kept_by_recompute
 from mst_ds.planner.types import MemoryTerm, product_term
 from mst_ds.planner.workload import Workload
 
 Terms = tuple[MemoryTerm, ...]
 
 _FP32_BYTES = 4
+# As many elements of a chunk as keep an accelerator busy; on the CPU the norms take fewer.
+_NORM_CHUNK_ELEMENTS = 2**24
 
 
 def hidden_term(work: Workload, name: str, tensors: int) -> MemoryTerm:
@@ -27,59 +31,75 @@ def hidden_term(work: Workload, name: str, tensors: int) -> MemoryTerm:
 
 
 def kept_between_layers(work: Workload) -> Terms:
-    """What the forward leaves for the backward: layer inputs, or without recompute all that layers save."""
-    layers = work.shape.num_hidden_layers
+    """What layers leave for their backward and is kept for all of them until then: with recompute no activations but
+    the layers' inputs, and attention's output where that is kept."""
     if work.recompute:
-        return (hidden_term(work, "layer_inputs", layers), *_router_logits(work))
-    kept = tuple(
-        MemoryTerm(term.name, layers * term.bytes, term.place, f"layers {layers} x {term.formula}")
-        for term in layer_activations(work)
-    )
-    # torch's LayerNorm keeps its input, in fp32 transformers' too: of the layer's first norm that is the layer's.
-    keeps_input = work.shape.norms.kind == "layer" or work.zero.dtype_bytes == _FP32_BYTES
-    inputs = (hidden_term(work, "layer_inputs", layers),) if keeps_input else ()
-    return (*inputs, *kept, *_router_logits(work))
+        return (*kept_by_recompute(work), *_router_logits(work))
+    return (hidden_term(work, "layer_inputs", work.shape.num_hidden_layers), *_router_logits(work))
 
 
-def layer_activations(work: Workload) -> Terms:
-    """What a layer saves for its backward. The chunked MLP saves only its input, the norm's output."""
-    width = work.query_width + 2 * work.key_value_width
-    return (
-        *_norm_activations(work),
-        _attention_term(work, "query_key_value", 1, width),
-        *_fused_query_key(work),
-        *_repeated_key_value(work),
-        # As attention returns it, and as the output projection reads it.
-        _attention_term(work, "attention_output", 2, work.query_width),
-        hidden_term(work, "residual", 1),
-    )
+def layer_activations(work: Workload, *, of_attention: bool = True, after_attention: bool = True) -> Terms:
+    """What layers save for their backward beside what `kept_between_layers` has.
+
+    With recompute it is the last layer that saves this, when it is computed again; without it all layers do.
+
+    Args:
+        of_attention: whether the last layer still has what its attention saved, and the operators before that.
+        after_attention: whether it still has what its operators after the attention saved.
+    """
+    earlier = 0 if work.recompute else work.shape.num_hidden_layers - 1
+    norms, first, last = work.shape.norms, earlier + of_attention, earlier + after_attention
+    keeps_output = work.attention_keeping_layers == work.shape.num_hidden_layers
+    terms = [
+        _hidden_of_layers(work, "attention_input", first, min(1, norms.pre_norms)),
+        local_term(work, "query_key_value", query_key_value_width(work), first),
+        *_fused_query_key(work, first),
+        local_term(work, "query_key_norm_inputs", norms.query_key_width, first),
+        _hidden_of_layers(work, "post_norm_inputs", last, norms.post_norms),
+        # A layer whose MLP stands beside its attention has no residual between them, and one norm for both.
+        _hidden_of_layers(work, "residual", last, int(norms.pre_norms != 1)),
+        _hidden_of_layers(work, "mlp_input", last, int(norms.pre_norms > 1)),
+        # A gate weighs it.
+        _hidden_of_layers(work, "shared_expert_output", last, int(_has_shared_expert(work))),
+    ]
+    if not keeps_output:
+        terms.append(local_term(work, "attention_output", output_width(work), first))
+        terms.append(log_sum_exp(work, first))
+    return tuple(term for term in terms if term.bytes)
 
 
 def attention_step(work: Workload, *, backward: bool) -> Terms:
     """Attention with its all-to-alls. In the backward the layer's activations count apart from this."""
-    terms = (*_all_to_all_buffers(work), *_attention_scores(work, backward=backward))
+    gathered = gathered_step(work, backward=backward)
     if backward:
-        width = work.query_width if work.repeats_key_value else work.key_value_width
-        return (*terms, _attention_term(work, "attention_gradients", 2, work.query_width + width))
+        gradients = query_key_value_width(work) + output_width(work)
+        return (*gathered, local_term(work, "attention_gradients", gradients))
     if not work.recompute:
-        return terms
-    kept = [term for term in layer_activations(work) if term not in _norm_activations(work)]
-    return (*terms, *kept, hidden_term(work, "attention_input", 1))
+        return gathered
+    own = (local_term(work, "attention_output", output_width(work)),)
+    return (
+        *gathered,
+        *own,
+        hidden_term(work, "attention_input", 1),
+        local_term(work, "query_key_value", query_key_value_width(work)),
+    )
 
 
 def norm_step(work: Workload, *, backward: bool) -> Terms:
-    """transformers' norms work on fp32 tensors; torch's LayerNorm makes one tensor in the model's dtype."""
-    norms = work.shape.norms
-    held = () if backward else (hidden_term(work, "norm_input", 1),)
-    name = "norm_gradients" if backward else "norm_working_set"
+    """Norms work on fp32 tensors, of a chunk at a time; torch's LayerNorm makes one tensor in the model's dtype."""
+    norms, elements = work.shape.norms, work.tokens * work.shape.hidden_size
+    held = hidden_term(work, "norm_gradient" if backward else "norm_output", 1)
     if norms.kind == "layer":
-        return (*held, hidden_term(work, name, 1))
-    tensors = 2
-    if work.zero.dtype_bytes < _FP32_BYTES:
-        # Copies from and to 16 bits. A norm at the layer's end is differentiated before anything kept is freed.
-        tensors = 4 if backward and norms.post_norms else 3
-    factors = (("tokens", work.tokens), ("hidden_size", work.shape.hidden_size), ("bytes", _FP32_BYTES))
-    return (*held, product_term(name, "device", ("tensors", tensors), *factors))
+        return (held,)
+    if norms.kind == "layer_fp32":
+        tensors = 7 if backward else 4  # differentiated by autograd
+    elif work.zero.dtype_bytes < _FP32_BYTES:
+        # In fp32 too: what is given. In the forward the two tensors that return to 16 bits are one of fp32.
+        tensors = 4 if backward else 3
+    else:
+        tensors = 2
+    factors = (("tensors", tensors), ("elements of a chunk", min(elements, _NORM_CHUNK_ELEMENTS)))
+    return (held, product_term("norm_working_set", "device", *factors, ("bytes", _FP32_BYTES)))
 
 
 def output_gradient(work: Workload) -> Terms:
@@ -116,16 +136,10 @@ def loss_scaling(work: Workload) -> Terms:
 
 
 def loss_unchunked(work: Workload) -> Terms:
-    """The final norm, and the two gradients that the loss computes in the forward and keeps."""
+    """The final norm's input and output, and the two gradients that the loss computes in the forward and keeps."""
     hidden_size = work.shape.hidden_size
     return (
-        product_term(
-            "final_norm_activations",
-            "device",
-            ("tokens", work.tokens),
-            ("hidden_size", hidden_size),
-            ("bytes", _bytes_kept_by_norm(work, is_read=True)),
-        ),
+        hidden_term(work, "final_norm", 2),
         hidden_term(work, "hidden_gradient", 1),
         product_term(
             "head_gradient",
@@ -137,34 +151,13 @@ def loss_unchunked(work: Workload) -> Terms:
     )
 
 
-def _norm_activations(work: Workload) -> Terms:
-    norms, hidden = work.shape.norms, work.shape.hidden_size
-    read, added = _bytes_kept_by_norm(work, is_read=True), _bytes_kept_by_norm(work, is_read=False)
-    kinds = (
-        ("norm_activations", norms.pre_norms, hidden, read),
-        ("post_norm_activations", norms.post_norms, hidden, added),
-        ("query_key_norm_activations", 1, norms.query_key_width, added),
-    )
-    return tuple(
-        product_term(name, "device", ("norms", count), ("tokens", work.tokens), ("width", width), ("bytes", size))
-        for name, count, width, size in kinds
-        if count * width
-    )
+def _hidden_of_layers(work: Workload, name: str, layers: int, tensors: int) -> MemoryTerm:
+    factors = (("tokens", work.tokens), ("hidden_size", work.shape.hidden_size), ("bytes", work.zero.dtype_bytes))
+    return product_term(name, "device", ("layers", layers), ("tensors", tensors), *factors)
 
 
-def _bytes_kept_by_norm(work: Workload, *, is_read: bool) -> int:
-    """What a norm keeps of each element for its backward.
-
-    Args:
-        is_read: a projection reads its output, and so keeps it; its input is the residual, which is kept anyway.
-    """
-    size, kind = work.zero.dtype_bytes, work.shape.norms.kind
-    if kind == "layer":
-        return size  # the output, or else the input
-    normalised = size if kind == "rms" else _FP32_BYTES
-    centered = 2 * _FP32_BYTES if kind == "layer_fp32" else 0
-    needs_input = size < _FP32_BYTES or not is_read  # 16 bits: its copy in fp32
-    return needs_input * _FP32_BYTES + centered + normalised + is_read * size
+def _has_shared_expert(work: Workload) -> bool:
+    return work.shape.experts is not None and work.shape.experts.shared_intermediate_size > 0
 
 
 def _router_logits(work: Workload) -> Terms:
@@ -185,49 +178,9 @@ def _router_logits(work: Workload) -> Terms:
     )
 
 
-def _all_to_all_buffers(work: Workload) -> Terms:
-    """Queries, keys and values travel in one exchange, through a flat buffer at either end."""
-    if work.sp_size == 1:
+def _fused_query_key(work: Workload, layers: int) -> Terms:
+    """Values are a view of the fused projection's output, and keep all of it."""
+    if not work.shape.has_fused_qkv:
         return ()
-    return (_attention_term(work, "all_to_all_buffers", 2, work.query_width + 2 * work.key_value_width),)
-
-
-def _fused_query_key(work: Workload) -> Terms:
-    """Values are a view of the fused projection's output, and keep all of it; an all-to-all copies them."""
-    if not work.shape.has_fused_qkv or work.sp_size > 1:
-        return ()
-    return (_attention_term(work, "fused_query_key", 1, work.query_width + work.key_value_width),)
-
-
-def _attention_scores(work: Workload, *, backward: bool) -> Terms:
-    """No kernel of torch has a softcap: attention is computed in plain torch, by blocks of queries."""
-    if not work.shape.has_attention_softcap or work.attention != "sdpa":
-        return ()
-    return (
-        product_term(
-            "attention_scores",
-            "device",
-            ("tensors", 4 if backward else 3),
-            ("sequences", work.zero.micro_batch_size),
-            ("query heads of this rank", work.query_heads),
-            ("scores of a block", work.block_scores),
-            ("bytes", _FP32_BYTES),
-        ),
-    )
-
-
-def _repeated_key_value(work: Workload) -> Terms:
-    if not work.repeats_key_value:
-        return ()
-    return (_attention_term(work, "repeated_key_value", 2, work.query_width),)
-
-
-def _attention_term(work: Workload, name: str, tensors: int, width: int) -> MemoryTerm:
-    return product_term(
-        name,
-        "device",
-        ("tensors", tensors),
-        ("tokens of all shards", work.attention_tokens),
-        ("width of this rank's heads", width),
-        ("bytes", work.zero.dtype_bytes),
-    )
+    heads = work.shape.num_attention_heads + work.shape.num_key_value_heads
+    return (local_term(work, "fused_query_key", heads * work.shape.head_dim, layers),)

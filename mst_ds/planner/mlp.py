@@ -16,14 +16,18 @@ _FP32_BYTES = 4
 
 @dataclass(frozen=True)
 class MlpStep:
-    """What an MLP needs at one moment: the terms that more chunks make smaller, and the others."""
+    """What an MLP needs at one moment: the terms that more chunks make smaller, and the others.
+
+    saved: what the layer's other operators have saved by then.
+    """
 
     chunk: Terms
     rest: Terms
+    saved: Terms = ()
 
     @property
     def terms(self) -> Terms:
-        return self.rest + self.chunk
+        return self.saved + self.rest + self.chunk
 
 
 def mlp_steps(work: Workload, chunks: int, *, backward: bool) -> tuple[MlpStep, ...]:

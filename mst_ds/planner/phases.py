@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from mst_ds.planner import activations, states
-from mst_ds.planner.mlp import mlp_steps
+from mst_ds.planner.kept import kept_on_host
+from mst_ds.planner.mlp import MlpStep, mlp_steps
 from mst_ds.planner.types import MemoryTerm, Phase, total_bytes
 from mst_ds.planner.workload import Workload
 
@@ -17,7 +18,10 @@ def step_phases(work: Workload, *, mlp_chunks: int, loss_chunks: int) -> tuple[P
         layer_phase(work, mlp_chunks, backward=False),
         loss_phase(work, loss_chunks),
         layer_phase(work, mlp_chunks, backward=True),
-        Phase("optimizer_step", _standing(work, has_gradients=True) + states.optimizer_step(work)),
+        Phase(
+            "optimizer_step",
+            _standing(work, has_gradients=True) + states.optimizer_step(work) + kept_on_host(work),
+        ),
     )
 
 
@@ -26,24 +30,45 @@ def layer_phase(work: Workload, mlp_chunks: int, *, backward: bool) -> Phase:
     terms = _computing(work, backward=backward)
     if backward:
         terms += activations.output_gradient(work)
-        if work.recompute:
-            terms += activations.layer_activations(work)
-    mlps = (step.terms for step in mlp_steps(work, mlp_chunks, backward=backward))
-    largest = max(*mlps, rest_of_layer_step(work, backward=backward), key=total_bytes)
+    mlps = (step.terms for step in mlp_moments(work, mlp_chunks, backward=backward))
+    largest = max(*mlps, rest_of_layer_moment(work, backward=backward), key=total_bytes)
     return Phase("backward" if backward else "forward", terms + largest)
 
 
 def loss_phase(work: Workload, loss_chunks: int) -> Phase:
     """The loss, which computes its gradients in the forward and scales them at the start of the backward."""
     terms = _computing(work, backward=False) + activations.loss_unchunked(work)
+    if not work.recompute:
+        terms += activations.layer_activations(work)
     largest = max(activations.loss_logits(work, loss_chunks), activations.loss_scaling(work), key=total_bytes)
     return Phase("loss", terms + largest)
 
 
-def rest_of_layer_step(work: Workload, *, backward: bool) -> Terms:
-    """The largest operator of a layer beside its MLP."""
+def mlp_moments(work: Workload, mlp_chunks: int, *, backward: bool) -> tuple[MlpStep, ...]:
+    """The MLPs of a layer, each with what the layer's other operators have saved by then."""
+    saved = _saved(work, backward=backward)
+    return tuple(MlpStep(step.chunk, step.rest, saved) for step in mlp_steps(work, mlp_chunks, backward=backward))
+
+
+def rest_of_layer_moment(work: Workload, *, backward: bool) -> Terms:
+    """The largest operator of a layer beside its MLP, with what the layer has saved by then."""
     attention = activations.attention_step(work, backward=backward)
-    return max(attention, activations.norm_step(work, backward=backward), key=total_bytes)
+    norm = activations.norm_step(work, backward=backward)
+    # The norm before the MLP, or where there is none the layer's first, the last in its backward. Without recompute the
+    # model's final norm finds all that layers saved.
+    is_last = work.recompute and work.shape.norms.pre_norms == 1
+    return max(
+        attention + _saved(work, backward=backward, after_attention=False),
+        norm + _saved(work, backward=backward, of_attention=not is_last, after_attention=not is_last),
+        key=total_bytes,
+    )
+
+
+def _saved(work: Workload, *, backward: bool, of_attention: bool = True, after_attention: bool = True) -> Terms:
+    if not backward:
+        # Without recompute all layers save while the forward goes on.
+        return () if work.recompute else activations.layer_activations(work)
+    return activations.layer_activations(work, of_attention=of_attention, after_attention=after_attention)
 
 
 def _computing(work: Workload, *, backward: bool) -> Terms:

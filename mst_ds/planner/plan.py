@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from mst_ds.config import AUTO, GIB, MstConfig, TrainConfig
 from mst_ds.model_shape import ModelShape, load_model_config
+from mst_ds.planner.choices import describe_choices
+from mst_ds.planner.flops import micro_batch_flops
 from mst_ds.planner.phases import step_phases
-from mst_ds.planner.search import choose_chunks
+from mst_ds.planner.search import choose_settings
 from mst_ds.planner.types import Plan
 from mst_ds.planner.workload import Workload
 from mst_ds.topology import Topology, choose_sp_size, shard_length
@@ -26,6 +28,7 @@ def make_plan(
     world_size: int,
     seq_len: int,
     device_memory: int | None = None,
+    host_memory: int | None = None,
     sp_size: int | None = None,
     rank: int = 0,
     ranks_per_node: int | None = None,
@@ -33,7 +36,9 @@ def make_plan(
     """Plans one rank. A plan that does not fit is a plan too, with `fits` False.
 
     Where the JSON leaves bf16 to "auto", the plan is for an accelerator; a resolved config gives the plan for
-    the machine it was resolved on. Recompute "auto" is on: without it the kept activations bound the length.
+    the machine it was resolved on. Recompute "auto" is on: without it the kept activations bound the length. What it
+    keeps is chosen by `choose_settings`: the attention's output too, on the device or else on the host, before
+    attention is computed a second time.
 
     Args:
         model_config: a Hugging Face config, or a name or folder as `load_model_config` takes it.
@@ -41,6 +46,8 @@ def make_plan(
         world_size: ranks of the run.
         seq_len: S, tokens of a whole sequence.
         device_memory: bytes that a rank may use. None: what `device_memory_gib` of the "mst" block says.
+        host_memory: bytes of the host that a rank may use. None: not known; then activations go there only if the "mst"
+            block says so.
         sp_size: ranks that share a sequence. None: what the "mst" block says.
         rank: the rank to plan for.
         ranks_per_node: keeps an automatic `sp_size` within a node. None: all ranks are on one.
@@ -52,6 +59,8 @@ def make_plan(
         raise ValueError(f"seq_len is {seq_len}; allowed: a whole number >= 1")
     if world_size < 1:
         raise ValueError(f"world_size is {world_size}; allowed: a whole number >= 1")
+    if host_memory is not None and host_memory < 0:
+        raise ValueError(f"host_memory is {host_memory}; allowed: a whole number of bytes >= 0")
     config = load_model_config(model_config) if isinstance(model_config, str) else model_config
     shape = ModelShape.from_config(config)
     raw = load_ds_config(ds_config)
@@ -74,18 +83,21 @@ def make_plan(
         dp_size=topology.dp_size,
     )
     zero = read_zero(resolved, dp_world_size=world_size)
-    work = Workload(
-        shape=shape,
-        zero=zero,
-        sp_size=topology.sp_size,
-        seq_len=seq_len,
-        recompute=mst.recompute is not False,
-        attention=_attention(mst, zero.dtype),
-    )
     memory = _device_memory(device_memory, mst)
-    mlp_chunks, loss_chunks = choose_chunks(
-        work, device_memory=memory, mlp_chunks=mst.mlp_chunks, loss_chunks=mst.loss_chunks
+    settings = choose_settings(
+        Workload(
+            shape=shape,
+            zero=zero,
+            sp_size=topology.sp_size,
+            seq_len=seq_len,
+            recompute=mst.recompute is not False,
+            attention=_attention(mst, zero.dtype),
+        ),
+        mst,
+        device_memory=memory,
+        host_memory=host_memory,
     )
+    work, chunks = settings.work, {"mlp_chunks": settings.mlp_chunks, "loss_chunks": settings.loss_chunks}
     return Plan(
         topology=topology,
         seq_len=seq_len,
@@ -94,13 +106,17 @@ def make_plan(
         gradient_accumulation_steps=zero.gradient_accumulation_steps,
         zero_stage=zero.stage,
         dtype=zero.dtype,
-        mlp_chunks=mlp_chunks,
-        loss_chunks=loss_chunks,
+        **chunks,
         recompute=work.recompute,
+        keep_attention=work.keep_attention,
+        offload_activations=work.offload_activations,
+        head_groups=work.head_groups,
         attention=work.attention,
         device_memory=memory,
-        phases=step_phases(work, mlp_chunks=mlp_chunks, loss_chunks=loss_chunks),
+        phases=step_phases(work, **chunks),
         counts_are_exact=shape.counts_are_exact,
+        choices=describe_choices(work, **chunks),
+        flops=micro_batch_flops(work),
     )
 
 

@@ -18,7 +18,11 @@ def plan_table(plan: Plan) -> Table:
     title = _decisions(plan)
     # Otherwise the title would be wrapped to the columns.
     table = Table(
-        title=title, caption=_verdict(plan), title_justify="left", caption_justify="left", min_width=len(title)
+        title=title,
+        caption=f"{_verdict(plan)}\n{_costs(plan)}",
+        title_justify="left",
+        caption_justify="left",
+        min_width=len(title),
     )
     table.add_column("phase", no_wrap=True)
     table.add_column("device", no_wrap=True, justify="right")
@@ -36,9 +40,35 @@ def _decisions(plan: Plan) -> str:
     return (
         f"rank {plan.topology.rank} of {plan.topology.world_size}: sp {plan.sp_size}, dp {plan.dp_size}, "
         f"{plan.shard_length} of {plan.seq_len} tokens, ZeRO-{plan.zero_stage}, {plan.dtype}, "
-        f"{plan.attention}, recompute {'on' if plan.recompute else 'off'}, "
+        f"{plan.attention}, {_kept(plan)}{f'head_groups {plan.head_groups}, ' if plan.head_groups > 1 else ''}"
         f"mlp_chunks {plan.mlp_chunks}, loss_chunks {plan.loss_chunks}"
     )
+
+
+def _kept(plan: Plan) -> str:
+    if not plan.recompute:
+        return "recompute off, "
+    kept = "layer inputs and attention" if plan.keep_attention else "layer inputs"
+    return f"recompute on, {kept} kept on the {'host' if plan.offload_activations else 'device'}, "
+
+
+def _costs(plan: Plan) -> str:
+    """What each setting costs and saves, in GiB and TFLOPs; what it changes nothing of is left out."""
+    settings = []
+    for choice in plan.choices:
+        changes = [
+            f"{count / unit:+.3f} {name}"
+            for count, unit, name in (
+                (choice.device_bytes, GIB, "GiB on the device"),
+                (choice.host_bytes, GIB, "GiB on the host"),
+                (choice.copied_bytes, GIB, "GiB copied"),
+                (choice.flops, 10**12, "TFLOPs"),
+            )
+            if count
+        ]
+        if changes:
+            settings.append(f"{choice.setting} {str(choice.value).lower()}: {', '.join(changes)}")
+    return "; ".join([f"{plan.flops / 10**12:.3f} TFLOPs a micro-batch", *settings])
 
 
 def _verdict(plan: Plan) -> str:

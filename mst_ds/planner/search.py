@@ -1,19 +1,93 @@
-"""Chooses the chunk counts of a rank: as few as the memory allows, because short chunks cost time."""
+"""Chooses what a rank keeps, its groups of heads and its chunk counts: the fastest that fits."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
-from mst_ds.config import AUTO, Auto
+from mst_ds.config import AUTO, Auto, MstConfig
 from mst_ds.planner import activations
-from mst_ds.planner.mlp import mlp_steps
-from mst_ds.planner.phases import layer_phase, loss_phase, rest_of_layer_step
+from mst_ds.planner.phases import layer_phase, loss_phase, mlp_moments, rest_of_layer_moment, step_phases
 from mst_ds.planner.types import total_bytes
 from mst_ds.planner.workload import Workload
 
 # Below this length the matrices of a chunk are too small to keep an accelerator busy.
 MIN_CHUNK_TOKENS = 256
+
+# What recompute keeps, (keep_attention, offload_activations), from the fastest on: to run attention a second time costs
+# more than to copy its output to the host and back, which happens while layers compute.
+_KEPT = ((True, False), (True, True), (False, False), (False, True))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that the planner chooses: `work` says what is kept and how many groups of heads there are."""
+
+    work: Workload
+    mlp_chunks: int
+    loss_chunks: int
+
+
+def choose_settings(work: Workload, mst: MstConfig, *, device_memory: int, host_memory: int | None) -> Settings:
+    """The fastest settings that fit, by `_KEPT`; with equally much kept those with the fewest groups of heads.
+
+    Where nothing fits it is those with the lowest peak. What the user set stays.
+
+    Args:
+        work: whose `keep_attention`, `offload_activations` and `head_groups` are not read.
+        host_memory: bytes of the host that this rank may use; None: not known, and nothing is kept there by choice.
+    """
+    best: tuple[int, Settings] | None = None
+    for candidate in _candidates(work, mst):
+        mlp_chunks, loss_chunks = choose_chunks(
+            candidate, device_memory=device_memory, mlp_chunks=mst.mlp_chunks, loss_chunks=mst.loss_chunks
+        )
+        phases = step_phases(candidate, mlp_chunks=mlp_chunks, loss_chunks=loss_chunks)
+        if candidate.offload_activations and mst.offload_activations == AUTO:
+            host_bytes = max(phase.host_bytes for phase in phases)
+            if host_memory is None or host_bytes > host_memory:
+                continue
+        settings = Settings(candidate, mlp_chunks, loss_chunks)
+        peak = max(phase.device_bytes for phase in phases)
+        if peak <= device_memory:
+            return settings
+        if best is None or peak < best[0]:
+            best = peak, settings
+    assert best is not None, "what is kept on the device is always a candidate"
+    return best[1]
+
+
+def _candidates(work: Workload, mst: MstConfig) -> Iterator[Workload]:
+    for keep_attention, offload_activations in _KEPT if work.recompute else ((False, False),):
+        if mst.keep_attention not in (AUTO, keep_attention):
+            continue
+        if mst.offload_activations not in (AUTO, offload_activations):
+            continue
+        kept = replace(work, keep_attention=keep_attention, offload_activations=offload_activations)
+        for count in _head_groups(kept, mst.head_groups):
+            yield replace(kept, head_groups=count)
+
+
+def _head_groups(work: Workload, given: int | Auto) -> list[int]:
+    """The counts to try, from the fewest on with which attention no longer makes the peak."""
+    if given != AUTO:
+        return [min(given, work.most_head_groups)]
+    counts = work.head_group_counts
+    enough = (
+        index for index, count in enumerate(counts) if _attention_is_not_the_peak(replace(work, head_groups=count))
+    )
+    return counts[next(enough, len(counts) - 1) :]
+
+
+def _attention_is_not_the_peak(work: Workload) -> bool:
+    """Whether MLPs in the shortest chunks need as much as attention."""
+    most_chunks = max(1, work.tokens // MIN_CHUNK_TOKENS)
+    return all(
+        total_bytes(rest_of_layer_moment(work, backward=backward))
+        <= max(total_bytes(step.terms) for step in mlp_moments(work, most_chunks, backward=backward))
+        for backward in (False, True)
+    )
 
 
 def choose_chunks(
@@ -51,11 +125,11 @@ def _given(name: str, chunks: int | Auto, work: Workload) -> int | None:
 
 def _mlp_is_not_the_peak(work: Workload, chunks: int) -> bool:
     return all(
-        total_bytes(step.terms) <= total_bytes(rest_of_layer_step(work, backward=backward))
+        total_bytes(step.terms) <= total_bytes(rest_of_layer_moment(work, backward=backward))
         # Where the unchunked part alone is larger than the rest, more chunks than this gain little.
         or total_bytes(step.chunk) <= total_bytes(step.rest)
         for backward in (False, True)
-        for step in mlp_steps(work, chunks, backward=backward)
+        for step in mlp_moments(work, chunks, backward=backward)
     )
 
 

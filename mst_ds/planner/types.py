@@ -56,8 +56,31 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """What a setting of a plan costs (above 0) and saves (below 0), against its opposite or one group of heads.
+
+    Attributes:
+        setting, value: a key of the "mst" block, and what the plan has for it.
+        device_bytes, host_bytes: at the peak.
+        flops: computed again in a micro-batch.
+        copied_bytes: over the link between device and host, both ways, in a micro-batch.
+    """
+
+    setting: str
+    value: bool | int
+    device_bytes: int
+    host_bytes: int
+    flops: int
+    copied_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """What one rank does, and what it costs. Lengths are in tokens, memory in bytes.
+
+    recompute, keep_attention, offload_activations, head_groups: see `MstConfig`; without recompute a layer keeps
+    everything, and the two after it are False. choices says what each costs and saves; flops are those of matrix
+    products and attention in a micro-batch of this rank.
 
     attention is the implementation that runs ("sdpa" or "flash_attention_2"), dtype the model's ("fp32",
     "fp16" or "bf16"); phases are in the order in which they happen. counts_are_exact: see `ModelShape`.
@@ -73,10 +96,15 @@ class Plan:
     mlp_chunks: int
     loss_chunks: int
     recompute: bool
+    keep_attention: bool = False
+    offload_activations: bool = False
+    head_groups: int = 1
     attention: str
     device_memory: int
     phases: tuple[Phase, ...]
     counts_are_exact: bool = True
+    choices: tuple[Choice, ...] = ()
+    flops: int = 0
 
     @property
     def sp_size(self) -> int:

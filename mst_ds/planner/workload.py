@@ -23,6 +23,9 @@ class Workload:
     seq_len: int
     recompute: bool
     attention: str
+    keep_attention: bool = False
+    offload_activations: bool = False
+    head_groups: int = 1
 
     @property
     def tokens(self) -> int:
@@ -40,25 +43,44 @@ class Workload:
         return ceil_divide(self.shape.num_attention_heads, self.sp_size)
 
     @property
-    def query_width(self) -> int:
-        """Query heads of a rank between the all-to-alls, times the head dimension."""
-        return self.query_heads * self.shape.head_dim
+    def group_query_heads(self) -> int:
+        """Query heads of a rank that attention works on at a time."""
+        return ceil_divide(self.query_heads, self.head_groups)
 
     @property
-    def key_value_width(self) -> int:
-        return ceil_divide(self.shape.num_key_value_heads, self.sp_size) * self.shape.head_dim
+    def group_key_value_heads(self) -> int:
+        """Key/value heads that they read, or the copies of these where the heads have no even grouping."""
+        heads, key_value_heads = self.shape.num_attention_heads, self.shape.num_key_value_heads
+        uneven = heads % self.sp_size or (key_value_heads % self.sp_size and self.sp_size % key_value_heads)
+        if uneven:
+            return self.group_query_heads
+        return ceil_divide(ceil_divide(key_value_heads, self.sp_size), self.head_groups)
+
+    @property
+    def most_head_groups(self) -> int:
+        """The most groups that are not empty on any rank; without sequence parallelism nothing is gathered."""
+        return 1 if self.sp_size == 1 else self.shape.num_attention_heads // self.sp_size
+
+    @property
+    def head_group_counts(self) -> list[int]:
+        """The group counts with which no key/value head is exchanged twice, from the fewest on."""
+        heads, key_value_heads = self.shape.num_attention_heads, self.shape.num_key_value_heads
+        if self.sp_size == 1 or heads % self.sp_size or key_value_heads % self.sp_size:
+            return [1]
+        of_rank = key_value_heads // self.sp_size
+        return [count for count in range(1, of_rank + 1) if of_rank % count == 0]
 
     @property
     def repeats_key_value(self) -> bool:
-        """Whether attention works on as many key/value heads as query heads.
+        """Whether the kernel wants as many key/value heads as query heads, as sdpa's for fp32 on CUDA does."""
+        is_ungrouped = self.attention == "sdpa" and self.zero.dtype == "fp32"
+        return is_ungrouped and self.group_key_value_heads != self.group_query_heads
 
-        Kernels group them themselves, but not sdpa's for fp32; and where ranks have heads of no even grouping, each
-        query head gets a copy of its own.
-        """
-        heads, key_value_heads = self.shape.num_attention_heads, self.shape.num_key_value_heads
-        uneven = heads % self.sp_size or (key_value_heads % self.sp_size and self.sp_size % key_value_heads)
-        is_ungrouped = bool(uneven) or (self.attention == "sdpa" and self.zero.dtype == "fp32")
-        return is_ungrouped and self.key_value_width != self.query_width
+    @property
+    def attention_keeping_layers(self) -> int:
+        """Layers whose attention's output is kept: a window makes attention too cheap for it."""
+        layers = self.shape.num_hidden_layers - len(self.shape.sliding_windows)
+        return layers if self.recompute and self.keep_attention else 0
 
     @property
     def block_scores(self) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor, nn
 
-from mst_ds.minisequence import chunked_rms_norm, chunked_tokenwise, norm_chunks
+from mst_ds.minisequence import chunked_rms_norm, chunked_tokenwise, chunks_in_cache
 from mst_ds.structure import probe
 from mst_ds.structure.mlps import is_tokenwise
 
@@ -34,7 +34,7 @@ class RMSNormStructure:
             function=forward,
             epsilon=self.epsilon,
             offset=self.offset,
-            chunks=norm_chunks(hidden_states),
+            chunks=chunks_in_cache(hidden_states),
         )
 
     def formula(self, hidden_states: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class OtherNormStructure:
         """The module's output, computed in chunks."""
         forward = functools.partial(type(self.module).forward, self.module)
         trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        return chunked_tokenwise(forward, [hidden_states], trained, chunks=norm_chunks(hidden_states))
+        return chunked_tokenwise(forward, [hidden_states], trained, chunks=chunks_in_cache(hidden_states))
 
 
 NormStructure: TypeAlias = RMSNormStructure | OtherNormStructure

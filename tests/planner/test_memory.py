@@ -4,73 +4,23 @@ import math
 import re
 
 import pytest
-from transformers import Gemma2Config, GPTNeoXConfig, LlamaConfig, Qwen2MoeConfig, Qwen3Config
-
-from mst_ds.config import GIB
-from mst_ds.planner import make_plan
-
-HIDDEN, INTERMEDIATE, LAYERS, VOCAB = 64, 192, 3, 1000
-MODEL = LlamaConfig(
-    hidden_size=HIDDEN,
-    intermediate_size=INTERMEDIATE,
-    num_hidden_layers=LAYERS,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    vocab_size=VOCAB,
+from planned import (
+    EXPERTS,
+    GEMMA2,
+    GPT_NEOX,
+    HIDDEN,
+    INTERMEDIATE,
+    LAYERS,
+    MODEL,
+    PARAMETERS,
+    VOCAB,
+    WIDE,
+    bytes_of,
+    experts_with,
+    plan_of,
+    terms_of,
+    wide_llama,
 )
-SIZES = {
-    "hidden_size": HIDDEN,
-    "intermediate_size": INTERMEDIATE,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 8,
-    "vocab_size": VOCAB,
-}
-# The first layer is dense; the others have 10 experts, 3 of them for each token, and one that all share.
-EXPERTS = Qwen2MoeConfig(
-    **SIZES,
-    num_key_value_heads=2,
-    mlp_only_layers=[0],
-    num_experts=10,
-    num_experts_per_tok=3,
-    moe_intermediate_size=24,
-    shared_expert_intermediate_size=40,
-    output_router_logits=True,
-)
-GEMMA2 = Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=8)
-GPT_NEOX = GPTNeoXConfig(**SIZES)
-QWEN3 = Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8)
-PARAMETERS = 2 * VOCAB * HIDDEN + HIDDEN + LAYERS * (HIDDEN * (2.5 * HIDDEN + 3 * INTERMEDIATE) + 2 * HIDDEN)
-
-
-def plan_of(
-    stage=3, *, model=MODEL, mst=None, dtype="bf16", world_size=4, seq_len=4000, sp_size=1, rank=0, **ds_config
-):
-    zero = {"stage": stage, "reduce_bucket_size": 1000, "stage3_prefetch_bucket_size": 500} | ds_config.pop("zero", {})
-    ds_config = {dtype: {"enabled": True}, "zero_optimization": zero, "mst": mst or {}} | ds_config
-    return make_plan(
-        model,
-        ds_config,
-        world_size=world_size,
-        seq_len=seq_len,
-        device_memory=GIB,
-        sp_size=sp_size,
-        rank=rank,
-    )
-
-
-def experts_with(**changes):
-    return Qwen2MoeConfig(**EXPERTS.to_dict() | changes)
-
-
-def terms_of(plan, phase_name):
-    (phase,) = (phase for phase in plan.phases if phase.name == phase_name)
-    names = [term.name for term in phase.terms]
-    assert len(names) == len(set(names)), "a term counts once in a phase"
-    return {term.name: term for term in phase.terms}
-
-
-def bytes_of(plan, phase_name):
-    return {name: term.bytes for name, term in terms_of(plan, phase_name).items()}
 
 
 @pytest.mark.parametrize("stage", range(4))
@@ -174,20 +124,6 @@ def test_optimizer_step_walks_sub_groups_at_stage_3():
     assert bytes_of(plan_of(1, zero={"sub_group_size": 1000}), "optimizer_step")["fp32_gradient"] == PARAMETERS
 
 
-def test_recompute_keeps_layer_inputs_only():
-    kept = bytes_of(plan_of(mst={"recompute": True}), "loss")
-    assert kept["layer_inputs"] == LAYERS * 4000 * HIDDEN * 2
-    all_kept = bytes_of(plan_of(mst={"recompute": False}), "loss")
-    assert "layer_inputs" not in all_kept
-    # A norm that does not copy its input to fp32 keeps it; that of a layer's first norm is the layer's.
-    for settings in ({"model": GPT_NEOX}, {"dtype": "fp32"}):
-        assert "layer_inputs" in terms_of(plan_of(mst={"recompute": False}, **settings), "loss")
-    assert all_kept["residual"] == LAYERS * 4000 * HIDDEN * 2
-    # query, key and value: 8 + 2 + 2 heads of 8; norms: two of 8 bytes an element.
-    assert all_kept["query_key_value"] == LAYERS * 4000 * 96 * 2
-    assert all_kept["norm_activations"] == LAYERS * 2 * 4000 * HIDDEN * 8
-
-
 def test_chunked_operators_have_the_terms_of_their_implementation():
     plan = plan_of(mst={"mlp_chunks": 3, "loss_chunks": 7, "recompute": True}, seq_len=4001, dtype="bf16")
     loss = bytes_of(plan, "loss")
@@ -196,12 +132,13 @@ def test_chunked_operators_have_the_terms_of_their_implementation():
     assert loss["loss_logits"] == 4 * math.ceil(4001 / 7) * VOCAB
     assert loss["loss_logits_16bit"] == 2 * math.ceil(4001 / 7) * VOCAB
     assert "loss_logits_16bit" not in terms_of(plan_of(mst={"loss_chunks": 7}, dtype="fp32"), "loss")
-    unchunked = plan_of(mst={"mlp_chunks": 1})
+    assert loss["final_norm"] == 2 * 2 * 4001 * HIDDEN
+    unchunked = plan_of(mst={"mlp_chunks": 1}, model=wide_llama())
     backward, forward = bytes_of(unchunked, "backward"), bytes_of(unchunked, "forward")
-    assert backward["mlp_chunk"] == 5 * 4000 * INTERMEDIATE * 2
-    assert backward["mlp_weight_gradients"] == 3 * HIDDEN * INTERMEDIATE * 4
+    assert backward["mlp_chunk"] == 5 * 4000 * WIDE * 2
+    assert backward["mlp_weight_gradients"] == 3 * HIDDEN * WIDE * 4
     assert backward["mlp_input_gradient"] == forward["mlp_output"] == 4000 * HIDDEN * 2
-    assert forward["mlp_chunk"] == 2 * 4000 * INTERMEDIATE * 2
+    assert forward["mlp_chunk"] == 2 * 4000 * WIDE * 2
 
 
 def test_the_loss_never_needs_less_than_its_scaled_gradients():
@@ -215,46 +152,6 @@ def test_micro_batch_multiplies_tokens():
     plan = plan_of(mst={"loss_chunks": 7}, seq_len=1000, train_micro_batch_size_per_gpu=4)
     assert plan.micro_batch_size == 4
     assert bytes_of(plan, "loss") == bytes_of(plan_of(mst={"loss_chunks": 7}, seq_len=4000), "loss")
-
-
-def test_attention_works_on_the_whole_sequence_with_a_part_of_the_heads():
-    no_sp = bytes_of(plan_of(mst={"mlp_chunks": 64}), "backward")
-    sp = bytes_of(plan_of(mst={"mlp_chunks": 16}, sp_size=4), "backward")
-    assert "all_to_all_buffers" not in no_sp
-    # 8 query heads over 4 ranks, and fewer key/value heads (2) than ranks: each rank has one of its own.
-    assert sp["query_key_value"] == 4000 * (2 + 1 + 1) * 8 * 2
-    assert sp["all_to_all_buffers"] == 2 * 4000 * (2 + 1 + 1) * 8 * 2
-    assert sp["norm_activations"] == no_sp["norm_activations"] / 4
-
-
-def test_keys_and_values_are_repeated_where_the_kernel_does_not_group_them():
-    assert bytes_of(plan_of(dtype="fp32"), "backward")["repeated_key_value"] == 4000 * (8 + 8) * 8 * 4
-    for attention in ("sdpa", "flash_attention_2"):
-        plan = plan_of(mst={"attention": attention})
-        assert plan.attention == attention
-        assert "repeated_key_value" not in terms_of(plan, "backward")
-    # 8 query heads over 3 ranks: the second rank's range of heads begins inside a group.
-    uneven = bytes_of(plan_of(world_size=3, sp_size=3, seq_len=3999), "backward")
-    assert uneven["repeated_key_value"] == 3999 * (3 + 3) * 8 * 2
-
-
-def test_norms_are_the_familys():
-    """Bytes an element, by hand: an fp32 copy of the input, what the weight multiplies, and what a projection reads."""
-    tokens = 4000 * HIDDEN
-    llama = bytes_of(plan_of(), "backward")
-    assert llama["norm_activations"] == 2 * tokens * (4 + 2 + 2)
-    assert {"post_norm_activations", "query_key_norm_activations"}.isdisjoint(llama)
-    qwen3 = bytes_of(plan_of(model=QWEN3), "backward")
-    assert qwen3["norm_activations"] == llama["norm_activations"]
-    assert qwen3["query_key_norm_activations"] == 4000 * (8 + 2) * 8 * (4 + 2)
-    gemma2 = bytes_of(plan_of(model=GEMMA2), "backward")  # its weight multiplies in fp32
-    assert gemma2["norm_activations"] == 2 * tokens * (4 + 4 + 2)
-    assert gemma2["post_norm_activations"] == 2 * tokens * (4 + 4)
-    gpt_neox = bytes_of(plan_of(model=GPT_NEOX), "backward")  # torch's LayerNorm
-    assert gpt_neox["norm_activations"] == 2 * tokens * 2
-    in_fp32 = bytes_of(plan_of(model=QWEN3, dtype="fp32"), "backward")  # the residual is in fp32 already
-    assert in_fp32["norm_activations"] == 2 * tokens * (4 + 4)
-    assert in_fp32["query_key_norm_activations"] == 4000 * (8 + 2) * 8 * (4 + 4)
 
 
 def test_a_mlp_without_a_gate_has_one_tensor_and_one_matrix_less():
@@ -273,18 +170,18 @@ def test_weight_gradients_are_rounded_when_the_chunks_are_gone():
 
 
 def test_experts_work_on_chunks_of_one_expert_and_return_the_gradients_of_all():
-    only_experts = {"model": experts_with(mlp_only_layers=[])}
+    only_experts = {"model": experts_with(mlp_only_layers=[], moe_intermediate_size=240)}
     plan = plan_of(**only_experts, mst={"mlp_chunks": 6})
     forward, backward = bytes_of(plan, "forward"), bytes_of(plan, "backward")
     rows = 3 * 4000 // 6
-    assert backward["mlp_chunk"] == 11 * rows * 24 * 2
+    assert backward["mlp_chunk"] == 11 * rows * 240 * 2
     assert backward["mlp_chunk_hidden_states"] == 3 * rows * HIDDEN * 2
-    assert backward["expert_weight_gradients"] == 10 * 3 * HIDDEN * 24 * 2
-    assert backward["mlp_weight_gradients"] == 3 * HIDDEN * 24 * 4
+    assert backward["expert_weight_gradients"] == 10 * 3 * HIDDEN * 240 * 2
+    assert backward["mlp_weight_gradients"] == 3 * HIDDEN * 240 * 4
     assert backward["mlp_input_gradient_sum"] == 4000 * HIDDEN * 4
     # A token goes to an expert once: a chunk is never longer than all tokens.
     whole = bytes_of(plan_of(**only_experts, mst={"mlp_chunks": 1}), "forward")
-    assert whole["mlp_chunk"] == 5 * 4000 * 24 * 2
+    assert whole["mlp_chunk"] == 5 * 4000 * 240 * 2
     assert whole["mlp_output_sum"] == 4000 * HIDDEN * 4
     assert forward["layer_inputs"] == LAYERS * 4000 * HIDDEN * 2
 
@@ -319,25 +216,3 @@ def test_gathered_parameters_are_all_experts_of_a_layer():
     ]
     more = gathered[1]["gathered_parameters"] - gathered[0]["gathered_parameters"]
     assert more == 1000 * (3 * 24 + 1) * HIDDEN * 2  # with the router's row of each
-
-
-def test_softcaps_have_a_derivative_of_the_logits_and_scores_in_plain_torch():
-    loss = bytes_of(plan_of(model=GEMMA2, mst={"loss_chunks": 7}), "loss")
-    assert loss["loss_softcap_derivative"] == loss["loss_logits"] == 4 * math.ceil(4000 / 7) * VOCAB
-    scores = {
-        (length, sp_size): bytes_of(
-            plan_of(model=GEMMA2, mst={"attention": "sdpa", "mlp_chunks": 64}, seq_len=length, sp_size=sp_size),
-            "backward",
-        )["attention_scores"]
-        for length, sp_size in ((4096, 1), (2**20, 1), (2**20, 4))
-    }
-    # 2^18 scores of a head at a time, but 64 queries at least.
-    assert scores == {(4096, 1): 4 * 8 * 2**18 * 4, (2**20, 1): 4 * 8 * 2**26 * 4, (2**20, 4): 4 * 2 * 2**26 * 4}
-    flash = plan_of(model=GEMMA2, mst={"attention": "flash_attention_2"})
-    assert "attention_scores" not in terms_of(flash, "backward")
-
-
-def test_a_fused_projection_is_kept_by_the_values_that_are_a_part_of_it():
-    fused = bytes_of(plan_of(model=GPT_NEOX), "backward")["fused_query_key"]
-    assert fused == 4000 * (8 + 8) * 8 * 2
-    assert "fused_query_key" not in terms_of(plan_of(model=GPT_NEOX, sp_size=4), "backward")

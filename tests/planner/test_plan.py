@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from transformers import LlamaConfig, StableLmConfig
+from transformers import LlamaConfig, Olmo2Config, StableLmConfig
 
 from mst_ds.config import GIB, TrainConfig
 from mst_ds.planner import make_plan, plan_table
@@ -87,6 +87,99 @@ def test_recompute_is_on_unless_switched_off():
     ]
 
 
+def choices_of(plan):
+    return {choice.setting: choice for choice in plan.choices}
+
+
+def llama_8b_plan(**mst):
+    ds_config = {
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 3},
+        "mst": {"mlp_chunks": 64, "loss_chunks": 64, "attention": "sdpa"} | mst,
+    }
+    return make_plan(LLAMA_8B, ds_config, world_size=8, seq_len=2**17, device_memory=80 * GIB, sp_size=2)
+
+
+# By hand, of one rank's micro-batch: layers x 2 x tokens x weights for the four projections, and for attention layers
+# x 2 x pairs of tokens x (16 query heads of this rank x 2 x 128).
+PROJECTIONS = 32 * 2 * 2**16 * (2 * 4096 * 4096 + 2 * 4096 * 1024)
+ATTENTION = 32 * 2 * 2**33 * 16 * 2 * 128
+MLP = 32 * 2 * 2**16 * 3 * 4096 * 14336
+HEAD = 2 * 2**16 * 4096 * 128256
+
+
+def test_the_flops_of_a_micro_batch_by_hand():
+    # An attention's backward is 5 products to the forward's 2; an MLP's computes gate and up again.
+    minimum = 3 * PROJECTIONS + 7 * ATTENTION // 2 + 11 * MLP // 3 + 3 * HEAD
+    assert llama_8b_plan(recompute=False).flops == minimum
+    assert llama_8b_plan(recompute=True, keep_attention=True).flops == minimum + PROJECTIONS
+    assert llama_8b_plan(recompute=True, keep_attention=False).flops == minimum + PROJECTIONS + ATTENTION
+
+
+def test_a_norm_of_the_mlps_output_needs_its_forward_again():
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    flops = {
+        recompute: make_plan(
+            Olmo2Config(**sizes), {"mst": {"recompute": recompute}}, world_size=1, seq_len=64, device_memory=GIB
+        ).flops
+        for recompute in (True, False)
+    }
+    assert flops[True] - flops[False] == 2 * 2 * 64 * (4 * 64 * 64 + 3 * 64 * 96)
+
+
+def test_each_choice_has_its_memory_and_its_time():
+    on_device = choices_of(llama_8b_plan(keep_attention=True, offload_activations=False))
+    output, log_sum_exp = 32 * 2**16 * 4096 * 2, 32 * 2**17 * 16 * 4
+    kept = on_device["keep_attention"]
+    assert (kept.value, kept.flops, kept.host_bytes, kept.copied_bytes) == (True, -ATTENTION, 0, 0)
+    assert kept.device_bytes == output + log_sum_exp  # at the loss, the peak, where all of it is kept
+    assert on_device["recompute"].flops == PROJECTIONS
+    assert on_device["recompute"].device_bytes < 0
+    layer_inputs = output
+    on_host = llama_8b_plan(keep_attention=True, offload_activations=True)
+    offload = choices_of(on_host)["offload_activations"]
+    assert offload.copied_bytes == 2 * (layer_inputs + output + log_sum_exp)
+    assert offload.device_bytes == -(layer_inputs + output + log_sum_exp) * 30 // 32
+    assert offload.host_bytes == on_host.host_bytes == layer_inputs + output + log_sum_exp  # powers of two already
+    assert offload.flops == 0
+
+
+@pytest.mark.parametrize("keep_attention", [True, False])
+def test_opposite_settings_cost_what_the_other_saves(keep_attention):
+    one, other = (choices_of(llama_8b_plan(keep_attention=value))["keep_attention"] for value in (True, False))
+    assert (one.value, other.value) == (True, False)
+    assert (one.device_bytes, one.flops) == (-other.device_bytes, -other.flops)
+
+
+def test_without_recompute_there_is_no_choice_of_what_it_keeps():
+    assert set(choices_of(llama_8b_plan(recompute=False))) == {"recompute", "head_groups"}
+    assert set(choices_of(llama_8b_plan())) == {"recompute", "keep_attention", "offload_activations", "head_groups"}
+    assert "head_groups" not in choices_of(small_plan(world_size=1))
+
+
+def test_groups_of_heads_save_memory_and_no_flops():
+    choice = choices_of(llama_8b_plan(head_groups=4, keep_attention=False))["head_groups"]
+    assert choice.value == 4
+    assert choice.device_bytes < 0
+    assert (choice.flops, choice.host_bytes, choice.copied_bytes) == (0, 0, 0)
+
+
+def test_host_memory_lets_the_planner_use_the_host():
+    def plan(host_memory, **overrides):
+        return make_plan(
+            LLAMA_8B,
+            {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}},
+            **{"world_size": 8, "seq_len": 2_000_000, "device_memory": 80 * GIB, "host_memory": host_memory}
+            | overrides,
+        )
+
+    assert (plan(None).offload_activations, plan(None).keep_attention) == (False, False)
+    with_host = plan(1000 * GIB)
+    assert (with_host.offload_activations, with_host.keep_attention, with_host.fits) == (True, True, True)
+    assert 0 < with_host.host_bytes <= 1000 * GIB
+    assert not plan(with_host.host_bytes - 1).keep_attention
+
+
 def test_attention_is_what_can_run(monkeypatch):
     bf16 = {"bf16": {"enabled": True}}
     for is_installed, expected in [(False, "sdpa"), (True, "flash_attention_2")]:
@@ -107,6 +200,12 @@ def test_attention_is_what_can_run(monkeypatch):
         ({"sp_size": 3}, "sp_size is 3, which does not divide the world size 2"),
         ({"world_size": 8, "sp_size": 8}, "sp_size is 8, but the model has 4 query heads"),
         ({"device_memory": 0}, "device_memory is 0"),
+        (
+            {"ds_config": {"mst": {"recompute": False, "keep_attention": True}}},
+            "keep_attention in 'mst' is True, but recompute is False",
+        ),
+        ({"ds_config": {"mst": {"head_groups": 0}}}, "head_groups in 'mst' is 0"),
+        ({"host_memory": -1}, "host_memory is -1; allowed: a whole number of bytes >= 0"),
         (
             {"ds_config": {"mst": {"mlp_chunks": 4096}}},
             "mlp_chunks is 4096, more than the 2048 tokens of a rank",
@@ -154,6 +253,18 @@ def test_the_report_shows_every_phase_with_its_largest_terms_and_the_verdict():
     assert f"mlp_chunks {plan.mlp_chunks}, loss_chunks {plan.loss_chunks}" in text
     assert f"at the peak ({plan.peak_phase.name}) fits in 8.000 GiB" in text
     assert "does NOT fit in" in rendered(small_plan(device_memory=1))
+
+
+def test_the_report_shows_what_is_kept_and_what_that_costs():
+    text = rendered(llama_8b_plan(keep_attention=True, offload_activations=True, head_groups=2))
+    assert "recompute on, layer inputs and attention kept on the host, head_groups 2, mlp_chunks 64" in text
+    assert f"{ATTENTION / 10**12:.3f} TFLOPs" in text.replace("-", "")
+    costs = text[text.index("TFLOPs a micro-batch") :]
+    assert costs.index("recompute true") < costs.index("keep_attention true") < costs.index("offload_activations true")
+    assert "GiB copied" in costs
+    kept_on_device = rendered(llama_8b_plan(keep_attention=False, offload_activations=False, head_groups=1))
+    assert "recompute on, layer inputs kept on the device, mlp_chunks" in kept_on_device
+    assert "recompute off, " in rendered(llama_8b_plan(recompute=False))
 
 
 def test_the_report_says_where_parameters_are_not_counted_exactly():

@@ -1,15 +1,18 @@
-"""Which chunk counts the planner chooses."""
+"""Which settings the planner chooses: what is kept, groups of heads, chunk counts."""
 
 import itertools
+from dataclasses import replace
 from functools import partial
 
 import pytest
 from transformers import LlamaConfig, MixtralConfig
 
-from mst_ds.config import GIB
+from mst_ds.config import GIB, MstConfig
 from mst_ds.model_shape import ModelShape
+from mst_ds.planner.activations import attention_step
 from mst_ds.planner.phases import layer_phase, loss_phase, step_phases
-from mst_ds.planner.search import MIN_CHUNK_TOKENS, choose_chunks
+from mst_ds.planner.search import MIN_CHUNK_TOKENS, choose_chunks, choose_settings
+from mst_ds.planner.types import total_bytes
 from mst_ds.planner.workload import Workload
 from mst_ds.zero import read_zero
 
@@ -47,7 +50,7 @@ def peak(work, mlp_chunks, loss_chunks):
     return max(phases, key=lambda phase: phase.device_bytes)
 
 
-@pytest.mark.parametrize("seq_len", [524_288, 1_000_000])
+@pytest.mark.parametrize("seq_len", [1_000_000, 2_000_000])
 def test_chunks_are_the_fewest_that_keep_mlp_and_loss_from_being_the_peak(seq_len):
     work = workload(seq_len=seq_len, sp_size=8)
     mlp_chunks, loss_chunks = auto(work)
@@ -108,9 +111,9 @@ def test_one_byte_less_than_a_layer_needs_takes_one_more_chunk():
 
 
 def test_where_nothing_fits_no_chunks_are_added_that_do_not_help():
-    work = workload(seq_len=1_000_000)
+    work = workload(seq_len=1_000_000, sp_size=8)
     mlp_chunks, loss_chunks = auto(work, GIB)
-    most = 1_000_000 // MIN_CHUNK_TOKENS
+    most = work.tokens // MIN_CHUNK_TOKENS
     assert peak(work, mlp_chunks, loss_chunks).device_bytes == peak(work, most, most).device_bytes
     # Attention is what does not fit: chunking the MLP further would only cost time.
     assert mlp_chunks == auto(work)[0]
@@ -142,3 +145,117 @@ def test_more_chunks_than_tokens_are_refused(name):
     ):
         choose_chunks(work, device_memory=GIB, **chunks)
     assert choose_chunks(work, device_memory=GIB, **chunks | {name: 25})
+
+
+def settings_of(work, *, device_memory=HUGE, host_memory=None, **mst):
+    return choose_settings(work, MstConfig(**mst), device_memory=device_memory, host_memory=host_memory)
+
+
+def kept_in(settings):
+    return settings.work.keep_attention, settings.work.offload_activations
+
+
+def peaks_by_kept(work):
+    """The lowest peak of each way to keep, with one group of heads."""
+    found = {}
+    for keep_attention, offload_activations in itertools.product((True, False), repeat=2):
+        candidate = replace(work, keep_attention=keep_attention, offload_activations=offload_activations)
+        found[keep_attention, offload_activations] = peak(candidate, *auto(candidate, 1)).device_bytes
+    return found
+
+
+def test_the_fastest_that_fits_is_chosen():
+    work = workload(seq_len=500_000)
+    lowest = peaks_by_kept(work)
+    on_device, all_on_host = lowest[True, False], lowest[True, True]
+    inputs_on_device, inputs_on_host = lowest[False, False], lowest[False, True]
+    assert inputs_on_host < all_on_host < inputs_on_device < on_device
+    cases = [
+        # With enough of both nothing leaves the device, and attention runs once.
+        (on_device, HUGE, (True, False)),
+        # Tight device, big host: attention still runs once.
+        (on_device - 1, HUGE, (True, True)),
+        (all_on_host, HUGE, (True, True)),
+        # A device too tight for two layers of everything: layer inputs alone, on the host.
+        (all_on_host - 1, HUGE, (False, True)),
+        # A host that is unknown or too small for all of it: attention runs twice.
+        (on_device - 1, None, (False, False)),
+        (on_device - 1, GIB, (False, False)),
+        # A host that holds the layer inputs alone, blocks of 2^32 bytes.
+        (inputs_on_device - 1, 32 * 2**32, (False, True)),
+    ]
+    for device_memory, host_memory, expected in cases:
+        settings = settings_of(work, device_memory=device_memory, host_memory=host_memory)
+        assert kept_in(settings) == expected
+        assert peak(settings.work, settings.mlp_chunks, settings.loss_chunks).device_bytes <= device_memory
+
+
+def test_where_nothing_fits_the_lowest_peak_is_chosen():
+    work = workload(seq_len=500_000)
+    lowest = peaks_by_kept(work)
+    assert kept_in(settings_of(work, device_memory=1, host_memory=HUGE)) == (False, True)
+    assert kept_in(settings_of(work, device_memory=1)) == (False, False)
+    assert min(lowest, key=lowest.__getitem__) == (False, True)
+
+
+@pytest.mark.parametrize("device_memory", [1, HUGE])
+@pytest.mark.parametrize("host_memory", [None, 1, HUGE])
+def test_what_the_user_set_stays(device_memory, host_memory):
+    memory = {"device_memory": device_memory, "host_memory": host_memory}
+    work = workload(seq_len=500_000, sp_size=2)
+    for keep_attention, offload_activations in itertools.product((True, False), repeat=2):
+        both = settings_of(work, keep_attention=keep_attention, offload_activations=offload_activations, **memory)
+        assert kept_in(both) == (keep_attention, offload_activations)
+        assert settings_of(work, keep_attention=keep_attention, **memory).work.keep_attention == keep_attention
+        one = settings_of(work, offload_activations=offload_activations, **memory)
+        assert one.work.offload_activations == offload_activations
+    assert settings_of(work, head_groups=3, **memory).work.head_groups == 3
+    assert settings_of(work, mlp_chunks=3, **memory).mlp_chunks == 3
+
+
+def test_without_recompute_nothing_is_chosen_to_be_kept():
+    work = workload(recompute=False)
+    for device_memory in (1, HUGE):
+        assert kept_in(settings_of(work, device_memory=device_memory, host_memory=HUGE)) == (False, False)
+
+
+def test_groups_of_heads_are_the_fewest_that_fit_or_keep_attention_from_being_the_peak():
+    # 32 query and 8 key/value heads on 2 ranks: 4 key/value heads of each.
+    work = workload(seq_len=2_000_000, sp_size=2)
+    roomy = settings_of(work, keep_attention=False).work.head_groups
+    assert roomy > 1
+    gathered = [total_bytes(attention_step(replace(work, head_groups=count), backward=True)) for count in (1, 2, 4)]
+    assert gathered == sorted(gathered, reverse=True)
+    tight = settings_of(work, keep_attention=False, device_memory=1).work.head_groups
+    assert roomy <= tight <= 4
+    assert settings_of(work, head_groups=1).work.head_groups == 1
+    # Nothing is gathered without sequence parallelism, and a rank has no more groups than query heads.
+    assert settings_of(workload(), head_groups=4).work.head_groups == 1
+    assert settings_of(work, head_groups=100).work.head_groups == 16
+
+
+@pytest.mark.parametrize("sp_size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("backward", [False, True])
+def test_more_groups_of_heads_never_need_more(sp_size, backward):
+    work = workload(sp_size=sp_size)
+    steps = [total_bytes(attention_step(replace(work, head_groups=count), backward=backward)) for count in range(1, 9)]
+    assert steps == sorted(steps, reverse=True)
+    assert (steps[0] > steps[1]) == (sp_size > 1)
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "num_key_value_heads", "sp_size", "expected"),
+    [
+        (32, 8, 1, [1]),
+        (32, 8, 2, [1, 2, 4]),
+        (32, 8, 8, [1]),
+        (32, 8, 16, [1]),
+        (30, 6, 4, [1]),
+        (36, 12, 2, [1, 2, 3, 6]),
+    ],
+)
+def test_groups_to_try_exchange_no_key_value_head_twice(num_heads, num_key_value_heads, sp_size, expected):
+    model = LlamaConfig(
+        hidden_size=num_heads * 8, num_attention_heads=num_heads, num_key_value_heads=num_key_value_heads
+    )
+    assert workload(model, sp_size=sp_size).head_group_counts == expected

@@ -1,0 +1,116 @@
+"""Memory terms of attention: the local tensors of this shard, and the gathered ones of one group of heads."""
+
+from __future__ import annotations
+
+from mst_ds.planner.types import MemoryTerm, product_term, total_bytes
+from mst_ds.planner.workload import Workload
+
+Terms = tuple[MemoryTerm, ...]
+
+_FP32_BYTES = 4
+
+
+def local_term(work: Workload, name: str, width: int, layers: int = 1) -> MemoryTerm:
+    """A tensor of this shard's tokens, in the model's dtype."""
+    factors = (("tokens", work.tokens), ("width of all heads", width), ("bytes", work.zero.dtype_bytes))
+    return product_term(name, "device", ("layers", layers), *factors)
+
+
+def query_key_value_width(work: Workload) -> int:
+    """Of all heads."""
+    shape = work.shape
+    values = shape.num_key_value_heads * shape.value_head_dim
+    return (shape.num_attention_heads + shape.num_key_value_heads) * shape.head_dim + values
+
+
+def output_width(work: Workload) -> int:
+    """Of all heads."""
+    return work.shape.num_attention_heads * work.shape.value_head_dim
+
+
+def log_sum_exp(work: Workload, layers: int) -> MemoryTerm:
+    """What a kernel keeps for its backward beside what it is given and returns."""
+    return product_term(
+        "log_sum_exp",
+        "device",
+        ("layers", layers),
+        ("tokens of all shards", work.attention_tokens),
+        ("query heads of this rank", work.query_heads),
+        ("bytes", _FP32_BYTES),
+    )
+
+
+def gathered_step(work: Workload, *, backward: bool) -> Terms:
+    """What attention needs for one group of heads, beside the local tensors that it reads and writes.
+
+    Without sequence parallelism it works on the local tensors themselves. With it, three moments can be the highest:
+    the exchange before the kernel, the kernel, and the exchange after it. An exchange has a flat buffer at either end.
+    """
+    kernel = (*_attention_scores(work, backward=backward), *_repeated_key_value(work, backward=backward))
+    if work.sp_size == 1:
+        return kernel
+    inputs = _gathered(work, "gathered_query_key_value", 1, _group_inputs(work))
+    if not backward:
+        return max(
+            (inputs, _gathered(work, "all_to_all_buffers", 1, _group_inputs(work))),
+            (inputs, _gathered(work, "gathered_output", 1, _group_output(work)), *kernel),
+            (
+                _gathered(work, "gathered_output", 1, _group_output(work)),
+                _gathered(work, "all_to_all_buffers", 2, _group_output(work)),
+            ),
+            key=total_bytes,
+        )
+    outputs = _gathered(work, "gathered_output_and_gradient", 2, _group_output(work))
+    gradients = _gathered(work, "gathered_gradients", 1, _group_inputs(work))
+    return max(
+        (inputs, outputs, _gathered(work, "all_to_all_buffers", 2, _group_output(work))),
+        (inputs, outputs, gradients, *kernel),
+        (gradients, _gathered(work, "all_to_all_buffers", 2, _group_inputs(work))),
+        key=total_bytes,
+    )
+
+
+def _group_inputs(work: Workload) -> int:
+    """The width of one group's queries, keys and values."""
+    shape, key_value_heads = work.shape, work.group_key_value_heads
+    return (work.group_query_heads + key_value_heads) * shape.head_dim + key_value_heads * shape.value_head_dim
+
+
+def _group_output(work: Workload) -> int:
+    return work.group_query_heads * work.shape.value_head_dim
+
+
+def _gathered(work: Workload, name: str, tensors: int, width: int) -> MemoryTerm:
+    return product_term(
+        name,
+        "device",
+        ("tensors", tensors),
+        ("tokens of all shards", work.attention_tokens),
+        ("width of a group's heads", width),
+        ("bytes", work.zero.dtype_bytes),
+    )
+
+
+def _repeated_key_value(work: Workload, *, backward: bool) -> Terms:
+    """Keys and values with a copy for each query head; in the backward their gradients, too."""
+    if not work.repeats_key_value:
+        return ()
+    width = work.group_query_heads * work.shape.head_dim
+    return (_gathered(work, "repeated_key_value", 4 if backward else 2, width),)
+
+
+def _attention_scores(work: Workload, *, backward: bool) -> Terms:
+    """No kernel of torch has a softcap: attention is computed in plain torch, by blocks of queries."""
+    if not work.shape.has_attention_softcap or work.attention != "sdpa":
+        return ()
+    return (
+        product_term(
+            "attention_scores",
+            "device",
+            ("tensors", 4 if backward else 3),
+            ("sequences", work.zero.micro_batch_size),
+            ("query heads of a group", work.group_query_heads),
+            ("scores of a block", work.block_scores),
+            ("bytes", _FP32_BYTES),
+        ),
+    )

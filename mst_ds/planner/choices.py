@@ -1,0 +1,44 @@
+"""What each setting of a plan costs and saves, in memory and in time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from mst_ds.planner.flops import recomputed_flops
+from mst_ds.planner.kept import copied_bytes
+from mst_ds.planner.phases import step_phases
+from mst_ds.planner.types import Choice
+from mst_ds.planner.workload import Workload
+
+
+def describe_choices(work: Workload, *, mlp_chunks: int, loss_chunks: int) -> tuple[Choice, ...]:
+    """Each setting against its opposite, or against one group of heads, with everything else as it is."""
+    opposites: dict[str, dict[str, Any]] = {"recompute": {"recompute": not work.recompute}}
+    if work.recompute:
+        opposites["recompute"] |= {"keep_attention": False, "offload_activations": False}
+        opposites["keep_attention"] = {"keep_attention": not work.keep_attention}
+        opposites["offload_activations"] = {"offload_activations": not work.offload_activations}
+    if work.sp_size > 1:
+        opposites["head_groups"] = {"head_groups": 1}
+
+    def peaks(settings: Workload) -> tuple[int, int]:
+        phases = step_phases(settings, mlp_chunks=mlp_chunks, loss_chunks=loss_chunks)
+        return max(phase.device_bytes for phase in phases), max(phase.host_bytes for phase in phases)
+
+    device_bytes, host_bytes = peaks(work)
+    choices = []
+    for setting, changes in opposites.items():
+        other = replace(work, **changes)
+        other_device_bytes, other_host_bytes = peaks(other)
+        choices.append(
+            Choice(
+                setting=setting,
+                value=getattr(work, setting),
+                device_bytes=device_bytes - other_device_bytes,
+                host_bytes=host_bytes - other_host_bytes,
+                flops=recomputed_flops(work) - recomputed_flops(other),
+                copied_bytes=copied_bytes(work) - copied_bytes(other),
+            )
+        )
+    return tuple(choices)

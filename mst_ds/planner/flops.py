@@ -1,0 +1,73 @@
+"""FLOPs of matrix products and of attention in a micro-batch of one rank; 2 for a product and its sum."""
+
+from __future__ import annotations
+
+from mst_ds.planner.workload import Workload
+
+
+def attention_forward_flops(work: Workload) -> int:
+    """Of all layers, each over the whole sequence with this rank's heads, under a causal mask or a sliding window."""
+    return _full_attention_flops(work) + _windowed_attention_flops(work)
+
+
+def _full_attention_flops(work: Workload) -> int:
+    layers = work.shape.num_hidden_layers - len(work.shape.sliding_windows)
+    # A query sees half of the keys on average.
+    return layers * _flops_of_pairs(work, work.seq_len * work.seq_len // 2)
+
+
+def _windowed_attention_flops(work: Workload) -> int:
+    windows = [min(window, work.seq_len) for window in work.shape.sliding_windows]
+    # All but the first queries see the whole window.
+    return sum(_flops_of_pairs(work, work.seq_len * window - window * window // 2) for window in windows)
+
+
+def _flops_of_pairs(work: Workload, pairs: int) -> int:
+    """Of one layer, for so many pairs of a query and a key."""
+    width = work.query_heads * (work.shape.head_dim + work.shape.value_head_dim)
+    return 2 * work.zero.micro_batch_size * pairs * width
+
+
+def recomputed_flops(work: Workload) -> int:
+    """What recompute computes a second time: projections and, unless it is kept, attention. The MLP's forward only
+    where a norm of its output needs that."""
+    if not work.recompute:
+        return 0
+    again = _projection_flops(work)
+    if work.shape.norms.post_norms:
+        again += _mlp_flops(work)
+    if not work.keep_attention:
+        again += _full_attention_flops(work)
+    return again + _windowed_attention_flops(work)
+
+
+def micro_batch_flops(work: Workload) -> int:
+    """Forward, backward, and what is computed a second time: by recompute, and gate and up in the MLP's backward.
+
+    A backward of matrix products is twice their forward; that of attention 2.5 times, as kernels compute its scores
+    again.
+    """
+    shape = work.shape
+    head = 2 * work.tokens * shape.hidden_size * shape.vocab_size
+    forward = _projection_flops(work) + _mlp_flops(work) + head
+    inner, matrices = (2, 3) if shape.gated_mlp else (1, 2)
+    again = _mlp_flops(work) * inner // matrices + recomputed_flops(work)
+    return 3 * forward + 7 * attention_forward_flops(work) // 2 + again
+
+
+def _projection_flops(work: Workload) -> int:
+    """Queries, keys, values and the attention's output, of all layers."""
+    shape = work.shape
+    heads = shape.num_attention_heads + shape.num_key_value_heads
+    weights = shape.hidden_size * heads * (shape.head_dim + shape.value_head_dim)
+    return 2 * work.tokens * shape.num_hidden_layers * weights
+
+
+def _mlp_flops(work: Workload) -> int:
+    """The forward of all layers' MLPs; of experts those that a token is routed to."""
+    shape, experts = work.shape, work.shape.experts
+    widths = shape.num_dense_layers * shape.intermediate_size
+    if experts is not None:
+        of_token = experts.num_experts_per_tok * experts.intermediate_size + experts.shared_intermediate_size
+        widths += experts.num_sparse_layers * of_token
+    return 2 * work.tokens * (3 if shape.gated_mlp else 2) * shape.hidden_size * widths

@@ -1,0 +1,22 @@
+"""The dry run: its figure for ordinary recompute, and what grows with the number of layers."""
+
+import pytest
+
+from benchmarks.working_set import peak_bytes, working_set
+
+
+def test_ordinary_recompute_needs_a_whole_layer():
+    # Seven tensors of intermediate size (3.5 x hidden) at the MLP's backward, and the rest of the layer.
+    assert 7 * 3.5 < working_set("recompute") == pytest.approx(32.8, rel=0.01)
+
+
+def test_what_lies_on_the_host_is_left_out():
+    sizes = {"size": "cpu-small", "seq_len": 8192, "chunks": 4}
+    growth_on_device, growth_on_host = (
+        peak_bytes(name, 8, **sizes) - peak_bytes(name, 4, **sizes) for name in ("mst_ds", "mst_ds, offload")
+    )
+    # Of 4 more layers in fp32: input, output of attention and log-sum-exp (one for each of 8 heads); gradients.
+    kept = 4 * 4 * 8192 * (512 + 512 + 8)
+    gradients = 4 * 4 * (3 * 512 * 1792 + 2 * 512 * 512 + 2 * 512 * 128 + 2 * 512)
+    assert growth_on_device == pytest.approx(kept, rel=0.05)
+    assert growth_on_host == pytest.approx(gradients, rel=0.05)

@@ -1,0 +1,75 @@
+"""Small models and the plans of them, by term."""
+
+from transformers import Gemma2Config, GPTNeoXConfig, LlamaConfig, Qwen2MoeConfig
+
+from mst_ds.config import GIB
+from mst_ds.planner import make_plan
+
+HIDDEN, INTERMEDIATE, LAYERS, VOCAB = 64, 192, 3, 1000
+MODEL = LlamaConfig(
+    hidden_size=HIDDEN,
+    intermediate_size=INTERMEDIATE,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    vocab_size=VOCAB,
+)
+SIZES = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": INTERMEDIATE,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 8,
+    "vocab_size": VOCAB,
+}
+# The first layer is dense; the others have 10 experts, 3 of them for each token, and one that all share.
+EXPERTS = Qwen2MoeConfig(
+    **SIZES,
+    num_key_value_heads=2,
+    mlp_only_layers=[0],
+    num_experts=10,
+    num_experts_per_tok=3,
+    moe_intermediate_size=24,
+    shared_expert_intermediate_size=40,
+    output_router_logits=True,
+)
+GEMMA2 = Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=8)
+GPT_NEOX = GPTNeoXConfig(**SIZES)
+PARAMETERS = 2 * VOCAB * HIDDEN + HIDDEN + LAYERS * (HIDDEN * (2.5 * HIDDEN + 3 * INTERMEDIATE) + 2 * HIDDEN)
+
+
+def plan_of(
+    stage=3, *, model=MODEL, mst=None, dtype="bf16", world_size=4, seq_len=4000, sp_size=1, rank=0, **ds_config
+):
+    zero = {"stage": stage, "reduce_bucket_size": 1000, "stage3_prefetch_bucket_size": 500} | ds_config.pop("zero", {})
+    ds_config = {dtype: {"enabled": True}, "zero_optimization": zero, "mst": mst or {}} | ds_config
+    return make_plan(
+        model,
+        ds_config,
+        world_size=world_size,
+        seq_len=seq_len,
+        device_memory=GIB,
+        sp_size=sp_size,
+        rank=rank,
+    )
+
+
+WIDE = 1000  # so wide that the MLP is more than a norm
+
+
+def wide_llama():
+    return LlamaConfig(**MODEL.to_dict() | {"intermediate_size": WIDE})
+
+
+def experts_with(**changes):
+    return Qwen2MoeConfig(**EXPERTS.to_dict() | changes)
+
+
+def terms_of(plan, phase_name):
+    (phase,) = (phase for phase in plan.phases if phase.name == phase_name)
+    names = [term.name for term in phase.terms]
+    assert len(names) == len(set(names)), "a term counts once in a phase"
+    return {term.name: term for term in phase.terms}
+
+
+def bytes_of(plan, phase_name):
+    return {name: term.bytes for name, term in terms_of(plan, phase_name).items()}
