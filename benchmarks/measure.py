@@ -64,20 +64,14 @@ class Bench:
             inputs = self.inputs_embeds.detach().requires_grad_()
             contender.hidden_states(inputs).backward(self.output_gradient)
 
-    def gradients(self, contender: Contender, part: Part) -> dict[str, Tensor]:
-        """By parameter, on the host; without those that the part does not reach."""
-        self.run(contender, part)
-        return self._found_gradients()
-
-    def _found_gradients(self) -> dict[str, Tensor]:
-        named = self.model.named_parameters()
-        return {name: p.grad.to("cpu", copy=True) for name, p in named if p.grad is not None and p.grad.any()}
-
     def examine(self, contender: Contender, part: Part) -> tuple[dict[str, Tensor], int, Counts]:
-        """Gradients, `peak_bytes` and what is computed, all of one run: long sequences take minutes."""
+        """Gradients by parameter, on the host, without those that the part does not reach; `peak_bytes`; and what is
+        computed: all of one run, because long sequences take minutes."""
         found: list[int] = []
         counts = count_flops(lambda: found.append(self.peak_bytes(contender, part)))
-        return self._found_gradients(), found[0], counts
+        named = self.model.named_parameters()
+        gradients = {name: p.grad.to("cpu", copy=True) for name, p in named if p.grad is not None and p.grad.any()}
+        return gradients, found[0], counts
 
     def seconds(self, contender: Contender, part: Part) -> float:
         """The time of one run."""
@@ -111,10 +105,11 @@ def measure(bench: Bench, names: Sequence[str], work: Work, part: Part, rounds: 
         ValueError: a contender's gradients are not the ordinary model's.
     """
     contenders = [bench.contender(name, work) for name in names]
-    expected = bench.gradients(bench.contender("recompute", work), part)
+    expected, *of_recompute = bench.examine(bench.contender("recompute", work), part)
     examined = {}
     for contender in contenders:
-        gradients, peak, counts = bench.examine(contender, part)
+        is_reference = contender.name == "recompute"
+        gradients, peak, counts = (expected, *of_recompute) if is_reference else bench.examine(contender, part)
         error = _worst_error(gradients, expected, contender.name, bench.tolerance)
         examined[contender.name] = error, peak, counts
     seconds: dict[str, list[float]] = {c.name: [] for c in contenders}

@@ -134,6 +134,8 @@ def apply_plan(model: Model, plan: Plan, *, sequence_group: dist.ProcessGroup | 
     parts = find_parts(model, plan)
     base = _without_adapters(model, plan)
     group = _sequence_group(plan, sequence_group)
+    if group is not None:
+        _require_agreement(plan, group)
     undo = _Undo()
     base.__dict__[_UNDO] = undo
     store = HostStore() if plan.offload_activations else DeviceStore()
@@ -215,6 +217,21 @@ def _sequence_group(plan: Plan, given: dist.ProcessGroup | SequenceGroup | None)
     if given is None:
         return new_sequence_group(plan.topology)
     return ProcessSequenceGroup(given) if isinstance(given, dist.ProcessGroup) else given
+
+
+def _require_agreement(plan: Plan, group: SequenceGroup) -> None:
+    """Refuse plans under which the ranks of a sequence would exchange different things, and wait for each other."""
+    values = {name: getattr(plan, name) for name in ("recompute", "keep_attention", "head_groups")}
+    mine = torch.tensor([int(value) for value in values.values()])
+    if dist.is_initialized() and dist.get_backend() != "gloo":
+        mine = mine.to(torch.accelerator.current_accelerator())
+    for rank, theirs in enumerate(group.all_gather(mine)):
+        for (name, value), other in zip(values.items(), theirs.tolist(), strict=True):
+            if int(value) != other:
+                raise ValueError(
+                    f"{name} is {value} on rank {group.rank} of the sequence group and {type(value)(other)} on rank "
+                    f'{rank}, which would wait for each other: set {name} in the "mst" block'
+                )
 
 
 def _chunk_mlp(mlp: Chunkable, plan: Plan, recompute: LayerRecompute, undo: _Undo) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mst_ds.config import Auto, MstConfig
+from mst_ds.config import AUTO, Auto, MstConfig
 from mst_ds.planner import Plan
 from mst_ds.topology import Topology, shard_length
 
-# One chunk, some of unequal length, and many.
-_CHUNKS = (1, 4, 64)
+# One chunk, some of unequal length, and many; with these (keep_attention, offload_activations, head_groups).
+_CHUNKS = {1: (False, False, 1), 4: (True, False, 1), 64: (True, True, 2)}
 _SP_SIZES = (1, 2)
-# Of a run's own numbers: two ranks stand for any that share a sequence, three chunks for a first, a middle and a last.
-_SEVERAL_RANKS, _SEVERAL_CHUNKS = 2, 3
+# Of a run's own numbers: two ranks stand for any that share a sequence, three chunks for a first, a middle and a last,
+# two groups of heads for several.
+_SEVERAL_RANKS, _SEVERAL_CHUNKS, _SEVERAL_GROUPS = 2, 3, 2
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,22 @@ class Setting:
     loss_chunks: int
     recompute: bool
     packed: bool
+    keep_attention: bool = False
+    offload_activations: bool = False
+    head_groups: int = 1
 
     def __str__(self) -> str:
         chunks = f"{self.mlp_chunks} chunk{'s' * (self.mlp_chunks > 1)}"
         if self.mlp_chunks != self.loss_chunks:
             chunks = f"mlp_chunks {self.mlp_chunks}, loss_chunks {self.loss_chunks}"
-        recompute = ["recompute"] if self.recompute else []
-        return ", ".join([f"sp {self.sp_size}", chunks, *recompute, "packed" if self.packed else "padded"])
+        chosen = {
+            "recompute": self.recompute,
+            "attention kept": self.keep_attention,
+            "offload": self.offload_activations,
+            f"{self.head_groups} head groups": self.head_groups > 1,
+        }
+        kept = [name for name, is_chosen in chosen.items() if is_chosen]
+        return ", ".join([f"sp {self.sp_size}", chunks, *kept, "packed" if self.packed else "padded"])
 
     def plan(self, sp_rank: int, *, seq_len: int, batch_size: int) -> Plan:
         """The plan of one rank of a single sequence group, without the planner's search and its memory terms."""
@@ -46,6 +56,9 @@ class Setting:
             mlp_chunks=self.mlp_chunks,
             loss_chunks=self.loss_chunks,
             recompute=self.recompute,
+            keep_attention=self.keep_attention,
+            offload_activations=self.offload_activations,
+            head_groups=self.head_groups,
             attention="sdpa",
             device_memory=0,
             phases=(),
@@ -64,23 +77,34 @@ def setting_of_run(plan: Plan, *, packed: bool) -> Setting:
         loss_chunks=min(plan.loss_chunks, _SEVERAL_CHUNKS),
         recompute=plan.recompute,
         packed=packed,
+        keep_attention=plan.keep_attention,
+        offload_activations=plan.offload_activations,
+        head_groups=min(plan.head_groups, _SEVERAL_GROUPS),
     )
 
 
 def settings_to_try(mst: MstConfig, *, packed: bool) -> list[Setting]:
     """One rank and two, few chunks and many; where the "mst" block asks for 1 of them, only that."""
-    settings = [
-        Setting(
-            sp_size=sp_size,
-            mlp_chunks=_at_most(mst.mlp_chunks, chunks),
-            loss_chunks=_at_most(mst.loss_chunks, chunks),
-            recompute=mst.recompute is not False,
-            packed=packed,
-        )
-        for sp_size in sorted({_at_most(mst.sp_size, sp_size) for sp_size in _SP_SIZES})
-        for chunks in _CHUNKS
-    ]
+    recompute = mst.recompute is not False
+    settings = []
+    for sp_size in sorted({_at_most(mst.sp_size, sp_size) for sp_size in _SP_SIZES}):
+        for chunks, (keep_attention, offload_activations, head_groups) in _CHUNKS.items():
+            setting = Setting(
+                sp_size=sp_size,
+                mlp_chunks=_at_most(mst.mlp_chunks, chunks),
+                loss_chunks=_at_most(mst.loss_chunks, chunks),
+                recompute=recompute,
+                packed=packed,
+                keep_attention=recompute and _asked(mst.keep_attention, keep_attention),
+                offload_activations=recompute and _asked(mst.offload_activations, offload_activations),
+                head_groups=_at_most(mst.head_groups, head_groups) if sp_size > 1 else 1,
+            )
+            settings.append(setting)
     return list(dict.fromkeys(settings))
+
+
+def _asked(asked: bool | Auto, tried: bool) -> bool:
+    return tried if asked == AUTO else bool(asked)
 
 
 def _at_most(asked: int | Auto, tried: int) -> int:

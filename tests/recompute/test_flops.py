@@ -1,0 +1,85 @@
+"""What a step computes: attention once where it is kept, of the MLP in the backward only gate and up again."""
+
+import copy
+
+import pytest
+import torch
+from tiny import tiny_llama, tiny_plan
+from transformers import Gemma2Config, Gemma2ForCausalLM, Olmo2Config, Olmo2ForCausalLM
+
+from benchmarks.flops import count_flops
+from mst_ds import apply_plan
+
+LENGTH, HIDDEN, LAYERS = 32, 48, 3
+DIMENSIONS = {
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 99,
+    "pad_token_id": 0,
+}
+IDS = torch.arange(LENGTH)[None]
+
+
+def llama(intermediate_size):
+    return tiny_llama(num_hidden_layers=LAYERS, intermediate_size=intermediate_size)
+
+
+def olmo2(intermediate_size):
+    torch.manual_seed(0)
+    return Olmo2ForCausalLM(Olmo2Config(**DIMENSIONS, intermediate_size=intermediate_size)).train()
+
+
+def gemma2(intermediate_size):
+    torch.manual_seed(0)
+    # transformers' own sdpa attention has no softcap.
+    caps = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+    return Gemma2ForCausalLM(Gemma2Config(**DIMENSIONS, **caps, intermediate_size=intermediate_size)).train()
+
+
+def step_counts(model, **settings):
+    model = apply_plan(copy.deepcopy(model), tiny_plan(**settings))
+    return count_flops(lambda: model(input_ids=IDS, labels=IDS).loss.backward())
+
+
+def products_of_the_mlp(make, **settings):
+    """A step's products of an MLP, in units of one of its projections: what grows with the intermediate size."""
+    few, many = (step_counts(make(size), **settings).matrix for size in (64, 96))
+    return (many - few) / (2 * LENGTH * HIDDEN * (96 - 64) * LAYERS)
+
+
+@pytest.mark.parametrize("offload", [False, True], ids=["device", "host"])
+@pytest.mark.parametrize("mlp_chunks", [1, 4])
+def test_kept_attention_runs_once(mlp_chunks, offload):
+    counts = step_counts(llama(64), keep_attention=True, offload_activations=offload, mlp_chunks=mlp_chunks)
+    assert (counts.attention_forwards, counts.attention_backwards) == (LAYERS, LAYERS)
+
+
+def test_attention_that_is_not_kept_runs_twice():
+    counts = step_counts(llama(64), keep_attention=False)
+    assert (counts.attention_forwards, counts.attention_backwards) == (2 * LAYERS, LAYERS)
+
+
+def test_without_recompute_attention_runs_once():
+    counts = step_counts(llama(64), recompute=False, keep_attention=False)
+    assert (counts.attention_forwards, counts.attention_backwards) == (LAYERS, LAYERS)
+
+
+@pytest.mark.parametrize("recompute", [True, False], ids=["recompute", "no recompute"])
+@pytest.mark.parametrize("mlp_chunks", [1, 4])
+def test_down_projection_is_never_computed_again(mlp_chunks, recompute):
+    # 3 in the forward; in the backward gate and up again, and two gradients for each of the three.
+    settings = {"recompute": recompute, "keep_attention": recompute, "mlp_chunks": mlp_chunks}
+    assert products_of_the_mlp(llama, **settings) == 11
+
+
+@pytest.mark.parametrize("make", [olmo2, gemma2])
+def test_a_norm_after_the_mlp_needs_its_output_again(make):
+    assert products_of_the_mlp(make, keep_attention=True) == 14
+
+
+def test_kept_attention_runs_once_where_a_norm_follows_it_too():
+    counts = step_counts(olmo2(64), keep_attention=True)
+    assert (counts.attention_forwards, counts.attention_backwards) == (LAYERS, LAYERS)
