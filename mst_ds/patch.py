@@ -125,16 +125,18 @@ def apply_plan(model: Model, plan: Plan, *, sequence_group: dist.ProcessGroup | 
     loop runs inside one gather.
 
     Args:
-        sequence_group: the ranks that share a sequence; None creates them (a collective call) when sp_size > 1.
+        sequence_group: the ranks that share a sequence; None creates them when sp_size > 1. Among processes both are
+            collective calls: plans are compared.
 
     Raises:
-        ValueError: the model is patched already, or is built in a way for which the patched model would not be exact.
+        ValueError: the model is patched already, or is built in a way for which the patched model would not be exact;
+            or ranks of a sequence have plans under which they would wait for each other.
     """
     # Everything that can be refused is refused before anything is changed.
     parts = find_parts(model, plan)
     base = _without_adapters(model, plan)
     group = _sequence_group(plan, sequence_group)
-    if group is not None:
+    if isinstance(group, ProcessSequenceGroup):
         _require_agreement(plan, group)
     undo = _Undo()
     base.__dict__[_UNDO] = undo
@@ -219,11 +221,11 @@ def _sequence_group(plan: Plan, given: dist.ProcessGroup | SequenceGroup | None)
     return ProcessSequenceGroup(given) if isinstance(given, dist.ProcessGroup) else given
 
 
-def _require_agreement(plan: Plan, group: SequenceGroup) -> None:
+def _require_agreement(plan: Plan, group: ProcessSequenceGroup) -> None:
     """Refuse plans under which the ranks of a sequence would exchange different things, and wait for each other."""
     values = {name: getattr(plan, name) for name in ("recompute", "keep_attention", "head_groups")}
     mine = torch.tensor([int(value) for value in values.values()])
-    if dist.is_initialized() and dist.get_backend() != "gloo":
+    if dist.get_backend(group.process_group) != "gloo":
         mine = mine.to(torch.accelerator.current_accelerator())
     for rank, theirs in enumerate(group.all_gather(mine)):
         for (name, value), other in zip(values.items(), theirs.tolist(), strict=True):

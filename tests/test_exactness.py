@@ -33,7 +33,7 @@ def make_engine(
     *,
     stage: int,
     reduce_scatter: bool = True,
-    dimensions: dict[str, int],
+    dimensions: dict[str, Any],
     keep_gathered: bool = True,
     **settings: Any,
 ) -> Any:
@@ -82,7 +82,7 @@ def train_sharded(
     batch_size: int,
     micro_batches: int = 1,
     steps: int = STEPS,
-    dimensions: dict[str, int] | None = None,
+    dimensions: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Outcome:
     """Train on `batch_size` samples, split over the data-parallel ranks and micro-batches."""
@@ -113,6 +113,7 @@ def every_stage(rank: int, world_size: int, sp_size: int, batch_size: int) -> di
     for stage, reduce_scatter in itertools.product(range(4), (True, False)):
         if stage == 0 and not reduce_scatter:
             continue  # ZeRO-0 has no such setting
+        recompute = stage % 2 == 1
         outcomes[f"ZeRO-{stage} reduce_scatter={reduce_scatter}"] = train_sharded(
             topology,
             batch_size=batch_size,
@@ -120,7 +121,10 @@ def every_stage(rank: int, world_size: int, sp_size: int, batch_size: int) -> di
             reduce_scatter=reduce_scatter,
             mlp_chunks=2 + 3 * rank,
             loss_chunks=1 + 2 * rank,
-            recompute=stage % 2 == 1,
+            recompute=recompute,
+            keep_attention=recompute and reduce_scatter,
+            offload_activations=stage == 3,
+            head_groups=1 + stage % 2,
         )
     return outcomes
 
@@ -176,6 +180,27 @@ def test_accumulation_equals_one_large_batch() -> None:
     reference = plain_training(tiny_llama(), samples(4, SEQ_LEN), STEPS)
     for outcome in run_ranks(accumulate, 2, 4)[0]:
         assert_exact(outcome, reference)
+
+
+def with_dropout(rank: int, sp_size: int) -> list[Outcome]:
+    kept = ({"recompute": False}, {}, {"keep_attention": True}, {"keep_attention": True, "offload_activations": True})
+    outcomes = []
+    for settings in kept:
+        torch.manual_seed(rank)
+        dropout = {"attention_dropout": 0.2}
+        outcomes.append(
+            train_sharded(Topology(rank, 2, sp_size), batch_size=2, stage=3, dimensions=dropout, **settings)
+        )
+    return outcomes
+
+
+@pytest.mark.parametrize("sp_size", [1, 2])
+def test_what_is_kept_changes_no_dropout_under_zero3(sp_size: int) -> None:
+    first, *others = run_ranks(with_dropout, 2, sp_size)[0]
+    plain = plain_training(tiny_llama(), samples(2, SEQ_LEN), STEPS)
+    assert first.worst_gradient_error(plain)[0] > 1e-2, "nothing was dropped"
+    for outcome in others:
+        assert_exact(outcome, first)
 
 
 NINE_HEADS = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72}

@@ -209,7 +209,9 @@ def structure_of(norm):
 def assert_exact(model):
     batch = make_batch(30)
     expected = loss_and_gradients(model, **batch)
-    assert_close(loss_and_gradients(apply_plan(copy.deepcopy(model), tiny_plan(keep_attention=True)), **batch), expected)
+    assert_close(
+        loss_and_gradients(apply_plan(copy.deepcopy(model), tiny_plan(keep_attention=True)), **batch), expected
+    )
 
 
 def test_an_rms_norm_of_another_class_is_one():

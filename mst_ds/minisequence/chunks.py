@@ -40,6 +40,11 @@ def chunks_in_cache(tensor: torch.Tensor) -> int:
     return max(1, -(-tensor.numel() // elements))
 
 
+def slices_in_cache(tensor: torch.Tensor) -> Iterator[slice]:
+    """Slices of the rows of (T, C) for elementwise work."""
+    return chunk_slices(tensor.shape[0], chunks_in_cache(tensor))
+
+
 class Scratch:
     """Memory that each chunk uses again: fresh memory costs a CPU as much time as a tenth of the product it takes."""
 

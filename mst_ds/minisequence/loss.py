@@ -18,8 +18,8 @@ from .chunks import (
     autocast_disabled,
     cast_for_autocast,
     chunk_slices,
-    chunks_in_cache,
     require_gathered,
+    slices_in_cache,
     zeros_for_accumulation,
 )
 from .linear_sums import SumLinearGradients, gradients_of
@@ -314,7 +314,7 @@ def _cross_entropy_(logits: Tensor, labels: Tensor, ignore_index: int, factor: T
     """
     losses = torch.empty_like(logits[:, 0])
     # A few rows at a time, which stay in a CPU's cache from one pass over them to the next.
-    for rows in chunk_slices(len(labels), chunks_in_cache(logits)):
+    for rows in slices_in_cache(logits):
         part, ignored = logits[rows], labels[rows] == ignore_index
         targets = labels[rows].masked_fill(ignored, 0).unsqueeze(-1)
         part -= part.amax(-1, keepdim=True)

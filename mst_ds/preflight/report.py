@@ -10,7 +10,7 @@ from mst_ds.preflight.check import Check, Report
 def report_table(report: Report) -> Table:
     """A table for rich: each setting with its errors, and what they mean."""
     table = Table(title=_subject(report), title_justify="left")
-    table.add_column("setting", no_wrap=True)
+    table.add_column("setting", max_width=36)
     table.add_column("loss", justify="right", no_wrap=True)
     table.add_column("worst gradient", justify="right", no_wrap=True)
     table.add_column("result")

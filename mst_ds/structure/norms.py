@@ -60,6 +60,12 @@ class OtherNormStructure:
 NormStructure: TypeAlias = RMSNormStructure | OtherNormStructure
 
 
+# What a module's own settings are; tensors and objects may differ where these do not.
+_PLAIN = (bool, int, float, str, tuple, type(None))
+# Small tokens, for which epsilon matters, and large ones, which a clamp would change.
+_SCALES = (1e-3, 1.0, 1e3)
+
+
 def find_norms(model: PreTrainedModel) -> list[NormStructure]:
     """The modules that have vectors for weights and nothing else, and work token by token: norms.
 
@@ -70,13 +76,14 @@ def find_norms(model: PreTrainedModel) -> list[NormStructure]:
     with probe.isolated_rng():
         for module in model.modules():
             widths = {probe.shape_of(parameter) for parameter in module.parameters()}
-            if any(module.children()) or len(widths) != 1 or probe.is_changed_by_user(module):
+            has_more = [*module.children(), *module.buffers()]
+            if has_more or len(widths) != 1 or probe.is_changed_by_user(module):
                 continue
             (shape,) = widths
-            if len(shape) != 1:
+            if len(shape) != 1 or shape[0] == 1:
                 continue
-            numbers = sorted((name, value) for name, value in module.__dict__.items() if isinstance(value, float))
-            kind = (type(module), shape, *numbers, *(name for name, _ in module.named_parameters()))
+            settings = [(name, value) for name, value in module.__dict__.items() if isinstance(value, _PLAIN)]
+            kind = (type(module), shape, *sorted(settings, key=str), *(name for name, _ in module.named_parameters()))
             if kind not in kinds:
                 kinds[kind] = _norm_like(module, shape[0])
             like = kinds[kind]
@@ -93,13 +100,15 @@ def _norm_like(module: nn.Module, width: int) -> NormStructure | None:
     names = [name for name, _ in module.named_parameters()]
     epsilons = [value for value in module.__dict__.values() if isinstance(value, float)]
     small, hidden = next(iter(probe.miniatures(module, width)))
-    # Small tokens too: for large ones epsilon makes no difference.
-    x = probe.small_and_large_tokens(probe.ROWS, probe.LENGTH, hidden) * 1e-3
+    tokens = probe.small_and_large_tokens(probe.ROWS, probe.LENGTH, hidden)
     forward = functools.partial(type(small).forward, small)
     for epsilon in epsilons if len(names) == 1 else []:
         for offset in (0.0, 1.0):
             candidate = RMSNormStructure(small, names[0], epsilon, offset)
             # A norm computes in fp32, whatever it is given.
-            if probe.is_same(candidate.formula, forward, [x], list(small.parameters()), tolerance=1e-5):
+            if all(
+                probe.is_same(candidate.formula, forward, [tokens * scale], list(small.parameters()), tolerance=1e-5)
+                for scale in _SCALES
+            ):
                 return RMSNormStructure(module, names[0], epsilon, offset)
     return OtherNormStructure(module)

@@ -177,6 +177,8 @@ def _miniature(module: nn.Module, sizes: Mapping[int, int]) -> nn.Module:
     for name, value in module.__dict__.items():
         if type(value) is int:
             clone.__dict__[name] = sizes.get(value, value)
+        elif type(value) is tuple and all(type(size) is int for size in value):  # the shape that a LayerNorm has
+            clone.__dict__[name] = tuple(sizes.get(size, size) for size in value)
     config = getattr(module, "config", None)
     if getattr(config, "_experts_implementation", None) is not None:
         clone.__dict__["config"] = copy.copy(config)

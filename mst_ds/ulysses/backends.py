@@ -50,7 +50,8 @@ class _Sdpa:
             return attend_with_sink_token(self, query, key, value, spec)
         if spec.window is None:
             return _sdpa_causal(query, key, value, spec)
-        if self._mask is None:
+        # Groups of heads may differ in how many query heads share a key.
+        if self._mask is None or len(self._mask) != query.shape[1] // key.shape[1]:
             self._mask = window_mask(query, key, spec)
         return attend_in_windows(_sdpa_causal, query, key, value, spec, self._mask)
 

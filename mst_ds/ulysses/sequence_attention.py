@@ -194,6 +194,7 @@ class _SequenceAttention(torch.autograd.Function):
                 found = attention.documents.backward(of_group, gathered, *of_output)
                 del gathered, of_output
                 attention.scatter_gradients(found, head_group, grads)
+                del found
         return None, None, *(grad.to(tensor.dtype) for grad, tensor in zip(grads, tensors, strict=True))
 
 

@@ -35,9 +35,7 @@ def unchunked(module, tensors):
 def chunked(module, offset, chunks, tensors):
     weight = tensors["weight"]
     function = functools.partial(of_module, module, weight)
-    return chunked_rms_norm(
-        tensors["x"], weight, function=function, epsilon=EPSILON, offset=offset, chunks=chunks
-    )
+    return chunked_rms_norm(tensors["x"], weight, function=function, epsilon=EPSILON, offset=offset, chunks=chunks)
 
 
 @functools.cache
@@ -99,7 +97,9 @@ def test_input_that_is_not_contiguous():
     def function(leaves):
         return chunked(module, 0.0, 4, {**leaves, "x": leaves["x"].transpose(0, 1)})
 
-    found = value_and_gradients(function, turned, torch.float32, grad_output.transpose(0, 1).contiguous().transpose(0, 1))
+    found = value_and_gradients(
+        function, turned, torch.float32, grad_output.transpose(0, 1).contiguous().transpose(0, 1)
+    )
     found["x"] = found["x"].transpose(0, 1)
     assert_within_budget(found, reference, truth)
 

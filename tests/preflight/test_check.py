@@ -113,7 +113,7 @@ def test_scaled_gradient_of_the_last_hidden_states(monkeypatch: pytest.MonkeyPat
 def test_scaled_gradient_inside_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tied weight is off as well, since what reaches the embeddings is: that is not the head's doing."""
     # Of the query: (batch, heads, length of the shard, head dim).
-    scale_gradient(monkeypatch, mst_ds.ulysses.all_to_all._SequenceToHeads, 2, 8, 21, 4)
+    scale_gradient(monkeypatch, mst_ds.ulysses.sequence_attention._SequenceAttention, 2, 8, 21, 4)
     said = defect(PACKED, tie_word_embeddings=True)
     assert said.startswith("model.layers.1.self_attn: the gradient of its input is off by ")
 
@@ -307,7 +307,8 @@ def test_a_run_is_refused_before_it_starts(packed: bool, monkeypatch: pytest.Mon
     scale_gradient(monkeypatch, mst_ds.minisequence.mlp._ChunkedMLP, 32, 40)
     assert refusal(lambda: require_exact(config(), plan, packed=packed)) == (
         "preflight: LlamaForCausalLM is not exact: model.layers.1.mlp: the gradient of its down_proj.weight is off by "
-        "1.0e-03 (relative), at sp 2, mlp_chunks 3, loss_chunks 1, recompute, " + ("packed" if packed else "padded")
+        "1.0e-03 (relative), at sp 2, mlp_chunks 3, loss_chunks 1, recompute, attention kept, "
+        + ("packed" if packed else "padded")
     )
 
 
@@ -322,6 +323,9 @@ def test_settings_to_try() -> None:
         (2, 64, 64),
     ]
     assert all(setting.recompute and setting.packed for setting in tried)
+    kept = [(setting.keep_attention, setting.offload_activations, setting.head_groups) for setting in tried]
+    assert kept[:3] == [(False, False, 1), (True, False, 1), (True, True, 1)]
+    assert kept[3:] == [(False, False, 1), (True, False, 1), (True, True, 2)]
 
 
 def test_settings_that_the_json_rules_out_are_not_tried() -> None:
@@ -332,9 +336,12 @@ def test_settings_that_the_json_rules_out_are_not_tried() -> None:
         (1, 1, 64),
     ]
     assert not any(setting.recompute or setting.packed for setting in tried)
-    assert settings_to_try(MstConfig(loss_chunks=1, mlp_chunks=1, sp_size=2), packed=True) == [
-        Setting(1, 1, 1, True, True),
-        Setting(2, 1, 1, True, True),
+    assert not any(setting.keep_attention or setting.offload_activations for setting in tried)
+    mst = MstConfig(loss_chunks=1, mlp_chunks=1, sp_size=2, keep_attention=True, offload_activations=False)
+    assert settings_to_try(mst, packed=True) == [
+        Setting(1, 1, 1, True, True, keep_attention=True),
+        Setting(2, 1, 1, True, True, keep_attention=True),
+        Setting(2, 1, 1, True, True, keep_attention=True, head_groups=2),
     ]
 
 

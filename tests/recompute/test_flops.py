@@ -41,7 +41,11 @@ def gemma2(intermediate_size):
 
 def step_counts(model, **settings):
     model = apply_plan(copy.deepcopy(model), tiny_plan(**settings))
-    return count_flops(lambda: model(input_ids=IDS, labels=IDS).loss.backward())
+
+    def step():
+        model(input_ids=IDS, labels=IDS).loss.backward()
+
+    return count_flops(step)
 
 
 def products_of_the_mlp(make, **settings):

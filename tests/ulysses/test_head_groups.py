@@ -1,0 +1,145 @@
+"""Attention over shards, heads in groups: exact for any heads, and only one group's gathered tensors are alive."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from dense_attention import dense_attention, heads
+from live_memory import LiveMemory
+
+from mst_ds.recompute import HostStore, LayerRecompute
+from mst_ds.ulysses import run_simulated
+from mst_ds.ulysses.backends import causal_backend
+from mst_ds.ulysses.documents import DocumentAttention
+from mst_ds.ulysses.layout import HeadLayout
+from mst_ds.ulysses.sequence_attention import SequenceAttention
+from mst_ds.ulysses.spec import AttentionSpec
+
+LENGTH, SCALING = 36, 0.3
+# Both rows have other documents; shards of 18 or 12 meet inside of documents.
+STARTS = [[0, 7, 25], [0, 31]]
+
+
+def on_shards(tensors, sinks, grad_output, sp_size, head_groups, recompute_settings=None, starts=None, window=None):
+    """Output and gradients of the whole sequence; `recompute_settings` None means no recompute."""
+    layout = HeadLayout(tensors[0].shape[1], tensors[1].shape[1], sp_size, head_groups)
+
+    def run(group):
+        documents = DocumentAttention(causal_backend("sdpa"), AttentionSpec(SCALING, window=window), starts)
+        part = [t.detach().chunk(sp_size, dim=2)[group.rank].clone().requires_grad_() for t in tensors]
+        own_sinks = None if sinks is None else sinks.detach().clone().requires_grad_()
+        attention = SequenceAttention(documents, None if sp_size == 1 else group, layout)
+        if recompute_settings is None:
+            output = attention(*part, own_sinks)
+        else:
+            recompute = LayerRecompute(**recompute_settings)
+            output = recompute.run_layer(lambda *given: attention(*given, recompute=recompute) * 1, *part, own_sinks)
+        output.backward(grad_output.chunk(sp_size, dim=1)[group.rank])
+        return [output.detach(), *(t.grad for t in part)], None if sinks is None else own_sinks.grad
+
+    results = run_simulated(run, sp_size)
+    found = [
+        torch.cat(parts, dim=dim)
+        for dim, parts in zip((1, 2, 2, 2), zip(*(r[0] for r in results), strict=True), strict=True)
+    ]
+    return found if sinks is None else [*found, sum(r[1] for r in results)]
+
+
+def on_the_whole(tensors, sinks, grad_output, starts=None, window=None):
+    leaves = [t.detach().clone().requires_grad_() for t in (*tensors, *([] if sinks is None else [sinks]))]
+    given = leaves[3] if sinks is not None else None
+    output = dense_attention(*leaves[:3], scaling=SCALING, sinks=given, starts=starts, window=window)
+    output.backward(grad_output)
+    return [output.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def assert_exact(found, expected):
+    # fp64, sums in another order.
+    for actual, wanted in zip(found, expected, strict=True):
+        assert actual.shape == wanted.shape
+        assert (actual - wanted).norm() <= 1e-13 * wanted.norm()
+
+
+def case(num_heads, num_key_value_heads, dims=(8,), sinks=False):
+    torch.manual_seed(0)
+    tensors = heads(num_heads, num_key_value_heads, num_key_value_heads, length=LENGTH, dims=dims)
+    grad_output = torch.randn(2, LENGTH, num_heads, dims[-1], dtype=torch.float64)
+    return tensors, torch.randn(num_heads, dtype=torch.float64) if sinks else None, grad_output
+
+
+# Ranges that begin inside of a key/value head's queries, fewer key/value heads than ranks or groups, one head a group.
+@pytest.mark.parametrize("head_groups", [1, 2, 3])
+@pytest.mark.parametrize("sp_size", [2, 3])
+@pytest.mark.parametrize("counts", [(9, 3), (9, 9), (6, 1), (7, 7), (8, 4)], ids=str)
+def test_any_heads(counts, sp_size, head_groups):
+    given = case(*counts)
+    assert_exact(on_shards(*given, sp_size, head_groups), on_the_whole(*given))
+
+
+KINDS = {
+    "documents": {"starts": STARTS},
+    "window": {"window": 5},
+    "window and documents": {"window": 5, "starts": STARTS},
+}
+
+
+@pytest.mark.parametrize("sinks", [False, True], ids=["no sinks", "sinks"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("head_groups", [1, 3])
+def test_any_attention(head_groups, kind, sinks):
+    given = case(9, 3, sinks=sinks)
+    assert_exact(on_shards(*given, 2, head_groups, **KINDS[kind]), on_the_whole(*given, **KINDS[kind]))
+
+
+def test_values_of_another_width():
+    given = case(9, 3, dims=(8, 8, 4))
+    assert_exact(on_shards(*given, 2, 3), on_the_whole(*given))
+
+
+@pytest.mark.parametrize("offload", [False, True], ids=["device", "host"])
+@pytest.mark.parametrize("keep", [False, True], ids=["again", "kept"])
+@pytest.mark.parametrize(("sp_size", "head_groups"), [(1, 1), (2, 1), (2, 3)])
+@pytest.mark.parametrize("sinks", [False, True], ids=["no sinks", "sinks"])
+def test_in_a_layer_that_is_computed_again(sinks, sp_size, head_groups, keep, offload):
+    given = case(9, 3, sinks=sinks)
+    settings = {"keep_attention": keep, "store": HostStore() if offload else None}
+    found = on_shards(*given, sp_size, head_groups, settings, starts=STARTS)
+    assert_exact(found, on_the_whole(*given, starts=STARTS))
+
+
+def peaks(head_groups, sp_size=2, num_heads=8, length=256, dim=16):
+    """Of a forward and of a backward of rank 0, in units of one of its shards of the queries."""
+    unit = num_heads * length // sp_size * dim * 4
+    documents = DocumentAttention(causal_backend("sdpa"), AttentionSpec(SCALING), None)
+    attention_of = HeadLayout(num_heads, num_heads, sp_size, head_groups)
+
+    def run(group):
+        leaves = [torch.randn(1, num_heads, length // sp_size, dim, requires_grad=True) for _ in range(3)]
+        grad_output = torch.randn(1, length // sp_size, num_heads, dim)
+        # The meter is this thread's own; the other rank's tensors it does not see.
+        memory = LiveMemory()
+        with memory if group.rank == 0 else nullcontext():
+            output = SequenceAttention(documents, group, attention_of)(*leaves)
+            group.all_gather(torch.zeros(()))  # a simulated group holds what was exchanged last
+            forward, kept = memory.peak, memory.live
+            memory.reset_peak()
+            output.backward(grad_output)
+        return forward / unit, kept / unit, memory.peak / unit
+
+    return run_simulated(run, sp_size)[0]
+
+
+def test_gathered_tensors_of_one_group_are_alive():
+    forward, kept, backward = peaks(head_groups=1)
+    # The output, and the log-sum-exp: one number for each 16 of the output.
+    assert kept == pytest.approx(1 + 1 / 16, rel=0.01)
+    for head_groups in (2, 4):
+        of_forward, of_kept, of_backward = peaks(head_groups)
+        assert of_kept == pytest.approx(kept, rel=0.01)
+        # Beside what is kept all is gathered, sent or received for one group; a simulated group also holds what the
+        # group of heads before sent last, its output.
+        assert of_forward - kept <= (forward - kept + 1) / head_groups * 1.01
+        # In the backward the three gradients of the shard are there as well.
+        assert of_backward - kept - 3 <= (backward - kept - 3) / head_groups * 1.01
