@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from live_memory import LiveMemory
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from benchmarks.live_memory import LiveMemory
 
 KIB = 1024
 

@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_imports import imported_parts, modules, name_parts, top
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.step import parse_options
 from mst_ds.config import TrainConfig, parse_train_config
 from mst_ds.data import eval_batches, load_training_data
 from mst_ds.model_shape import load_model_config
@@ -88,6 +89,8 @@ def test_make_targets() -> None:
             assert name == "ARGS"
             if target == "train":
                 assert_flags_are_known(shlex.split(value))
+            elif target == "bench":
+                parse_options(shlex.split(value))
             else:
                 assert (ROOT / shlex.split(value)[0]).exists()
 
@@ -147,7 +150,7 @@ def test_flags_and_mst_keys_of_the_tables() -> None:
     assert flags <= vars(TrainConfig()).keys()
     keys = {name for name in names if not name.startswith("--")}
     load_ds_config({"mst": dict.fromkeys(keys, "auto")})
-    assert len(keys) == 6
+    assert len(keys) == 9
 
 
 def paths_named(page: Path) -> Iterator[str]:

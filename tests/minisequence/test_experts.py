@@ -13,9 +13,9 @@ from error_budget import (
     leaves,
     value_and_gradients,
 )
-from live_memory import LiveMemory
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.live_memory import LiveMemory
 from mst_ds.minisequence import chunked_experts
 
 EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 6, 2, 64, 96

@@ -15,10 +15,10 @@ from error_budget import (
     relative_error,
     value_and_gradients,
 )
-from live_memory import LiveMemory
 from plain_loss import HIDDEN, ONE, VOCAB, make_labels, make_tensors, plain_loss
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.live_memory import LiveMemory
 from mst_ds.minisequence import chunked_loss
 
 MIB = 2**20

@@ -12,12 +12,12 @@ from error_budget import (
     leaves,
     value_and_gradients,
 )
-from live_memory import LiveMemory
 from plain_loss import HIDDEN, ONE, VOCAB, make_labels, make_tensors, plain_loss
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrizations
 
+from benchmarks.live_memory import LiveMemory
 from mst_ds.minisequence import chunked_loss, chunked_loss_of_head
 
 RANK = 8

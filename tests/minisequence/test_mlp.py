@@ -14,9 +14,10 @@ from error_budget import (
     relative_error,
     value_and_gradients,
 )
-from live_memory import LiveMemory
 from plain_mlp import HIDDEN, INTERMEDIATE, make_tensors, our_mlp, plain_mlp
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from benchmarks.live_memory import LiveMemory
 
 MIB = 2**20
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from error_budget import assert_equal_but_for_order, assert_within_budget
-from live_memory import LiveMemory
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
+from benchmarks.live_memory import LiveMemory
 from mst_ds.minisequence import chunked_tokenwise
 from mst_ds.minisequence.chunks import chunk_slices
 

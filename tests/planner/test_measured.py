@@ -5,8 +5,8 @@ from functools import partial
 import pytest
 import torch
 import transformers
-from live_memory import LiveMemory
 
+from benchmarks.live_memory import LiveMemory
 from mst_ds import apply_plan, make_plan
 from mst_ds.config import GIB
 from mst_ds.recompute import stores

@@ -7,8 +7,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 from dense_attention import dense_attention, heads
-from live_memory import LiveMemory
 
+from benchmarks.live_memory import LiveMemory
 from mst_ds.recompute import HostStore, LayerRecompute
 from mst_ds.ulysses import run_simulated
 from mst_ds.ulysses.backends import causal_backend
