@@ -105,12 +105,12 @@ def measure(bench: Bench, names: Sequence[str], work: Work, part: Part, rounds: 
         ValueError: a contender's gradients are not the ordinary model's.
     """
     contenders = [bench.contender(name, work) for name in names]
-    expected, *of_recompute = bench.examine(bench.contender("recompute", work), part)
+    reference = bench.examine(bench.contender("recompute", work), part)
     examined = {}
     for contender in contenders:
         is_reference = contender.name == "recompute"
-        gradients, peak, counts = (expected, *of_recompute) if is_reference else bench.examine(contender, part)
-        error = _worst_error(gradients, expected, contender.name, bench.tolerance)
+        gradients, peak, counts = reference if is_reference else bench.examine(contender, part)
+        error = _worst_error(gradients, reference[0], contender.name, bench.tolerance)
         examined[contender.name] = error, peak, counts
     seconds: dict[str, list[float]] = {c.name: [] for c in contenders}
     for index in range(rounds):
