@@ -148,8 +148,11 @@ def _compute(work: _Work, output: Tensor, *inputs: Tensor | None) -> None:
         if gate_weight is None:
             product = activation(_project(scratch, "inner", x[rows], up_weight, up_bias))
         else:
-            product = activation(_project(scratch, "inner", x[rows], gate_weight, gate_bias))
-            product.mul_(_project(scratch, "inner", x[rows], up_weight, up_bias))
+            inner = _project(scratch, "inner", x[rows], gate_weight, gate_bias)
+            product = activation(inner)
+            # An activation may return what it was given.
+            is_inner = product.untyped_storage()._cdata == inner.untyped_storage()._cdata
+            product.mul_(_project(scratch, "up" if is_inner else "inner", x[rows], up_weight, up_bias))
         _linear(product, down_weight, down_bias, out=flat[rows])
         del product
 

@@ -53,6 +53,7 @@ def chunked_tokenwise(
     if is_recomputing:
         with torch.no_grad():
             output.copy_(_compute(function, chunks, inputs))
+        torch.clear_autocast_cache()
     return output
 
 

@@ -83,10 +83,13 @@ class _Table:
         # What is given in the backward, as it was laid out the first time.
         self._layouts = [_Layout.of(tensor) for tensor in inputs]
         self._memory = {_memory(tensor): place for place, tensor in enumerate(inputs)}
+        # Inputs may share their memory, as parts of one projection; given again they need not.
+        self._places = {(_memory(tensor), _Layout.of(tensor)): place for place, tensor in enumerate(inputs)}
         self._given: Sequence[Tensor] = ()
 
     def pack(self, tensor: Tensor) -> _Saved:
-        saved = _Saved(_Layout.of(tensor), self._memory.get(_memory(tensor)))
+        layout, memory = _Layout.of(tensor), _memory(tensor)
+        saved = _Saved(layout, self._places.get((memory, layout), self._memory.get(memory)))
         if saved.source is None:
             saved.tensor = tensor
             self._saved.append(saved)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from typing import Any, Protocol
 
@@ -62,9 +63,12 @@ class KeptOnDevice:
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor: Tensor | None = tensor.detach()
+        self._version = self._tensor._version
 
     def take(self) -> Tensor:
         tensor, self._tensor = self._tensor, None
+        if tensor is not None and tensor._version != self._version:
+            raise RuntimeError("what a layer keeps for its backward has been written to in place after its forward")
         return _taken_once(tensor)
 
 
@@ -79,7 +83,8 @@ class HostStore:
     def __init__(self) -> None:
         self._streams: dict[torch.device, Any] = {}
         self._leaving: deque[_OnHost] = deque()
-        self._last: _OnHost | None = None
+        # A layer lives as long as its call: what nobody will differentiate is neither held nor fetched.
+        self._last: weakref.ref[_OnHost] | None = None
 
     def begin_forward(self) -> None:
         while self._leaving:
@@ -91,7 +96,7 @@ class HostStore:
             self._leaving.popleft().wait_until_left()
         layer = _OnHost(self, self._last)
         self._leaving.append(layer)
-        self._last = layer
+        self._last = weakref.ref(layer)
         return layer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HostStore:
@@ -108,7 +113,7 @@ class HostStore:
 
 
 class _OnHost:
-    def __init__(self, store: HostStore, previous: _OnHost | None) -> None:
+    def __init__(self, store: HostStore, previous: weakref.ref[_OnHost] | None) -> None:
         self._store, self._previous = store, previous
         self._kept: list[_KeptOnHost] = []
 
@@ -124,9 +129,8 @@ class _OnHost:
             kept.wait_until_left()
 
     def begin_backward(self) -> None:
-        # The end of the chain is dropped, too: what is behind it has been taken.
         previous, self._previous = self._previous, None
-        for layer in (self, previous):
+        for layer in (self, previous() if previous is not None else None):
             if layer is not None:
                 layer.wait_until_left()
                 for kept in layer._kept:
@@ -159,6 +163,9 @@ class _KeptOnHost:
         if self._host is not None:
             self._fetched = torch.empty_like(self._host, device=self._device)
             self._event = self._copy(self._fetched, self._host)
+            if self._stream is not None:
+                # It may be dropped before it was taken: by a backward that ends early.
+                self._fetched.record_stream(self._stream)
             self._host = None  # torch gives pinned memory to nobody else before the copy is done
 
     def take(self) -> Tensor:

@@ -66,7 +66,9 @@ def test_bf16_error_does_not_grow_with_the_number_of_chunks():
     assert all(errors[512][name] <= 1.01 * errors[1][name] for name in truth), errors
 
 
-@pytest.mark.parametrize("activation", [F.gelu, functools.partial(F.gelu, approximate="tanh"), F.relu, torch.tanh])
+@pytest.mark.parametrize(
+    "activation", [F.gelu, functools.partial(F.gelu, approximate="tanh"), F.relu, torch.tanh, torch.nn.Identity()]
+)
 @pytest.mark.parametrize("gate", [True, False])
 def test_activations(activation, gate):
     tensors = make_tensors(torch.float64, (2, 37), gate=gate, hidden=16, intermediate=40)
