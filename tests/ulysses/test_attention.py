@@ -197,8 +197,9 @@ def peak_bytes(rank: int) -> list[int]:
 
 def test_memory_is_linear_in_the_length() -> None:
     for short, double in run_ranks(peak_bytes, 2):
-        # A mask of 2048 x 2048 booleans alone would add 4 MiB to some 3 MiB.
-        assert double <= 2.1 * short
+        # Measured: 1.6 to 2.12, by when ranks free what they exchanged. Masks of booleans would be 1 and 4 MiB more, on
+        # top of some 1.6 and 3.2: 2.8.
+        assert double <= 2.4 * short
 
 
 def refusals(rank: int) -> dict[str, str]:
