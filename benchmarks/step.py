@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size, console = SIZES[options.size], Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    settings = {key: value for key, value in vars(options).items() if key != "output"}
     kind = "longest" if options.longest else "step"
     path = options.output or RESULTS / f"{options.size}-{kind}-{device.type}.json"
     if options.longest:

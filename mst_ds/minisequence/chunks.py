@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -51,12 +51,12 @@ class Scratch:
     def __init__(self) -> None:
         self._tensors: dict[str, torch.Tensor] = {}
 
-    def empty(self, name: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """(rows, columns), in which stands what was last put under this name."""
+    def empty(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """A tensor of `shape`, (rows, columns), in which stands what was last put under this name."""
         known = self._tensors.get(name)
-        if known is None or known.shape[0] < rows:
-            known = self._tensors[name] = torch.empty(rows, columns, dtype=dtype, device=device)
-        return known[:rows]
+        if known is None or known.shape[0] < shape[0]:
+            known = self._tensors[name] = torch.empty(*shape, dtype=dtype, device=device)
+        return known[: shape[0]]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

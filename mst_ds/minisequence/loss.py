@@ -207,7 +207,7 @@ class _LinearHead:
         weight, self.bias = parameters
         assert weight is not None
         self.x, self.weight, (self.d_weight, self.d_bias) = x, weight, sums
-        self.output = scratch.empty("output", len(x), len(weight), x.dtype, x.device)
+        self.output = scratch.empty("output", (len(x), len(weight)), x.dtype, x.device)
         self.scratch = scratch
 
     def logits(self) -> Tensor:
@@ -221,7 +221,7 @@ class _LinearHead:
         dtype = accumulation_dtype(x.dtype)
         if dtype == x.dtype:
             return output
-        return self.scratch.empty("logits", *_size(output), dtype, x.device).copy_(output)
+        return self.scratch.empty("logits", output.shape, dtype, x.device).copy_(output)
 
     def add_gradients(self, d_logits: Tensor, dx: Tensor | None) -> None:
         """Add the parameters' gradients to `sums`, write the input's to `dx`."""
@@ -260,7 +260,7 @@ class _CallableHead:
         output = self.output.detach().squeeze(0)
         # A copy in any case: a head may return what autograd needs again, or its own parameter.
         dtype = accumulation_dtype(output.dtype)
-        return self.scratch.empty("logits", *_size(output), dtype, output.device).copy_(output)
+        return self.scratch.empty("logits", output.shape, dtype, output.device).copy_(output)
 
     def add_gradients(self, d_logits: Tensor, dx: Tensor | None) -> None:
         """Add the parameters' gradients to `sums`, write the input's to `dx`."""
@@ -291,11 +291,6 @@ class _LogitTransform(NamedTuple):
         logits.tanh_()
         slope = logits.square().neg_().add_(1).mul_(self.scale) if keep_slope else None
         return logits.mul_(self.softcap), slope
-
-
-def _size(tensor: Tensor) -> tuple[int, int]:
-    rows, columns = tensor.shape
-    return rows, columns
 
 
 def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -125,13 +125,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None =
     return torch.addmm(bias, x, weight.t(), out=out)
 
 
-def _size(tensor: Tensor) -> tuple[int, int]:
-    rows, columns = tensor.shape
-    return rows, columns
-
-
 def _project(scratch: Scratch, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _linear(x, weight, bias, out=scratch.empty(name, len(x), len(weight), x.dtype, x.device))
+    return _linear(x, weight, bias, out=scratch.empty(name, (len(x), len(weight)), x.dtype, x.device))
 
 
 def _compute(work: _Work, output: Tensor, *inputs: Tensor | None) -> None:
@@ -226,11 +221,11 @@ def _backward_chunk(
         inner = inner.detach().requires_grad_()
         activated = activation(inner)
     product = activated.detach()
-    d_inner_out = scratch.empty("d_inner_out", len(dy), down_weight.shape[1], dy.dtype, dy.device)
+    d_inner_out = scratch.empty("d_inner_out", (len(dy), down_weight.shape[1]), dy.dtype, dy.device)
     torch.mm(dy, down_weight, out=d_inner_out)
     d_up = None
     if up is not None:
-        d_up = torch.mul(d_inner_out, product, out=scratch.empty("d_up", *_size(product), dy.dtype, dy.device))
+        d_up = torch.mul(d_inner_out, product, out=scratch.empty("d_up", product.shape, dy.dtype, dy.device))
         d_inner_out.mul_(up)
         product = up.mul_(product)
     if d_down_weight is not None:

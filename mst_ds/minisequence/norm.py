@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .chunks import accumulation_dtype, chunk_slices, require_gathered, zeros_for_accumulation
+from .tokenwise import compute_in_chunks
 
 
 def chunked_rms_norm(
@@ -57,16 +58,7 @@ class _ChunkedRMSNorm(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(hidden_states, weight)
         ctx.epsilon, ctx.offset, ctx.chunks = epsilon, offset, chunks
-        x = hidden_states.reshape(-1, hidden_states.shape[-1])
-        output: Tensor | None = None
-        for rows in chunk_slices(x.shape[0], chunks):
-            chunk = function(x[rows])
-            if output is None:
-                # Not a view: models may write to it in place.
-                output = chunk.new_empty(hidden_states.shape)
-            output.view(x.shape)[rows] = chunk
-        assert output is not None
-        return output
+        return compute_in_chunks(function, [hidden_states], chunks)
 
     @staticmethod
     @once_differentiable

@@ -52,12 +52,13 @@ def chunked_tokenwise(
     output: Tensor = _ChunkedTokenwise.apply(function, chunks, not is_recomputing, len(inputs), *inputs, *parameters)
     if is_recomputing:
         with torch.no_grad():
-            output.copy_(_compute(function, chunks, inputs))
+            output.copy_(compute_in_chunks(function, inputs, chunks))
         torch.clear_autocast_cache()
     return output
 
 
-def _compute(function: Callable[..., Tensor], chunks: int, inputs: Sequence[Tensor]) -> Tensor:
+def compute_in_chunks(function: Callable[..., Tensor], inputs: Sequence[Tensor], chunks: int) -> Tensor:
+    """The output of `chunked_tokenwise`, without a gradient."""
     out: Tensor | None = None
     leading = inputs[0].shape[:-1]
     for rows in chunk_slices(leading.numel(), chunks):
@@ -87,7 +88,7 @@ class _ChunkedTokenwise(torch.autograd.Function):
         ctx.function, ctx.chunks, ctx.parameters = function, chunks, parameters
         ctx.conditions = _Conditions(inputs[0].device)
         if computes:
-            out = _compute(function, chunks, inputs)
+            out = compute_in_chunks(function, inputs, chunks)
         else:
             with ctx.conditions.restored():
                 out = _uncomputed(function, inputs)
