@@ -49,6 +49,8 @@ def plot(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
+    # Names inside an SVG follow from this; else each picture would differ from the one before.
+    mpl.rcParams["svg.hashsalt"] = "mst_ds"
     from matplotlib import pyplot
 
     path.parent.mkdir(parents=True, exist_ok=True)

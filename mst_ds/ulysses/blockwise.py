@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .dtypes import sum_dtype
 from .spec import AttentionSpec
 
 # A block has so many rows that a head has this many scores, but not fewer rows than are worth a matrix product.
@@ -54,7 +55,7 @@ class _Blockwise(torch.autograd.Function):
         query = tensors[0]
         generator = torch.Generator(query.device).manual_seed(ctx.seed)
         # A query is in one block; the gradients of the others are sums over blocks.
-        dtypes = [query.dtype, *(_wide(tensor.dtype) for tensor in tensors[1:])]
+        dtypes = [query.dtype, *(sum_dtype(tensor.dtype) for tensor in tensors[1:])]
         sums = [torch.zeros_like(tensor, dtype=dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
         for parts in _blocks(query.shape[2], ctx.spec.window):
             block = [tensor[part].detach() for tensor, part in zip(tensors, parts, strict=False)]
@@ -89,7 +90,7 @@ def _attend_block(
 ) -> Tensor:
     """Queries (B, n, b, D), keys (B, k, c, D) and values (B, k, c, Dv) up to the last query -> (B, n, b, Dv)."""
     (batch, heads, rows, _), (_, kv_heads, columns, _) = query.shape, key.shape
-    groups, wide = heads // kv_heads, _wide(query.dtype)
+    groups, wide = heads // kv_heads, sum_dtype(query.dtype)
     # The query heads of a group are rows of one product with their key/value head.
     scores = torch.matmul(query.reshape(batch, kv_heads, groups * rows, -1), key.transpose(2, 3)).to(wide)
     scores = scores * spec.scaling
@@ -114,7 +115,3 @@ def _hidden(rows: int, columns: int, window: int | None, like: Tensor) -> Tensor
     positions = torch.arange(columns - rows, columns, device=like.device)[:, None]
     hidden = keys > positions
     return hidden if window is None else hidden | (keys <= positions - window)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 from mst_ds.recompute import Kept, KeptGraph
 
 from .backends import CausalAttention
+from .dtypes import sum_dtype
 from .spec import AttentionSpec
 
 DocumentStarts = list[list[int]]
@@ -61,7 +62,7 @@ class DocumentAttention:
             width = inputs[0].shape[3]
             of_output = (_widened(tensor[rows, :, positions], width) for tensor in (output, grad_output))
             grads = [
-                grad[..., : tensor.shape[3]] if tensor.dim() == 4 else grad.to(_wide(grad.dtype))
+                grad[..., : tensor.shape[3]] if tensor.dim() == 4 else grad.to(sum_dtype(grad.dtype))
                 for grad, tensor in zip(graph.backward(inputs, *of_output), tensors, strict=True)
                 if grad is not None
             ]
@@ -107,7 +108,3 @@ def _inputs(tensors: Sequence[Tensor], rows: slice, positions: slice) -> list[Te
 
 def _widened(tensor: Tensor, width: int) -> Tensor:
     return pad(tensor, (0, width - tensor.shape[3])) if tensor.shape[3] < width else tensor
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

@@ -14,6 +14,7 @@ from mst_ds.recompute import Kept, KeptGraph, KeptOnDevice, LayerRecompute, Rand
 
 from .all_to_all import gather_sequence, scatter_sequence
 from .documents import DocumentAttention
+from .dtypes import sum_dtype
 from .groups import SequenceGroup
 from .layout import HeadLayout
 
@@ -100,7 +101,7 @@ class SequenceAttention:
         rounded once."""
         dtypes = [tensor.dtype for tensor in tensors]
         first_shared = 1 if self.layout.shares_key_values else 3
-        dtypes[first_shared:] = [torch.promote_types(dtype, torch.float32) for dtype in dtypes[first_shared:]]
+        dtypes[first_shared:] = [sum_dtype(dtype) for dtype in dtypes[first_shared:]]
         return [torch.zeros_like(tensor, dtype=dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
 
     def scatter_gradients(self, of_group: Sequence[Tensor], head_group: int, grads: Sequence[Tensor]) -> None:
@@ -127,9 +128,7 @@ class SequenceAttention:
 
 def _summed_by_head(grad: Tensor, index: list[int]) -> Tensor:
     """Gradients of copies of heads -> of the heads, the sum not rounded early."""
-    total = grad.new_zeros(
-        grad.shape[0], max(index) + 1, *grad.shape[2:], dtype=torch.promote_types(grad.dtype, torch.float32)
-    )
+    total = grad.new_zeros(grad.shape[0], max(index) + 1, *grad.shape[2:], dtype=sum_dtype(grad.dtype))
     return total.index_add_(1, torch.tensor(index, device=grad.device), grad.to(total.dtype)).to(grad.dtype)
 
 

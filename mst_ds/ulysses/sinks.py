@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .dtypes import sum_dtype
 from .spec import AttentionSpec
 
 # By so much heads become wider: two numbers for the sink, and what keeps the width a multiple of 8, as kernels want it.
@@ -36,7 +37,7 @@ def attend_with_sink_token(
     """
     assert spec.sinks is not None
     batch, _, length, head_dim = query.shape
-    sinks = spec.sinks.to(torch.promote_types(query.dtype, torch.float32)) / spec.scaling
+    sinks = spec.sinks.to(sum_dtype(query.dtype)) / spec.scaling
     rounded = sinks.to(query.dtype)
     of_query = torch.stack([rounded, (sinks - rounded).to(query.dtype)], dim=1)
     query = torch.cat([query, of_query[None, :, None].expand(batch, -1, length, -1)], dim=3)
