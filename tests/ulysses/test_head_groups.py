@@ -22,8 +22,8 @@ LENGTH, SCALING = 36, 0.3
 STARTS = [[0, 7, 25], [0, 31]]
 
 
-def on_shards(tensors, sinks, grad_output, sp_size, head_groups, recompute_settings=None, starts=None, window=None):
-    """Output and gradients of the whole sequence; `recompute_settings` None means no recompute."""
+def on_shards(tensors, sinks, grad_output, sp_size, head_groups, make_recompute=None, starts=None, window=None):
+    """Output and gradients of the whole sequence; each rank has a `make_recompute()` of its own, None means none."""
     layout = HeadLayout(tensors[0].shape[1], tensors[1].shape[1], sp_size, head_groups)
 
     def run(group):
@@ -31,10 +31,10 @@ def on_shards(tensors, sinks, grad_output, sp_size, head_groups, recompute_setti
         part = [t.detach().chunk(sp_size, dim=2)[group.rank].clone().requires_grad_() for t in tensors]
         own_sinks = None if sinks is None else sinks.detach().clone().requires_grad_()
         attention = SequenceAttention(documents, None if sp_size == 1 else group, layout)
-        if recompute_settings is None:
+        if make_recompute is None:
             output = attention(*part, own_sinks)
         else:
-            recompute = LayerRecompute(**recompute_settings)
+            recompute = make_recompute()
             output = recompute.run_layer(lambda *given: attention(*given, recompute=recompute) * 1, *part, own_sinks)
         output.backward(grad_output.chunk(sp_size, dim=1)[group.rank])
         return [output.detach(), *(t.grad for t in part)], None if sinks is None else own_sinks.grad
@@ -104,8 +104,11 @@ def test_values_of_another_width():
 @pytest.mark.parametrize("sinks", [False, True], ids=["no sinks", "sinks"])
 def test_in_a_layer_that_is_computed_again(sinks, sp_size, head_groups, keep, offload):
     given = case(9, 3, sinks=sinks)
-    settings = {"keep_attention": keep, "store": HostStore() if offload else None}
-    found = on_shards(*given, sp_size, head_groups, settings, starts=STARTS)
+
+    def make_recompute():
+        return LayerRecompute(keep_attention=keep, store=HostStore() if offload else None)
+
+    found = on_shards(*given, sp_size, head_groups, make_recompute, starts=STARTS)
     assert_exact(found, on_the_whole(*given, starts=STARTS))
 
 
