@@ -24,10 +24,12 @@ from mst_ds.structure import (
     LossStructure,
     MlpStructure,
     NormStructure,
+    RotaryStructure,
     TokenwiseStructure,
     decoder_layers,
     find_mlps,
     find_norms,
+    find_rotary,
     loss_structure,
     require_shardable,
     why_own_attention,
@@ -85,6 +87,7 @@ class ModelParts:
     layers: list[nn.Module]
     mlps: list[Chunkable]
     norms: list[NormStructure]
+    rotary: list[RotaryStructure]
     loss: LossStructure
 
 
@@ -109,7 +112,7 @@ def find_parts(model: nn.Module, plan: Plan) -> ModelParts:
     # What is in an MLP is chunked with it.
     inside = {module for mlp in mlps for module in mlp.module.modules()}
     norms = [norm for norm in find_norms(model) if norm.module not in inside]
-    return ModelParts(layers, mlps, norms, loss_structure(model))
+    return ModelParts(layers, mlps, norms, find_rotary(model), loss_structure(model))
 
 
 def apply_plan(model: Model, plan: Plan, *, sequence_group: dist.ProcessGroup | SequenceGroup | None = None) -> Model:
@@ -146,6 +149,8 @@ def apply_plan(model: Model, plan: Plan, *, sequence_group: dist.ProcessGroup | 
         _chunk_mlp(mlp, plan, recompute, undo)
     for norm in parts.norms:
         undo.set_attribute(norm.module, "forward", functools.partial(_norm_forward, norm, norm.module.forward))
+    for rotary in parts.rotary:
+        undo.set_attribute(rotary.module, "forward", rotary.forward())
     _chunk_head(parts.loss, plan, undo)
     if plan.zero_stage == 3:
         for module in (*parts.layers, parts.loss.head):

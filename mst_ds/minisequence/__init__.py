@@ -5,6 +5,7 @@ from .experts import chunked_experts
 from .loss import chunked_loss, chunked_loss_of_head
 from .mlp import chunked_mlp
 from .norm import chunked_rms_norm
+from .rotary import rotary_embedding
 from .tokenwise import chunked_tokenwise
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "chunked_rms_norm",
     "chunked_tokenwise",
     "chunks_in_cache",
+    "rotary_embedding",
 ]

@@ -34,9 +34,9 @@ def chunk_slices(num_tokens: int, chunks: int) -> Iterator[slice]:
 def chunks_in_cache(tensor: torch.Tensor) -> int:
     """Into how many chunks elementwise work on (..., C) is best divided, whatever the memory allows.
 
-    2^20 elements stay in a CPU's cache; an accelerator needs 2^24 to be busy for longer than kernels take to start.
+    2^19 elements stay in a CPU's cache; an accelerator needs 2^24 to be busy for longer than kernels take to start.
     """
-    elements = 2**20 if tensor.device.type == "cpu" else 2**24
+    elements = 2**19 if tensor.device.type == "cpu" else 2**24
     return max(1, -(-tensor.numel() // elements))
 
 

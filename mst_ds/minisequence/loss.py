@@ -310,13 +310,13 @@ def _cross_entropy_(logits: Tensor, labels: Tensor, ignore_index: int, factor: T
     losses = torch.empty_like(logits[:, 0])
     # A few rows at a time, which stay in a CPU's cache from one pass over them to the next.
     for rows in slices_in_cache(logits):
-        part, ignored = logits[rows], labels[rows] == ignore_index
-        targets = labels[rows].masked_fill(ignored, 0).unsqueeze(-1)
+        part, valid = logits[rows], labels[rows] != ignore_index
+        targets = labels[rows].where(valid, 0).unsqueeze(-1)
         part -= part.amax(-1, keepdim=True)
         target_logits = part.gather(-1, targets)
         sums = part.exp_().sum(-1, keepdim=True)
-        losses[rows] = (sums.log() - target_logits).squeeze(-1).masked_fill_(ignored, 0)
-        part *= factor / sums
-        part.scatter_add_(-1, targets, -factor.expand_as(target_logits))
-        part.masked_fill_(ignored.unsqueeze(-1), 0)
+        losses[rows] = (sums.log() - target_logits).squeeze(-1).where(valid, 0)
+        weights = factor * valid.unsqueeze(-1)
+        part *= weights / sums
+        part.scatter_add_(-1, targets, -weights)
     return losses

@@ -4,6 +4,7 @@ from mst_ds.structure.layers import decoder_layers
 from mst_ds.structure.loss import LossStructure, RouterLoss, loss_structure
 from mst_ds.structure.mlps import Chunkable, ExpertsStructure, MlpStructure, TokenwiseStructure, find_mlps
 from mst_ds.structure.norms import NormStructure, find_norms
+from mst_ds.structure.rotary import RotaryStructure, find_rotary
 from mst_ds.structure.shardable import require_shardable, why_own_attention
 
 __all__ = [
@@ -12,11 +13,13 @@ __all__ = [
     "LossStructure",
     "MlpStructure",
     "NormStructure",
+    "RotaryStructure",
     "RouterLoss",
     "TokenwiseStructure",
     "decoder_layers",
     "find_mlps",
     "find_norms",
+    "find_rotary",
     "loss_structure",
     "require_shardable",
     "why_own_attention",
