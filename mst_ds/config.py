@@ -263,9 +263,10 @@ class MstConfig:
     """The `"mst"` block of the DeepSpeed JSON; `"auto"` leaves the choice to the planner.
 
     sp_size: ranks that share one sequence. mlp_chunks, loss_chunks: chunks per rank. recompute: drop a
-    layer's activations and compute them again in the backward. keep_attention: but not the attention's output, so that
-    attention runs once. offload_activations: what layers keep lies on the host. head_groups: groups of heads that
-    attention is worked through in where the sequence is sharded. device_memory_gib: memory to plan for.
+    layer's activations and compute them again in the backward; "auto": where they do not fit, or where one of the
+    next two is True. keep_attention: but not the attention's output, so that attention runs once. offload_activations:
+    what recompute keeps lies on the host. head_groups: groups of heads that attention is worked through in where the
+    sequence is sharded. device_memory_gib: memory to plan for.
     """
 
     sp_size: int | Auto = AUTO

@@ -13,10 +13,13 @@ from mst_ds.planner.workload import Workload
 
 
 def describe_choices(work: Workload, *, mlp_chunks: int, loss_chunks: int) -> tuple[Choice, ...]:
-    """Each setting against its opposite, or against one group of heads, with everything else as it is."""
-    opposites: dict[str, dict[str, Any]] = {"recompute": {"recompute": not work.recompute}}
+    """Each setting against its opposite, or against one group of heads, with everything else as it is.
+
+    The opposite of no recompute is its fastest kind, which keeps attention on the device.
+    """
+    other_recompute = {"keep_attention": not work.recompute, "offload_activations": False}
+    opposites: dict[str, dict[str, Any]] = {"recompute": {"recompute": not work.recompute} | other_recompute}
     if work.recompute:
-        opposites["recompute"] |= {"keep_attention": False, "offload_activations": False}
         opposites["keep_attention"] = {"keep_attention": not work.keep_attention}
         opposites["offload_activations"] = {"offload_activations": not work.offload_activations}
     if work.sp_size > 1:

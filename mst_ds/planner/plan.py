@@ -36,9 +36,8 @@ def make_plan(
     """Plans one rank. A plan that does not fit is a plan too, with `fits` False.
 
     Where the JSON leaves bf16 to "auto", the plan is for an accelerator; a resolved config gives the plan for
-    the machine it was resolved on. Recompute "auto" is on: without it the kept activations bound the length. What it
-    keeps is chosen by `choose_settings`: the attention's output too, on the device or else on the host, before
-    attention is computed a second time.
+    the machine it was resolved on. `choose_settings` chooses the fastest that fits: no recompute; else recompute that
+    keeps the attention's output too, on the device or else on the host, before attention is computed a second time.
 
     Args:
         model_config: a Hugging Face config, or a name or folder as `load_model_config` takes it.
@@ -90,7 +89,6 @@ def make_plan(
             zero=zero,
             sp_size=topology.sp_size,
             seq_len=seq_len,
-            recompute=mst.recompute is not False,
             attention=_attention(mst, zero.dtype),
         ),
         mst,

@@ -15,9 +15,16 @@ from mst_ds.planner.workload import Workload
 # Below this length the matrices of a chunk are too small to keep an accelerator busy.
 MIN_CHUNK_TOKENS = 256
 
-# What recompute keeps, (keep_attention, offload_activations), from the fastest on: to run attention a second time costs
-# more than to copy its output to the host and back, which happens while layers compute.
-_KEPT = ((True, False), (True, True), (False, False), (False, True))
+# What layers keep, (recompute, keep_attention, offload_activations), from the fastest on: everything, then what
+# recompute keeps. To run attention a second time costs more than to copy its output to the host and back, which happens
+# while layers compute.
+_KEPT = (
+    (False, False, False),
+    (True, True, False),
+    (True, True, True),
+    (True, False, False),
+    (True, False, True),
+)
 
 
 @dataclass(frozen=True)
@@ -32,13 +39,15 @@ class Settings:
 def choose_settings(work: Workload, mst: MstConfig, *, device_memory: int, host_memory: int | None) -> Settings:
     """The fastest settings that fit, by `_KEPT`; with equally much kept those with the fewest groups of heads.
 
-    Where nothing fits it is those with the lowest peak. What the user set stays.
+    Where nothing fits it is those with the lowest peak, of equal ones those with recompute: the states of adapters are
+    less than is planned, so that a run may still fit. What the user set stays; kept attention or offload that the user
+    asks for means recompute.
 
     Args:
-        work: whose `keep_attention`, `offload_activations` and `head_groups` are not read.
+        work: whose `recompute`, `keep_attention`, `offload_activations` and `head_groups` are not read.
         host_memory: bytes of the host that this rank may use; None: not known, and nothing is kept there by choice.
     """
-    best: tuple[int, Settings] | None = None
+    best: tuple[tuple[int, bool], Settings] | None = None
     for candidate in _candidates(work, mst):
         mlp_chunks, loss_chunks = choose_chunks(
             candidate, device_memory=device_memory, mlp_chunks=mst.mlp_chunks, loss_chunks=mst.loss_chunks
@@ -52,19 +61,22 @@ def choose_settings(work: Workload, mst: MstConfig, *, device_memory: int, host_
         peak = max(phase.device_bytes for phase in phases)
         if peak <= device_memory:
             return settings
-        if best is None or peak < best[0]:
-            best = peak, settings
+        rank = peak, not candidate.recompute
+        if best is None or rank < best[0]:
+            best = rank, settings
     assert best is not None, "what is kept on the device is always a candidate"
     return best[1]
 
 
 def _candidates(work: Workload, mst: MstConfig) -> Iterator[Workload]:
-    for keep_attention, offload_activations in _KEPT if work.recompute else ((False, False),):
-        if mst.keep_attention not in (AUTO, keep_attention):
+    given = mst.recompute, mst.keep_attention, mst.offload_activations
+    for values in _KEPT:
+        if any(asked not in (AUTO, value) for asked, value in zip(given, values, strict=True)):
             continue
-        if mst.offload_activations not in (AUTO, offload_activations):
-            continue
-        kept = replace(work, keep_attention=keep_attention, offload_activations=offload_activations)
+        recompute, keep_attention, offload_activations = values
+        kept = replace(
+            work, recompute=recompute, keep_attention=keep_attention, offload_activations=offload_activations
+        )
         for count in _head_groups(kept, mst.head_groups):
             yield replace(kept, head_groups=count)
 

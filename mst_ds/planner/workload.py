@@ -21,8 +21,8 @@ class Workload:
     zero: ZeroConfig
     sp_size: int
     seq_len: int
-    recompute: bool
     attention: str
+    recompute: bool = False
     keep_attention: bool = False
     offload_activations: bool = False
     head_groups: int = 1

@@ -41,7 +41,8 @@ def plan_of(
     stage=3, *, model=MODEL, mst=None, dtype="bf16", world_size=4, seq_len=4000, sp_size=1, rank=0, **ds_config
 ):
     zero = {"stage": stage, "reduce_bucket_size": 1000, "stage3_prefetch_bucket_size": 500} | ds_config.pop("zero", {})
-    ds_config = {dtype: {"enabled": True}, "zero_optimization": zero, "mst": mst or {}} | ds_config
+    mst = {"recompute": True} | (mst or {})
+    ds_config = {dtype: {"enabled": True}, "zero_optimization": zero, "mst": mst} | ds_config
     return make_plan(
         model,
         ds_config,

@@ -34,7 +34,7 @@ def test_shipped_configs_give_a_plan_that_fits(path):
     plan = small_plan(path)
     assert plan.fits
     assert (plan.sp_size, plan.dp_size, plan.seq_len, plan.shard_length) == (2, 1, 4096, 2048)
-    assert (plan.zero_stage, plan.recompute) == (int(path.stem[4]), True)
+    assert (plan.zero_stage, plan.recompute) == (int(path.stem[4]), False)
     assert (plan.host_bytes > 0) == ("offload" in path.stem)
 
 
@@ -79,25 +79,29 @@ def test_auto_dtype_plans_for_an_accelerator_and_a_resolved_config_for_its_machi
     assert small_plan(on_cpu).dtype == "fp32"
 
 
-def test_recompute_is_on_unless_switched_off():
-    assert [small_plan({"mst": {"recompute": value}}).recompute for value in ("auto", True, False)] == [
-        True,
-        True,
-        False,
-    ]
+def test_recompute_is_off_where_the_step_fits_without_it_unless_the_user_says_so():
+    def plan(recompute, device_memory):
+        mst = {"recompute": recompute, "mlp_chunks": 64, "loss_chunks": 64}
+        return llama_8b_plan(device_memory=device_memory, **mst)
+
+    peak = plan(False, 1).peak_bytes
+    assert [plan("auto", memory).recompute for memory in (2 * peak, peak, peak - 1, 1)] == [False, False, True, True]
+    assert plan("auto", peak - 1).keep_attention
+    for value in (True, False):
+        assert {plan(value, memory).recompute for memory in (2 * peak, peak, peak - 1, 1)} == {value}
 
 
 def choices_of(plan):
     return {choice.setting: choice for choice in plan.choices}
 
 
-def llama_8b_plan(**mst):
+def llama_8b_plan(device_memory=80 * GIB, **mst):
     ds_config = {
         "bf16": {"enabled": True},
         "zero_optimization": {"stage": 3},
-        "mst": {"mlp_chunks": 64, "loss_chunks": 64, "attention": "sdpa"} | mst,
+        "mst": {"mlp_chunks": 64, "loss_chunks": 64, "attention": "sdpa", "recompute": True} | mst,
     }
-    return make_plan(LLAMA_8B, ds_config, world_size=8, seq_len=2**17, device_memory=80 * GIB, sp_size=2)
+    return make_plan(LLAMA_8B, ds_config, world_size=8, seq_len=2**17, device_memory=device_memory, sp_size=2)
 
 
 # By hand, of one rank's micro-batch: layers x 2 x tokens x weights for the four projections, and for attention layers
@@ -135,6 +139,9 @@ def test_each_choice_has_its_memory_and_its_time():
     assert kept.device_bytes == output + log_sum_exp  # at the loss, the peak, where all of it is kept
     assert on_device["recompute"].flops == PROJECTIONS
     assert on_device["recompute"].device_bytes < 0
+    # Against recompute that keeps attention, on the device.
+    off = choices_of(llama_8b_plan(recompute=False))["recompute"]
+    assert (off.value, off.flops, off.device_bytes) == (False, -PROJECTIONS, -on_device["recompute"].device_bytes)
     layer_inputs = output
     on_host = llama_8b_plan(keep_attention=True, offload_activations=True)
     offload = choices_of(on_host)["offload_activations"]
@@ -227,11 +234,12 @@ def test_a_plan_that_does_not_fit_is_a_plan():
     assert not small_plan(device_memory=exact.peak_bytes - 1).fits
 
 
-def test_longer_sequences_never_need_less():
+@pytest.mark.parametrize("recompute", [True, False])
+def test_longer_sequences_never_need_less(recompute):
     peaks = [
         make_plan(
             LLAMA_8B,
-            DS_CONFIGS / "zero3_mst.json",
+            load_ds_config(DS_CONFIGS / "zero3_mst.json") | {"mst": {"recompute": recompute}},
             world_size=8,
             seq_len=seq_len,
             device_memory=80 * GIB,

@@ -38,7 +38,7 @@ def workload(model=LLAMA_8B, *, seq_len=65536, sp_size=1, stage=3, recompute=Tru
         {"bf16": {"enabled": True}, "zero_optimization": {"stage": stage}},
         dp_world_size=8,
     )
-    return Workload(ModelShape.from_config(model), zero, sp_size, seq_len, recompute, "sdpa")
+    return Workload(ModelShape.from_config(model), zero, sp_size, seq_len, "sdpa", recompute)
 
 
 def auto(work, device_memory=HUGE):
@@ -152,26 +152,31 @@ def settings_of(work, *, device_memory=HUGE, host_memory=None, **mst):
 
 
 def kept_in(settings):
-    return settings.work.keep_attention, settings.work.offload_activations
+    """(keep_attention, offload_activations), or None without recompute."""
+    work = settings.work
+    return (work.keep_attention, work.offload_activations) if work.recompute else None
 
 
 def peaks_by_kept(work):
     """The lowest peak of each way to keep, with one group of heads."""
-    found = {}
-    for keep_attention, offload_activations in itertools.product((True, False), repeat=2):
-        candidate = replace(work, keep_attention=keep_attention, offload_activations=offload_activations)
-        found[keep_attention, offload_activations] = peak(candidate, *auto(candidate, 1)).device_bytes
-    return found
+    candidates = {None: replace(work, recompute=False)}
+    for kept in itertools.product((True, False), repeat=2):
+        candidates[kept] = replace(work, keep_attention=kept[0], offload_activations=kept[1])
+    return {kept: peak(candidate, *auto(candidate, 1)).device_bytes for kept, candidate in candidates.items()}
 
 
 def test_the_fastest_that_fits_is_chosen():
     work = workload(seq_len=500_000)
     lowest = peaks_by_kept(work)
-    on_device, all_on_host = lowest[True, False], lowest[True, True]
+    everything, on_device, all_on_host = lowest[None], lowest[True, False], lowest[True, True]
     inputs_on_device, inputs_on_host = lowest[False, False], lowest[False, True]
-    assert inputs_on_host < all_on_host < inputs_on_device < on_device
+    assert inputs_on_host < all_on_host < inputs_on_device < on_device < everything
     cases = [
-        # With enough of both nothing leaves the device, and attention runs once.
+        # With enough of it nothing is computed twice.
+        (HUGE, None, None),
+        (everything, HUGE, None),
+        # Else nothing leaves the device, and attention runs once.
+        (everything - 1, HUGE, (True, False)),
         (on_device, HUGE, (True, False)),
         # Tight device, big host: attention still runs once.
         (on_device - 1, HUGE, (True, True)),
@@ -190,6 +195,35 @@ def test_the_fastest_that_fits_is_chosen():
         assert peak(settings.work, settings.mlp_chunks, settings.loss_chunks).device_bytes <= device_memory
 
 
+def test_no_recompute_has_the_chunks_of_any_other_setting():
+    work = workload(seq_len=500_000)
+    everything = replace(work, recompute=False)
+    # As long as more chunks make it fit, they are preferred to recompute.
+    for device_memory in (HUGE, peaks_by_kept(work)[None]):
+        settings = settings_of(work, device_memory=device_memory)
+        assert (settings.mlp_chunks, settings.loss_chunks) == auto(everything, device_memory)
+        assert settings.work == everything
+
+
+@pytest.mark.parametrize("recompute", [True, "auto"])
+def test_what_recompute_keeps_means_recompute(recompute):
+    work = workload(seq_len=500_000)
+    assert kept_in(settings_of(work, recompute=recompute, keep_attention=True)) == (True, False)
+    assert kept_in(settings_of(work, recompute=recompute, offload_activations=True)) == (True, True)
+    # Not to keep attention or not to offload can be had without it.
+    expected = None if recompute == "auto" else (False, False)
+    assert kept_in(settings_of(work, recompute=recompute, keep_attention=False, offload_activations=False)) == expected
+
+
+def test_where_the_states_do_not_fit_there_is_recompute():
+    # So short that the optimizer step makes the peak of every setting: adapters, whose states are less, may still fit.
+    work = workload(seq_len=2048)
+    lowest = peaks_by_kept(work)
+    assert len(set(lowest.values())) == 1
+    assert kept_in(settings_of(work, device_memory=lowest[None])) is None
+    assert kept_in(settings_of(work, device_memory=lowest[None] - 1)) == (True, False)
+
+
 def test_where_nothing_fits_the_lowest_peak_is_chosen():
     work = workload(seq_len=500_000)
     lowest = peaks_by_kept(work)
@@ -204,8 +238,8 @@ def test_what_the_user_set_stays(device_memory, host_memory):
     memory = {"device_memory": device_memory, "host_memory": host_memory}
     work = workload(seq_len=500_000, sp_size=2)
     for keep_attention, offload_activations in itertools.product((True, False), repeat=2):
-        both = settings_of(work, keep_attention=keep_attention, offload_activations=offload_activations, **memory)
-        assert kept_in(both) == (keep_attention, offload_activations)
+        given = {"keep_attention": keep_attention, "offload_activations": offload_activations}
+        assert kept_in(settings_of(work, recompute=True, **given, **memory)) == (keep_attention, offload_activations)
         assert settings_of(work, keep_attention=keep_attention, **memory).work.keep_attention == keep_attention
         one = settings_of(work, offload_activations=offload_activations, **memory)
         assert one.work.offload_activations == offload_activations
@@ -214,19 +248,20 @@ def test_what_the_user_set_stays(device_memory, host_memory):
 
 
 def test_without_recompute_nothing_is_chosen_to_be_kept():
-    work = workload(recompute=False)
     for device_memory in (1, HUGE):
-        assert kept_in(settings_of(work, device_memory=device_memory, host_memory=HUGE)) == (False, False)
+        work = settings_of(workload(), recompute=False, device_memory=device_memory, host_memory=HUGE).work
+        assert (work.recompute, work.keep_attention, work.offload_activations) == (False, False, False)
 
 
 def test_groups_of_heads_are_the_fewest_that_fit_or_keep_attention_from_being_the_peak():
     # 32 query and 8 key/value heads on 2 ranks: 4 key/value heads of each.
     work = workload(seq_len=2_000_000, sp_size=2)
-    roomy = settings_of(work, keep_attention=False).work.head_groups
+    choose = partial(settings_of, work, recompute=True, keep_attention=False)
+    roomy = choose().work.head_groups
     assert roomy > 1
     gathered = [total_bytes(attention_step(replace(work, head_groups=count), backward=True)) for count in (1, 2, 4)]
     assert gathered == sorted(gathered, reverse=True)
-    tight = settings_of(work, keep_attention=False, device_memory=1).work.head_groups
+    tight = choose(device_memory=1).work.head_groups
     assert roomy <= tight <= 4
     assert settings_of(work, head_groups=1).work.head_groups == 1
     # Nothing is gathered without sequence parallelism, and a rank has no more groups than query heads.
