@@ -302,7 +302,8 @@ def test_a_small_model_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_run_is_refused_before_it_starts(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = make_plan(config(), {"mst": {"mlp_chunks": 9}}, world_size=4, seq_len=4096, device_memory=2**40, sp_size=4)
+    mst = {"mlp_chunks": 9, "recompute": True}
+    plan = make_plan(config(), {"mst": mst}, world_size=4, seq_len=4096, device_memory=2**40, sp_size=4)
     require_exact(config(), plan, packed=packed)
     scale_gradient(monkeypatch, mst_ds.minisequence.mlp._ChunkedMLP, 32, 40)
     assert refusal(lambda: require_exact(config(), plan, packed=packed)) == (
