@@ -81,9 +81,7 @@ class _ChunkedRMSNorm(torch.autograd.Function):
                 # d/dx of x * factor: what is along x itself is lost, because the length of x does not matter.
                 along = torch.mv(products, scale).div_(x.shape[-1]).unsqueeze(-1)
                 torch.mul(grad, scale, out=products).addcmul_(normalised, along, value=-1)
-                torch.mul(products, factor, out=dx[rows] if dtype == x.dtype else products)
-                if dtype != x.dtype:
-                    dx[rows] = products
+                torch.mul(products, factor, out=dx[rows])  # rounded once, where x has 16 bits
         return (
             *(None,) * 4,
             dx.view(hidden_states.shape) if dx is not None else None,
