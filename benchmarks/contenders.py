@@ -165,6 +165,11 @@ def _mst_ds_offload(name: str, model: Any, work: Work) -> Contender:
     return _mst_ds(name, model, work, offload_activations=True)
 
 
+def _mst_ds_no_recompute(name: str, model: Any, work: Work) -> Contender:
+    """What the planner chooses where a step fits without recompute."""
+    return _mst_ds(name, model, work, recompute=False, keep_attention="auto", offload_activations="auto")
+
+
 def _mst_ds_one_chunk(name: str, model: Any, work: Work) -> Contender:
     return _mst_ds(name, model, work, mlp_chunks=1, loss_chunks=1)
 
@@ -177,6 +182,7 @@ CONTENDERS: dict[str, Callable[[str, Any, Work], Contender]] = {
     "mst_ds": _mst_ds,
     "mst_ds, attention again": _mst_ds_recompute,
     "mst_ds, offload": _mst_ds_offload,
+    "mst_ds, no recompute": _mst_ds_no_recompute,
     "mst_ds, one chunk": _mst_ds_one_chunk,
 }
 
