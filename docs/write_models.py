@@ -133,7 +133,7 @@ table the preflight finds out the same.
 - packed: several documents in a sequence, each as if it were alone, also across the border of two shards.
 - sharded: sequence parallelism (`sp_size` above 1).
 - worst error: the relative errors (Frobenius norm) of the loss and of every parameter's gradient are below this, with
-  1, 4 and 64 chunks and with recompute, packed where that is done.
+  1, 4 and 64 chunks, with recompute and without, packed where that is done.
 
 | architecture | for example | MLP | head and loss | packed | sharded | worst error, sp 1 | worst error, sp 2 |
 |---|---|---|---|---|---|---|---|"""

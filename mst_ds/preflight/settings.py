@@ -8,8 +8,14 @@ from mst_ds.config import AUTO, Auto, MstConfig
 from mst_ds.planner import Plan
 from mst_ds.topology import Topology, shard_length
 
-# One chunk, some of unequal length, and many; with these (keep_attention, offload_activations, head_groups).
-_CHUNKS = {1: (False, False, 1), 4: (True, False, 1), 64: (True, True, 2)}
+# One chunk, some of unequal length, and many; and of each other setting all that a plan may choose:
+# (chunks, recompute, keep_attention, offload_activations, head_groups).
+_TRIED = (
+    (1, True, False, False, 1),
+    (4, False, False, False, 1),
+    (4, True, True, False, 1),
+    (64, True, True, True, 2),
+)
 _SP_SIZES = (1, 2)
 # Of a run's own numbers: two ranks stand for any that share a sequence, three chunks for a first, a middle and a last,
 # two groups of heads for several.
@@ -84,11 +90,12 @@ def setting_of_run(plan: Plan, *, packed: bool) -> Setting:
 
 
 def settings_to_try(mst: MstConfig, *, packed: bool) -> list[Setting]:
-    """One rank and two, few chunks and many; where the "mst" block asks for 1 of them, only that."""
-    recompute = mst.recompute is not False
+    """One rank and two, few chunks and many, without recompute and with; what the "mst" block rules out is left out."""
+    needs_recompute = mst.keep_attention is True or mst.offload_activations is True
     settings = []
     for sp_size in sorted({_at_most(mst.sp_size, sp_size) for sp_size in _SP_SIZES}):
-        for chunks, (keep_attention, offload_activations, head_groups) in _CHUNKS.items():
+        for chunks, tried, keep_attention, offload_activations, head_groups in _TRIED:
+            recompute = needs_recompute or _asked(mst.recompute, tried)
             setting = Setting(
                 sp_size=sp_size,
                 mlp_chunks=_at_most(mst.mlp_chunks, chunks),

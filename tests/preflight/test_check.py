@@ -318,15 +318,19 @@ def test_settings_to_try() -> None:
     assert [(setting.sp_size, setting.mlp_chunks, setting.loss_chunks) for setting in tried] == [
         (1, 1, 1),
         (1, 4, 4),
+        (1, 4, 4),
         (1, 64, 64),
         (2, 1, 1),
         (2, 4, 4),
+        (2, 4, 4),
         (2, 64, 64),
     ]
-    assert all(setting.recompute and setting.packed for setting in tried)
-    kept = [(setting.keep_attention, setting.offload_activations, setting.head_groups) for setting in tried]
-    assert kept[:3] == [(False, False, 1), (True, False, 1), (True, True, 1)]
-    assert kept[3:] == [(False, False, 1), (True, False, 1), (True, True, 2)]
+    assert all(setting.packed for setting in tried)
+    assert [setting.recompute for setting in tried] == [True, False, True, True] * 2
+    kept = [(setting.keep_attention, setting.offload_activations) for setting in tried]
+    assert kept == [(False, False), (False, False), (True, False), (True, True)] * 2
+    assert [setting.head_groups for setting in tried] == [1] * 7 + [2]
+    assert all(setting.recompute for setting in settings_to_try(MstConfig(recompute=True), packed=True))
 
 
 def test_settings_that_the_json_rules_out_are_not_tried() -> None:
