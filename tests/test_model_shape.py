@@ -1,5 +1,6 @@
 """Dimensions and parameter counts, held against the models themselves on the meta device."""
 
+import json
 from fractions import Fraction
 
 import pytest
@@ -7,7 +8,17 @@ import torch
 import transformers
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mst_ds.model_shape import ExpertShape, ModelShape, NormShape, families, load_model_config, shipped_model_config
+from mst_ds.model_shape import (
+    ExpertShape,
+    ModelShape,
+    NormShape,
+    families,
+    known_model_names,
+    known_models,
+    load_model_config,
+    load_model_shape,
+    shipped_model_config,
+)
 
 SPECIAL_TOKENS = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
 SMALL = {
@@ -305,3 +316,34 @@ def test_a_model_that_is_nowhere_is_refused(monkeypatch):
     with pytest.raises(ValueError, match=message) as error:
         load_model_config("small_lama")
     assert "\n" not in str(error.value)
+
+
+# As the models' pages on the hub count them.
+KNOWN_PARAMETERS = {
+    "Qwen/Qwen3-32B": 32_762_123_264,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "google/gemma-2-9b": 9_241_705_984,
+    "meta-llama/Llama-3.1-70B": 70_553_706_496,
+    "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    "meta-llama/Llama-3.2-1B": 1_235_814_400,
+    "meta-llama/Llama-3.2-3B": 3_212_749_824,
+    "mistralai/Mistral-7B-v0.3": 7_248_023_552,
+}
+
+
+def test_known_models_have_their_published_size():
+    assert {name: load_model_shape(name).parameter_count for name in known_model_names()} == KNOWN_PARAMETERS
+
+
+@pytest.mark.parametrize("name", KNOWN_PARAMETERS)
+def test_a_known_model_is_what_transformers_would_read(name):
+    """No field is left out for which transformers has a default that is not None."""
+    fields = json.loads(known_models._FILE.read_text())[name]
+    assert load_model_shape(name) == ModelShape.from_config(transformers.AutoConfig.for_model(**fields))
+
+
+def test_any_other_model_is_read_from_its_config(tmp_path):
+    config = transformers.Qwen3Config(**SMALL)
+    config.save_pretrained(tmp_path)
+    assert load_model_shape(str(tmp_path)) == ModelShape.from_config(config)
+    assert load_model_shape("small_llama") == ModelShape.from_config(load_model_config("small_llama"))

@@ -3,6 +3,16 @@
 from mst_ds.model_shape.configs import load_model_config, shipped_model_config
 from mst_ds.model_shape.experts import ExpertShape
 from mst_ds.model_shape.families import NormKind
+from mst_ds.model_shape.known_models import known_model_names, load_model_shape
 from mst_ds.model_shape.shape import ModelShape, NormShape
 
-__all__ = ["ExpertShape", "ModelShape", "NormKind", "NormShape", "load_model_config", "shipped_model_config"]
+__all__ = [
+    "ExpertShape",
+    "ModelShape",
+    "NormKind",
+    "NormShape",
+    "known_model_names",
+    "load_model_config",
+    "load_model_shape",
+    "shipped_model_config",
+]

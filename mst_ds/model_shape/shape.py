@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mst_ds.model_shape.counts import Dimensions, count_parameters
 from mst_ds.model_shape.experts import ExpertShape, read_experts
@@ -77,6 +77,15 @@ class ModelShape(Dimensions):
             ValueError: not a decoder-only causal language model, or without a size.
         """
         _check_is_decoder(config)
+        return cls.from_fields(config)
+
+    @classmethod
+    def from_fields(cls, config: Any) -> ModelShape:
+        """Reads what has the fields of a decoder's Hugging Face config; `from_config` makes sure of that.
+
+        Raises:
+            ValueError: without a size.
+        """
         family = FAMILIES.get(config.model_type, LLAMA)
         dimensions = _dimensions(config)
         experts = read_experts(config, dimensions.num_hidden_layers)

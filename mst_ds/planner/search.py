@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from mst_ds.config import AUTO, Auto, MstConfig
 from mst_ds.planner import activations
 from mst_ds.planner.phases import layer_phase, loss_phase, mlp_moments, rest_of_layer_moment, step_phases
-from mst_ds.planner.types import total_bytes
+from mst_ds.planner.types import Phase, total_bytes
 from mst_ds.planner.workload import Workload
 
 # Below this length the matrices of a chunk are too small to keep an accelerator busy.
@@ -53,10 +53,8 @@ def choose_settings(work: Workload, mst: MstConfig, *, device_memory: int, host_
             candidate, device_memory=device_memory, mlp_chunks=mst.mlp_chunks, loss_chunks=mst.loss_chunks
         )
         phases = step_phases(candidate, mlp_chunks=mlp_chunks, loss_chunks=loss_chunks)
-        if candidate.offload_activations and mst.offload_activations == AUTO:
-            host_bytes = max(phase.host_bytes for phase in phases)
-            if host_memory is None or host_bytes > host_memory:
-                continue
+        if not _host_has_room(candidate, mst, phases, host_memory):
+            continue
         settings = Settings(candidate, mlp_chunks, loss_chunks)
         peak = max(phase.device_bytes for phase in phases)
         if peak <= device_memory:
@@ -66,6 +64,28 @@ def choose_settings(work: Workload, mst: MstConfig, *, device_memory: int, host_
             best = rank, settings
     assert best is not None, "what is kept on the device is always a candidate"
     return best[1]
+
+
+def can_fit(work: Workload, mst: MstConfig, *, device_memory: int, host_memory: int | None) -> bool:
+    """Whether `choose_settings` would find settings that fit: then they also do with the most chunks it may choose."""
+    most = max(1, work.tokens // MIN_CHUNK_TOKENS)
+    chunks = {
+        "mlp_chunks": most if mst.mlp_chunks == AUTO else min(mst.mlp_chunks, work.tokens),
+        "loss_chunks": most if mst.loss_chunks == AUTO else min(mst.loss_chunks, work.tokens),
+    }
+    for candidate in _candidates(work, mst):
+        phases = step_phases(candidate, **chunks)
+        is_within = max(phase.device_bytes for phase in phases) <= device_memory
+        if is_within and _host_has_room(candidate, mst, phases, host_memory):
+            return True
+    return False
+
+
+def _host_has_room(work: Workload, mst: MstConfig, phases: tuple[Phase, ...], host_memory: int | None) -> bool:
+    """Whether the planner may choose to offload; what the user asks for is not questioned."""
+    if not work.offload_activations or mst.offload_activations != AUTO:
+        return True
+    return host_memory is not None and max(phase.host_bytes for phase in phases) <= host_memory
 
 
 def _candidates(work: Workload, mst: MstConfig) -> Iterator[Workload]:

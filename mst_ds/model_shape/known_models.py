@@ -1,0 +1,30 @@
+"""Published models whose shapes are known without a download, and without the seconds that transformers takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+from mst_ds.model_shape.configs import load_model_config
+from mst_ds.model_shape.shape import ModelShape
+
+# Hugging Face id -> of its config.json what decides shapes, with nothing left to a default of transformers.
+_FILE = Path(__file__).with_name("known_models.json")
+
+
+def known_model_names() -> list[str]:
+    """Hugging Face ids, as `load_model_shape` takes them."""
+    return sorted(json.loads(_FILE.read_text(encoding="utf-8")))
+
+
+def load_model_shape(name_or_path: str) -> ModelShape:
+    """The shape of a known model; of any other the config as `load_model_config` finds it.
+
+    Raises:
+        ValueError: found nowhere, or not a decoder-only causal language model.
+    """
+    fields = json.loads(_FILE.read_text(encoding="utf-8")).get(name_or_path)
+    if fields is not None:
+        return ModelShape.from_fields(SimpleNamespace(**fields))
+    return ModelShape.from_config(load_model_config(name_or_path))

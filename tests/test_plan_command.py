@@ -1,0 +1,95 @@
+"""The command that plans: a table, JSON, a picture; exit code 0 fits, 1 does not, 2 cannot be planned."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mst_ds.config import GIB
+from mst_ds.planner import longest_seq_len, make_plan
+
+ROOT = Path(__file__).parents[1]
+DS_CONFIG = "ds_configs/zero3_mst.json"
+LLAMA_8B = ("--model", "meta-llama/Llama-3.1-8B", "--num_gpus", "8", "--gpu", "H100")
+# What a laptop would wait for, or does not have.
+UNWANTED = ("torch", "transformers", "deepspeed", "matplotlib")
+
+
+def run(*flags):
+    """The command in a process of its own, which says at the end what it imported of `UNWANTED`."""
+    program = (
+        "import runpy\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        f"finally:\n    print([name for name in {UNWANTED} if name in sys.modules], file=sys.stderr)\n"
+    )
+    command = [sys.executable, "-c", f"import sys\nsys.argv = {['launch/plan.py', *flags]!r}\n{program}"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_a_known_model_is_planned_without_torch_and_transformers():
+    done = run(*LLAMA_8B, "--num_nodes", "64", "--host_memory_gib", "1900", "--seq_len", "1M")
+    assert (done.returncode, done.stderr) == (0, "[]\n")
+    assert "rank 0 of 512: sp 8, dp 64, 131072 of 1048576 tokens" in done.stdout
+    assert "fits in" in done.stdout
+
+
+def test_json_is_the_plan():
+    done = run(*LLAMA_8B, "--host_memory_gib", "800", "--seq_len", "512K", "--json")
+    found = json.loads(done.stdout)
+    arguments = {"world_size": 8, "device_memory": 79 * GIB, "host_memory": 100 * GIB}
+    plan = make_plan(LLAMA_8B[1], ROOT / DS_CONFIG, seq_len=512 * 1024, **arguments)
+    for name in ("fits", "peak_bytes", "host_bytes", "mlp_chunks", "loss_chunks", "recompute", "seq_len"):
+        assert found[name] == getattr(plan, name)
+    assert found["peak_phase"] == plan.peak_phase.name
+    assert found["max_seq_len"] == longest_seq_len(LLAMA_8B[1], ROOT / DS_CONFIG, **arguments)
+    assert [phase["name"] for phase in found["phases"]] == [phase.name for phase in plan.phases]
+    for phase in found["phases"]:
+        for place in ("device", "host"):
+            terms = [term["bytes"] for term in phase["terms"] if term["place"] == place]
+            assert sum(terms) == phase[f"{place}_bytes"]
+
+
+def test_the_longest_sequence_and_what_is_longer():
+    longest = json.loads(run(*LLAMA_8B, "--max_seq_len", "--json").stdout)
+    assert longest["seq_len"] == longest["max_seq_len"]
+    assert longest["fits"]
+    done = run(*LLAMA_8B, "--seq_len", str(longest["seq_len"] + 1024))
+    assert done.returncode == 1
+    assert "does NOT fit" in done.stdout
+    assert f"longest sequence that fits: {longest['seq_len']} tokens" in done.stdout
+    nothing = run("--model", "Qwen/Qwen3-32B", "--gpu", "L4", "--max_seq_len")
+    assert (nothing.returncode, nothing.stdout.splitlines()[-1]) == (1, "no sequence fits")
+
+
+def test_a_picture(tmp_path):
+    done = run(*LLAMA_8B, "--seq_len", "128K", "--plot", str(tmp_path / "plan.png"))
+    assert done.returncode == 0
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+REFUSED = {
+    "no length": ([*LLAMA_8B], "one of the arguments --seq_len --max_seq_len is required"),
+    "two lengths": ([*LLAMA_8B, "--seq_len", "1M", "--max_seq_len"], "--max_seq_len: not allowed with"),
+    "no memory": (["--seq_len", "1M"], "device_memory is not known"),
+    "unknown gpu": (["--seq_len", "1M", "--gpu", "H101"], "gpu is 'H101'; nearest: 'H100'"),
+    "no length in tokens": ([*LLAMA_8B, "--seq_len", "1X"], "seq_len is '1X'; allowed: a whole number of tokens"),
+    "negative memory": (["--seq_len", "1M", "--device_memory_gib", "-3"], "device_memory_gib is -3.0; allowed"),
+    "no memory of the host": ([*LLAMA_8B, "--seq_len", "1M", "--host_memory_gib", "0"], "host_memory_gib is 0.0"),
+    "no gpus": (["--seq_len", "1M", "--gpu", "H100", "--num_gpus", "0"], "num_gpus is 0; allowed"),
+    "too many shards": ([*LLAMA_8B, "--num_nodes", "8", "--seq_len", "1M", "--sp_size", "64"], "sp_size is 64, but"),
+    "no config": ([*LLAMA_8B, "--seq_len", "1M", "--ds_config", "none.json"], "allowed: an existing DeepSpeed JSON"),
+    "unknown flag": ([*LLAMA_8B, "--seq_len", "1M", "--seqlen", "3"], "unrecognized arguments: --seqlen 3"),
+    "unknown picture": ([*LLAMA_8B, "--seq_len", "4K", "--plot", "/tmp/plan.doc"], "Format 'doc' is not supported"),
+    "nowhere to write": ([*LLAMA_8B, "--seq_len", "4K", "--plot", "/none/x.png"], "plot '/none/x.png' cannot be"),
+}
+
+
+@pytest.mark.parametrize(("flags", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_planned_is_refused_in_one_line(flags, message):
+    done = run(*flags)
+    error, _ = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert error.startswith("plan.py: error: ")
+    assert message in error
