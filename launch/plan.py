@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mst_ds.config import DEFAULT_DS_CONFIG, DEFAULT_MODEL, GIB, parse_seq_len
-from mst_ds.planner import Plan, gpu_memory, longest_seq_len, make_plan, plan_table, plot_plan
+from mst_ds.model_shape import load_model_shape
+from mst_ds.planner import LENGTH_STEP, Plan, gpu_memory, longest_seq_len, make_plan, plan_table, plot_plan
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,6 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--seq_len", help="Tokens in a sequence, over all its shards: 4096, 512K, 1M.")
     length.add_argument("--max_seq_len", action="store_true", help="Plan for the longest sequence that fits.")
+    length.add_argument(
+        "--table", action="store_true", help="No plan, but the longest sequences on up to num_nodes, for each sp_size."
+    )
     parser.add_argument("--json", action="store_true", help="Print the plan as JSON, with every term and its formula.")
     parser.add_argument("--plot", type=Path, help="Write a picture of the phases to this file, such as plan.png.")
     return parser
@@ -54,6 +58,8 @@ def main(argv: Sequence[str]) -> int:
     """Returns the exit code."""
     try:
         options = _parser().parse_args(argv)
+        if options.table:
+            return _print_lengths(options)
         plan, longest = _plan(options)
         if options.plot is not None:
             plot_plan(plan, options.plot)
@@ -63,29 +69,66 @@ def main(argv: Sequence[str]) -> int:
     if options.json:
         print(json.dumps(_as_json(plan, longest), indent=2))
     else:
-        _print_table(plan, longest)
+        _print_plan(plan, longest)
     return 0 if plan.fits else 1
 
 
 def _plan(options: argparse.Namespace) -> tuple[Plan, int]:
     """The plan, and the longest length that fits."""
+    arguments = _arguments(options, num_nodes=options.num_nodes) | {"sp_size": options.sp_size}
+    longest = longest_seq_len(options.model, options.ds_config, **arguments)
+    seq_len = longest or LENGTH_STEP if options.max_seq_len else parse_seq_len(options.seq_len)
+    plan = make_plan(options.model, options.ds_config, seq_len=seq_len, **arguments)
+    states = plan.phases[0]
+    if states.device_bytes > plan.device_memory:
+        raise ValueError(
+            f"the model states of a rank take {states.device_bytes / GIB:.1f} GiB, more than the "
+            f"{plan.device_memory / GIB:.1f} GiB of its device; allowed: a higher ZeRO stage, more ranks, offload, or "
+            "more memory"
+        )
+    return plan, longest
+
+
+def _arguments(options: argparse.Namespace, *, num_nodes: int) -> dict[str, Any]:
     for name in ("num_gpus", "num_nodes"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name} is {getattr(options, name)}; allowed: a whole number >= 1")
-    arguments: dict[str, Any] = {
-        "world_size": options.num_gpus * options.num_nodes,
+    return {
+        "world_size": options.num_gpus * num_nodes,
         "ranks_per_node": options.num_gpus,
         "device_memory": gpu_memory(options.gpu) if options.gpu else _bytes(options, "device_memory_gib"),
         "host_memory": _bytes(options, "host_memory_gib", ranks=options.num_gpus),
-        "sp_size": options.sp_size,
     }
-    longest = longest_seq_len(options.model, options.ds_config, **arguments)
-    if options.max_seq_len:
-        # Where nothing fits the plan for the shortest length shows what is too large.
-        seq_len = longest or 1024
+
+
+def _print_lengths(options: argparse.Namespace) -> int:
+    """The longest length for 1, 2, 4 ... nodes and each sp_size; returns the exit code."""
+    heads = load_model_shape(options.model).num_attention_heads
+    counts = sorted({2**power for power in range(options.num_nodes.bit_length())} | {options.num_nodes})
+    found = []
+    for num_nodes in counts:
+        arguments = _arguments(options, num_nodes=num_nodes)
+        for sp_size in range(1, min(heads, arguments["world_size"]) + 1):
+            if arguments["world_size"] % sp_size == 0 and options.sp_size in (None, sp_size):
+                longest = longest_seq_len(options.model, options.ds_config, **arguments, sp_size=sp_size)
+                found.append({"num_nodes": num_nodes, "sp_size": sp_size, "max_seq_len": longest})
+    if options.json:
+        print(json.dumps(found, indent=2))
     else:
-        seq_len = parse_seq_len(options.seq_len)
-    return make_plan(options.model, options.ds_config, seq_len=seq_len, **arguments), longest
+        _print_table(found)
+    return 0 if any(point["max_seq_len"] for point in found) else 1
+
+
+def _print_table(found: list[dict[str, int]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    sp_sizes = sorted({point["sp_size"] for point in found})
+    table = Table("nodes", *(f"sp {sp_size}" for sp_size in sp_sizes), title="longest sequence that fits, in K tokens")
+    lengths = {(point["num_nodes"], point["sp_size"]): f"{point['max_seq_len'] // LENGTH_STEP}" for point in found}
+    for num_nodes in sorted({point["num_nodes"] for point in found}):
+        table.add_row(str(num_nodes), *(lengths.get((num_nodes, sp_size), "-") for sp_size in sp_sizes))
+    Console().print(table)
 
 
 def _bytes(options: argparse.Namespace, name: str, *, ranks: int = 1) -> int | None:
@@ -111,11 +154,13 @@ def _as_json(plan: Plan, longest: int) -> dict[str, Any]:
     }
 
 
-def _print_table(plan: Plan, longest: int) -> None:
+def _print_plan(plan: Plan, longest: int) -> None:
     from rich.console import Console
 
     Console().print(plan_table(plan))
-    print(f"longest sequence that fits: {longest} tokens ({longest // 1024}K)" if longest else "no sequence fits")
+    print(
+        f"longest sequence that fits: {longest} tokens ({longest // LENGTH_STEP}K)" if longest else "no sequence fits"
+    )
 
 
 if __name__ == "__main__":

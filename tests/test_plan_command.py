@@ -59,8 +59,25 @@ def test_the_longest_sequence_and_what_is_longer():
     assert done.returncode == 1
     assert "does NOT fit" in done.stdout
     assert f"longest sequence that fits: {longest['seq_len']} tokens" in done.stdout
-    nothing = run("--model", "Qwen/Qwen3-32B", "--gpu", "L4", "--max_seq_len")
+    states = make_plan("Qwen/Qwen3-8B", ROOT / DS_CONFIG, world_size=1, seq_len=1024, device_memory=GIB).phases[0]
+    just_the_states = str(states.device_bytes / GIB + 0.01)
+    nothing = run("--model", "Qwen/Qwen3-8B", "--device_memory_gib", just_the_states, "--max_seq_len")
     assert (nothing.returncode, nothing.stdout.splitlines()[-1]) == (1, "no sequence fits")
+
+
+def test_the_longest_sequences_on_more_nodes():
+    points = json.loads(run(*LLAMA_8B, "--num_nodes", "3", "--table", "--json").stdout)
+    sizes = {1: (1, 2, 4, 8), 2: (1, 2, 4, 8, 16), 3: (1, 2, 3, 4, 6, 8, 12, 24)}
+    assert [(point["num_nodes"], point["sp_size"]) for point in points] == [
+        (num_nodes, sp_size) for num_nodes, of_nodes in sizes.items() for sp_size in of_nodes
+    ]
+    arguments = {"world_size": 24, "device_memory": 79 * GIB, "ranks_per_node": 8, "sp_size": 12}
+    (point,) = (point for point in points if point["sp_size"] == 12)
+    assert point["max_seq_len"] == longest_seq_len(LLAMA_8B[1], ROOT / DS_CONFIG, **arguments)
+    table = run(*LLAMA_8B, "--num_nodes", "3", "--table", "--sp_size", "12")
+    assert table.returncode == 0
+    assert f"{point['max_seq_len'] // 1024}" in table.stdout
+    assert "sp 24" not in table.stdout
 
 
 def test_a_picture(tmp_path):
@@ -70,8 +87,9 @@ def test_a_picture(tmp_path):
 
 
 REFUSED = {
-    "no length": ([*LLAMA_8B], "one of the arguments --seq_len --max_seq_len is required"),
+    "no length": ([*LLAMA_8B], "one of the arguments --seq_len --max_seq_len --table is required"),
     "two lengths": ([*LLAMA_8B, "--seq_len", "1M", "--max_seq_len"], "--max_seq_len: not allowed with"),
+    "states do not fit": (["--model", LLAMA_8B[1], "--gpu", "L4", "--seq_len", "4K"], "the model states of a rank"),
     "no memory": (["--seq_len", "1M"], "device_memory is not known"),
     "unknown gpu": (["--seq_len", "1M", "--gpu", "H101"], "gpu is 'H101'; nearest: 'H100'"),
     "no length in tokens": ([*LLAMA_8B, "--seq_len", "1X"], "seq_len is '1X'; allowed: a whole number of tokens"),
