@@ -16,7 +16,16 @@ from typing import Any, NoReturn
 
 from mst_ds.config import DEFAULT_DS_CONFIG, DEFAULT_MODEL, GIB, parse_seq_len
 from mst_ds.model_shape import load_model_shape
-from mst_ds.planner import LENGTH_STEP, Plan, gpu_memory, longest_seq_len, make_plan, plan_table, plot_plan
+from mst_ds.planner import (
+    DEFAULT_RESERVE,
+    LENGTH_STEP,
+    Plan,
+    gpu_memory,
+    longest_seq_len,
+    make_plan,
+    plan_table,
+    plot_plan,
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -82,7 +91,7 @@ def _plan(options: argparse.Namespace) -> tuple[Plan, int]:
     states = plan.phases[0]
     if states.device_bytes > plan.device_memory:
         raise ValueError(
-            f"the model states of a rank take {states.device_bytes / GIB:.1f} GiB, more than the "
+            f"the model states of a rank and the reserve take {states.device_bytes / GIB:.1f} GiB, more than the "
             f"{plan.device_memory / GIB:.1f} GiB of its device; allowed: a higher ZeRO stage, more ranks, offload, or "
             "more memory"
         )
@@ -97,6 +106,7 @@ def _arguments(options: argparse.Namespace, *, num_nodes: int) -> dict[str, Any]
         "world_size": options.num_gpus * num_nodes,
         "ranks_per_node": options.num_gpus,
         "device_memory": gpu_memory(options.gpu) if options.gpu else _bytes(options, "device_memory_gib"),
+        "reserve": DEFAULT_RESERVE,
         "host_memory": _bytes(options, "host_memory_gib", ranks=options.num_gpus),
     }
 

@@ -266,7 +266,7 @@ class MstConfig:
     layer's activations and compute them again in the backward; "auto": where they do not fit, or where one of the
     next two is True. keep_attention: but not the attention's output, so that attention runs once. offload_activations:
     what recompute keeps lies on the host. head_groups: groups of heads that attention is worked through in where the
-    sequence is sharded. device_memory_gib: memory to plan for.
+    sequence is sharded. device_memory_gib: memory to plan for. reserve_gib: of that, what tensors cannot have.
     """
 
     sp_size: int | Auto = AUTO
@@ -278,6 +278,7 @@ class MstConfig:
     head_groups: int | Auto = AUTO
     attention: str = AUTO
     device_memory_gib: float | Auto = AUTO
+    reserve_gib: float | Auto = AUTO
 
     @classmethod
     def from_dict(cls, block: Mapping[str, Any]) -> MstConfig:
@@ -314,6 +315,10 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+def _is_number_from_0(value: object) -> bool:
+    return _is_positive_number(value) or (value == 0 and not isinstance(value, bool))
+
+
 def _is_positive_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
 
@@ -328,4 +333,5 @@ _MST_CHECKS: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "head_groups": (_is_count, "a whole number >= 1"),
     "attention": (lambda value: value in ATTENTION_IMPLEMENTATIONS, " or ".join(ATTENTION_IMPLEMENTATIONS)),
     "device_memory_gib": (_is_positive_number, "a number > 0"),
+    "reserve_gib": (_is_number_from_0, "a number >= 0"),
 }

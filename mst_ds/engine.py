@@ -24,7 +24,7 @@ from mst_ds.data import TrainingData, load_training_data
 from mst_ds.jit_build import build_shared_memory_collective
 from mst_ds.model_shape import ModelShape, load_model_config, shipped_model_config
 from mst_ds.patch import apply_plan, find_parts
-from mst_ds.planner import Plan, make_plan
+from mst_ds.planner import DEFAULT_RESERVE, Plan, make_plan
 from mst_ds.preflight import require_exact
 from mst_ds.structure import why_own_attention
 from mst_ds.topology import choose_sp_size
@@ -124,6 +124,8 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
         world_size=launch.world_size,
         seq_len=config.seq_len,
         device_memory=_device_memory(launch) if mst.device_memory_gib == AUTO else None,
+        # On the CPU no context and no communication buffers stand beside the tensors.
+        reserve=DEFAULT_RESERVE if _has_accelerator() else 0,
         host_memory=_host_memory(launch),
         sp_size=sp_size,
         rank=launch.rank,

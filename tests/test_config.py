@@ -184,6 +184,7 @@ def test_mst_values_are_kept():
         "head_groups": 2,
         "attention": "sdpa",
         "device_memory_gib": 79.5,
+        "reserve_gib": 1.5,
     }
     assert dataclasses.asdict(MstConfig.from_dict(block)) == block
 
@@ -209,6 +210,8 @@ def test_mst_values_are_kept():
             "attention in 'mst' is 'eager'; allowed: 'auto' or sdpa or flash_attention_2",
         ),
         ({"device_memory_gib": 0}, "device_memory_gib in 'mst' is 0"),
+        ({"reserve_gib": -1}, "reserve_gib in 'mst' is -1; allowed: 'auto' or a number >= 0"),
+        ({"reserve_gib": False}, "reserve_gib in 'mst' is False"),
         ({"device_memory_gib": float("inf")}, "device_memory_gib in 'mst' is inf"),
         ([], r"'mst' is \[\]; allowed: an object"),
     ],

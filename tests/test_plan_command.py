@@ -38,7 +38,7 @@ def test_a_known_model_is_planned_without_torch_and_transformers():
 def test_json_is_the_plan():
     done = run(*LLAMA_8B, "--host_memory_gib", "800", "--seq_len", "512K", "--json")
     found = json.loads(done.stdout)
-    arguments = {"world_size": 8, "device_memory": 79 * GIB, "host_memory": 100 * GIB}
+    arguments = {"world_size": 8, "device_memory": 79 * GIB, "reserve": 2 * GIB, "host_memory": 100 * GIB}
     plan = make_plan(LLAMA_8B[1], ROOT / DS_CONFIG, seq_len=512 * 1024, **arguments)
     for name in ("fits", "peak_bytes", "host_bytes", "mlp_chunks", "loss_chunks", "recompute", "seq_len"):
         assert found[name] == getattr(plan, name)
@@ -60,7 +60,7 @@ def test_the_longest_sequence_and_what_is_longer():
     assert "does NOT fit" in done.stdout
     assert f"longest sequence that fits: {longest['seq_len']} tokens" in done.stdout
     states = make_plan("Qwen/Qwen3-8B", ROOT / DS_CONFIG, world_size=1, seq_len=1024, device_memory=GIB).phases[0]
-    just_the_states = str(states.device_bytes / GIB + 0.01)
+    just_the_states = str(states.device_bytes / GIB + 2.01)
     nothing = run("--model", "Qwen/Qwen3-8B", "--device_memory_gib", just_the_states, "--max_seq_len")
     assert (nothing.returncode, nothing.stdout.splitlines()[-1]) == (1, "no sequence fits")
 
@@ -71,7 +71,7 @@ def test_the_longest_sequences_on_more_nodes():
     assert [(point["num_nodes"], point["sp_size"]) for point in points] == [
         (num_nodes, sp_size) for num_nodes, of_nodes in sizes.items() for sp_size in of_nodes
     ]
-    arguments = {"world_size": 24, "device_memory": 79 * GIB, "ranks_per_node": 8, "sp_size": 12}
+    arguments = {"world_size": 24, "device_memory": 79 * GIB, "reserve": 2 * GIB, "ranks_per_node": 8, "sp_size": 12}
     (point,) = (point for point in points if point["sp_size"] == 12)
     assert point["max_seq_len"] == longest_seq_len(LLAMA_8B[1], ROOT / DS_CONFIG, **arguments)
     table = run(*LLAMA_8B, "--num_nodes", "3", "--table", "--sp_size", "12")

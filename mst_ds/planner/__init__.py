@@ -1,12 +1,13 @@
 """The plan of a rank, from the DeepSpeed JSON, the model's config and the rank's memory: pure arithmetic."""
 
 from mst_ds.planner.gpus import gpu_memory
-from mst_ds.planner.plan import LENGTH_STEP, longest_seq_len, make_plan
+from mst_ds.planner.plan import DEFAULT_RESERVE, LENGTH_STEP, longest_seq_len, make_plan
 from mst_ds.planner.plot import plot_plan
 from mst_ds.planner.report import plan_table
 from mst_ds.planner.types import Choice, MemoryTerm, Phase, Plan
 
 __all__ = [
+    "DEFAULT_RESERVE",
     "LENGTH_STEP",
     "Choice",
     "MemoryTerm",

@@ -80,7 +80,7 @@ def _computing(work: Workload, *, backward: bool) -> Terms:
 
 
 def _standing(work: Workload, *, has_gradients: bool) -> Terms:
-    terms = states.parameters(work) + states.optimizer_states(work)
+    terms = states.reserve(work) + states.parameters(work) + states.optimizer_states(work)
     if has_gradients:
         terms += states.gradients(work) + states.reduce_bucket(work)
     return terms

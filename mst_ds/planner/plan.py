@@ -23,6 +23,8 @@ from mst_ds.zero import load_ds_config, read_zero, resolve, split_mst
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+# Bytes for CUDA's context, NCCL's buffers and the allocator's losses: an allowance that is stated, not measured.
+DEFAULT_RESERVE = 2 * GIB
 # Tokens: finer than this a longest length means nothing.
 LENGTH_STEP = 1024
 
@@ -34,6 +36,7 @@ def make_plan(
     world_size: int,
     seq_len: int,
     device_memory: int | None = None,
+    reserve: int = 0,
     host_memory: int | None = None,
     sp_size: int | None = None,
     rank: int = 0,
@@ -51,6 +54,8 @@ def make_plan(
         world_size: ranks of the run.
         seq_len: S, tokens of a whole sequence.
         device_memory: bytes that a rank may use. None: what `device_memory_gib` of the "mst" block says.
+        reserve: bytes of `device_memory` that tensors cannot have, such as `DEFAULT_RESERVE`. The number in the
+            "mst" block's `reserve_gib`, where there is one, takes its place.
         host_memory: bytes of the host that a rank may use. None: not known; then activations go there only if the "mst"
             block says so.
         sp_size: ranks that share a sequence. None: what the "mst" block says.
@@ -66,6 +71,7 @@ def make_plan(
         world_size=world_size,
         seq_len=seq_len,
         device_memory=device_memory,
+        reserve=reserve,
         host_memory=host_memory,
         sp_size=sp_size,
         rank=rank,
@@ -102,6 +108,7 @@ def longest_seq_len(
     *,
     world_size: int,
     device_memory: int | None = None,
+    reserve: int = 0,
     host_memory: int | None = None,
     sp_size: int | None = None,
     ranks_per_node: int | None = None,
@@ -119,6 +126,7 @@ def longest_seq_len(
         world_size=world_size,
         seq_len=LENGTH_STEP,
         device_memory=device_memory,
+        reserve=reserve,
         host_memory=host_memory,
         sp_size=sp_size,
         rank=0,
@@ -154,6 +162,7 @@ def _read(
     world_size: int,
     seq_len: int,
     device_memory: int | None,
+    reserve: int,
     host_memory: int | None,
     sp_size: int | None,
     rank: int,
@@ -184,7 +193,14 @@ def _read(
     )
     zero = read_zero(resolved, dp_world_size=world_size)
     attention = _attention(mst, zero.dtype)
-    work = Workload(shape=shape, zero=zero, sp_size=sp_size, seq_len=seq_len, attention=attention)
+    work = Workload(
+        shape=shape,
+        zero=zero,
+        sp_size=sp_size,
+        seq_len=seq_len,
+        attention=attention,
+        reserve=_reserve(reserve, mst),
+    )
     return _Asked(topology, work, mst, _device_memory(device_memory, mst), host_memory)
 
 
@@ -211,3 +227,11 @@ def _device_memory(device_memory: int | None, mst: MstConfig) -> int:
     if device_memory < 1:
         raise ValueError(f"device_memory is {device_memory}; allowed: a whole number of bytes >= 1")
     return device_memory
+
+
+def _reserve(reserve: int, mst: MstConfig) -> int:
+    if mst.reserve_gib != AUTO:
+        return int(mst.reserve_gib * GIB)
+    if reserve < 0:
+        raise ValueError(f"reserve is {reserve}; allowed: a whole number of bytes >= 0")
+    return reserve

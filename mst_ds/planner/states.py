@@ -14,6 +14,11 @@ _OFFLOAD_PLACES: Mapping[OffloadDevice, Place] = {"none": "device", "cpu": "host
 _FP32_BYTES = 4
 
 
+def reserve(work: Workload) -> Terms:
+    """What CUDA's context and NCCL's buffers take, and what the allocator loses between blocks."""
+    return (product_term("reserve", "device", ("bytes", work.reserve)),) if work.reserve else ()
+
+
 def parameters(work: Workload) -> Terms:
     """The parameters in the model's dtype: a shard at stage 3, else all of them."""
     count = work.sharded(work.shape.parameter_count, from_stage=3)

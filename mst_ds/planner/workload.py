@@ -15,7 +15,10 @@ def ceil_divide(dividend: int, divisor: int) -> int:
 
 @dataclass(frozen=True)
 class Workload:
-    """A model under a ZeRO setting, on one shard of `seq_len` tokens, before chunk counts are chosen."""
+    """A model under a ZeRO setting, on one shard of `seq_len` tokens, before chunk counts are chosen.
+
+    reserve: bytes of the device that are left to others than tensors.
+    """
 
     shape: ModelShape
     zero: ZeroConfig
@@ -26,6 +29,7 @@ class Workload:
     keep_attention: bool = False
     offload_activations: bool = False
     head_groups: int = 1
+    reserve: int = 0
 
     @property
     def tokens(self) -> int:

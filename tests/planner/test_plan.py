@@ -189,8 +189,14 @@ def test_host_memory_lets_the_planner_use_the_host():
 
 def test_attention_is_what_can_run(monkeypatch):
     bf16 = {"bf16": {"enabled": True}}
-    for is_installed, expected in [(False, "sdpa"), (True, "flash_attention_2")]:
-        monkeypatch.setattr("transformers.utils.import_utils.is_flash_attn_2_available", lambda i=is_installed: i)
+    # Whether the package is there, and whether transformers can use it here.
+    for is_installed, is_available, expected in [
+        (False, False, "sdpa"),
+        (True, False, "sdpa"),
+        (True, True, "flash_attention_2"),
+    ]:
+        monkeypatch.setattr("mst_ds.planner.plan.find_spec", lambda name, i=is_installed: name if i else None)
+        monkeypatch.setattr("transformers.utils.import_utils.is_flash_attn_2_available", lambda i=is_available: i)
         assert small_plan(bf16).attention == expected
         assert small_plan({}).attention == "sdpa"  # fp32
     assert small_plan(bf16 | {"mst": {"attention": "sdpa"}}).attention == "sdpa"
@@ -289,3 +295,17 @@ def rendered(plan):
     console = Console(file=io.StringIO(), width=250)
     console.print(plan_table(plan))
     return console.file.getvalue()
+
+
+def test_the_reserve_is_a_term_of_every_phase():
+    plain, reserved = small_plan(), small_plan(reserve=GIB)
+    assert reserved.mlp_chunks == plain.mlp_chunks
+    assert [phase.device_bytes for phase in reserved.phases] == [phase.device_bytes + GIB for phase in plain.phases]
+    ds_config = load_ds_config(DS_CONFIGS / "zero3_mst.json")
+    ds_config["mst"]["reserve_gib"] = 0.5
+    assert small_plan(ds_config, reserve=GIB).peak_bytes == plain.peak_bytes + GIB // 2
+    ds_config["mst"]["reserve_gib"] = 0
+    assert small_plan(ds_config, reserve=GIB).phases == plain.phases
+    assert not small_plan(device_memory=plain.peak_bytes, reserve=1).fits
+    with pytest.raises(ValueError, match="reserve is -1; allowed: a whole number of bytes >= 0"):
+        small_plan(reserve=-1)
