@@ -306,6 +306,7 @@ def test_the_reserve_is_a_term_of_every_phase():
     assert small_plan(ds_config, reserve=GIB).peak_bytes == plain.peak_bytes + GIB // 2
     ds_config["mst"]["reserve_gib"] = 0
     assert small_plan(ds_config, reserve=GIB).phases == plain.phases
-    assert small_plan(device_memory=GIB).fits and not small_plan(device_memory=GIB, reserve=GIB).fits
+    assert small_plan(device_memory=GIB).fits
+    assert not small_plan(device_memory=GIB, reserve=GIB).fits
     with pytest.raises(ValueError, match="reserve is -1; allowed: a whole number of bytes >= 0"):
         small_plan(reserve=-1)
