@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
 
 import mst_ds
-from benchmarks.live_memory import LiveMemory
+from mst_ds.live_memory import LiveMemory
 from mst_ds.config import GIB
 from mst_ds.recompute import stores
 

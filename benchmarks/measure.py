@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 
 from benchmarks.contenders import Contender, Work, build_contender, host_left_out
 from benchmarks.flops import Counts, count_flops
-from benchmarks.live_memory import LiveMemory
+from mst_ds.live_memory import LiveMemory
 from benchmarks.sizes import Size
 
 Part: TypeAlias = Literal["step", "layers"]

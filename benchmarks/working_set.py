@@ -21,7 +21,7 @@ from transformers import LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
 from benchmarks.contenders import CONTENDERS, Work, build_contender, host_left_out
-from benchmarks.live_memory import LiveMemory
+from mst_ds.live_memory import LiveMemory
 from benchmarks.sizes import SIZES
 
 _COMPARED = ("recompute", "DeepSpeed ALST", "mst_ds, attention again", "mst_ds", "mst_ds, offload")

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from benchmarks.live_memory import LiveMemory
+from mst_ds.live_memory import LiveMemory
 from mst_ds.minisequence import chunked_tokenwise
 from mst_ds.minisequence.chunks import chunk_slices
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from benchmarks.live_memory import LiveMemory
+from mst_ds.live_memory import LiveMemory
 from mst_ds import apply_plan, make_plan
 from mst_ds.config import GIB
 from mst_ds.recompute import stores

@@ -8,7 +8,7 @@ import torch
 from tiny import tiny_llama
 
 from benchmarks.contenders import Work, build_contender, host_left_out
-from benchmarks.live_memory import LiveMemory
+from mst_ds.live_memory import LiveMemory
 
 WORK = Work(seq_len=256, mlp_chunks=4, loss_chunks=4)
 HIDDEN, INTERMEDIATE = 64, 224

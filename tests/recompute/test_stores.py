@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.contenders import host_left_out
-from benchmarks.live_memory import LiveMemory
+from mst_ds.live_memory import LiveMemory
 from mst_ds.recompute import DeviceStore, HostStore, KeptOnDevice
 
 SIZE = 64 * 1024  # bytes of `kept_tensor`

@@ -15,7 +15,7 @@ from dense_attention import dense_attention, heads, visible
 from distributed import run_ranks
 from torch import Tensor, nn
 
-from benchmarks.live_memory import LiveMemory
+from mst_ds.live_memory import LiveMemory
 from mst_ds.topology import Topology
 from mst_ds.ulysses import SequenceGroup, UlyssesContext, new_sequence_group, run_simulated, ulysses_attention
 from mst_ds.ulysses.backends import causal_backend

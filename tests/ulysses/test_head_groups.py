@@ -8,7 +8,7 @@ import pytest
 import torch
 from dense_attention import dense_attention, heads
 
-from benchmarks.live_memory import LiveMemory
+from mst_ds.live_memory import LiveMemory
 from mst_ds.recompute import HostStore, LayerRecompute
 from mst_ds.ulysses import run_simulated
 from mst_ds.ulysses.backends import causal_backend
