@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +13,7 @@ from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
 
 import mst_ds
-from mst_ds.live_memory import LiveMemory
 from mst_ds.config import GIB
-from mst_ds.recompute import stores
 
 IGNORE_INDEX = -100
 
@@ -70,19 +66,6 @@ def share_weights(model: nn.Module) -> Any:
     """A copy of the modules, with the same parameters and buffers."""
     tensors = (*model.parameters(), *model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-
-
-@contextmanager
-def host_left_out(memory: LiveMemory) -> Iterator[None]:
-    """Within, what this project keeps on the host is not counted, also where host and device are one memory."""
-    empty_on_host = stores._empty_on_host
-
-    def uncounted(tensor: Tensor) -> Tensor:
-        with memory.leave_out():
-            return empty_on_host(tensor)
-
-    with patch.object(stores, "_empty_on_host", uncounted):
-        yield
 
 
 def _plain(name: str, model: Any, work: Work) -> Contender:

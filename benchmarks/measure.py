@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from benchmarks.contenders import Contender, Work, build_contender, host_left_out
+from benchmarks.contenders import Contender, Work, build_contender
 from benchmarks.flops import Counts, count_flops
-from mst_ds.live_memory import LiveMemory
 from benchmarks.sizes import Size
+from mst_ds.dry_run import host_left_out
+from mst_ds.live_memory import LiveMemory
 
 Part: TypeAlias = Literal["step", "layers"]
 PARTS: tuple[Part, ...] = ("step", "layers")

@@ -20,9 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
-from benchmarks.contenders import CONTENDERS, Work, build_contender, host_left_out
-from mst_ds.live_memory import LiveMemory
+from benchmarks.contenders import CONTENDERS, Work, build_contender
 from benchmarks.sizes import SIZES
+from mst_ds.dry_run import host_left_out
+from mst_ds.live_memory import LiveMemory
 
 _COMPARED = ("recompute", "DeepSpeed ALST", "mst_ds, attention again", "mst_ds", "mst_ds, offload")
 _FEW, _MANY = 2, 4

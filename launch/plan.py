@@ -19,13 +19,19 @@ from mst_ds.model_shape import load_model_shape
 from mst_ds.planner import (
     DEFAULT_RESERVE,
     LENGTH_STEP,
+    Change,
     Plan,
-    gpu_memory,
-    longest_seq_len,
-    make_plan,
+    Request,
+    changes_that_fit,
+    gpu_by_name,
+    longest_of_request,
+    plan_of_request,
     plan_table,
     plot_plan,
+    read_request,
 )
+
+_GPU_OF_RATES = "H100"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,9 +51,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ds_config", default=DEFAULT_DS_CONFIG, help="DeepSpeed JSON with an optional 'mst' block.")
     parser.add_argument("--num_gpus", type=int, default=1, help="Ranks of a node, each with a GPU (default: 1).")
     parser.add_argument("--num_nodes", type=int, default=1, help="Nodes of the run (default: 1).")
-    memory = parser.add_mutually_exclusive_group()
-    memory.add_argument("--gpu", help="Name that stands for a GPU's memory: H100, H200, A100-80GB ...")
-    memory.add_argument("--device_memory_gib", type=float, help="Memory of a GPU; default: the 'mst' block's.")
+    parser.add_argument("--gpu", help="Name that stands for a GPU's memory and rates: H100, H200, A100-80GB ...")
+    parser.add_argument(
+        "--device_memory_gib", type=float, help="Memory of a GPU; default: that of --gpu, else the 'mst' block's."
+    )
     parser.add_argument(
         "--host_memory_gib", type=float, help="Memory of a node, an equal part for each rank; default: not known."
     )
@@ -69,46 +76,58 @@ def main(argv: Sequence[str]) -> int:
         options = _parser().parse_args(argv)
         if options.table:
             return _print_lengths(options)
-        plan, longest = _plan(options)
+        plan, longest, changes = _plan(options)
         if options.plot is not None:
             plot_plan(plan, options.plot)
     except ValueError as error:
         print(f"plan.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     if options.json:
-        print(json.dumps(_as_json(plan, longest), indent=2))
+        print(json.dumps(_as_json(plan, longest, changes), indent=2))
     else:
-        _print_plan(plan, longest)
+        _print_plan(plan, longest, changes, options.gpu)
     return 0 if plan.fits else 1
 
 
-def _plan(options: argparse.Namespace) -> tuple[Plan, int]:
-    """The plan, and the longest length that fits."""
-    arguments = _arguments(options, num_nodes=options.num_nodes) | {"sp_size": options.sp_size}
-    longest = longest_seq_len(options.model, options.ds_config, **arguments)
-    seq_len = longest or LENGTH_STEP if options.max_seq_len else parse_seq_len(options.seq_len)
-    plan = make_plan(options.model, options.ds_config, seq_len=seq_len, **arguments)
+def _plan(options: argparse.Namespace) -> tuple[Plan, int, tuple[Change, ...]]:
+    """The plan, the longest length that fits, and what makes this one fit if it does not."""
+    seq_len = LENGTH_STEP if options.max_seq_len else parse_seq_len(options.seq_len)
+    request = _request(options, num_nodes=options.num_nodes, sp_size=options.sp_size, seq_len=seq_len)
+    longest = longest_of_request(request)
+    if options.max_seq_len and longest:
+        request = request.with_length(longest)
+    plan = plan_of_request(request)
+    changes = () if plan.fits else changes_that_fit(request)
     states = plan.phases[0]
     if states.device_bytes > plan.device_memory:
+        allowed = [str(change) for change in changes] or ["a higher ZeRO stage, more ranks, offload, or more memory"]
         raise ValueError(
             f"the model states of a rank and the reserve take {states.device_bytes / GIB:.1f} GiB, more than the "
-            f"{plan.device_memory / GIB:.1f} GiB of its device; allowed: a higher ZeRO stage, more ranks, offload, or "
-            "more memory"
+            f"{plan.device_memory / GIB:.1f} GiB of its device; allowed: {', or '.join(allowed)}"
         )
-    return plan, longest
+    return plan, longest, changes
 
 
-def _arguments(options: argparse.Namespace, *, num_nodes: int) -> dict[str, Any]:
+def _request(options: argparse.Namespace, *, num_nodes: int, sp_size: int | None, seq_len: int) -> Request:
     for name in ("num_gpus", "num_nodes"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name} is {getattr(options, name)}; allowed: a whole number >= 1")
-    return {
-        "world_size": options.num_gpus * num_nodes,
-        "ranks_per_node": options.num_gpus,
-        "device_memory": gpu_memory(options.gpu) if options.gpu else _bytes(options, "device_memory_gib"),
-        "reserve": DEFAULT_RESERVE,
-        "host_memory": _bytes(options, "host_memory_gib", ranks=options.num_gpus),
-    }
+    gpu = gpu_by_name(options.gpu) if options.gpu else None
+    device_memory = _bytes(options, "device_memory_gib")
+    if device_memory is None and gpu is not None:
+        device_memory = gpu.memory
+    return read_request(
+        options.model,
+        options.ds_config,
+        world_size=options.num_gpus * num_nodes,
+        seq_len=seq_len,
+        device_memory=device_memory,
+        reserve=DEFAULT_RESERVE,
+        host_memory=_bytes(options, "host_memory_gib", ranks=options.num_gpus),
+        sp_size=sp_size,
+        ranks_per_node=options.num_gpus,
+        gpu=gpu or gpu_by_name(_GPU_OF_RATES),
+    )
 
 
 def _print_lengths(options: argparse.Namespace) -> int:
@@ -117,10 +136,11 @@ def _print_lengths(options: argparse.Namespace) -> int:
     counts = sorted({2**power for power in range(options.num_nodes.bit_length())} | {options.num_nodes})
     found = []
     for num_nodes in counts:
-        arguments = _arguments(options, num_nodes=num_nodes)
-        for sp_size in range(1, min(heads, arguments["world_size"]) + 1):
-            if arguments["world_size"] % sp_size == 0 and options.sp_size in (None, sp_size):
-                longest = longest_seq_len(options.model, options.ds_config, **arguments, sp_size=sp_size)
+        world_size = options.num_gpus * num_nodes
+        for sp_size in range(1, min(heads, world_size) + 1):
+            if world_size % sp_size == 0 and options.sp_size in (None, sp_size):
+                request = _request(options, num_nodes=num_nodes, sp_size=sp_size, seq_len=LENGTH_STEP)
+                longest = longest_of_request(request)
                 found.append({"num_nodes": num_nodes, "sp_size": sp_size, "max_seq_len": longest})
     if options.json:
         print(json.dumps(found, indent=2))
@@ -150,7 +170,7 @@ def _bytes(options: argparse.Namespace, name: str, *, ranks: int = 1) -> int | N
     return int(gib * GIB / ranks)
 
 
-def _as_json(plan: Plan, longest: int) -> dict[str, Any]:
+def _as_json(plan: Plan, longest: int, changes: tuple[Change, ...]) -> dict[str, Any]:
     fields = dataclasses.asdict(plan)
     for phase, described in zip(plan.phases, fields["phases"], strict=True):
         described |= {"device_bytes": phase.device_bytes, "host_bytes": phase.host_bytes}
@@ -160,17 +180,22 @@ def _as_json(plan: Plan, longest: int) -> dict[str, Any]:
         "peak_phase": plan.peak_phase.name,
         "host_bytes": plan.host_bytes,
         "max_seq_len": longest,
+        "changes_that_fit": [dict(change.settings) for change in changes],
         **fields,
     }
 
 
-def _print_plan(plan: Plan, longest: int) -> None:
+def _print_plan(plan: Plan, longest: int, changes: tuple[Change, ...], gpu: str | None) -> None:
     from rich.console import Console
 
     Console().print(plan_table(plan))
+    if gpu is None:
+        print(f"times are by the rates of a {_GPU_OF_RATES}, as no --gpu is named")
     print(
         f"longest sequence that fits: {longest} tokens ({longest // LENGTH_STEP}K)" if longest else "no sequence fits"
     )
+    if not plan.fits:
+        print(f"to make it fit: {', or '.join(map(str, changes)) or 'no single change is enough'}")
 
 
 if __name__ == "__main__":

@@ -53,8 +53,8 @@ def _train(run: Run, folder: Path) -> None:
     from mst_ds.data import ShardedLoader, eval_batches
     from mst_ds.engine import build_engine
     from mst_ds.loop import train
-    from mst_ds.metrics import MetricsWriter, flops_per_token, peak_flops
-    from mst_ds.model_shape import ModelShape
+    from mst_ds.metrics import MetricsWriter, peak_flops
+    from mst_ds.model_shape import ModelShape, flops_per_token
     from mst_ds.planner import plan_table
 
     config, plan, data, launch = run.config, run.plan, run.data, run.launch

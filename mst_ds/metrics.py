@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import psutil
 import torch
@@ -29,9 +29,6 @@ from rich.table import Column
 from torch.utils.tensorboard import SummaryWriter
 
 from mst_ds.config import GIB
-
-if TYPE_CHECKING:
-    from mst_ds.model_shape import ModelShape
 
 # Dense bf16/fp16 FLOP/s of one device, from the vendors' data sheets (half of the figures that NVIDIA prints
 # "with sparsity"). Matched in this order against the device's name.
@@ -80,28 +77,6 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return next((flops for pattern, flops in _PEAK_FLOPS if re.search(pattern, name)), None)
 
 
-def flops_per_token(shape: ModelShape, seq_len: int) -> float:
-    """Model FLOPs of the forward and backward for one token of a sequence of `seq_len`, without recompute.
-
-    6 · parameters + 12 · layers · heads · head_dim · tokens attended to, after PaLM (arXiv 2204.02311, appendix B).
-    Parameters are those that the token meets: of a mixture of experts its own. An input embedding is looked up, not
-    multiplied, and so not counted, unless it is tied: then it is the head. Under a causal mask a token attends to half
-    of the sequence on average, in a layer with a sliding window to its window at most.
-    """
-    multiplied = shape.active_parameter_count - shape.position_parameter_count
-    if not shape.tie_word_embeddings:
-        multiplied -= shape.embedding_parameter_count
-    full_layers = shape.num_hidden_layers - len(shape.sliding_windows)
-    attended = full_layers * seq_len / 2 + sum(_mean_attended(window, seq_len) for window in shape.sliding_windows)
-    return 6.0 * multiplied + 6.0 * attended * shape.num_attention_heads * (shape.head_dim + shape.value_head_dim)
-
-
-def _mean_attended(window: int, seq_len: int) -> float:
-    """Tokens that a token of a sequence attends to on average, where it sees the last `window` of them."""
-    window = min(window, seq_len)
-    return window - window * window / (2 * seq_len)
-
-
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the installed packages that decide what a run computes."""
     versions = {"python": platform.python_version()}
@@ -123,7 +98,7 @@ class MetricsWriter:
         output_dir: folder for the files; made if it is missing.
         max_steps: number of the last step.
         rank: this process' global rank.
-        flops_per_token: see `flops_per_token`; None leaves the MFU out.
+        flops_per_token: see `mst_ds.model_shape.flops_per_token`; None leaves the MFU out.
         peak_flops: FLOP/s of all devices of the run together; None leaves the MFU out.
         console: where progress is shown; stdout by default.
 

@@ -14,8 +14,8 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import DeepseekV3Config, Gemma2Config, GPT2Config, LlamaConfig, MixtralConfig
 
-from mst_ds.metrics import MetricsWriter, flops_per_token, peak_flops, peak_memory_bytes
-from mst_ds.model_shape import ModelShape
+from mst_ds.metrics import MetricsWriter, peak_flops, peak_memory_bytes
+from mst_ds.model_shape import ModelShape, flops_per_token
 
 STEP: dict[str, Any] = {
     "loss": 2.5,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -31,12 +31,17 @@ def chunk_slices(num_tokens: int, chunks: int) -> Iterator[slice]:
         start = stop
 
 
+# Elements that elementwise work takes at a time, by the type of the device.
+_ELEMENTS_IN_CACHE: Mapping[str, int] = {"cpu": 2**19}
+_ELEMENTS_THAT_KEEP_BUSY = 2**24
+
+
 def chunks_in_cache(tensor: torch.Tensor) -> int:
     """Into how many chunks elementwise work on (..., C) is best divided, whatever the memory allows.
 
     2^19 elements stay in a CPU's cache; an accelerator needs 2^24 to be busy for longer than kernels take to start.
     """
-    elements = 2**19 if tensor.device.type == "cpu" else 2**24
+    elements = _ELEMENTS_IN_CACHE.get(tensor.device.type, _ELEMENTS_THAT_KEEP_BUSY)
     return max(1, -(-tensor.numel() // elements))
 
 

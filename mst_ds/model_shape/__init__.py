@@ -3,7 +3,8 @@
 from mst_ds.model_shape.configs import load_model_config, shipped_model_config
 from mst_ds.model_shape.experts import ExpertShape
 from mst_ds.model_shape.families import NormKind
-from mst_ds.model_shape.known_models import known_model_names, load_model_shape
+from mst_ds.model_shape.known_models import known_model_names, load_config_of_shape, load_model_shape
+from mst_ds.model_shape.model_flops import attended_pairs, flops_per_token
 from mst_ds.model_shape.shape import ModelShape, NormShape
 
 __all__ = [
@@ -11,7 +12,10 @@ __all__ = [
     "ModelShape",
     "NormKind",
     "NormShape",
+    "attended_pairs",
+    "flops_per_token",
     "known_model_names",
+    "load_config_of_shape",
     "load_model_config",
     "load_model_shape",
     "shipped_model_config",

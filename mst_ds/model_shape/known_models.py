@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 from mst_ds.model_shape.configs import load_model_config
 from mst_ds.model_shape.shape import ModelShape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 # Hugging Face id -> of its config.json what decides shapes, with nothing left to a default of transformers.
 _FILE = Path(__file__).with_name("known_models.json")
@@ -18,13 +22,31 @@ def known_model_names() -> list[str]:
     return sorted(json.loads(_FILE.read_text(encoding="utf-8")))
 
 
+def load_config_of_shape(name_or_path: str) -> PreTrainedConfig:
+    """A config with the shape of a known model, the rest as transformers has it; of any other `load_model_config`'s.
+
+    Raises:
+        ValueError: found nowhere.
+    """
+    fields = _fields(name_or_path)
+    if fields is None:
+        return load_model_config(name_or_path)
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
 def load_model_shape(name_or_path: str) -> ModelShape:
     """The shape of a known model; of any other the config as `load_model_config` finds it.
 
     Raises:
         ValueError: found nowhere, or not a decoder-only causal language model.
     """
-    fields = json.loads(_FILE.read_text(encoding="utf-8")).get(name_or_path)
+    fields = _fields(name_or_path)
     if fields is not None:
         return ModelShape.from_fields(SimpleNamespace(**fields))
     return ModelShape.from_config(load_model_config(name_or_path))
+
+
+def _fields(name: str) -> dict[str, Any] | None:
+    return cast("dict[str, Any] | None", json.loads(_FILE.read_text(encoding="utf-8")).get(name))

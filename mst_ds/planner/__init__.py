@@ -1,21 +1,40 @@
 """The plan of a rank, from the DeepSpeed JSON, the model's config and the rank's memory: pure arithmetic."""
 
-from mst_ds.planner.gpus import gpu_memory
-from mst_ds.planner.plan import DEFAULT_RESERVE, LENGTH_STEP, longest_seq_len, make_plan
+from mst_ds.planner.advice import Change, changes_that_fit
+from mst_ds.planner.gpus import Gpu, gpu_by_name, gpu_of_device
+from mst_ds.planner.phases import activation_bytes
+from mst_ds.planner.plan import (
+    DEFAULT_RESERVE,
+    LENGTH_STEP,
+    longest_of_request,
+    longest_seq_len,
+    make_plan,
+    plan_of_request,
+)
 from mst_ds.planner.plot import plot_plan
 from mst_ds.planner.report import plan_table
+from mst_ds.planner.request import Request, read_request
 from mst_ds.planner.types import Choice, MemoryTerm, Phase, Plan
 
 __all__ = [
     "DEFAULT_RESERVE",
     "LENGTH_STEP",
+    "Change",
     "Choice",
+    "Gpu",
     "MemoryTerm",
     "Phase",
     "Plan",
-    "gpu_memory",
+    "Request",
+    "activation_bytes",
+    "changes_that_fit",
+    "gpu_by_name",
+    "gpu_of_device",
+    "longest_of_request",
     "longest_seq_len",
     "make_plan",
+    "plan_of_request",
     "plan_table",
     "plot_plan",
+    "read_request",
 ]

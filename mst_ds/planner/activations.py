@@ -52,7 +52,7 @@ def layer_activations(work: Workload, *, of_attention: bool = True, after_attent
     keeps_output = work.attention_keeping_layers == work.shape.num_hidden_layers
     terms = [
         _hidden_of_layers(work, "attention_input", first, min(1, norms.pre_norms)),
-        local_term(work, "query_key_value", query_key_value_width(work), first),
+        local_term(work, "query_key_value", query_key_value_width(work.shape), first),
         *_fused_query_key(work, first),
         local_term(work, "query_key_norm_inputs", norms.query_key_width, first),
         _hidden_of_layers(work, "post_norm_inputs", last, norms.post_norms),
@@ -63,7 +63,7 @@ def layer_activations(work: Workload, *, of_attention: bool = True, after_attent
         _hidden_of_layers(work, "shared_expert_output", last, int(_has_shared_expert(work))),
     ]
     if not keeps_output:
-        terms.append(local_term(work, "attention_output", output_width(work), first))
+        terms.append(local_term(work, "attention_output", output_width(work.shape), first))
         terms.append(log_sum_exp(work, first))
     return tuple(term for term in terms if term.bytes)
 
@@ -72,16 +72,16 @@ def attention_step(work: Workload, *, backward: bool) -> Terms:
     """Attention with its all-to-alls. In the backward the layer's activations count apart from this."""
     gathered = gathered_step(work, backward=backward)
     if backward:
-        gradients = query_key_value_width(work) + output_width(work)
+        gradients = query_key_value_width(work.shape) + output_width(work.shape)
         return (*gathered, local_term(work, "attention_gradients", gradients))
     if not work.recompute:
         return gathered
-    own = (local_term(work, "attention_output", output_width(work)),)
+    own = (local_term(work, "attention_output", output_width(work.shape)),)
     return (
         *gathered,
         *own,
         hidden_term(work, "attention_input", 1),
-        local_term(work, "query_key_value", query_key_value_width(work)),
+        local_term(work, "query_key_value", query_key_value_width(work.shape)),
     )
 
 

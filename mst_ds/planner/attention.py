@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mst_ds.model_shape import ModelShape
 from mst_ds.planner.types import MemoryTerm, product_term, total_bytes
 from mst_ds.planner.workload import Workload
 
@@ -16,16 +17,15 @@ def local_term(work: Workload, name: str, width: int, layers: int = 1) -> Memory
     return product_term(name, "device", ("layers", layers), *factors)
 
 
-def query_key_value_width(work: Workload) -> int:
+def query_key_value_width(shape: ModelShape) -> int:
     """Of all heads."""
-    shape = work.shape
     values = shape.num_key_value_heads * shape.value_head_dim
     return (shape.num_attention_heads + shape.num_key_value_heads) * shape.head_dim + values
 
 
-def output_width(work: Workload) -> int:
+def output_width(shape: ModelShape) -> int:
     """Of all heads."""
-    return work.shape.num_attention_heads * work.shape.value_head_dim
+    return shape.num_attention_heads * shape.value_head_dim
 
 
 def log_sum_exp(work: Workload, layers: int) -> MemoryTerm:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from mst_ds.planner.cost import step_seconds
 from mst_ds.planner.flops import recomputed_flops
+from mst_ds.planner.gpus import Gpu
 from mst_ds.planner.kept import copied_bytes
 from mst_ds.planner.phases import step_phases
 from mst_ds.planner.types import Choice
 from mst_ds.planner.workload import Workload
 
 
-def describe_choices(work: Workload, *, mlp_chunks: int, loss_chunks: int) -> tuple[Choice, ...]:
+def describe_choices(work: Workload, *, mlp_chunks: int, loss_chunks: int, gpu: Gpu | None) -> tuple[Choice, ...]:
     """Each setting against its opposite, or against one group of heads, with everything else as it is.
 
     The opposite of no recompute is its fastest kind, which keeps attention on the device.
@@ -42,6 +44,7 @@ def describe_choices(work: Workload, *, mlp_chunks: int, loss_chunks: int) -> tu
                 host_bytes=host_bytes - other_host_bytes,
                 flops=recomputed_flops(work) - recomputed_flops(other),
                 copied_bytes=copied_bytes(work) - copied_bytes(other),
+                seconds=None if gpu is None else step_seconds(work, gpu) - step_seconds(other, gpu),
             )
         )
     return tuple(choices)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mst_ds.model_shape import attended_pairs
 from mst_ds.planner.workload import Workload
 
 
@@ -12,14 +13,11 @@ def attention_forward_flops(work: Workload) -> int:
 
 def _full_attention_flops(work: Workload) -> int:
     layers = work.shape.num_hidden_layers - len(work.shape.sliding_windows)
-    # A query sees half of the keys on average.
-    return layers * _flops_of_pairs(work, work.seq_len * work.seq_len // 2)
+    return layers * _flops_of_pairs(work, attended_pairs(work.seq_len, work.seq_len))
 
 
 def _windowed_attention_flops(work: Workload) -> int:
-    windows = [min(window, work.seq_len) for window in work.shape.sliding_windows]
-    # All but the first queries see the whole window.
-    return sum(_flops_of_pairs(work, work.seq_len * window - window * window // 2) for window in windows)
+    return sum(_flops_of_pairs(work, attended_pairs(window, work.seq_len)) for window in work.shape.sliding_windows)
 
 
 def _flops_of_pairs(work: Workload, pairs: int) -> int:

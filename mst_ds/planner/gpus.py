@@ -1,35 +1,75 @@
-"""GPUs by name: the memory that a process can have of one."""
+"""GPUs by name: the memory that a process can have of one, and what it does in a second."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from mst_ds.config import GIB, nearest
 
-# GiB of `torch.cuda.get_device_properties(...).total_memory`, rounded down: less than the name says, which counts in
-# 10^9 bytes or has not yet taken off what error correction and driver keep.
-_MEMORY_GIB: Mapping[str, int] = {
-    "A10G": 22,
-    "A100-40GB": 39,
-    "A100-80GB": 79,
-    "L4": 22,
-    "L40S": 44,
-    "H100": 79,
-    "H200": 139,
-    "B200": 178,
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU in its usual server, by the makers' data sheets.
+
+    Attributes:
+        name: in capitals, as users write it.
+        memory: bytes of `torch.cuda.get_device_properties(...).total_memory`, rounded down to a GiB: less than the name
+            says, which counts in 10^9 bytes or has not yet taken off what error correction and driver keep.
+        flops, fp32_flops: FLOP/s of dense matrix products in 16 bits, and in fp32 as torch computes it by default.
+        memory_rate: bytes/s of its memory.
+        node_rate: bytes/s to the other GPUs of its node, one way.
+        network_rate: bytes/s to other nodes, one way, of the network card that is its own.
+        host_rate: bytes/s to the host's memory, one way.
+    """
+
+    name: str
+    memory: int
+    flops: float
+    fp32_flops: float
+    memory_rate: float
+    node_rate: float
+    network_rate: float
+    host_rate: float
+
+
+_PCIE_4, _PCIE_5 = 25e9, 50e9  # of 32 and 64 GB/s what copies attain
+_ETHERNET_100, _INFINIBAND_200, _INFINIBAND_400 = 12.5e9, 25e9, 50e9
+
+_GPUS: Mapping[str, Gpu] = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("A10G", 22 * GIB, 70e12, 35e12, 600e9, _PCIE_4, _ETHERNET_100, _PCIE_4),
+        Gpu("A100-40GB", 39 * GIB, 312e12, 19.5e12, 1555e9, 300e9, _INFINIBAND_200, _PCIE_4),
+        Gpu("A100-80GB", 79 * GIB, 312e12, 19.5e12, 2039e9, 300e9, _INFINIBAND_200, _PCIE_4),
+        Gpu("L4", 22 * GIB, 121e12, 30.3e12, 300e9, _PCIE_4, _ETHERNET_100, _PCIE_4),
+        Gpu("L40S", 44 * GIB, 362e12, 91.6e12, 864e9, _PCIE_4, _INFINIBAND_200, _PCIE_4),
+        Gpu("H100", 79 * GIB, 989.5e12, 67e12, 3350e9, 450e9, _INFINIBAND_400, _PCIE_5),
+        Gpu("H200", 139 * GIB, 989.5e12, 67e12, 4800e9, 450e9, _INFINIBAND_400, _PCIE_5),
+        Gpu("B200", 178 * GIB, 2250e12, 75e12, 8000e9, 900e9, _INFINIBAND_400, _PCIE_5),
+    )
 }
+# Whose rates rank what the planner may choose where no GPU is named.
+DEFAULT_GPU = _GPUS["H100"]
 
 
-def gpu_memory(name: str) -> int:
-    """Bytes of a GPU, whose name may be in small letters.
+def gpu_by_name(name: str) -> Gpu:
+    """The GPU of that name, which may be in small letters.
 
     Raises:
         ValueError: not in the table.
     """
-    found = _MEMORY_GIB.get(name.upper())
+    found = _GPUS.get(name.upper())
     if found is None:
         raise ValueError(
-            f"gpu is {name!r}{nearest(name.upper(), _MEMORY_GIB)}; allowed: {', '.join(_MEMORY_GIB)}, "
+            f"gpu is {name!r}{nearest(name.upper(), _GPUS)}; allowed: {', '.join(_GPUS)}, "
             "or device_memory_gib for any other"
         )
-    return found * GIB
+    return found
+
+
+def gpu_of_device(device_name: str, memory: int) -> Gpu | None:
+    """The GPU that a driver calls so, such as "NVIDIA A100-SXM4-40GB", and that has so many bytes; None if unknown."""
+    words = set(device_name.upper().replace("-", " ").split())
+    found = [gpu for gpu in _GPUS.values() if gpu.name.split("-")[0] in words and gpu.memory <= memory]
+    return None if "MIG" in words else max(found, key=lambda gpu: gpu.memory, default=None)

@@ -10,6 +10,24 @@ from mst_ds.planner.workload import Workload
 
 Terms = tuple[MemoryTerm, ...]
 
+# What is there whatever a micro-batch computes.
+_STATES = frozenset(
+    {
+        "reserve",
+        "parameters",
+        "gathered_parameters",
+        "gradients",
+        "reduce_bucket",
+        "master_parameters",
+        "adam_moments",
+    }
+)
+
+
+def activation_bytes(phase: Phase) -> int:
+    """Of a phase's device memory what is no state of the model and none of ZeRO's buffers for these."""
+    return total_bytes(term for term in phase.terms if term.place == "device" and term.name not in _STATES)
+
 
 def step_phases(work: Workload, *, mlp_chunks: int, loss_chunks: int) -> tuple[Phase, ...]:
     """All phases, in the order in which they happen."""

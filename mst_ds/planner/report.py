@@ -66,18 +66,30 @@ def _costs(plan: Plan) -> str:
             )
             if count
         ]
+        if choice.seconds:
+            changes.append(f"{choice.seconds:+.3g} s a step")
         if changes:
             settings.append(f"{choice.setting} {str(choice.value).lower()}: {', '.join(changes)}")
-    return "; ".join([f"{plan.flops / 10**12:.3f} TFLOPs a micro-batch", *settings])
+    return "; ".join([f"{plan.flops / 10**12:.3f} TFLOPs a micro-batch{_predicted(plan)}", *settings])
+
+
+def _predicted(plan: Plan) -> str:
+    if plan.predicted_step_seconds is None or plan.predicted_mfu is None:
+        return ""
+    return f", predicted {plan.predicted_step_seconds:.3g} s a step, MFU {plan.predicted_mfu:.0%}"
 
 
 def _verdict(plan: Plan) -> str:
-    verdict = "fits in" if plan.fits else "does NOT fit in"
+    verdict = "fits in" if plan.peak_bytes <= plan.device_memory else "does NOT fit in"
     caveat = "" if plan.counts_are_exact else "; parameters counted as those of a similar model, an estimate"
     return (
         f"{_gib(plan.peak_bytes)} GiB at the peak ({plan.peak_phase.name}) {verdict} "
-        f"{_gib(plan.device_memory)} GiB; host {_gib(plan.host_bytes)} GiB{caveat}"
+        f"{_gib(plan.device_memory)} GiB; host {_gib(plan.host_bytes)}{_of_host(plan)} GiB{caveat}"
     )
+
+
+def _of_host(plan: Plan) -> str:
+    return "" if plan.host_memory is None else f" of {_gib(plan.host_memory)}"
 
 
 def _gib(count: int) -> str:

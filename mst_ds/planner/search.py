@@ -5,9 +5,12 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from operator import itemgetter
 
 from mst_ds.config import AUTO, Auto, MstConfig
 from mst_ds.planner import activations
+from mst_ds.planner.cost import step_seconds
+from mst_ds.planner.gpus import DEFAULT_GPU, Gpu
 from mst_ds.planner.phases import layer_phase, loss_phase, mlp_moments, rest_of_layer_moment, step_phases
 from mst_ds.planner.types import Phase, total_bytes
 from mst_ds.planner.workload import Workload
@@ -15,9 +18,7 @@ from mst_ds.planner.workload import Workload
 # Below this length the matrices of a chunk are too small to keep an accelerator busy.
 MIN_CHUNK_TOKENS = 256
 
-# What layers keep, (recompute, keep_attention, offload_activations), from the fastest on: everything, then what
-# recompute keeps. To run attention a second time costs more than to copy its output to the host and back, which happens
-# while layers compute.
+# What layers keep: (recompute, keep_attention, offload_activations). Of those that are equally fast the first is taken.
 _KEPT = (
     (False, False, False),
     (True, True, False),
@@ -36,8 +37,17 @@ class Settings:
     loss_chunks: int
 
 
-def choose_settings(work: Workload, mst: MstConfig, *, device_memory: int, host_memory: int | None) -> Settings:
-    """The fastest settings that fit, by `_KEPT`; with equally much kept those with the fewest groups of heads.
+def choose_settings(
+    work: Workload,
+    mst: MstConfig,
+    *,
+    device_memory: int,
+    host_memory: int | None,
+    gpu: Gpu = DEFAULT_GPU,
+    least_device_memory: int | None = None,
+) -> Settings:
+    """The settings that fit and are predicted fastest; of equally fast ones those that come first in `_KEPT`, with the
+    fewest groups of heads.
 
     Where nothing fits it is those with the lowest peak, of equal ones those with recompute: the states of adapters are
     less than is planned, so that a run may still fit. What the user set stays; kept attention or offload that the user
@@ -45,25 +55,34 @@ def choose_settings(work: Workload, mst: MstConfig, *, device_memory: int, host_
 
     Args:
         work: whose `recompute`, `keep_attention`, `offload_activations` and `head_groups` are not read.
+        device_memory: bytes of this rank's device, which its chunk counts follow from.
         host_memory: bytes of the host that this rank may use; None: not known, and nothing is kept there by choice.
+        gpu: whose rates predict.
+        least_device_memory: bytes of the smallest device. Everything but chunk counts is chosen for it, because the
+            ranks would wait for each other if they differed in that. None: all are like this rank's.
     """
-    best: tuple[tuple[int, bool], Settings] | None = None
+    least = device_memory if least_device_memory is None else least_device_memory
+    fitting: list[tuple[float, Workload]] = []
+    others: list[tuple[tuple[int, bool], Workload]] = []
     for candidate in _candidates(work, mst):
-        mlp_chunks, loss_chunks = choose_chunks(
-            candidate, device_memory=device_memory, mlp_chunks=mst.mlp_chunks, loss_chunks=mst.loss_chunks
-        )
-        phases = step_phases(candidate, mlp_chunks=mlp_chunks, loss_chunks=loss_chunks)
-        if not _host_has_room(candidate, mst, phases, host_memory):
+        phases = step_phases(candidate, **_chunks(candidate, mst, least))
+        if not _may_offload(candidate, mst, phases, host_memory):
             continue
-        settings = Settings(candidate, mlp_chunks, loss_chunks)
         peak = max(phase.device_bytes for phase in phases)
-        if peak <= device_memory:
-            return settings
-        rank = peak, not candidate.recompute
-        if best is None or rank < best[0]:
-            best = rank, settings
-    assert best is not None, "what is kept on the device is always a candidate"
-    return best[1]
+        if peak <= least and _host_has_room(phases, host_memory):
+            fitting.append((step_seconds(candidate, gpu), candidate))
+        else:
+            others.append(((peak, not candidate.recompute), candidate))
+    # Python's min takes the first of equals. What is kept on the device is always a candidate.
+    best = min(fitting, key=itemgetter(0))[1] if fitting else min(others, key=itemgetter(0))[1]
+    return Settings(best, **_chunks(best, mst, device_memory))
+
+
+def _chunks(work: Workload, mst: MstConfig, device_memory: int) -> dict[str, int]:
+    mlp_chunks, loss_chunks = choose_chunks(
+        work, device_memory=device_memory, mlp_chunks=mst.mlp_chunks, loss_chunks=mst.loss_chunks
+    )
+    return {"mlp_chunks": mlp_chunks, "loss_chunks": loss_chunks}
 
 
 def can_fit(work: Workload, mst: MstConfig, *, device_memory: int, host_memory: int | None) -> bool:
@@ -76,16 +95,21 @@ def can_fit(work: Workload, mst: MstConfig, *, device_memory: int, host_memory: 
     for candidate in _candidates(work, mst):
         phases = step_phases(candidate, **chunks)
         is_within = max(phase.device_bytes for phase in phases) <= device_memory
-        if is_within and _host_has_room(candidate, mst, phases, host_memory):
+        may_offload = _may_offload(candidate, mst, phases, host_memory)
+        if is_within and may_offload and _host_has_room(phases, host_memory):
             return True
     return False
 
 
-def _host_has_room(work: Workload, mst: MstConfig, phases: tuple[Phase, ...], host_memory: int | None) -> bool:
-    """Whether the planner may choose to offload; what the user asks for is not questioned."""
+def _may_offload(work: Workload, mst: MstConfig, phases: tuple[Phase, ...], host_memory: int | None) -> bool:
+    """Whether what this keeps on the host is what the user asks for, or has room there for certain."""
     if not work.offload_activations or mst.offload_activations != AUTO:
         return True
-    return host_memory is not None and max(phase.host_bytes for phase in phases) <= host_memory
+    return host_memory is not None and _host_has_room(phases, host_memory)
+
+
+def _host_has_room(phases: tuple[Phase, ...], host_memory: int | None) -> bool:
+    return host_memory is None or max(phase.host_bytes for phase in phases) <= host_memory
 
 
 def _candidates(work: Workload, mst: MstConfig) -> Iterator[Workload]:

@@ -64,6 +64,7 @@ class Choice:
         device_bytes, host_bytes: at the peak.
         flops: computed again in a micro-batch.
         copied_bytes: over the link between device and host, both ways, in a micro-batch.
+        seconds: of a step, as predicted; None where the devices' rates are not known.
     """
 
     setting: str
@@ -72,6 +73,7 @@ class Choice:
     host_bytes: int
     flops: int
     copied_bytes: int
+    seconds: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,9 @@ class Plan:
 
     attention is the implementation that runs ("sdpa" or "flash_attention_2"), dtype the model's ("fp32",
     "fp16" or "bf16"); phases are in the order in which they happen. counts_are_exact: see `ModelShape`.
+
+    predicted_step_seconds and predicted_mfu (model FLOPs utilisation, a share of 1) are by the rates of the GPU that is
+    planned for, None where that is not known.
     """
 
     topology: Topology
@@ -101,10 +106,13 @@ class Plan:
     head_groups: int = 1
     attention: str
     device_memory: int
+    host_memory: int | None = None
     phases: tuple[Phase, ...]
     counts_are_exact: bool = True
     choices: tuple[Choice, ...] = ()
     flops: int = 0
+    predicted_step_seconds: float | None = None
+    predicted_mfu: float | None = None
 
     @property
     def sp_size(self) -> int:
@@ -138,4 +146,6 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.peak_bytes <= self.device_memory
+        """Whether the device holds it, and the host, where its memory is known."""
+        is_on_host = self.host_memory is None or self.host_bytes <= self.host_memory
+        return is_on_host and self.peak_bytes <= self.device_memory

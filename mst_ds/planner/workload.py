@@ -17,7 +17,7 @@ def ceil_divide(dividend: int, divisor: int) -> int:
 class Workload:
     """A model under a ZeRO setting, on one shard of `seq_len` tokens, before chunk counts are chosen.
 
-    reserve: bytes of the device that are left to others than tensors.
+    reserve: bytes of the device that are left to others than tensors. ranks_per_node: neighbours in rank order.
     """
 
     shape: ModelShape
@@ -30,6 +30,7 @@ class Workload:
     offload_activations: bool = False
     head_groups: int = 1
     reserve: int = 0
+    ranks_per_node: int = 1
 
     @property
     def tokens(self) -> int:

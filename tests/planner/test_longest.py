@@ -3,7 +3,7 @@
 import pytest
 
 from mst_ds.config import GIB
-from mst_ds.planner import gpu_memory, longest_seq_len, make_plan
+from mst_ds.planner import gpu_by_name, longest_seq_len, make_plan
 from mst_ds.planner.plan import LENGTH_STEP
 
 LLAMA_8B = "meta-llama/Llama-3.1-8B"
@@ -54,6 +54,6 @@ def test_where_nothing_fits_it_is_zero():
 
 
 def test_gpus_by_name():
-    assert gpu_memory("H100") == gpu_memory("a100-80gb") == 79 * GIB
+    assert gpu_by_name("H100").memory == gpu_by_name("a100-80gb").memory == 79 * GIB
     with pytest.raises(ValueError, match=r"gpu is 'H10'; nearest: 'H100'; allowed: A10G, .*, or device_memory_gib"):
-        gpu_memory("H10")
+        gpu_by_name("H10")

@@ -195,7 +195,7 @@ def test_attention_is_what_can_run(monkeypatch):
         (True, False, "sdpa"),
         (True, True, "flash_attention_2"),
     ]:
-        monkeypatch.setattr("mst_ds.planner.plan.find_spec", lambda name, i=is_installed: name if i else None)
+        monkeypatch.setattr("mst_ds.planner.request.find_spec", lambda name, i=is_installed: name if i else None)
         monkeypatch.setattr("transformers.utils.import_utils.is_flash_attn_2_available", lambda i=is_available: i)
         assert small_plan(bf16).attention == expected
         assert small_plan({}).attention == "sdpa"  # fp32

@@ -1,0 +1,118 @@
+"""A plan tried without memory: the real, patched model runs a forward, the loss and a backward on fake tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+
+from mst_ds import model_forward
+from mst_ds.live_memory import LiveMemory
+from mst_ds.minisequence import chunks
+from mst_ds.patch import apply_plan, find_parts
+from mst_ds.planner import Plan, activation_bytes
+from mst_ds.recompute import stores
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_PHASES = ("forward", "loss", "backward")
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class _AbsentRanks:
+    """A sequence group whose other ranks send nothing: their tensors have shapes alone."""
+
+    rank: int
+    size: int
+
+    def all_to_all(self, received: Tensor, send: Tensor, receive_splits: list[int], send_splits: list[int]) -> None:
+        """Leaves `received` as it is."""
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        return [torch.empty_like(tensor) for _ in range(self.size)]
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Leaves `tensor` as it is."""
+
+
+def dry_run(model_config: PreTrainedConfig, plan: Plan) -> dict[str, int]:
+    """The most bytes of activations alive on the device in the forward, the loss and the backward of a micro-batch.
+
+    All layers run, at the plan's length and chunk counts, with torch's attention kernel. Parameters and gradients stand
+    there before, and what DeepSpeed does with them is not seen; compare with `planned_activations`.
+
+    Raises:
+        ValueError: the model cannot be patched, or what it computes depends on values, as a choice of experts does.
+    """
+    from transformers import AutoModelForCausalLM
+
+    # Finding a model's structure runs small real tensors, so that it is not done on fake ones.
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config, dtype=_DTYPES[plan.dtype]).train()
+    structure = find_parts(model, plan).loss
+    apply_plan(model, plan, sequence_group=_AbsentRanks(plan.sp_rank, plan.sp_size) if plan.sp_size > 1 else None)
+    peaks: dict[str, int] = {}
+    shape = (plan.micro_batch_size, plan.shard_length)
+    with FakeTensorMode(), _as_on_an_accelerator():
+        model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"))
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        tokens = torch.empty(shape, dtype=torch.long)
+        memory = LiveMemory()
+
+        def end(phase: str) -> None:
+            peaks[phase] = memory.peak
+            memory.reset_peak()
+
+        def begin_loss(decoder: nn.Module, inputs: Any, outputs: Any) -> None:
+            end("forward")
+            # The loss ends in the backward, where its gradients are scaled.
+            outputs.last_hidden_state.register_hook(lambda _: end("loss"))
+
+        structure.decoder.register_forward_hook(begin_loss)
+        try:
+            with memory, host_left_out(memory):
+                loss = model(input_ids=tokens, shift_labels=tokens, num_items_in_batch=tokens.numel()).loss
+                loss.backward()
+                end("backward")
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            raise ValueError(
+                f"{type(model).__name__} decides by values what it computes, such as its experts, and has no dry run"
+            ) from None
+    return peaks
+
+
+@contextmanager
+def _as_on_an_accelerator() -> Iterator[None]:
+    """Elementwise work takes chunks as large as there; positions, which have no values, begin no documents."""
+    no_documents = patch.object(model_forward, "find_document_starts", lambda *_: None)
+    with no_documents, patch.object(chunks, "_ELEMENTS_IN_CACHE", {}):
+        yield
+
+
+@contextmanager
+def host_left_out(memory: LiveMemory) -> Iterator[None]:
+    """Within, what recompute keeps on the host is not counted, also where host and device are one memory."""
+    empty_on_host = stores._empty_on_host
+
+    def uncounted(tensor: Tensor) -> Tensor:
+        with memory.leave_out():
+            return empty_on_host(tensor)
+
+    with patch.object(stores, "_empty_on_host", uncounted):
+        yield
+
+
+def planned_activations(plan: Plan) -> Mapping[str, int]:
+    """What the plan's formulas say for each phase of `dry_run`."""
+    return {
+        phase.name: activation_bytes(phase) for phase in plan.phases if phase.name in ("forward", "loss", "backward")
+    }

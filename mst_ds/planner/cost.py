@@ -1,0 +1,107 @@
+"""How long a step takes at given rates: what ranks the planner's choices."""
+
+from __future__ import annotations
+
+from mst_ds.model_shape import flops_per_token
+from mst_ds.planner.attention import output_width, query_key_value_width
+from mst_ds.planner.flops import micro_batch_flops
+from mst_ds.planner.gpus import Gpu
+from mst_ds.planner.kept import copied_bytes
+from mst_ds.planner.workload import Workload
+
+# Of the data sheet's FLOP/s what matrix products and attention attain in long sequences. An assumption: 590 of an
+# H100's 989 TFLOP/s are published for training at 3.7M tokens (arXiv 2506.13996).
+ATTAINED = 0.6
+# Bytes/s of the host's memory for each rank of a node where its optimizer step runs, and of NVMe drives (assumptions).
+_HOST_MEMORY_RATE = 50e9
+_NVME_RATE = 1.5e9
+_COLLECTIVE_SECONDS = 3e-5
+_FP32_BYTES = 4
+
+
+def step_seconds(work: Workload, gpu: Gpu) -> float:
+    """Predicted seconds of an optimizer step of this rank.
+
+    A micro-batch takes what it computes with the all-to-alls in between, which wait for each other. ZeRO's collectives
+    and copies to and from the host run beside that: they only count where they take longer.
+    """
+    dense = gpu.fp32_flops if work.zero.dtype == "fp32" else gpu.flops
+    computing = micro_batch_flops(work) / (dense * ATTAINED) + all_to_all_seconds(work, gpu)
+    reducing = _collective_seconds(work, gpu, _reduced_bytes(work))
+    beside = [_collective_seconds(work, gpu, _gathered_bytes(work)), copied_bytes(work) / gpu.host_rate]
+    if work.zero.param_offload != "none":
+        beside[1] += 2 * _bytes_of_shard(work, from_stage=3) / gpu.host_rate
+    if work.zero.overlap_comm:
+        beside[0] += reducing
+    else:
+        computing += reducing
+    return work.zero.gradient_accumulation_steps * max(computing, *beside) + _optimizer_seconds(work, gpu)
+
+
+def model_flops_utilisation(work: Workload, gpu: Gpu, seconds: float) -> float:
+    """MFU of a step of so many seconds: the model's own FLOPs, nothing computed a second time, of the data sheet's."""
+    dense = gpu.fp32_flops if work.zero.dtype == "fp32" else gpu.flops
+    # A sequence is worked on by sp_size ranks.
+    tokens = work.seq_len * work.zero.micro_batch_size * work.zero.gradient_accumulation_steps / work.sp_size
+    return flops_per_token(work.shape, work.seq_len) * tokens / (dense * seconds)
+
+
+def all_to_all_seconds(work: Workload, gpu: Gpu) -> float:
+    """Of a micro-batch: queries, keys and values to the ranks that have their heads, the outputs back, and in the
+    backward all of these with the gradients of each."""
+    if work.sp_size == 1:
+        return 0.0
+    inputs, output = query_key_value_width(work.shape), output_width(work.shape)
+    layers = work.shape.num_hidden_layers
+    # Forward; then the inputs again, the output, its gradient, and the gradients of the inputs.
+    width = layers * (inputs + output + 2 * inputs + 2 * output)
+    if work.recompute:
+        width += (layers - work.attention_keeping_layers) * (inputs + output)
+    sent = work.tokens * width * work.zero.dtype_bytes
+    # Ranks of a sequence group are neighbours: those of one node first.
+    inside = min(work.sp_size, work.ranks_per_node)
+    to_neighbours = sent * (inside - 1) / work.sp_size / gpu.node_rate
+    to_others = sent * (work.sp_size - inside) / work.sp_size / gpu.network_rate
+    return max(to_neighbours, to_others) + 5 * layers * work.head_groups * _COLLECTIVE_SECONDS
+
+
+def _collective_seconds(work: Workload, gpu: Gpu, moved: float) -> float:
+    """An all-gather or a reduce-scatter of so many bytes over all ranks, in rings over all network cards of a node."""
+    ranks = work.zero.dp_world_size
+    rate = gpu.node_rate
+    if ranks > work.ranks_per_node:
+        rate = min(rate, gpu.network_rate * work.ranks_per_node)
+    return moved * (ranks - 1) / ranks / rate
+
+
+def _gathered_bytes(work: Workload) -> float:
+    """Of a micro-batch: at stage 3 all parameters, for the forward and for the backward; at stages 1 and 2 once a step,
+    after the optimizer."""
+    parameters = work.shape.parameter_count * work.zero.dtype_bytes
+    if work.zero.stage == 3:
+        return 2.0 * parameters
+    return parameters / work.zero.gradient_accumulation_steps if work.zero.stage else 0.0
+
+
+def _reduced_bytes(work: Workload) -> float:
+    """Of a micro-batch: gradients are reduced in each from stage 2 on, below it once a step; an all-reduce, at stage 0,
+    is a reduce-scatter and an all-gather."""
+    gradients = float(work.shape.parameter_count * work.zero.dtype_bytes)
+    if work.zero.stage >= 2:
+        return gradients
+    return (1 if work.zero.stage else 2) * gradients / work.zero.gradient_accumulation_steps
+
+
+def _bytes_of_shard(work: Workload, *, from_stage: int) -> int:
+    return work.sharded(work.shape.parameter_count, from_stage) * work.zero.dtype_bytes
+
+
+def _optimizer_seconds(work: Workload, gpu: Gpu) -> float:
+    """AdamW reads the gradient, the master parameters and the two moments in fp32, and writes the last three."""
+    count = work.sharded(work.shape.parameter_count, from_stage=1)
+    touched = 7 * _FP32_BYTES * count
+    if work.zero.optimizer_offload == "none":
+        return touched / gpu.memory_rate
+    copied = 2 * count * work.zero.dtype_bytes / gpu.host_rate  # the gradients there, the parameters back
+    on_drive = 2 * 3 * _FP32_BYTES * count / _NVME_RATE if work.zero.optimizer_offload == "nvme" else 0.0
+    return touched / _HOST_MEMORY_RATE + copied + on_drive

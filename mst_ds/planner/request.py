@@ -1,0 +1,145 @@
+"""What a user asks a plan for, understood: the model's shape, the ZeRO settings, the topology, each rank's memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from mst_ds.config import AUTO, GIB, MstConfig, TrainConfig
+from mst_ds.model_shape import ModelShape, load_model_shape
+from mst_ds.planner.gpus import DEFAULT_GPU, Gpu
+from mst_ds.planner.search import can_fit
+from mst_ds.planner.workload import Workload
+from mst_ds.topology import Topology, choose_sp_size
+from mst_ds.zero import load_ds_config, read_zero, resolve, split_mst
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `work` keeps and its groups of heads are still to be chosen.
+
+    Attributes:
+        device_memory: bytes of each rank of the world.
+        host_memory: bytes of the host for a rank, None where not known.
+        rates: what a device does in a second.
+        times_are_known: whether the rates are those of the devices that are planned for.
+    """
+
+    topology: Topology
+    work: Workload
+    mst: MstConfig
+    device_memory: tuple[int, ...]
+    host_memory: int | None
+    rates: Gpu
+    times_are_known: bool
+
+    @property
+    def least_device_memory(self) -> int:
+        """What all that the ranks do alike must fit into."""
+        return min(self.device_memory)
+
+    def with_length(self, seq_len: int) -> Request:
+        return replace(self, work=replace(self.work, seq_len=seq_len))
+
+    def fits(self, **changes: Any) -> bool:
+        """Whether there are settings that fit, with these fields of `work` changed."""
+        work = replace(self.work, **changes)
+        return can_fit(work, self.mst, device_memory=self.least_device_memory, host_memory=self.host_memory)
+
+
+def read_request(
+    model_config: PreTrainedConfig | str,
+    ds_config: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    world_size: int,
+    seq_len: int,
+    device_memory: int | Sequence[int] | None = None,
+    reserve: int = 0,
+    host_memory: int | None = None,
+    sp_size: int | None = None,
+    rank: int = 0,
+    ranks_per_node: int | None = None,
+    gpu: Gpu | None = None,
+) -> Request:
+    """Understands the arguments of `make_plan`.
+
+    Raises:
+        ValueError: a setting that cannot be planned, in one line with what is allowed.
+    """
+    if seq_len < 1:
+        raise ValueError(f"seq_len is {seq_len}; allowed: a whole number >= 1")
+    if world_size < 1:
+        raise ValueError(f"world_size is {world_size}; allowed: a whole number >= 1")
+    if host_memory is not None and host_memory < 0:
+        raise ValueError(f"host_memory is {host_memory}; allowed: a whole number of bytes >= 0")
+    shape = load_model_shape(model_config) if isinstance(model_config, str) else ModelShape.from_config(model_config)
+    raw = load_ds_config(ds_config)
+    mst = split_mst(raw)[1]
+    sp_size = choose_sp_size(
+        mst.sp_size if sp_size is None else sp_size,
+        world_size=world_size,
+        num_attention_heads=shape.num_attention_heads,
+        ranks_per_node=ranks_per_node,
+    )
+    topology = Topology(rank, world_size, sp_size)
+    resolved = resolve(
+        raw,
+        train=TrainConfig(),  # fills rates only, which take no memory
+        hidden_size=shape.hidden_size,
+        has_accelerator=True,
+        dp_size=topology.dp_size,
+    )
+    zero = read_zero(resolved, dp_world_size=world_size)
+    work = Workload(
+        shape=shape,
+        zero=zero,
+        sp_size=sp_size,
+        seq_len=seq_len,
+        attention=_attention(mst, zero.dtype),
+        reserve=_reserve(reserve, mst),
+        ranks_per_node=ranks_per_node or world_size,
+    )
+    memory = _device_memory(device_memory, mst, world_size)
+    return Request(topology, work, mst, memory, host_memory, gpu or DEFAULT_GPU, times_are_known=gpu is not None)
+
+
+def _attention(mst: MstConfig, dtype: str) -> str:
+    if mst.attention == "flash_attention_2" and dtype == "fp32":
+        raise ValueError(
+            "attention in 'mst' is 'flash_attention_2', which has no fp32; allowed: 'sdpa', or enable bf16"
+        )
+    if mst.attention != AUTO:
+        return mst.attention
+    # Where the package is missing, as on most machines that only plan, transformers' seconds are saved.
+    if dtype == "fp32" or find_spec("flash_attn") is None:
+        return "sdpa"
+    from transformers.utils.import_utils import is_flash_attn_2_available
+
+    return "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
+
+
+def _device_memory(given: int | Sequence[int] | None, mst: MstConfig, world_size: int) -> tuple[int, ...]:
+    if given is None:
+        if mst.device_memory_gib == AUTO:
+            raise ValueError("device_memory is not known; allowed: bytes, or a number in 'mst' for device_memory_gib")
+        given = int(mst.device_memory_gib * GIB)
+    of_ranks = (given,) * world_size if isinstance(given, int) else tuple(given)
+    if len(of_ranks) != world_size:
+        raise ValueError(f"device_memory has {len(of_ranks)} numbers for {world_size} ranks; allowed: one for each")
+    if min(of_ranks) < 1:
+        raise ValueError(f"device_memory is {min(of_ranks)}; allowed: a whole number of bytes >= 1")
+    return of_ranks
+
+
+def _reserve(reserve: int, mst: MstConfig) -> int:
+    if mst.reserve_gib != AUTO:
+        return int(mst.reserve_gib * GIB)
+    if reserve < 0:
+        raise ValueError(f"reserve is {reserve}; allowed: a whole number of bytes >= 0")
+    return reserve

@@ -1,0 +1,70 @@
+"""The changes that are offered where a plan does not fit: each does fit, and nothing smaller of its kind does."""
+
+import pytest
+
+from mst_ds.config import GIB
+from mst_ds.planner import changes_that_fit, plan_of_request, read_request
+
+LLAMA_8B, LLAMA_70B = "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-70B"
+
+
+def request(model=LLAMA_8B, *, stage=3, zero=None, mst=None, **arguments):
+    ds_config = {"bf16": {"enabled": True}, "zero_optimization": {"stage": stage} | (zero or {}), "mst": mst or {}}
+    arguments = {"world_size": 8, "seq_len": 2**20, "device_memory": 77 * GIB, "ranks_per_node": 8} | arguments
+    return read_request(model, ds_config, **arguments)
+
+
+def offered(asked):
+    return [dict(change.settings) for change in changes_that_fit(asked)]
+
+
+def fits(**changed):
+    return plan_of_request(request(**changed)).fits
+
+
+def test_each_kind_of_change_is_the_smallest_that_fits():
+    case = {"sp_size": 2, "seq_len": 600 * 1024}
+    assert not fits(**case)
+    by_kind = {next(iter(change)): change for change in offered(request(**case))}
+    sp_size = by_kind["sp_size"]["sp_size"]
+    assert fits(**case | {"sp_size": sp_size})
+    assert not fits(**case | {"sp_size": sp_size // 2})
+    assert by_kind["offload_activations"] == {"offload_activations": True}
+    assert fits(**case, mst={"offload_activations": True})
+    nodes = by_kind["num_nodes"]
+    assert fits(**case | {"world_size": 8 * nodes["num_nodes"], "sp_size": nodes.get("sp_size", 2)})
+    longest = by_kind["seq_len"]["seq_len"]
+    assert fits(**case | {"seq_len": longest})
+    assert not fits(**case | {"seq_len": longest + 1024})
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_states_that_do_not_fit_are_sharded_or_put_on_the_host(stage):
+    case = {"stage": stage, "seq_len": 4096}
+    changes = offered(request(**case, device_memory=40 * GIB))
+    assert {"stage": max(2, stage + 1)} in changes
+    assert all("seq_len" not in change for change in changes), "no sequence is short enough"
+    for change in changes:
+        zero = {key: {"device": value} for key, value in change.items() if key.startswith("offload_")}
+        wanted = case | {"stage": change.get("stage", stage)}
+        assert fits(**wanted, zero=zero, device_memory=40 * GIB, world_size=8 * change.get("num_nodes", 1))
+
+
+def test_parameters_go_to_the_host_where_the_optimizer_alone_is_not_enough():
+    case = {"model": LLAMA_70B, "seq_len": 4096, "device_memory": 24 * GIB}
+    assert not fits(**case, zero={"offload_optimizer": {"device": "cpu"}})
+    assert {"offload_optimizer": "cpu", "offload_param": "cpu"} in offered(request(**case))
+
+
+def test_what_the_user_set_is_not_offered():
+    changes = offered(request(sp_size=2, mst={"recompute": False}))
+    assert all("offload_activations" not in change for change in changes)
+
+
+def test_where_nothing_helps_nothing_is_offered():
+    assert offered(request(device_memory=1, seq_len=1024)) == []
+
+
+def test_changes_read_as_settings():
+    (first, *_) = changes_that_fit(request(sp_size=2, seq_len=600 * 1024))
+    assert str(first).startswith("sp_size ")

@@ -1,0 +1,154 @@
+"""The predicted time of a step, by hand from what moves and what is computed."""
+
+from dataclasses import replace
+
+import pytest
+from planned import EXPERTS, MODEL
+
+from mst_ds.config import MstConfig
+from mst_ds.model_shape import ModelShape, flops_per_token
+from mst_ds.planner import gpu_by_name, gpu_of_device, make_plan
+from mst_ds.planner.cost import ATTAINED, all_to_all_seconds, model_flops_utilisation, step_seconds
+from mst_ds.planner.flops import micro_batch_flops
+from mst_ds.planner.kept import copied_bytes
+from mst_ds.planner.search import choose_settings
+from mst_ds.planner.workload import Workload
+from mst_ds.zero import read_zero
+
+GIB = 2**30
+# Whatever is not looked at costs nothing.
+ENDLESS = replace(
+    gpu_by_name("H100"), **dict.fromkeys(("memory_rate", "node_rate", "network_rate", "host_rate"), float("inf"))
+)
+LLAMA_8B = "meta-llama/Llama-3.1-8B"
+
+
+def workload(stage=3, *, model=MODEL, ranks=8, dtype="bf16", **settings):
+    of_zero = {"offload_param", "offload_optimizer", "overlap_comm"} & settings.keys()
+    zero_keys = {key: settings.pop(key) for key in of_zero}
+    ds_config = {dtype: {"enabled": True}, "zero_optimization": {"stage": stage} | zero_keys}
+    ds_config["gradient_accumulation_steps"] = settings.pop("accumulation", 1)
+    arguments = {"sp_size": 1, "seq_len": 4096, "attention": "sdpa", "ranks_per_node": ranks} | settings
+    return Workload(ModelShape.from_config(model), read_zero(ds_config, dp_world_size=ranks), **arguments)
+
+
+def test_what_is_computed_takes_its_flops():
+    work = workload(stage=0, ranks=1)
+    of_compute = micro_batch_flops(work) / (ENDLESS.flops * ATTAINED)
+    assert step_seconds(work, ENDLESS) == pytest.approx(of_compute, rel=1e-12)
+    accumulated = replace(work, zero=replace(work.zero, gradient_accumulation_steps=3))
+    assert step_seconds(accumulated, ENDLESS) == pytest.approx(3 * of_compute, rel=1e-12)
+    assert step_seconds(replace(work, zero=replace(work.zero, dtype="fp32")), ENDLESS) == pytest.approx(
+        of_compute * ENDLESS.flops / ENDLESS.fp32_flops, rel=1e-12
+    )
+
+
+# Times the parameters' bytes, in a step of two micro-batches whose computing takes no time.
+MOVED = {0: 2, 1: 2, 2: 2 * 1 + 1, 3: 2 * (2 + 1)}
+
+
+@pytest.mark.parametrize("overlap_comm", [True, False])
+@pytest.mark.parametrize("stage", MOVED)
+@pytest.mark.parametrize(("ranks_per_node", "rate"), [(8, 450e9), (4, 200e9)])
+def test_collectives_of_zero_move_the_parameters(stage, overlap_comm, ranks_per_node, rate):
+    work = workload(stage, accumulation=2, overlap_comm=overlap_comm, ranks_per_node=ranks_per_node)
+    gpu = replace(gpu_by_name("H100"), flops=float("inf"), memory_rate=float("inf"))
+    expected = MOVED[stage] * 2 * work.shape.parameter_count * 7 / 8 / rate
+    if not overlap_comm:
+        # Gradients are reduced first, and what is gathered beside that waits for no one.
+        reduced = {0: 2, 1: 1, 2: 2, 3: 2}[stage]
+        expected *= max(reduced, MOVED[stage] - reduced) / MOVED[stage]
+    assert step_seconds(work, gpu) == pytest.approx(expected, rel=1e-12)
+
+
+def test_copies_hide_behind_what_is_computed():
+    work = workload(ranks=1, stage=0, recompute=True, keep_attention=True, offload_activations=True)
+    computing = step_seconds(work, ENDLESS)
+    bytes_of_step = copied_bytes(work)
+    assert step_seconds(work, replace(ENDLESS, host_rate=bytes_of_step / computing * 1.01)) == computing
+    slow = replace(ENDLESS, host_rate=bytes_of_step / computing / 2)
+    assert step_seconds(work, slow) == pytest.approx(2 * computing, rel=1e-12)
+
+
+def test_all_to_alls_stay_in_the_node_if_they_can():
+    work = workload(sp_size=4)
+    gpu = gpu_by_name("H100")
+    shape = work.shape
+    inputs = (shape.num_attention_heads + 2 * shape.num_key_value_heads) * shape.head_dim
+    sent = work.tokens * shape.num_hidden_layers * (3 * inputs + 3 * shape.num_attention_heads * shape.head_dim) * 2
+    launches = 5 * shape.num_hidden_layers * 3e-5
+    assert all_to_all_seconds(work, gpu) == pytest.approx(sent * 3 / 4 / 450e9 + launches, rel=1e-12)
+    apart = replace(work, ranks_per_node=2)
+    assert all_to_all_seconds(apart, gpu) == pytest.approx(sent * 2 / 4 / 50e9 + launches, rel=1e-12)
+    assert all_to_all_seconds(replace(work, sp_size=1), gpu) == 0
+    again = all_to_all_seconds(replace(work, recompute=True), gpu) - all_to_all_seconds(work, gpu)
+    assert again == pytest.approx((sent / 3) * 3 / 4 / 450e9, rel=1e-9)
+    assert all_to_all_seconds(replace(work, recompute=True, keep_attention=True), gpu) == all_to_all_seconds(work, gpu)
+    grouped = all_to_all_seconds(replace(work, head_groups=2), gpu)
+    assert grouped == pytest.approx(all_to_all_seconds(work, gpu) + launches, rel=1e-9)
+
+
+def test_the_optimizer_reads_and_writes_its_states():
+    gpu = replace(gpu_by_name("H100"), flops=float("inf"), node_rate=float("inf"))
+    work = workload(stage=2)
+    count = work.sharded(work.shape.parameter_count, from_stage=1)
+    assert step_seconds(work, gpu) == pytest.approx(28 * count / 3350e9, rel=1e-12)
+    on_host = workload(stage=2, offload_optimizer={"device": "cpu"})
+    assert step_seconds(on_host, gpu) == pytest.approx(28 * count / 50e9 + 4 * count / 50e9, rel=1e-12)
+    on_drive = step_seconds(workload(stage=2, offload_optimizer={"device": "nvme"}), gpu)
+    assert on_drive == pytest.approx(step_seconds(on_host, gpu) + 24 * count / 1.5e9, rel=1e-12)
+
+
+def test_offloaded_parameters_come_from_the_host():
+    gpu = replace(ENDLESS, flops=float("inf"), host_rate=50e9)
+    work = workload(stage=3, offload_param={"device": "cpu"})
+    assert step_seconds(work, gpu) == pytest.approx(
+        2 * 2 * work.sharded(work.shape.parameter_count, from_stage=3) / 50e9, rel=1e-12
+    )
+
+
+@pytest.mark.parametrize("model", [MODEL, EXPERTS])
+def test_utilisation_counts_the_models_own_flops(model):
+    work = workload(model=model, sp_size=2, recompute=True, accumulation=3)
+    # Two ranks take one sequence of 4096 tokens in each of three micro-batches.
+    model_flops = 3 * 4096 * flops_per_token(work.shape, 4096) / 2
+    assert model_flops_utilisation(work, ENDLESS, 2.0) == pytest.approx(model_flops / 2 / 989.5e12, rel=1e-12)
+
+
+def test_the_choice_follows_the_rates():
+    """Attention's output is fetched from the host if the link is fast, and computed again if it is slow."""
+    work = workload(model=MODEL, seq_len=32768, ranks=1)
+    kept = {}
+    for host_rate in (1e15, 1e6):
+        gpu = replace(gpu_by_name("H100"), host_rate=host_rate)
+        mst = MstConfig(recompute=True, offload_activations=True)
+        settings = choose_settings(work, mst, device_memory=GIB * 100, host_memory=GIB * 100, gpu=gpu)
+        kept[host_rate] = settings.work.keep_attention
+    assert kept == {1e15: True, 1e6: False}
+
+
+def test_times_are_predicted_for_a_gpu_that_is_named():
+    arguments = {"world_size": 8, "seq_len": 131072, "device_memory": 79 * GIB}
+    ds_config = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}
+    unknown = make_plan(LLAMA_8B, ds_config, **arguments)
+    assert (unknown.predicted_step_seconds, unknown.predicted_mfu) == (None, None)
+    assert all(choice.seconds is None for choice in unknown.choices)
+    plan = make_plan(LLAMA_8B, ds_config, **arguments, gpu=gpu_by_name("H100"))
+    assert 0 < plan.predicted_step_seconds < 60
+    assert 0.3 < plan.predicted_mfu < ATTAINED
+    by_setting = {choice.setting: choice.seconds for choice in plan.choices}
+    assert by_setting["recompute"] * (1 if plan.recompute else -1) > 0
+    assert replace(plan, predicted_step_seconds=None, predicted_mfu=None, choices=()) == replace(unknown, choices=())
+
+
+def test_devices_by_the_drivers_name():
+    found = {
+        "NVIDIA H100 80GB HBM3": 79.1,
+        "NVIDIA A100-SXM4-40GB": 39.4,
+        "NVIDIA A100-SXM4-80GB": 79.2,
+        "NVIDIA L40S": 44.4,
+        "NVIDIA GeForce RTX 4090": 23.6,
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb": 79.1,
+    }
+    gpus = [gpu_of_device(name, int(gib * GIB)) for name, gib in found.items()]
+    assert [gpu and gpu.name for gpu in gpus] == ["H100", "A100-40GB", "A100-80GB", "L40S", None, None]
