@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mst_ds.config import DEFAULT_DS_CONFIG, DEFAULT_MODEL, GIB, parse_seq_len
-from mst_ds.model_shape import load_model_shape
+from mst_ds.model_shape import load_config_of_shape, load_model_shape
 from mst_ds.planner import (
     DEFAULT_RESERVE,
     LENGTH_STEP,
@@ -65,6 +65,11 @@ def _parser() -> argparse.ArgumentParser:
     length.add_argument(
         "--table", action="store_true", help="No plan, but the longest sequences on up to num_nodes, for each sp_size."
     )
+    parser.add_argument(
+        "--trace",
+        action="store_true",
+        help="Run the model on fake tensors too, and show its peaks beside the formulas.",
+    )
     parser.add_argument("--json", action="store_true", help="Print the plan as JSON, with every term and its formula.")
     parser.add_argument("--plot", type=Path, help="Write a picture of the phases to this file, such as plan.png.")
     return parser
@@ -79,13 +84,16 @@ def main(argv: Sequence[str]) -> int:
         plan, longest, changes = _plan(options)
         if options.plot is not None:
             plot_plan(plan, options.plot)
+        traced = _trace(options.model, plan) if options.trace else None
     except ValueError as error:
         print(f"plan.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     if options.json:
-        print(json.dumps(_as_json(plan, longest, changes), indent=2))
+        print(json.dumps(_as_json(plan, longest, changes) | ({"trace": traced} if traced else {}), indent=2))
     else:
         _print_plan(plan, longest, changes, options.gpu)
+        if traced is not None:
+            _print_trace(traced)
     return 0 if plan.fits else 1
 
 
@@ -106,6 +114,25 @@ def _plan(options: argparse.Namespace) -> tuple[Plan, int, tuple[Change, ...]]:
             f"{plan.device_memory / GIB:.1f} GiB of its device; allowed: {', or '.join(allowed)}"
         )
     return plan, longest, changes
+
+
+def _trace(model: str, plan: Plan) -> dict[str, dict[str, int]]:
+    """Bytes of activations on the device at the peak of each phase: by the formulas, and on fake tensors."""
+    from mst_ds.dry_run import dry_run, planned_activations
+
+    planned, measured = planned_activations(plan), dry_run(load_config_of_shape(model), plan)
+    return {name: {"planned_bytes": planned[name], "dry_run_bytes": count} for name, count in measured.items()}
+
+
+def _print_trace(traced: dict[str, dict[str, int]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("phase", "planned GiB", "dry run GiB", "difference", title="activations on the device")
+    for name, found in traced.items():
+        planned, measured = found["planned_bytes"], found["dry_run_bytes"]
+        table.add_row(name, f"{planned / GIB:.3f}", f"{measured / GIB:.3f}", f"{planned / measured - 1:+.1%}")
+    Console().print(table)
 
 
 def _request(options: argparse.Namespace, *, num_nodes: int, sp_size: int | None, seq_len: int) -> Request:

@@ -80,7 +80,8 @@ def dry_run(model_config: PreTrainedConfig, plan: Plan) -> dict[str, int]:
         structure.decoder.register_forward_hook(begin_loss)
         try:
             with memory, host_left_out(memory):
-                loss = model(input_ids=tokens, shift_labels=tokens, num_items_in_batch=tokens.numel()).loss
+                inputs = {"input_ids": tokens, "position_ids": tokens, "shift_labels": tokens}
+                loss = model(**inputs, num_items_in_batch=tokens.numel()).loss
                 loss.backward()
                 end("backward")
         except (DataDependentOutputException, DynamicOutputShapeException):
@@ -92,9 +93,11 @@ def dry_run(model_config: PreTrainedConfig, plan: Plan) -> dict[str, int]:
 
 @contextmanager
 def _as_on_an_accelerator() -> Iterator[None]:
-    """Elementwise work takes chunks as large as there; positions, which have no values, begin no documents."""
+    """Products of 16 bits are summed in fp32 without copies, elementwise work takes chunks as large as there; and
+    positions, which have no values, begin no documents."""
     no_documents = patch.object(model_forward, "find_document_starts", lambda *_: None)
-    with no_documents, patch.object(chunks, "_ELEMENTS_IN_CACHE", {}):
+    no_copies = patch.object(chunks, "_gemm_accumulates_in_fp32", lambda *_: True)
+    with no_documents, no_copies, patch.object(chunks, "_ELEMENTS_IN_CACHE", {}):
         yield
 
 

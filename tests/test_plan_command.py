@@ -88,6 +88,26 @@ def test_a_picture(tmp_path):
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_dry_run_stands_beside_the_formulas():
+    flags = ("--model", "meta-llama/Llama-3.2-1B", "--gpu", "H100", "--seq_len", "8K", "--trace")
+    found = json.loads(run(*flags, "--json").stdout)["trace"]
+    assert list(found) == ["forward", "loss", "backward"]
+    for phase in found.values():
+        assert phase["planned_bytes"] == pytest.approx(phase["dry_run_bytes"], rel=0.02)
+    assert "dry run GiB" in run(*flags).stdout
+
+
+def test_times_are_predicted_and_what_does_not_fit_is_mended():
+    found = json.loads(run(*LLAMA_8B, "--seq_len", "300K", "--sp_size", "1", "--json").stdout)
+    assert not found["fits"]
+    assert {"sp_size": 2} in found["changes_that_fit"]
+    assert found["predicted_step_seconds"] > 0
+    assert 0 < found["predicted_mfu"] < 1
+    done = run("--model", LLAMA_8B[1], "--num_gpus", "8", "--device_memory_gib", "80", "--seq_len", "128K")
+    assert "times are by the rates of a H100, as no --gpu is named" in done.stdout
+    assert "s a step, MFU" in done.stdout
+
+
 REFUSED = {
     "no length": ([*LLAMA_8B], "one of the arguments --seq_len --max_seq_len --table is required"),
     "two lengths": ([*LLAMA_8B, "--seq_len", "1M", "--max_seq_len"], "--max_seq_len: not allowed with"),

@@ -183,6 +183,7 @@ class _ChunkedMLP(torch.autograd.Function):
             for rows in chunk_slices(x.shape[0], chunks):
                 d_rows = dx[rows] if dx is not None else None
                 _backward_chunk(activation, layout, x[rows], dy[rows], d_rows, *tensors)
+            del tensors  # the scratch is not needed while the sums are rounded
         grads = (
             total.to(parameter.dtype) if total is not None else None
             for parameter, total in zip(parameters, sums, strict=True)

@@ -82,6 +82,8 @@ class _ChunkedRMSNorm(torch.autograd.Function):
                 along = torch.mv(products, scale).div_(x.shape[-1]).unsqueeze(-1)
                 torch.mul(grad, scale, out=products).addcmul_(normalised, along, value=-1)
                 torch.mul(products, factor, out=dx[rows])  # rounded once, where x has 16 bits
+            # Not beside the next chunk's.
+            del wide, grad, normalised, products
         return (
             *(None,) * 4,
             dx.view(hidden_states.shape) if dx is not None else None,

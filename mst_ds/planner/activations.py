@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from mst_ds.planner.attention import gathered_step, local_term, log_sum_exp, output_width, query_key_value_width
 from mst_ds.planner.kept import kept_by_recompute
-from mst_ds.planner.types import MemoryTerm, product_term
-from mst_ds.planner.workload import Workload
+from mst_ds.planner.types import MemoryTerm, product_term, total_bytes
+from mst_ds.planner.workload import Workload, ceil_divide
 
 Terms = tuple[MemoryTerm, ...]
 
@@ -33,9 +33,10 @@ def hidden_term(work: Workload, name: str, tensors: int) -> MemoryTerm:
 def kept_between_layers(work: Workload) -> Terms:
     """What layers leave for their backward and is kept for all of them until then: with recompute no activations but
     the layers' inputs, and attention's output where that is kept."""
+    every_setting = (*_rotary_tables(work), *_router_logits(work))
     if work.recompute:
-        return (*kept_by_recompute(work), *_router_logits(work))
-    return (hidden_term(work, "layer_inputs", work.shape.num_hidden_layers), *_router_logits(work))
+        return (*kept_by_recompute(work), *every_setting)
+    return (hidden_term(work, "layer_inputs", work.shape.num_hidden_layers), *every_setting)
 
 
 def layer_activations(work: Workload, *, of_attention: bool = True, after_attention: bool = True) -> Terms:
@@ -74,12 +75,15 @@ def attention_step(work: Workload, *, backward: bool) -> Terms:
     if backward:
         gradients = query_key_value_width(work.shape) + output_width(work.shape)
         return (*gathered, local_term(work, "attention_gradients", gradients))
+    # The output projection comes after it, while all that attention was given is still there.
+    largest = max(gathered, (hidden_term(work, "attention_result", 1),), key=total_bytes)
     if not work.recompute:
-        return gathered
-    own = (local_term(work, "attention_output", output_width(work.shape)),)
+        return largest
+    # What is kept is among the kept.
+    is_kept = work.attention_keeping_layers == work.shape.num_hidden_layers
     return (
-        *gathered,
-        *own,
+        *largest,
+        *(() if is_kept else (local_term(work, "attention_output", output_width(work.shape)),)),
         hidden_term(work, "attention_input", 1),
         local_term(work, "query_key_value", query_key_value_width(work.shape)),
     )
@@ -88,7 +92,11 @@ def attention_step(work: Workload, *, backward: bool) -> Terms:
 def norm_step(work: Workload, *, backward: bool) -> Terms:
     """Norms work on fp32 tensors, of a chunk at a time; torch's LayerNorm makes one tensor in the model's dtype."""
     norms, elements = work.shape.norms, work.tokens * work.shape.hidden_size
-    held = hidden_term(work, "norm_gradient" if backward else "norm_output", 1)
+    if backward:
+        held = hidden_term(work, "norm_gradient", 1)
+    else:
+        # Without recompute it is the model's final norm, whose input no layer has saved.
+        held = hidden_term(work, "norm_output", 1 if work.recompute else 2)
     if norms.kind == "layer":
         return (held,)
     if norms.kind == "layer_fp32":
@@ -98,7 +106,9 @@ def norm_step(work: Workload, *, backward: bool) -> Terms:
         tensors = 4 if backward else 3
     else:
         tensors = 2
-    factors = (("tensors", tensors), ("elements of a chunk", min(elements, _NORM_CHUNK_ELEMENTS)))
+    # All chunks are equally long.
+    chunk = ceil_divide(elements, ceil_divide(elements, _NORM_CHUNK_ELEMENTS))
+    factors = (("tensors", tensors), ("elements of a chunk", chunk))
     return (held, product_term("norm_working_set", "device", *factors, ("bytes", _FP32_BYTES)))
 
 
@@ -116,6 +126,9 @@ def loss_logits(work: Workload, chunks: int) -> Terms:
     terms = [product_term("loss_logits", "device", *factors, ("bytes", _FP32_BYTES))]
     if work.zero.dtype_bytes != _FP32_BYTES:
         terms.append(product_term("loss_logits_16bit", "device", *factors, ("bytes", work.zero.dtype_bytes)))
+        # The head's gradient is a product of fp32 tensors.
+        of_chunk = factors[0], ("hidden_size", work.shape.hidden_size), ("bytes", _FP32_BYTES)
+        terms.append(product_term("loss_hidden_states", "device", *of_chunk))
     if work.shape.has_logit_softcap:
         terms.append(product_term("loss_softcap_derivative", "device", *factors, ("bytes", _FP32_BYTES)))
     return tuple(terms)
@@ -136,10 +149,10 @@ def loss_scaling(work: Workload) -> Terms:
 
 
 def loss_unchunked(work: Workload) -> Terms:
-    """The final norm's input and output, and the two gradients that the loss computes in the forward and keeps."""
+    """The final norm's input, and the two gradients that the loss computes in the forward and keeps."""
     hidden_size = work.shape.hidden_size
     return (
-        hidden_term(work, "final_norm", 2),
+        hidden_term(work, "final_norm_input", 1),
         hidden_term(work, "hidden_gradient", 1),
         product_term(
             "head_gradient",
@@ -154,6 +167,13 @@ def loss_unchunked(work: Workload) -> Terms:
 def _hidden_of_layers(work: Workload, name: str, layers: int, tensors: int) -> MemoryTerm:
     factors = (("tokens", work.tokens), ("hidden_size", work.shape.hidden_size), ("bytes", work.zero.dtype_bytes))
     return product_term(name, "device", ("layers", layers), ("tensors", tensors), *factors)
+
+
+def _rotary_tables(work: Workload) -> Terms:
+    """Cosines and sines, which all layers share."""
+    if work.shape.position_parameter_count:
+        return ()
+    return (local_term(work, "rotary_tables", 2 * work.shape.head_dim),)
 
 
 def _has_shared_expert(work: Workload) -> bool:

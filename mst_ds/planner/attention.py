@@ -47,13 +47,15 @@ def gathered_step(work: Workload, *, backward: bool) -> Terms:
     the exchange before the kernel, the kernel, and the exchange after it. An exchange has a flat buffer at either end.
     """
     kernel = (*_attention_scores(work, backward=backward), *_repeated_key_value(work, backward=backward))
+    # The forward's kernel makes a tensor of its own, which goes into the output.
+    made = () if backward else (_gathered(work, "kernel_output", 1, _group_output(work)),)
     if work.sp_size == 1:
-        return kernel
+        return (*kernel, *made)
     inputs = _gathered(work, "gathered_query_key_value", 1, _group_inputs(work))
     if not backward:
         return max(
             (inputs, _gathered(work, "all_to_all_buffers", 1, _group_inputs(work))),
-            (inputs, _gathered(work, "gathered_output", 1, _group_output(work)), *kernel),
+            (inputs, _gathered(work, "gathered_output", 1, _group_output(work)), *kernel, *made),
             (
                 _gathered(work, "gathered_output", 1, _group_output(work)),
                 _gathered(work, "all_to_all_buffers", 2, _group_output(work)),

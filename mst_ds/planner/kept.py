@@ -9,7 +9,7 @@ Terms = tuple[MemoryTerm, ...]
 
 _FP32_BYTES = 4
 # The layer that is worked on, and the one whose tensors are being copied.
-_LAYERS_IN_FLIGHT = 2
+LAYERS_IN_FLIGHT = 2
 
 
 def kept_by_recompute(work: Workload) -> Terms:
@@ -25,7 +25,7 @@ def kept_by_recompute(work: Workload) -> Terms:
     if not work.offload_activations:
         return tuple(product_term(name, "device", ("layers", count), *sizes) for name, count, sizes in kept)
     in_flight = (
-        product_term(f"{name}_in_flight", "device", ("layers", min(_LAYERS_IN_FLIGHT, count)), *sizes)
+        product_term(f"{name}_in_flight", "device", ("layers", min(LAYERS_IN_FLIGHT, count)), *sizes)
         for name, count, sizes in kept
     )
     return (*in_flight, *kept_on_host(work))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mst_ds.planner import activations, states
-from mst_ds.planner.kept import kept_on_host
+from mst_ds.planner.kept import LAYERS_IN_FLIGHT, kept_on_host
 from mst_ds.planner.mlp import MlpStep, mlp_steps
 from mst_ds.planner.types import MemoryTerm, Phase, total_bytes
 from mst_ds.planner.workload import Workload
@@ -48,6 +48,9 @@ def layer_phase(work: Workload, mlp_chunks: int, *, backward: bool) -> Phase:
     terms = _computing(work, backward=backward)
     if backward:
         terms += activations.output_gradient(work)
+    elif work.offload_activations and work.shape.num_hidden_layers > LAYERS_IN_FLIGHT:
+        # The first layer's input, which the decoder holds until all layers have run, though it is on the host.
+        terms += (activations.hidden_term(work, "embeddings", 1),)
     mlps = (step.terms for step in mlp_moments(work, mlp_chunks, backward=backward))
     largest = max(*mlps, rest_of_layer_moment(work, backward=backward), key=total_bytes)
     return Phase("backward" if backward else "forward", terms + largest)
@@ -58,7 +61,9 @@ def loss_phase(work: Workload, loss_chunks: int) -> Phase:
     terms = _computing(work, backward=False) + activations.loss_unchunked(work)
     if not work.recompute:
         terms += activations.layer_activations(work)
-    largest = max(activations.loss_logits(work, loss_chunks), activations.loss_scaling(work), key=total_bytes)
+    # What the loss is computed from is free before its gradients are scaled.
+    logits = (activations.hidden_term(work, "final_norm_output", 1), *activations.loss_logits(work, loss_chunks))
+    largest = max(logits, activations.loss_scaling(work), key=total_bytes)
     return Phase("loss", terms + largest)
 
 

@@ -132,7 +132,8 @@ def test_chunked_operators_have_the_terms_of_their_implementation():
     assert loss["loss_logits"] == 4 * math.ceil(4001 / 7) * VOCAB
     assert loss["loss_logits_16bit"] == 2 * math.ceil(4001 / 7) * VOCAB
     assert "loss_logits_16bit" not in terms_of(plan_of(mst={"loss_chunks": 7}, dtype="fp32"), "loss")
-    assert loss["final_norm"] == 2 * 2 * 4001 * HIDDEN
+    assert loss["final_norm_input"] == loss["final_norm_output"] == 2 * 4001 * HIDDEN
+    assert loss["loss_hidden_states"] == 4 * math.ceil(4001 / 7) * HIDDEN
     unchunked = plan_of(mst={"mlp_chunks": 1}, model=wide_llama())
     backward, forward = bytes_of(unchunked, "backward"), bytes_of(unchunked, "forward")
     assert backward["mlp_chunk"] == 5 * 4000 * WIDE * 2

@@ -136,7 +136,15 @@ def test_each_choice_has_its_memory_and_its_time():
     output, log_sum_exp = 32 * 2**16 * 4096 * 2, 32 * 2**17 * 16 * 4
     kept = on_device["keep_attention"]
     assert (kept.value, kept.flops, kept.host_bytes, kept.copied_bytes) == (True, -ATTENTION, 0, 0)
-    assert kept.device_bytes == output + log_sum_exp  # at the loss, the peak, where all of it is kept
+    with_it, without = (
+        {
+            phase.name: phase.device_bytes
+            for phase in llama_8b_plan(keep_attention=keeps, offload_activations=False).phases
+        }
+        for keeps in (True, False)
+    )
+    assert with_it["loss"] - without["loss"] == output + log_sum_exp  # all of it is kept then
+    assert kept.device_bytes == max(with_it.values()) - max(without.values())
     assert on_device["recompute"].flops == PROJECTIONS
     assert on_device["recompute"].device_bytes < 0
     # Against recompute that keeps attention, on the device.

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from benchmarks.contenders import host_left_out
+from mst_ds.dry_run import host_left_out
 from mst_ds.live_memory import LiveMemory
 from mst_ds.recompute import DeviceStore, HostStore, KeptOnDevice
 

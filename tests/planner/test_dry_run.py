@@ -1,0 +1,96 @@
+"""The formulas against a dry run: the real, patched model on fake tensors, at real sizes."""
+
+import random
+
+import pytest
+from transformers import GemmaConfig, LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config, Qwen3Config
+
+from mst_ds.dry_run import dry_run, planned_activations
+from mst_ds.model_shape import load_config_of_shape
+from mst_ds.planner import make_plan
+
+NUM_CASES = 60
+TOLERANCE = 0.02
+# Sizes at which nothing small, such as a position or a sum over tokens, is 1% of anything.
+FAMILIES = (LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, GemmaConfig)
+
+
+def plan_and_peaks(config, *, dtype="bf16", micro_batch_size=1, seq_len, sp_size=1, **mst):
+    ds_config = {
+        dtype: {"enabled": True},
+        "zero_optimization": {"stage": 3},
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "mst": {"attention": "sdpa"} | mst,
+    }
+    plan = make_plan(config, ds_config, world_size=8, seq_len=seq_len, sp_size=sp_size, device_memory=2**60)
+    return planned_activations(plan), dry_run(config, plan)
+
+
+def random_case(seed):
+    """A decoder of full attention: a window's blocks are not among the terms."""
+    draw = random.Random(seed)
+    head_dim, key_value_heads = draw.choice((64, 128)), draw.choice((2, 4, 8))
+    heads = key_value_heads * draw.choice((1, 2, 4))
+    hidden = draw.choice((1, 1, 2)) * heads * head_dim
+    config = draw.choice(FAMILIES)(
+        hidden_size=hidden,
+        intermediate_size=draw.choice((2, 3, 4)) * hidden + 64 * draw.randrange(8),
+        num_hidden_layers=draw.randint(1, 4),
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        head_dim=head_dim,
+        vocab_size=draw.randrange(16_000, 160_000, 1000),
+        sliding_window=None,
+        tie_word_embeddings=draw.choice((False, True)),
+    )
+    recompute = draw.choice((False, True, True))
+    mst = {"recompute": recompute}
+    if recompute:
+        mst |= {name: draw.choice((False, True)) for name in ("keep_attention", "offload_activations")}
+    sp_size = draw.choice([size for size in (1, 1, 2, 4) if size <= heads])
+    if sp_size > 1 and key_value_heads % sp_size == 0:
+        mst["head_groups"] = draw.choice([n for n in (1, 2, 4) if key_value_heads // sp_size % n == 0])
+    settings = {
+        # In fp32 the plan is for CUDA's kernels, which have a copy of a key/value head for each query head.
+        "dtype": draw.choice(("bf16", "fp16") if heads > key_value_heads else ("bf16", "fp16", "fp32")),
+        "micro_batch_size": draw.choice((1, 1, 2)),
+        "seq_len": draw.randrange(8192, 65_536, 1024),
+        "sp_size": sp_size,
+        "mlp_chunks": draw.choice(("auto", 1, 3, 8, 16)),
+        "loss_chunks": draw.choice(("auto", 4, 8, 32)),
+    }
+    return config, settings | mst
+
+
+@pytest.mark.parametrize("seed", range(NUM_CASES))
+def test_formulas_give_the_peak_of_the_dry_run(seed):
+    config, settings = random_case(seed)
+    planned, measured = plan_and_peaks(config, **settings)
+    assert max(planned.values()) == pytest.approx(max(measured.values()), rel=TOLERANCE), (planned, measured)
+
+
+OFF, KEPT, AGAIN = {"recompute": False}, {"keep_attention": True}, {"recompute": True, "keep_attention": False}
+OFFLOADED = KEPT | {"offload_activations": True}
+LLAMA_8B_CASES = (
+    *((16_384, 1, mst) for mst in (OFF, KEPT, AGAIN, OFFLOADED)),
+    *((131_072, 8, mst) for mst in (OFF, KEPT, AGAIN, OFFLOADED)),
+    (131_072, 1, KEPT),
+    (1_048_576, 8, KEPT),
+)
+
+
+@pytest.mark.parametrize(("seq_len", "sp_size", "mst"), LLAMA_8B_CASES)
+def test_formulas_give_each_phase_of_llama_8b(seq_len, sp_size, mst):
+    """Of four of its layers, of which all are alike."""
+    config = load_config_of_shape("meta-llama/Llama-3.1-8B")
+    config.num_hidden_layers = 4
+    planned, measured = plan_and_peaks(config, seq_len=seq_len, sp_size=sp_size, **mst)
+    for phase, count in measured.items():
+        assert planned[phase] == pytest.approx(count, rel=TOLERANCE), phase
+
+
+def test_what_depends_on_values_has_no_dry_run():
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 8}
+    config = MixtralConfig(**sizes, vocab_size=99)
+    with pytest.raises(ValueError, match="MixtralForCausalLM decides by values what it computes, such as its experts"):
+        plan_and_peaks(config, seq_len=1024)
