@@ -51,12 +51,13 @@ def _train(run: Run, folder: Path) -> None:
 
     from mst_ds.checkpoint import export_model
     from mst_ds.data import ShardedLoader, eval_batches
-    from mst_ds.engine import build_engine
+    from mst_ds.engine import build_engine, meet
     from mst_ds.loop import train
     from mst_ds.metrics import MetricsWriter, peak_flops
     from mst_ds.model_shape import ModelShape, flops_per_token
     from mst_ds.planner import plan_table
 
+    run = meet(run)
     config, plan, data, launch = run.config, run.plan, run.data, run.launch
     if launch.rank == 0:
         Console().print(plan_table(plan))

@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import os
 import socket
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import psutil
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from transformers import AutoModelForCausalLM, PreTrainedConfig, get_scheduler, set_seed
@@ -24,7 +25,7 @@ from mst_ds.data import TrainingData, load_training_data
 from mst_ds.jit_build import build_shared_memory_collective
 from mst_ds.model_shape import ModelShape, load_model_config, shipped_model_config
 from mst_ds.patch import apply_plan, find_parts
-from mst_ds.planner import DEFAULT_RESERVE, Plan, make_plan
+from mst_ds.planner import DEFAULT_RESERVE, Gpu, Plan, gpu_of_device, make_plan
 from mst_ds.preflight import require_exact
 from mst_ds.structure import why_own_attention
 from mst_ds.topology import choose_sp_size
@@ -76,7 +77,8 @@ class Launch:
 class Run:
     """A run that has passed every check that needs neither weights nor other processes.
 
-    `ds_config` is what DeepSpeed gets: every "auto" filled in, without the "mst" block. `own_attention` is the
+    `ds_config` is what DeepSpeed gets: every "auto" filled in, without the "mst" block. `planned` makes the plan again
+    for the device memory of each rank. `own_attention` is the
     implementation that transformers loads the model with; None leaves that to transformers.
     """
 
@@ -87,6 +89,7 @@ class Run:
     peft_config: PeftConfig | None
     own_attention: str | None
     plan: Plan
+    planned: Callable[..., Plan]
     data: TrainingData
 
     @property
@@ -118,18 +121,21 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
         has_accelerator=_has_accelerator(),
         dp_size=launch.world_size // sp_size,
     )
-    plan = make_plan(
+    planned = functools.partial(
+        make_plan,
         model_config,
         resolved,
         world_size=launch.world_size,
         seq_len=config.seq_len,
-        device_memory=_device_memory(launch) if mst.device_memory_gib == AUTO else None,
         # On the CPU no context and no communication buffers stand beside the tensors.
         reserve=DEFAULT_RESERVE if _has_accelerator() else 0,
         host_memory=_host_memory(launch),
         sp_size=sp_size,
         rank=launch.rank,
+        ranks_per_node=launch.local_world_size,
+        gpu=_gpu(launch),
     )
+    plan = planned(device_memory=_device_memory(launch) if mst.device_memory_gib == AUTO else None)
     if plan.zero_stage == 0 and plan.dtype != "fp32":
         # DeepSpeed's optimizer for it takes a step with zero gradients first, and does not scale an fp16 loss.
         raise ValueError(
@@ -148,16 +154,25 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
     data = load_training_data(config, model_config)
     if config.preflight:
         require_exact(model_config, plan, packed=config.packing == "documents")
-    return Run(config, launch, split_mst(resolved)[0], model_config, peft_config, own_attention, plan, data)
+    return Run(config, launch, split_mst(resolved)[0], model_config, peft_config, own_attention, plan, planned, data)
 
 
-def build_engine(run: Run) -> DeepSpeedEngine:
-    """Let the processes meet, then build the model under its plan and hand it to DeepSpeed. A collective call."""
+def meet(run: Run) -> Run:
+    """Let the processes meet, and plan again where their devices differ in memory. A collective call."""
     get_accelerator().set_device(run.launch.local_rank)
     if "MASTER_ADDR" not in os.environ:
         _stand_alone()
     build_shared_memory_collective()
     deepspeed.init_distributed()
+    of_ranks: list[int] = [0] * run.launch.world_size
+    dist.all_gather_object(of_ranks, run.plan.device_memory)
+    if len(set(of_ranks)) == 1:
+        return run
+    return replace(run, plan=run.planned(device_memory=of_ranks))
+
+
+def build_engine(run: Run) -> DeepSpeedEngine:
+    """Build the model under its plan and hand it to DeepSpeed, after `meet`. A collective call."""
     set_seed(run.config.seed)
     model = _load_model(run)
     # Dropout must not repeat from rank to rank; the weights above must.
@@ -197,6 +212,13 @@ def _device_memory(launch: Launch) -> int:
     if _has_accelerator():
         return int(get_accelerator().total_memory(launch.local_rank))
     return psutil.virtual_memory().total // launch.local_world_size
+
+
+def _gpu(launch: Launch) -> Gpu | None:
+    """Whose rates predict the time of a step; None on the CPU and for what is not known."""
+    if get_accelerator().device_name() != "cuda":
+        return None
+    return gpu_of_device(torch.cuda.get_device_name(launch.local_rank), _device_memory(launch))
 
 
 def _host_memory(launch: Launch) -> int | None:

@@ -18,7 +18,7 @@ LAYERS = [
     {"model_forward"},
     {"patch"},
     {"preflight"},
-    {"checkpoint", "jit_build"},
+    {"checkpoint", "jit_build", "dry_run"},
     {"engine"},
     {"loop"},
 ]

@@ -1,0 +1,79 @@
+"""Ranks with devices of different size: their own chunk counts, and alike in all that they wait for each other in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from distributed import run_ranks
+from steps import alone, assert_close, build_engine, train, zero_block
+from tiny import tiny_llama
+
+from mst_ds import GIB, Plan, apply_plan, make_plan
+from mst_ds.data import shard
+from mst_ds.planner import longest_seq_len
+
+SEQ_LEN, STEPS = 2048, 2
+DIMENSIONS = {"intermediate_size": 512, "max_position_embeddings": SEQ_LEN}
+# Sums over chunks in fp32, in another order.
+TOLERANCE = 1e-5
+
+
+def llama_plans(memory: list[int], seq_len: int | None = None) -> list[Plan]:
+    """Of both ranks; as long as the smaller device can hold it, if no length is given."""
+    model, ds_config = "meta-llama/Llama-3.2-1B", {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}
+    arguments: dict[str, Any] = {"world_size": 2, "sp_size": 2, "device_memory": memory}
+    seq_len = seq_len or longest_seq_len(model, ds_config, **arguments)
+    return [make_plan(model, ds_config, rank=rank, seq_len=seq_len, **arguments) for rank in range(2)]
+
+
+def test_the_smaller_device_has_more_chunks_and_decides_what_is_done_alike() -> None:
+    large, small = llama_plans([80 * GIB, 40 * GIB])
+    assert (large.device_memory, small.device_memory) == (80 * GIB, 40 * GIB)
+    assert large.fits
+    assert small.fits
+    assert (large.mlp_chunks, large.loss_chunks) < (small.mlp_chunks, small.loss_chunks)
+    alike = ("recompute", "keep_attention", "offload_activations", "head_groups")
+    assert [getattr(large, name) for name in alike] == [getattr(small, name) for name in alike]
+    assert [getattr(small, name) for name in alike] == [
+        getattr(llama_plans([40 * GIB, 40 * GIB])[1], name) for name in alike
+    ]
+
+
+@pytest.mark.parametrize("memory", [[GIB], [GIB] * 3])
+def test_every_rank_has_a_number(memory: list[int]) -> None:
+    with pytest.raises(ValueError, match=f"device_memory has {len(memory)} numbers for 2 ranks; allowed: one for each"):
+        llama_plans(memory, 4096)
+
+
+def unequal_plan(rank: int) -> Plan:
+    ds_config = {"zero_optimization": zero_block(3, reduce_bucket_size=1), "mst": {}}
+    model = tiny_llama(**DIMENSIONS).config
+    arguments: dict[str, Any] = {"world_size": 2, "sp_size": 2, "seq_len": SEQ_LEN, "rank": rank}
+    return make_plan(model, ds_config, device_memory=[GIB, 1], **arguments)
+
+
+def train_on_unequal_ranks(rank: int) -> tuple[int, Any]:
+    plan = unequal_plan(rank)
+    model = apply_plan(tiny_llama(**DIMENSIONS), plan)
+    engine = build_engine(model, zero_optimization=zero_block(3))
+    batch = shard({"input_ids": tokens(), "labels": tokens()}, plan.topology)
+    outcome = train(engine, batch, STEPS)
+    engine.destroy()
+    return plan.loss_chunks, outcome
+
+
+def tokens() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(2, 60, (1, SEQ_LEN), generator=generator)
+
+
+def test_ranks_with_their_own_chunk_counts_train_exactly() -> None:
+    (of_large, first), (of_small, second) = run_ranks(train_on_unequal_ranks, 2)
+    assert of_large < of_small
+    assert first.losses == second.losses
+    expected = alone(tiny_llama(**DIMENSIONS), [tokens()])
+    assert first.losses[0] == pytest.approx(float(expected.pop("loss")), rel=TOLERANCE)
+    assert_close(first.gradients, expected, TOLERANCE)
+    assert first.losses[1] < first.losses[0]
