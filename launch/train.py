@@ -40,7 +40,14 @@ def main(argv: Sequence[str]) -> int:
             time.sleep(_SECONDS_FOR_THE_FIRST_RANK)
         print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    _train(run, folder)
+    from mst_ds.out_of_memory import OutOfMemoryError, explanation
+
+    try:
+        _train(run, folder)
+    except OutOfMemoryError as error:
+        # Not after another collective: the others wait in theirs until the launcher ends them, because this rank ended.
+        print(f"train.py: error: {explanation(error, run.plan)}", file=sys.stderr, flush=True)
+        os._exit(1)
     return 0
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mst_ds.data import IGNORE_INDEX, Batch
 from mst_ds.metrics import MetricsWriter, peak_memory_bytes
+from mst_ds.out_of_memory import during
 from mst_ds.planner import Plan
 
 if TYPE_CHECKING:
@@ -75,19 +76,25 @@ def train_step(engine: DeepSpeedEngine, micro_batches: list[Batch]) -> StepResul
     One token, one weight: each micro-batch's loss is its sum over valid tokens divided by the number of valid tokens of
     the whole step, over ranks and micro-batches. DeepSpeed averages gradients over all ranks, at every ZeRO stage and
     however it communicates, because it knows nothing of sequence parallelism; so the world size undoes that average.
+
+    Raises:
+        OutOfMemoryError: memory ran out on this rank, with the phase that it was in.
     """
     engine.train()
     num_items = _sum_over_ranks(_count_valid(micro_batches, engine.device))
     total = torch.zeros((), device=engine.device, dtype=torch.float32)
     norm_of_stage_0 = None
     for batch in micro_batches:
-        loss = engine(**_on_device(batch, engine.device), num_items_in_batch=num_items).loss
-        engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
+        with during("forward", "loss"):
+            loss = engine(**_on_device(batch, engine.device), num_items_in_batch=num_items).loss
+        with during("backward"):
+            engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
         if engine.is_gradient_accumulation_boundary() and engine.zero_optimization_stage() == 0:
             # Without ZeRO DeepSpeed clips by torch's function and keeps no norm.
             gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
             norm_of_stage_0 = torch.nn.utils.get_total_norm(gradients)
-        engine.step()
+        with during("optimizer_step"):
+            engine.step()
         total += loss.detach()
     norm = engine.get_global_grad_norm() if norm_of_stage_0 is None else norm_of_stage_0
     return StepResult(_sum_over_ranks(total).item(), float(norm))

@@ -18,7 +18,7 @@ LAYERS = [
     {"model_forward"},
     {"patch"},
     {"preflight"},
-    {"checkpoint", "jit_build", "dry_run"},
+    {"checkpoint", "jit_build", "dry_run", "out_of_memory"},
     {"engine"},
     {"loop"},
 ]

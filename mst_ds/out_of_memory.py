@@ -1,0 +1,80 @@
+"""What to say when a device runs out of memory: the phase, what the plan has in it, the setting to change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from mst_ds.config import GIB
+from mst_ds.planner import MemoryTerm, Plan
+
+_SHOWN_TERMS = 3
+# The beginning of a term's name, and what makes such a term smaller.
+_REMEDIES = (
+    ("mlp_chunk", "a larger mlp_chunks in the 'mst' block"),
+    ("loss_logits", "a larger loss_chunks in the 'mst' block"),
+    ("gathered_parameters", "a smaller stage3_max_live_parameters and stage3_prefetch_bucket_size"),
+    ("gathered_", "a larger head_groups or sp_size in the 'mst' block"),
+    ("all_to_all_buffers", "a larger head_groups in the 'mst' block"),
+    ("layer_inputs", "offload_activations true in the 'mst' block, or recompute true"),
+    ("kept_", "offload_activations true in the 'mst' block"),
+    ("parameters", "a higher ZeRO stage, more ranks, or offload_param"),
+    ("gradients", "a higher ZeRO stage, more ranks, or offload_optimizer"),
+    ("master_parameters", "a higher ZeRO stage, more ranks, or offload_optimizer"),
+    ("adam_", "a higher ZeRO stage, more ranks, or offload_optimizer"),
+    ("fp32_gradient", "a smaller sub_group_size, or offload_optimizer"),
+)
+_OTHERWISE = "a larger sp_size in the 'mst' block, or a shorter seq_len"
+# How torch's allocator for the CPU says it: no exception of its own.
+_OF_CPU = "can't allocate memory"
+
+
+class OutOfMemoryError(MemoryError):
+    """A device has no memory left in one of these phases of a plan."""
+
+    def __init__(self, phases: Sequence[str]) -> None:
+        super().__init__(f"out of memory in the {' or '.join(phases)}")
+        self.phases = tuple(phases)
+
+
+@contextmanager
+def during(*phases: str) -> Iterator[None]:
+    """Within, what torch raises when memory runs out says in which phases of the plan that was.
+
+    Raises:
+        OutOfMemoryError: in place of torch's.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(phases) from error
+    except RuntimeError as error:
+        if _OF_CPU not in str(error):
+            raise
+        raise OutOfMemoryError(phases) from error
+
+
+def explanation(error: OutOfMemoryError, plan: Plan) -> str:
+    """One line: the phase, what the plan has in it, its largest terms, and the setting to change."""
+    phase = max((phase for phase in plan.phases if phase.name in error.phases), key=lambda phase: phase.device_bytes)
+    terms = sorted((term for term in phase.terms if term.place == "device"), key=lambda term: -term.bytes)[
+        :_SHOWN_TERMS
+    ]
+    largest = ", ".join(f"{term.name} {term.bytes / GIB:.2f}" for term in terms)
+    if plan.fits:
+        excess = "more than the plan has; a larger reserve_gib in the 'mst' block makes the next plan smaller"
+    else:
+        excess = "as the plan said it would"
+    return (
+        f"rank {plan.topology.rank} ran out of memory in the {phase.name}, {excess}: planned are "
+        f"{phase.device_bytes / GIB:.2f} of {plan.device_memory / GIB:.2f} GiB, of these {largest}; "
+        f"allowed: {_remedy(terms)}"
+    )
+
+
+def _remedy(terms: Sequence[MemoryTerm]) -> str:
+    """For the largest term for which there is one."""
+    found = (remedy for term in terms for name, remedy in _REMEDIES if term.name.startswith(name))
+    return next(found, _OTHERWISE)
