@@ -22,7 +22,7 @@ from transformers.models.llama import modeling_llama
 
 from benchmarks.contenders import CONTENDERS, Work, build_contender
 from benchmarks.sizes import SIZES
-from mst_ds.dry_run import host_left_out
+from mst_ds.dry_run import as_on_an_accelerator, host_left_out
 from mst_ds.live_memory import LiveMemory
 
 _COMPARED = ("recompute", "DeepSpeed ALST", "mst_ds, attention again", "mst_ds", "mst_ds, offload")
@@ -37,7 +37,7 @@ def peak_bytes(name: str, num_layers: int, *, size: str, seq_len: int, chunks: i
         model: Any = LlamaForCausalLM(config)
     model = model.to(SIZES[size].dtype).train()
     contender = build_contender(name, model, Work(seq_len, chunks, chunks))
-    with FakeTensorMode():
+    with FakeTensorMode(), as_on_an_accelerator():
         contender.model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"))
         shape = (1, seq_len, config.hidden_size)
         inputs = torch.empty(shape, dtype=SIZES[size].dtype, requires_grad=True)

@@ -61,7 +61,7 @@ def dry_run(model_config: PreTrainedConfig, plan: Plan) -> dict[str, int]:
     apply_plan(model, plan, sequence_group=_AbsentRanks(plan.sp_rank, plan.sp_size) if plan.sp_size > 1 else None)
     peaks: dict[str, int] = {}
     shape = (plan.micro_batch_size, plan.shard_length)
-    with FakeTensorMode(), _as_on_an_accelerator():
+    with FakeTensorMode(), as_on_an_accelerator():
         model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"))
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter)
@@ -92,7 +92,7 @@ def dry_run(model_config: PreTrainedConfig, plan: Plan) -> dict[str, int]:
 
 
 @contextmanager
-def _as_on_an_accelerator() -> Iterator[None]:
+def as_on_an_accelerator() -> Iterator[None]:
     """Products of 16 bits are summed in fp32 without copies, elementwise work takes chunks as large as there; and
     positions, which have no values, begin no documents."""
     no_documents = patch.object(model_forward, "find_document_starts", lambda *_: None)
