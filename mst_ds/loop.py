@@ -15,6 +15,7 @@ from torch import Tensor
 from mst_ds.data import IGNORE_INDEX, Batch
 from mst_ds.metrics import MetricsWriter, peak_memory_bytes
 from mst_ds.out_of_memory import during
+from mst_ds.phase_memory import PhaseMeter, compare
 from mst_ds.planner import Plan
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ def train(
 ) -> None:
     """Take `max_steps` optimizer steps, logging each; evaluate every `eval_steps` of them, and at the end.
 
+    The first is measured: planned and measured memory of each phase are logged with it.
+
     Args:
         batches: this rank's shards, see `mst_ds.data.shard`; `gradient_accumulation_steps` of them make a step.
         held_out: makes the batches of one evaluation, equally many on every rank; None: no evaluation.
@@ -42,11 +45,22 @@ def train(
             that is not finite is a step that DeepSpeed skips, to go on with a smaller loss scale.)
     """
     tokens = plan.seq_len * plan.micro_batch_size * plan.dp_size * plan.gradient_accumulation_steps
+    measured_peak = 0
     for step in range(1, max_steps + 1):
         start = time.perf_counter()
         learning_rate = engine.get_lr()[0]
-        result = train_step(engine, [next(batches) for _ in range(plan.gradient_accumulation_steps)])
+        micro_batches = [next(batches) for _ in range(plan.gradient_accumulation_steps)]
+        if step == 1:
+            with PhaseMeter(engine.module, engine.device) as meter:
+                result = train_step(engine, micro_batches, meter)
+        else:
+            result = train_step(engine, micro_batches)
         seconds = time.perf_counter() - start
+        if step == 1:
+            metrics.log_memory(step, compare(plan, meter.peaks, engine.device))
+            if engine.device.type != "cpu":
+                # The meter has reset the allocator's peak.
+                measured_peak = max(meter.peaks.values())
         _check_finite(step, result, has_loss_scale=plan.dtype == "fp16")
         metrics.log_step(
             step,
@@ -54,7 +68,7 @@ def train(
             tokens_per_second=tokens / seconds,
             grad_norm=result.grad_norm,
             learning_rate=learning_rate,
-            device_memory_bytes=peak_memory_bytes(engine.device),
+            device_memory_bytes=max(measured_peak, peak_memory_bytes(engine.device)),
             seconds=seconds,
             tokens=tokens,
         )
@@ -70,12 +84,15 @@ class StepResult:
     grad_norm: float
 
 
-def train_step(engine: DeepSpeedEngine, micro_batches: list[Batch]) -> StepResult:
+def train_step(engine: DeepSpeedEngine, micro_batches: list[Batch], meter: PhaseMeter | None = None) -> StepResult:
     """One optimizer step over `micro_batches` of every rank.
 
     One token, one weight: each micro-batch's loss is its sum over valid tokens divided by the number of valid tokens of
     the whole step, over ranks and micro-batches. DeepSpeed averages gradients over all ranks, at every ZeRO stage and
     however it communicates, because it knows nothing of sequence parallelism; so the world size undoes that average.
+
+    Args:
+        meter: is told when a phase of the step ends.
 
     Raises:
         OutOfMemoryError: memory ran out on this rank, with the phase that it was in.
@@ -84,17 +101,27 @@ def train_step(engine: DeepSpeedEngine, micro_batches: list[Batch]) -> StepResul
     num_items = _sum_over_ranks(_count_valid(micro_batches, engine.device))
     total = torch.zeros((), device=engine.device, dtype=torch.float32)
     norm_of_stage_0 = None
+
+    def end(phase: str) -> None:
+        if meter is not None:
+            meter.end(phase)
+
     for batch in micro_batches:
         with during("forward", "loss"):
             loss = engine(**_on_device(batch, engine.device), num_items_in_batch=num_items).loss
+        end("loss")
         with during("backward"):
             engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
-        if engine.is_gradient_accumulation_boundary() and engine.zero_optimization_stage() == 0:
+        end("backward")
+        takes_step = engine.is_gradient_accumulation_boundary()
+        if takes_step and engine.zero_optimization_stage() == 0:
             # Without ZeRO DeepSpeed clips by torch's function and keeps no norm.
             gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
             norm_of_stage_0 = torch.nn.utils.get_total_norm(gradients)
         with during("optimizer_step"):
             engine.step()
+        if takes_step:
+            end("optimizer_step")
         total += loss.detach()
     norm = engine.get_global_grad_norm() if norm_of_stage_0 is None else norm_of_stage_0
     return StepResult(_sum_over_ranks(total).item(), float(norm))

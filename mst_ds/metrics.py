@@ -12,7 +12,7 @@ import os
 import platform
 import re
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -25,7 +25,7 @@ import psutil
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Column
+from rich.table import Column, Table
 from torch.utils.tensorboard import SummaryWriter
 
 from mst_ds.config import GIB
@@ -51,6 +51,24 @@ _VERSIONED_PACKAGES = ("mst_ds", "torch", "deepspeed", "transformers", "datasets
 _PLAIN_LINE_SECONDS = 10.0
 
 Value = float | int | None
+
+
+class PlannedMemory(Protocol):
+    """Bytes of one phase of a step, planned and measured."""
+
+    @property
+    def phase(self) -> str: ...
+    @property
+    def planned(self) -> int: ...
+    @property
+    def measured(self) -> int: ...
+    @property
+    def difference(self) -> float:
+        """Measured against planned: 0.1 is a tenth more."""
+
+    @property
+    def warning(self) -> str | None:
+        """One line for people, where there is something to say."""
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -119,6 +137,7 @@ class MetricsWriter:
         self._folder = Path(output_dir)
         self._mfu_per_rate = flops_per_token / peak_flops if flops_per_token and peak_flops else None
         self._totals = _Totals()
+        self._memory: dict[str, dict[str, int]] = {}
         self._sinks: tuple[_Sink, ...] = ()
         if rank == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -181,13 +200,19 @@ class MetricsWriter:
         for sink in self._sinks:
             sink.log_eval(step, loss)
 
+    def log_memory(self, step: int, phases: Sequence[PlannedMemory]) -> None:
+        """Logs planned and measured memory of the phases of `step`, once in a run."""
+        self._memory = _by_phase(phases)
+        for sink in self._sinks:
+            sink.log_memory(step, phases)
+
     def write_summary(self, fields: Mapping[str, Any]) -> None:
-        """Writes `summary.json` at once or not at all: totals of the logged steps, versions and `fields`.
+        """Writes `summary.json` at once or not at all: totals of the logged steps, memory, versions and `fields`.
 
         `fields` (such as the plan) may hold what JSON can; a name that the totals have too takes its place.
         """
         if self._sinks:
-            summary = {**self._totals.summary(), "versions": package_versions(), **fields}
+            summary = {**self._totals.summary(), **self._memory, "versions": package_versions(), **fields}
             text = json.dumps(_finite(summary), indent=2, allow_nan=False)
             partial = self._folder / "summary.json.partial"
             partial.write_text(text + "\n", encoding="utf-8")
@@ -226,6 +251,8 @@ class _Sink(Protocol):
 
     def log_eval(self, step: int, loss: float) -> None: ...
 
+    def log_memory(self, step: int, phases: Sequence[PlannedMemory]) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -241,7 +268,10 @@ class _JsonLines:
     def log_eval(self, step: int, loss: float) -> None:
         self._write({"step": step, "eval_loss": loss})
 
-    def _write(self, record: Mapping[str, Value]) -> None:
+    def log_memory(self, step: int, phases: Sequence[PlannedMemory]) -> None:
+        self._write({"step": step, **_by_phase(phases)})
+
+    def _write(self, record: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
 
     def close(self) -> None:
@@ -249,7 +279,7 @@ class _JsonLines:
 
 
 class _TensorBoard:
-    """TensorBoard event files, with the tags train/… and eval/loss."""
+    """TensorBoard event files, with the tags train/…, eval/loss, planned_bytes/… and measured_bytes/…."""
 
     def __init__(self, folder: Path) -> None:
         # purge_step hides the events that an earlier run left in this folder.
@@ -263,6 +293,11 @@ class _TensorBoard:
     def log_eval(self, step: int, loss: float) -> None:
         self._writer.add_scalar("eval/loss", loss, step)
 
+    def log_memory(self, step: int, phases: Sequence[PlannedMemory]) -> None:
+        for name, of_phases in _by_phase(phases).items():
+            for phase, count in of_phases.items():
+                self._writer.add_scalar(f"{name}/{phase}", count, step)
+
     def close(self) -> None:
         self._writer.close()
 
@@ -275,6 +310,7 @@ class _Display:
         self._max_steps = max_steps
         self._recent_seconds: deque[float] = deque(maxlen=20)
         self._seconds_since_line = math.inf
+        self._against_plan = ""
         self._bar: Progress | None = None
         if console.is_terminal:
             self._bar = Progress(
@@ -293,7 +329,7 @@ class _Display:
         self._seconds_since_line += seconds
         # The median: the first step, with its compilation and first allocations, would spoil a mean.
         left = timedelta(seconds=round(median(self._recent_seconds) * max(0, self._max_steps - step)))
-        line = f"{_describe(values)}  {left} left"
+        line = f"{_describe(values)}{self._against_plan}  {left} left"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=line)
         elif self._seconds_since_line >= _PLAIN_LINE_SECONDS or step >= self._max_steps:
@@ -302,6 +338,22 @@ class _Display:
 
     def log_eval(self, step: int, loss: float) -> None:
         self._print(f"step {step}: evaluation loss {loss:.4f}")
+
+    def log_memory(self, step: int, phases: Sequence[PlannedMemory]) -> None:
+        table = Table("phase", title=f"memory of step {step}, worst rank, GiB")
+        for name in ("planned", "measured", "difference"):
+            table.add_column(name, justify="right")
+        for each in phases:
+            table.add_row(
+                each.phase, f"{each.planned / GIB:.3f}", f"{each.measured / GIB:.3f}", f"{each.difference:+.1%}"
+            )
+        self._console.print(table)
+        for warning in (each.warning for each in phases):
+            if warning is not None:
+                self._print(warning)
+        if phases:
+            highest = max(phases, key=lambda each: each.measured)
+            self._against_plan = f" ({highest.phase} {highest.difference:+.0%} of plan)"
 
     def _print(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -322,6 +374,13 @@ def _describe(values: Mapping[str, Value]) -> str:
     )
     texts = [text.format(values[name]) for name, text in parts if values.get(name) is not None]
     return "  ".join([*texts, f"{(values['memory_bytes'] or 0) / GIB:.2f} GiB"])
+
+
+def _by_phase(phases: Sequence[PlannedMemory]) -> dict[str, dict[str, int]]:
+    return {
+        "planned_bytes": {each.phase: each.planned for each in phases},
+        "measured_bytes": {each.phase: each.measured for each in phases},
+    }
 
 
 def _finite(value: Any) -> Any:

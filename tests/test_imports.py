@@ -18,7 +18,7 @@ LAYERS = [
     {"model_forward"},
     {"patch"},
     {"preflight"},
-    {"checkpoint", "jit_build", "dry_run", "out_of_memory"},
+    {"checkpoint", "jit_build", "dry_run", "out_of_memory", "phase_memory"},
     {"engine"},
     {"loop"},
 ]

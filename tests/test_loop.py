@@ -1,10 +1,17 @@
-"""When the loop gives up."""
+"""When the loop gives up, and what it measures of its first step."""
 
 from __future__ import annotations
 
-import pytest
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
+import torch
+from tiny import tiny_plan
+
+from mst_ds import loop
 from mst_ds.loop import StepResult, _check_finite
+from mst_ds.phase_memory import PhaseMeter
 
 
 @pytest.mark.parametrize(
@@ -23,3 +30,82 @@ def test_in_fp16_a_gradient_that_is_not_finite_is_a_skipped_step() -> None:
     _check_finite(7, StepResult(1.0, float("inf")), has_loss_scale=True)
     with pytest.raises(FloatingPointError, match="the loss of step 7"):
         _check_finite(7, StepResult(float("inf"), 1.0), has_loss_scale=True)
+
+
+class Logged:
+    """In place of a `MetricsWriter`."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.memory: list[tuple[int, Any]] = []
+
+    def log_step(self, step: int, *, device_memory_bytes: int, **_: Any) -> None:
+        self.steps.append(device_memory_bytes)
+
+    def log_memory(self, step: int, phases: Any) -> None:
+        self.memory.append((step, phases))
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cuda", [900, 900, 950]), ("cpu", [100, 200, 950])])
+def test_the_first_step_is_measured_and_the_peak_over_the_run_outlives_the_reset(
+    monkeypatch: pytest.MonkeyPatch, device: str, expected: list[int]
+) -> None:
+    peaks, meters = {"forward": 300, "backward": 900}, []
+
+    def train_step(engine: Any, micro_batches: Any, meter: PhaseMeter | None = None) -> StepResult:
+        meters.append(meter)
+        if meter is not None:
+            meter.peaks = dict(peaks)
+        return StepResult(1.0, 1.0)
+
+    # After a reset the allocator reports what came since.
+    reported = iter([100, 200, 950])
+    monkeypatch.setattr(loop, "train_step", train_step)
+    monkeypatch.setattr(loop, "compare", lambda plan, peaks, device: peaks)
+    monkeypatch.setattr(loop, "peak_memory_bytes", lambda device: next(reported))
+    monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda device: 0)
+    monkeypatch.setattr(torch.accelerator, "reset_peak_memory_stats", lambda device: None)
+    module = torch.nn.Module()
+    module.base_model = torch.nn.Identity()
+    engine: Any = SimpleNamespace(device=torch.device(device), module=module, get_lr=lambda: [0.1])
+    logged: Any = Logged()
+    loop.train(engine, tiny_plan(), iter([{}, {}, {}]), logged, max_steps=3)
+    assert [meter is not None for meter in meters] == [True, False, False]
+    assert logged.memory == [(1, peaks)]
+    assert logged.steps == expected
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_ends_its_phases_in_order(monkeypatch: pytest.MonkeyPatch, accumulation: int) -> None:
+    monkeypatch.setattr(loop, "_sum_over_ranks", lambda value: value)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    events: list[str] = []
+
+    class Engine:
+        device = torch.device("cpu")
+        count = 0
+
+        def __call__(self, **_: Any) -> Any:
+            events.append("model")
+            return SimpleNamespace(loss=torch.ones(()))
+
+        def is_gradient_accumulation_boundary(self) -> bool:
+            return (self.count + 1) % accumulation == 0
+
+        def backward(self, *_: Any, **__: Any) -> None:
+            events.append("gradients")
+
+        def step(self) -> None:
+            self.count += 1
+            events.append("update")
+
+        train = staticmethod(lambda: None)
+        zero_optimization_stage = staticmethod(lambda: 3)
+        get_global_grad_norm = staticmethod(lambda: 1.0)
+
+    batch = {"shift_labels": torch.ones(1, 4, dtype=torch.long)}
+    engine: Any = Engine()
+    meter: Any = SimpleNamespace(end=events.append)
+    loop.train_step(engine, [batch] * accumulation, meter)
+    micro_batch = ["model", "loss", "gradients", "backward", "update"]
+    assert events == micro_batch * accumulation + ["optimizer_step"]

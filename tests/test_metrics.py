@@ -16,7 +16,13 @@ from transformers import DeepseekV3Config, Gemma2Config, GPT2Config, LlamaConfig
 
 from mst_ds.metrics import MetricsWriter, peak_flops, peak_memory_bytes
 from mst_ds.model_shape import ModelShape, flops_per_token
+from mst_ds.phase_memory import PhaseMemory
 
+MEMORY = [PhaseMemory("forward", 2 * 2**30, 2**30), PhaseMemory("backward", 4 * 2**30, 5 * 2**30)]
+BY_PHASE = {
+    "planned_bytes": {"forward": 2 * 2**30, "backward": 4 * 2**30},
+    "measured_bytes": {"forward": 2**30, "backward": 5 * 2**30},
+}
 STEP: dict[str, Any] = {
     "loss": 2.5,
     "tokens_per_second": 2000.0,
@@ -73,6 +79,31 @@ def test_a_step_and_an_evaluation_are_a_json_line_each(tmp_path: Path) -> None:
     ]
 
 
+def test_memory_by_phase_goes_to_every_file(tmp_path: Path) -> None:
+    with writer(tmp_path) as metrics:
+        metrics.log_memory(1, MEMORY)
+        metrics.write_summary({})
+    assert read_lines(tmp_path) == [{"step": 1, **BY_PHASE}]
+    for name, of_phases in BY_PHASE.items():
+        for phase, count in of_phases.items():
+            assert read_events(tmp_path, f"{name}/{phase}") == [(1, float(count))]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert {name: summary[name] for name in BY_PHASE} == BY_PHASE
+
+
+def test_memory_is_shown_as_a_table_and_the_highest_phase_beside_each_step(tmp_path: Path) -> None:
+    console = quiet()
+    with writer(tmp_path, max_steps=1, console=console) as metrics:
+        metrics.log_memory(1, MEMORY)
+        metrics.log_step(1, **STEP)
+    text = shown(console)
+    rows = [line.replace("│", " ").split() for line in text.splitlines()]
+    assert ["forward", "2.000", "1.000", "-50.0%"] in rows
+    assert ["backward", "4.000", "5.000", "+25.0%"] in rows
+    assert [line for line in text.splitlines() if "warning" in line] == [MEMORY[1].warning]
+    assert "3.00 GiB (backward +25% of plan)" in text.splitlines()[-1]
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_json_cannot_hold_becomes_null(tmp_path: Path, value: float) -> None:
     with writer(tmp_path) as metrics:
@@ -118,6 +149,7 @@ def test_other_ranks_write_and_show_nothing(tmp_path: Path) -> None:
     with writer(tmp_path / "run", rank=1, console=console) as metrics:
         metrics.log_step(1, **STEP)
         metrics.log_eval(1, 2.0)
+        metrics.log_memory(1, MEMORY)
         metrics.write_summary({"plan": {}})
     assert not (tmp_path / "run").exists()
     assert shown(console) == ""
