@@ -274,9 +274,7 @@ def _adamw(model: nn.Module, run: Run) -> torch.optim.Optimizer:
         "eps": config.adam_epsilon,
     }
     groups = [group for group in groups if group["params"]]
-    if not _has_accelerator():
-        return torch.optim.AdamW(groups, **settings)
-    if offloads_optimizer(run.ds_config):
+    if _has_accelerator() and offloads_optimizer(run.ds_config):
         return DeepSpeedCPUAdam(groups, **settings)
     return torch.optim.AdamW(groups, **settings, fused=True)
 

@@ -84,4 +84,6 @@ class LiveMemory(TorchDispatchMode):
 
 
 def _storages(values: Any) -> Iterable[torch.UntypedStorage]:
-    return (leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor))
+    # A tensor on the meta device has no memory, though its storage says so many bytes; a fake one has another device.
+    tensors = (leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor))
+    return (tensor.untyped_storage() for tensor in tensors if tensor.device.type != "meta")

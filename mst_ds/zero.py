@@ -63,6 +63,7 @@ class ZeroConfig:
     sub_group_size: int
     stage3_prefetch_bucket_size: int
     stage3_max_live_parameters: int
+    stage3_max_reuse_distance: int
     stage3_param_persistence_threshold: int
     micro_batch_size: int
     gradient_accumulation_steps: int
@@ -155,6 +156,7 @@ def read_zero(ds_config: Mapping[str, Any], *, dp_world_size: int) -> ZeroConfig
         sub_group_size=_elements(zero, "sub_group_size", 10**9),
         stage3_prefetch_bucket_size=_elements(zero, "stage3_prefetch_bucket_size", 5 * 10**7),
         stage3_max_live_parameters=_elements(zero, "stage3_max_live_parameters", 10**9),
+        stage3_max_reuse_distance=_elements(zero, "stage3_max_reuse_distance", 10**9),
         stage3_param_persistence_threshold=_elements(zero, "stage3_param_persistence_threshold", 10**5),
         micro_batch_size=ds_config.get(_MICRO_BATCH, 1),
         gradient_accumulation_steps=ds_config.get(_ACCUMULATION, 1),

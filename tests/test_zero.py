@@ -65,6 +65,7 @@ def test_defaults_are_deepspeeds():
         assert ours.sub_group_size == theirs.sub_group_size
         assert ours.stage3_prefetch_bucket_size == theirs.prefetch_bucket_size
         assert ours.stage3_max_live_parameters == theirs.max_live_parameters
+        assert ours.stage3_max_reuse_distance == theirs.max_reuse_distance
         assert ours.stage3_param_persistence_threshold == theirs.param_persistence_threshold
     assert read_zero({}, dp_world_size=4).stage == DeepSpeedZeroConfig().stage
 

@@ -111,6 +111,11 @@ class ModelShape(Dimensions):
         )
 
     @property
+    def head_weight_count(self) -> int:
+        """Of the head's weight, which may be the embedding's."""
+        return self.head_parameter_count or self.embedding_parameter_count
+
+    @property
     def num_dense_layers(self) -> int:
         """Layers with one MLP, which every token goes through."""
         return self.num_hidden_layers - (self.experts.num_sparse_layers if self.experts is not None else 0)

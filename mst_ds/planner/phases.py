@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Literal
+
 from mst_ds.planner import activations, states
 from mst_ds.planner.kept import LAYERS_IN_FLIGHT, kept_on_host
 from mst_ds.planner.mlp import MlpStep, mlp_steps
@@ -38,27 +41,79 @@ def step_phases(work: Workload, *, mlp_chunks: int, loss_chunks: int) -> tuple[P
         layer_phase(work, mlp_chunks, backward=True),
         Phase(
             "optimizer_step",
-            _standing(work, has_gradients=True) + states.optimizer_step(work) + kept_on_host(work),
+            _standing(work, has_gradients=False) + states.optimizer_step(work) + kept_on_host(work),
         ),
     )
 
 
 def layer_phase(work: Workload, mlp_chunks: int, *, backward: bool) -> Phase:
-    """The forward or the backward at its highest point: the last layer's largest operator."""
-    terms = _computing(work, backward=backward)
+    """The forward or the backward at its highest point: the last layer's largest operator, when all that layers keep is
+    there; or in the backward the first layer's, when nearly all gradients are."""
+    if backward and not states.has_gradients_from_start(work):
+        return _backward_making_gradients(work, mlp_chunks)
+    name: Literal["forward", "backward"] = "backward" if backward else "forward"
+    largest = max(
+        _largest_mlp(work, mlp_chunks, backward=backward),
+        rest_of_layer_moment(work, backward=backward),
+        key=total_bytes,
+    )
+    return Phase(name, _standing_computing(work, name) + _of_layers(work, backward=backward) + largest)
+
+
+def _backward_making_gradients(work: Workload, mlp_chunks: int) -> Phase:
+    """With each layer there are more gradients and less of what layers keep. Both change by as much every time, so that
+    the highest point is at the last layer or at the first."""
+    shape, first = work.shape, _of_first_layer(work)
+    layer = shape.layer_parameter_count
+    after_layers = shape.parameter_count - (shape.embedding_parameter_count if shape.head_parameter_count else 0)
+    moments = (
+        (work, _largest_mlp(work, mlp_chunks, backward=True), shape.head_weight_count),
+        (work, rest_of_layer_moment(work, backward=True), shape.head_weight_count + layer),
+        (first, _largest_mlp(first, mlp_chunks, backward=True), after_layers - layer),
+        (first, rest_of_layer_moment(first, backward=True), after_layers),
+    )
+    standing = _standing(work, has_gradients=False) + states.reduce_bucket(work) + kept_on_host(work)
+    phases = (
+        Phase(
+            "backward",
+            (
+                *standing,
+                *states.gradients(work, so_far=so_far),
+                *(term for term in _of_layers(layers, backward=True) + largest if term.place == "device"),
+            ),
+        )
+        for layers, largest, so_far in moments
+    )
+    return max(phases, key=lambda phase: phase.device_bytes)
+
+
+def _of_layers(work: Workload, *, backward: bool) -> Terms:
+    """What layers keep, and what goes from one to the next."""
+    terms = activations.kept_between_layers(work)
     if backward:
         terms += activations.output_gradient(work)
     elif work.offload_activations and work.shape.num_hidden_layers > LAYERS_IN_FLIGHT:
         # The first layer's input, which the decoder holds until all layers have run, though it is on the host.
         terms += (activations.hidden_term(work, "embeddings", 1),)
-    mlps = (step.terms for step in mlp_moments(work, mlp_chunks, backward=backward))
-    largest = max(*mlps, rest_of_layer_moment(work, backward=backward), key=total_bytes)
-    return Phase("backward" if backward else "forward", terms + largest)
+    return terms
+
+
+def _largest_mlp(work: Workload, mlp_chunks: int, *, backward: bool) -> Terms:
+    return max((step.terms for step in mlp_moments(work, mlp_chunks, backward=backward)), key=total_bytes)
+
+
+def _of_first_layer(work: Workload) -> Workload:
+    """The model as its activations are when the backward has come to the first layer."""
+    shape = work.shape
+    windows = shape.sliding_windows[:1] if len(shape.sliding_windows) == shape.num_hidden_layers else ()
+    experts = shape.experts and replace(shape.experts, num_sparse_layers=1)
+    return replace(work, shape=replace(shape, num_hidden_layers=1, sliding_windows=windows, experts=experts))
 
 
 def loss_phase(work: Workload, loss_chunks: int) -> Phase:
     """The loss, which computes its gradients in the forward and scales them at the start of the backward."""
-    terms = _computing(work, backward=False) + activations.loss_unchunked(work)
+    terms = _standing_computing(work, "loss") + activations.kept_between_layers(work)
+    terms += activations.loss_unchunked(work)
     if not work.recompute:
         terms += activations.layer_activations(work)
     # What the loss is computed from is free before its gradients are scaled.
@@ -94,12 +149,10 @@ def _saved(work: Workload, *, backward: bool, of_attention: bool = True, after_a
     return activations.layer_activations(work, of_attention=of_attention, after_attention=after_attention)
 
 
-def _computing(work: Workload, *, backward: bool) -> Terms:
-    """What stands while layers compute. Before the first backward there are gradients only where DeepSpeed
-    allocates them at the start (stage 3), or where earlier micro-batches left theirs."""
-    has_gradients = backward or work.zero.stage == 3 or work.zero.gradient_accumulation_steps > 1
-    standing = _standing(work, has_gradients=has_gradients)
-    return standing + states.gathered_parameters(work) + activations.kept_between_layers(work)
+def _standing_computing(work: Workload, phase: Literal["forward", "loss", "backward"]) -> Terms:
+    """The states of the model while it computes, at its last layer or the loss."""
+    standing = _standing(work, has_gradients=states.has_gradients_from_start(work))
+    return standing + states.gathered_parameters(work, phase)
 
 
 def _standing(work: Workload, *, has_gradients: bool) -> Terms:

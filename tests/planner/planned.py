@@ -34,7 +34,8 @@ EXPERTS = Qwen2MoeConfig(
 )
 GEMMA2 = Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=8)
 GPT_NEOX = GPTNeoXConfig(**SIZES)
-PARAMETERS = 2 * VOCAB * HIDDEN + HIDDEN + LAYERS * (HIDDEN * (2.5 * HIDDEN + 3 * INTERMEDIATE) + 2 * HIDDEN)
+LAYER = HIDDEN * (5 * HIDDEN // 2 + 3 * INTERMEDIATE) + 2 * HIDDEN
+PARAMETERS = 2 * VOCAB * HIDDEN + HIDDEN + LAYERS * LAYER
 
 
 def plan_of(

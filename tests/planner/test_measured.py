@@ -59,6 +59,7 @@ def planned_and_measured(family, changes, *, dtype="bf16", chunks=CHUNKS, **mst)
         {
             "bf16": {"enabled": dtype == "bf16"},
             "zero_optimization": {"stage": 1},
+            "gradient_accumulation_steps": 2,
             "mst": {"mlp_chunks": chunks, "loss_chunks": CHUNKS, "attention": "sdpa"} | mst,
         },
         world_size=1,

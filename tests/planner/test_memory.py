@@ -10,6 +10,7 @@ from planned import (
     GPT_NEOX,
     HIDDEN,
     INTERMEDIATE,
+    LAYER,
     LAYERS,
     MODEL,
     PARAMETERS,
@@ -52,7 +53,8 @@ def test_every_formula_gives_its_bytes_and_terms_sum_to_the_phase(model, stage, 
     [(0, 2, 2, 12), (1, 2, 2, 3), (2, 2, 0.5, 3), (3, 0.5, 0.5, 3)],
 )
 def test_states_are_sharded_by_stage(stage, parameters, gradients, optimizer):
-    terms = bytes_of(plan_of(stage), "backward")
+    plan = plan_of(stage)
+    terms = bytes_of(plan, "backward") | bytes_of(plan, "optimizer_step")
     assert terms["parameters"] == parameters * PARAMETERS
     assert terms["gradients"] == gradients * PARAMETERS
     assert terms["master_parameters"] + terms["adam_moments"] == optimizer * PARAMETERS
@@ -90,7 +92,7 @@ def test_offloading_moves_states_off_the_device():
     assert offloaded.host_bytes == max(phase.host_bytes for phase in offloaded.phases) > moved  # the step's own
     nvme = plan_of(3, zero={"offload_optimizer": {"device": "nvme"}})
     assert terms_of(nvme, "backward")["adam_moments"].place == "nvme"
-    assert terms_of(nvme, "optimizer_step")["adam_denominator"].place == "host"
+    assert terms_of(nvme, "optimizer_step")["fp32_gradient"].place == "host"
 
 
 def test_gradients_stand_before_the_backward_only_where_they_must():
@@ -99,14 +101,39 @@ def test_gradients_stand_before_the_backward_only_where_they_must():
     assert "gradients" in terms_of(plan_of(3), "initialisation")
 
 
-def test_gathered_parameters_are_bounded_by_the_live_limit():
-    limits = {"small": 1000, "middle": 100_000, "unlimited": 10**9}
-    gathered = {
-        name: bytes_of(plan_of(3, zero={"stage3_max_live_parameters": limit}), "forward")["gathered_parameters"]
-        for name, limit in limits.items()
-    }
-    # Never less than what a module needs: here the embedding, which is larger than a layer.
-    assert gathered == {"small": 2 * VOCAB * HIDDEN, "middle": 200_000, "unlimited": 2 * PARAMETERS}
+def gathered(phase, mst=None, **zero):
+    plan = plan_of(3, mst={"recompute": True} | (mst or {}), zero={"stage3_prefetch_bucket_size": 0} | zero)
+    return bytes_of(plan, phase)["gathered_parameters"] // 2
+
+
+def test_gathered_parameters_stay_until_they_are_used_again():
+    head = VOCAB * HIDDEN
+    # Between the last layer's forward and its backward is the head, twice; between another's also the layers after it,
+    # once in the forward, computed again and in the backward.
+    for distance, kept in [
+        (0, 0),
+        (2 * head, 0),
+        (2 * head + 1, 1),
+        (2 * head + 3 * LAYER, 1),
+        (2 * head + 3 * LAYER + 1, 2),
+    ]:
+        assert gathered("forward", stage3_max_reuse_distance=distance) == max(1, kept) * LAYER
+        assert gathered("loss", stage3_max_reuse_distance=distance) == kept * LAYER + head
+        assert gathered("backward", stage3_max_reuse_distance=distance) == max(1, kept) * LAYER
+    # Without recompute they are met once less.
+    kept = gathered("loss", {"recompute": False}, stage3_max_reuse_distance=2 * head + 2 * LAYER + 1)
+    assert kept == 2 * LAYER + head
+    assert gathered("loss", stage3_max_reuse_distance=10**9) == PARAMETERS - HIDDEN  # all but the final norm
+
+
+def test_prefetched_parameters_are_gathered_within_the_live_limit():
+    alone = gathered("backward", stage3_max_reuse_distance=0)
+    limits = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 1000}
+    assert gathered("backward", **limits) == alone + 1000
+    assert gathered("backward", **limits, stage3_max_live_parameters=alone + 300) == alone + 300
+    assert gathered("backward", **limits, stage3_max_live_parameters=0) == alone
+    # After the last layer comes the head's weight, whole.
+    assert gathered("forward", **limits) == alone + VOCAB * HIDDEN
 
 
 def test_overlap_has_two_buckets_below_stage_3():
@@ -121,7 +148,7 @@ def test_optimizer_step_walks_sub_groups_at_stage_3():
     assert bytes_of(plan_of(3), "optimizer_step")["fp32_gradient"] == PARAMETERS
     limited = plan_of(3, zero={"sub_group_size": 1000})
     assert bytes_of(limited, "optimizer_step")["fp32_gradient"] == 4000
-    assert bytes_of(plan_of(1, zero={"sub_group_size": 1000}), "optimizer_step")["fp32_gradient"] == PARAMETERS
+    assert bytes_of(plan_of(2, zero={"sub_group_size": 1000}), "optimizer_step")["fp32_gradient"] == PARAMETERS
 
 
 def test_chunked_operators_have_the_terms_of_their_implementation():
@@ -211,7 +238,7 @@ def test_the_router_loss_keeps_the_logits_of_every_sparse_layer():
 
 
 def test_gathered_parameters_are_all_experts_of_a_layer():
-    zero = {"stage3_max_live_parameters": 1}
+    zero = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
     gathered = [
         bytes_of(plan_of(model=experts_with(num_experts=count), zero=zero), "forward") for count in (1000, 2000)
     ]

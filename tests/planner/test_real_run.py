@@ -1,0 +1,126 @@
+"""The planner against DeepSpeed: what is alive in each phase of a real step of two ranks is what was planned."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from distributed import run_ranks
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+from mst_ds import apply_plan, make_plan
+from mst_ds.data import shard
+from mst_ds.live_memory import LiveMemory
+from mst_ds.loop import train_step
+from mst_ds.minisequence import chunks
+
+VOCAB, SEQ_LEN = 2000, 4096
+MODEL: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": SEQ_LEN,
+}
+BUCKETS = {"reduce_bucket_size": 300_000, "allgather_bucket_size": 300_000, "overlap_comm": False}
+AT_STAGE_3 = {"stage3_prefetch_bucket_size": 0, "stage3_param_persistence_threshold": 0}
+OFFLOAD_OPTIMIZER = {"offload_optimizer": {"device": "cpu"}}
+OFFLOAD_ALL = {**OFFLOAD_OPTIMIZER, "offload_param": {"device": "cpu"}}
+CHUNKS_4 = {"recompute": True, "keep_attention": True, "mlp_chunks": 4, "loss_chunks": 4}
+CHUNKS_2_8 = {"recompute": False, "mlp_chunks": 2, "loss_chunks": 8}
+Case = tuple[int, int, dict[str, Any], dict[str, Any]]  # sp_size, seq_len, zero_optimization, the "mst" block
+
+COMMON: list[Case] = [
+    (1, SEQ_LEN, {}, CHUNKS_4),
+    (2, SEQ_LEN, {}, CHUNKS_4),
+    (1, SEQ_LEN, {}, CHUNKS_2_8),
+    # So short that the peak of the backward is at the first layer, where gradients need most.
+    (1, 256, {}, CHUNKS_4),
+]
+OFFLOADED: list[Case] = [(1, SEQ_LEN, OFFLOAD_OPTIMIZER, CHUNKS_4), (2, SEQ_LEN, OFFLOAD_OPTIMIZER, CHUNKS_4)]
+OF_STAGE_3: list[Case] = [
+    (1, SEQ_LEN, OFFLOAD_ALL, CHUNKS_4),
+    (2, SEQ_LEN, OFFLOAD_ALL, CHUNKS_4),
+    # Nothing stays from the forward to the backward; one layer and the head do.
+    (1, SEQ_LEN, {"stage3_max_reuse_distance": 0}, CHUNKS_4),
+    (1, SEQ_LEN, {"stage3_max_reuse_distance": 2 * 256 * VOCAB + 1}, CHUNKS_4),
+]
+CASES = {0: COMMON, 1: COMMON + OFFLOADED, 2: COMMON + OFFLOADED, 3: COMMON + OFFLOADED + OF_STAGE_3}
+
+
+def ds_config_of(stage: int, zero: dict[str, Any], mst: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 1.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": stage, **BUCKETS, **(AT_STAGE_3 if stage == 3 else {}), **zero},
+        "mst": {"attention": "sdpa", **mst},
+    }
+
+
+def measure(rank: int, stage: int, cases: list[Case]) -> list[dict[str, tuple[int, int]]]:
+    """Bytes of each phase, planned and alive, in the second step: then DeepSpeed knows the order of modules."""
+    import deepspeed
+
+    from mst_ds.jit_build import build_shared_memory_collective
+
+    build_shared_memory_collective()
+    return [_measure(rank, stage, case, deepspeed.initialize) for case in cases]
+
+
+def _measure(rank: int, stage: int, case: Case, initialize: Any) -> dict[str, tuple[int, int]]:
+    sp_size, seq_len, zero, mst = case
+    ds_config, config = ds_config_of(stage, zero, mst), LlamaConfig(**MODEL)
+    plan = make_plan(config, ds_config, world_size=2, sp_size=sp_size, seq_len=seq_len, rank=rank, device_memory=2**40)
+    ds_config.pop("mst")
+    memory, alive = LiveMemory(), dict[str, int]()
+
+    def end(phase: str) -> None:
+        alive[phase] = memory.peak
+        memory.reset_peak()
+
+    def begin_loss(decoder: Any, inputs: Any, outputs: Any) -> None:
+        end("forward")
+        outputs.last_hidden_state.register_hook(lambda _: end("loss"))
+
+    # As on an accelerator: elementwise work in chunks that do not follow from the CPU's cache.
+    with patch.object(chunks, "_ELEMENTS_IN_CACHE", {}), memory:
+        at_stage_3 = HfDeepSpeedConfig(ds_config) if stage == 3 else None
+        model = LlamaForCausalLM._from_config(config) if at_stage_3 else LlamaForCausalLM(config)
+        apply_plan(model.train(), plan)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        engine, *_ = initialize(
+            model=model, model_parameters=list(model.parameters()), optimizer=optimizer, config=ds_config
+        )
+        ids = torch.randint(2, VOCAB, (1, seq_len))
+        batch = shard({"input_ids": ids, "labels": ids}, plan.topology)
+        train_step(engine, [batch])
+        memory.reset_peak()
+        hook = engine.module.model.register_forward_hook(begin_loss)
+        take_step = engine.step
+        engine.step = lambda: (end("backward"), take_step(), end("optimizer_step"))
+        train_step(engine, [batch])
+    hook.remove()
+    engine.step = take_step
+    engine.destroy()
+    return {
+        phase.name: (phase.device_bytes + phase.host_bytes, alive[phase.name])
+        for phase in plan.phases
+        if phase.name in alive
+    }
+
+
+@pytest.mark.parametrize("stage", CASES)
+def test_every_phase_needs_what_is_planned_for_it(stage: int) -> None:
+    for rank_results in run_ranks(measure, 2, stage, CASES[stage], limit=500):
+        for case, phases in zip(CASES[stage], rank_results, strict=True):
+            assert list(phases) == ["forward", "loss", "backward", "optimizer_step"]
+            for phase, (planned, alive) in phases.items():
+                assert planned == pytest.approx(alive, rel=0.05), (case, phase)
