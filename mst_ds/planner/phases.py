@@ -20,9 +20,14 @@ _STATES = frozenset(
         "parameters",
         "gathered_parameters",
         "gradients",
+        "averaged_gradients",
         "reduce_bucket",
         "master_parameters",
         "adam_moments",
+        "fp32_gradient",
+        "parameter_staging",
+        "gradient_staging_on_host",
+        "gradient_staging",
     }
 )
 
@@ -50,7 +55,8 @@ def layer_phase(work: Workload, mlp_chunks: int, *, backward: bool) -> Phase:
     """The forward or the backward at its highest point: the last layer's largest operator, when all that layers keep is
     there; or in the backward the first layer's, when nearly all gradients are."""
     if backward and not states.has_gradients_from_start(work):
-        return _backward_making_gradients(work, mlp_chunks)
+        phases = (_backward_making_gradients(work, mlp_chunks), _after_backward(work))
+        return max(phases, key=lambda phase: phase.device_bytes)
     name: Literal["forward", "backward"] = "backward" if backward else "forward"
     largest = max(
         _largest_mlp(work, mlp_chunks, backward=backward),
@@ -85,6 +91,12 @@ def _backward_making_gradients(work: Workload, mlp_chunks: int) -> Phase:
         for layers, largest, so_far in moments
     )
     return max(phases, key=lambda phase: phase.device_bytes)
+
+
+def _after_backward(work: Workload) -> Phase:
+    """The gradients are averaged, and nothing that layers kept is left on the device."""
+    standing = _standing(work, has_gradients=True) + states.gradient_reduction(work)
+    return Phase("backward", standing + kept_on_host(work))
 
 
 def _of_layers(work: Workload, *, backward: bool) -> Terms:

@@ -13,6 +13,8 @@ Terms = tuple[MemoryTerm, ...]
 
 _OFFLOAD_PLACES: Mapping[OffloadDevice, Place] = {"none": "device", "cpu": "host", "nvme": "nvme"}
 _FP32_BYTES = 4
+# Of a buffer of `DeepSpeedEngine.buffered_allreduce_fallback`.
+_ALL_REDUCE_ELEMENTS = 5 * 10**8
 
 
 def reserve(work: Workload) -> Terms:
@@ -86,19 +88,37 @@ def has_gradients_from_start(work: Workload) -> bool:
 
 
 def gradients(work: Workload, *, so_far: int | None = None) -> Terms:
-    """The gradients kept for the step: a shard from stage 2 on, which goes where the optimizer is.
+    """The gradients kept for the step, in the dtype in which they are summed.
+
+    All of them below stage 2; from there on a shard, whose memory is taken whole with its first gradient, and which
+    goes where the optimizer is.
 
     Args:
         so_far: parameters whose gradients are there already. None: all.
     """
-    zero = work.zero
-    count = work.sharded(work.shape.parameter_count, from_stage=2)
-    if so_far is not None:
-        count = min(count, so_far)
-    is_sharded = zero.stage >= 2
-    place: Place = "host" if is_sharded and zero.optimizer_offload != "none" else "device"
-    size = zero.grad_accum_dtype_bytes if is_sharded else zero.dtype_bytes
-    return (product_term("gradients", place, ("gradients of this rank", count), ("bytes", size)),)
+    zero, count = work.zero, work.shape.parameter_count
+    if zero.stage < 2:
+        count = min(count, so_far) if so_far is not None else count
+        return (product_term("gradients", "device", ("gradients of this rank", count), ("bytes", zero.dtype_bytes)),)
+    if _has_fp32_gradient_on_host(work) and zero.stage == 2:
+        return ()
+    place: Place = "device" if zero.optimizer_offload == "none" else "host"
+    of_rank = ("gradients of this rank", work.sharded(count, from_stage=2))
+    return (product_term("gradients", place, of_rank, ("bytes", zero.grad_accum_dtype_bytes)),)
+
+
+def gradient_reduction(work: Workload) -> Terms:
+    """What below stage 2 is there beside all gradients when they are averaged after the backward: a flat copy, of up to
+    500 million elements without ZeRO, and at stage 1 of those that this rank's optimizer needs."""
+    zero, count = work.zero, work.shape.parameter_count
+    if zero.stage > 1 or zero.dp_world_size == 1 or _has_fp32_gradient_on_host(work):
+        return ()
+    copied = min(count, _ALL_REDUCE_ELEMENTS) if zero.stage == 0 else work.sharded(count, from_stage=1)
+    return (product_term("averaged_gradients", "device", ("gradients", copied), ("bytes", zero.dtype_bytes)),)
+
+
+def _has_fp32_gradient_on_host(work: Workload) -> bool:
+    return work.zero.optimizer_offload != "none"
 
 
 def reduce_bucket(work: Workload) -> Terms:
@@ -118,7 +138,11 @@ def reduce_bucket(work: Workload) -> Terms:
 
 
 def optimizer_states(work: Workload) -> Terms:
-    """AdamW's two moments and the fp32 master parameters, sharded from stage 1 on."""
+    """AdamW's two moments and the fp32 master parameters, sharded from stage 1 on.
+
+    On the host the fp32 gradient has its place from the start, and at stages 1 and 2 what the master parameters are
+    copied through; there gradients go to the host by way of a buffer on either side, as large as the largest weight.
+    """
     zero = work.zero
     count = work.sharded(work.shape.parameter_count, from_stage=1)
     place = _OFFLOAD_PLACES[zero.optimizer_offload]
@@ -129,7 +153,21 @@ def optimizer_states(work: Workload) -> Terms:
     if zero.stage == 0 and zero.dtype == "fp32":
         return (moments,)
     master = product_term("master_parameters", place, ("parameters of this rank", count), ("bytes", _FP32_BYTES))
-    return (master, moments)
+    if not _has_fp32_gradient_on_host(work):
+        return (master, moments)
+    of_rank = ("parameters of this rank", count)
+    gradient = product_term("fp32_gradient", "host", of_rank, ("bytes", _FP32_BYTES))
+    if zero.stage == 3:
+        return (master, moments, gradient)
+    largest = ("largest weight", max(work.shape.embedding_parameter_count, work.shape.head_parameter_count))
+    return (
+        master,
+        moments,
+        gradient,
+        product_term("parameter_staging", "host", of_rank, ("bytes", zero.dtype_bytes)),
+        product_term("gradient_staging_on_host", "host", largest, ("bytes", zero.dtype_bytes)),
+        product_term("gradient_staging", "device", largest, ("bytes", zero.dtype_bytes)),
+    )
 
 
 def optimizer_step(work: Workload) -> Terms:
@@ -140,14 +178,15 @@ def optimizer_step(work: Workload) -> Terms:
     zero = work.zero
     if zero.stage == 0:
         return gradients(work)
+    bucket = reduce_bucket(work) if zero.stage == 3 else ()
+    if _has_fp32_gradient_on_host(work):
+        return (*bucket, *(gradients(work) if zero.stage == 3 else ()))
     count = work.sharded(work.shape.parameter_count, from_stage=1)
     if zero.stage == 3:
         count = min(count, zero.sub_group_size)
-    # With NVMe the step runs on the host, on what was read back.
-    place: Place = "device" if zero.optimizer_offload == "none" else "host"
-    copy = product_term("fp32_gradient", place, ("parameters of this step", count), ("bytes", _FP32_BYTES))
+    copy = product_term("fp32_gradient", "device", ("parameters of this step", count), ("bytes", _FP32_BYTES))
     if zero.stage == 1:
         # Those of the other ranks' parameters are freed before the copy is made.
         own = product_term("gradients", "device", ("gradients of this rank", count), ("bytes", zero.dtype_bytes))
         return max(gradients(work), (own, copy), key=total_bytes)
-    return (*gradients(work), copy, *(reduce_bucket(work) if zero.stage == 3 else ()))
+    return (*gradients(work), copy, *bucket)

@@ -119,8 +119,9 @@ def _measure(rank: int, stage: int, case: Case, initialize: Any) -> dict[str, tu
 
 @pytest.mark.parametrize("stage", CASES)
 def test_every_phase_needs_what_is_planned_for_it(stage: int) -> None:
-    for rank_results in run_ranks(measure, 2, stage, CASES[stage], limit=500):
-        for case, phases in zip(CASES[stage], rank_results, strict=True):
-            assert list(phases) == ["forward", "loss", "backward", "optimizer_step"]
-            for phase, (planned, alive) in phases.items():
-                assert planned == pytest.approx(alive, rel=0.05), (case, phase)
+    of_ranks = run_ranks(measure, 2, stage, CASES[stage], limit=500)
+    for case, *results in zip(CASES[stage], *of_ranks, strict=True):
+        assert list(results[0]) == ["forward", "loss", "backward", "optimizer_step"]
+        for phase, (planned, _) in results[0].items():
+            # Which gradients a rank keeps, and so when it needs most, differs; the plan is for the one that needs more.
+            assert planned == pytest.approx(max(alive[phase][1] for alive in results), rel=0.05), (case, phase)
