@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mst_ds.config import DEFAULT_DS_CONFIG, DEFAULT_MODEL, GIB, parse_seq_len
-from mst_ds.model_shape import load_config_of_shape, load_model_shape
+from mst_ds.model_shape import ModelShape, load_config_of_shape, load_model_shape
 from mst_ds.planner import (
     DEFAULT_RESERVE,
     LENGTH_STEP,
@@ -49,6 +50,9 @@ def _parser() -> argparse.ArgumentParser:
         help="Shipped config, Hugging Face id, or folder with a config.json; well-known ids need no network.",
     )
     parser.add_argument("--ds_config", default=DEFAULT_DS_CONFIG, help="DeepSpeed JSON with an optional 'mst' block.")
+    parser.add_argument(
+        "--peft_config", help="adapter_config.json of peft, or its folder: only these adapters are trained."
+    )
     parser.add_argument("--num_gpus", type=int, default=1, help="Ranks of a node, each with a GPU (default: 1).")
     parser.add_argument("--num_nodes", type=int, default=1, help="Nodes of the run (default: 1).")
     parser.add_argument("--gpu", help="Name that stands for a GPU's memory and rates: H100, H200, A100-80GB ...")
@@ -84,7 +88,7 @@ def main(argv: Sequence[str]) -> int:
         plan, longest, changes = _plan(options)
         if options.plot is not None:
             plot_plan(plan, options.plot)
-        traced = _trace(options.model, plan) if options.trace else None
+        traced = _trace(options, plan) if options.trace else None
     except ValueError as error:
         print(f"plan.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -116,11 +120,13 @@ def _plan(options: argparse.Namespace) -> tuple[Plan, int, tuple[Change, ...]]:
     return plan, longest, changes
 
 
-def _trace(model: str, plan: Plan) -> dict[str, dict[str, int]]:
+def _trace(options: argparse.Namespace, plan: Plan) -> dict[str, dict[str, int]]:
     """Bytes of activations on the device at the peak of each phase: by the formulas, and on fake tensors."""
+    from mst_ds.adapters import load_peft_config
     from mst_ds.dry_run import dry_run, planned_activations
 
-    planned, measured = planned_activations(plan), dry_run(load_config_of_shape(model), plan)
+    peft_config = load_peft_config(options.peft_config) if options.peft_config else None
+    planned, measured = planned_activations(plan), dry_run(load_config_of_shape(options.model), plan, peft_config)
     return {name: {"planned_bytes": planned[name], "dry_run_bytes": count} for name, count in measured.items()}
 
 
@@ -144,7 +150,7 @@ def _request(options: argparse.Namespace, *, num_nodes: int, sp_size: int | None
     if device_memory is None and gpu is not None:
         device_memory = gpu.memory
     return read_request(
-        options.model,
+        _adapted_shape(options.model, options.peft_config) if options.peft_config else options.model,
         options.ds_config,
         world_size=options.num_gpus * num_nodes,
         seq_len=seq_len,
@@ -155,6 +161,16 @@ def _request(options: argparse.Namespace, *, num_nodes: int, sp_size: int | None
         ranks_per_node=options.num_gpus,
         gpu=gpu or gpu_by_name(_GPU_OF_RATES),
     )
+
+
+@functools.cache
+def _adapted_shape(model: str, path: str) -> ModelShape:
+    """The model's shape with adapters in it, which takes the seconds that torch, transformers and peft take to load."""
+    from mst_ds.adapters import load_peft_config, model_on_meta
+    from mst_ds.trained import trained_shape
+
+    peft_config = load_peft_config(path)
+    return trained_shape(load_model_shape(model), model_on_meta(load_config_of_shape(model), peft_config)[0])
 
 
 def _print_lengths(options: argparse.Namespace) -> int:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftConfig, PeftModel
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 _FILE_NAME = "adapter_config.json"
 
@@ -51,3 +52,27 @@ def add_adapters(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     from peft import get_peft_model
 
     return get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+def model_on_meta(
+    model_config: PreTrainedConfig, peft_config: PeftConfig | None, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, PreTrainedModel | PeftModel]:
+    """The model without memory, adapters in it, and the same as it is called: by peft, where there are adapters.
+
+    Raises:
+        ValueError: the model has no modules of the names that `peft_config` targets.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+    if peft_config is None:
+        return model, model
+    with torch.device("meta"):
+        adapted = add_adapters(model, peft_config)
+    # On this device alone peft leaves adapters in torch's default dtype.
+    for parameter in adapted.parameters():
+        if dtype is not None:
+            parameter.data = parameter.data.to(dtype)
+    return model, adapted

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from mst_ds import model_forward
+from mst_ds.adapters import model_on_meta
 from mst_ds.live_memory import LiveMemory
 from mst_ds.minisequence import chunks
 from mst_ds.patch import apply_plan, find_parts
@@ -20,6 +21,7 @@ from mst_ds.planner import Plan, activation_bytes
 from mst_ds.recompute import stores
 
 if TYPE_CHECKING:
+    from peft import PeftConfig
     from transformers import PreTrainedConfig
 
 _PHASES = ("forward", "loss", "backward")
@@ -43,7 +45,7 @@ class _AbsentRanks:
         """Leaves `tensor` as it is."""
 
 
-def dry_run(model_config: PreTrainedConfig, plan: Plan) -> dict[str, int]:
+def dry_run(model_config: PreTrainedConfig, plan: Plan, peft_config: PeftConfig | None = None) -> dict[str, int]:
     """The most bytes of activations alive on the device in the forward, the loss and the backward of a micro-batch.
 
     All layers run, at the plan's length and chunk counts, with torch's attention kernel. Parameters and gradients stand
@@ -52,11 +54,9 @@ def dry_run(model_config: PreTrainedConfig, plan: Plan) -> dict[str, int]:
     Raises:
         ValueError: the model cannot be patched, or what it computes depends on values, as a choice of experts does.
     """
-    from transformers import AutoModelForCausalLM
-
     # Finding a model's structure runs small real tensors, so that it is not done on fake ones.
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config, dtype=_DTYPES[plan.dtype]).train()
+    model: Any = model_on_meta(model_config, peft_config, _DTYPES[plan.dtype])[1]
+    model.train()
     structure = find_parts(model, plan).loss
     apply_plan(model, plan, sequence_group=_AbsentRanks(plan.sp_rank, plan.sp_size) if plan.sp_size > 1 else None)
     peaks: dict[str, int] = {}
@@ -64,7 +64,8 @@ def dry_run(model_config: PreTrainedConfig, plan: Plan) -> dict[str, int]:
     with FakeTensorMode(), as_on_an_accelerator():
         model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"))
         for parameter in model.parameters():
-            parameter.grad = torch.empty_like(parameter)
+            if parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
         tokens = torch.empty(shape, dtype=torch.long)
         memory = LiveMemory()
 

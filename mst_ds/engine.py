@@ -19,7 +19,7 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from transformers import AutoModelForCausalLM, PreTrainedConfig, get_scheduler, set_seed
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-from mst_ds.adapters import add_adapters, load_peft_config
+from mst_ds.adapters import add_adapters, load_peft_config, model_on_meta
 from mst_ds.config import AUTO, TrainConfig
 from mst_ds.data import TrainingData, load_training_data
 from mst_ds.jit_build import build_shared_memory_collective
@@ -29,6 +29,7 @@ from mst_ds.planner import DEFAULT_RESERVE, Gpu, Plan, gpu_of_device, make_plan
 from mst_ds.preflight import require_exact
 from mst_ds.structure import why_own_attention
 from mst_ds.topology import choose_sp_size
+from mst_ds.trained import trained_shape
 from mst_ds.zero import DsConfig, has_block, load_ds_config, offloads_optimizer, resolve, split_mst
 
 if TYPE_CHECKING:
@@ -78,8 +79,8 @@ class Run:
     """A run that has passed every check that needs neither weights nor other processes.
 
     `ds_config` is what DeepSpeed gets: every "auto" filled in, without the "mst" block. `planned` makes the plan again
-    for the device memory of each rank. `own_attention` is the
-    implementation that transformers loads the model with; None leaves that to transformers.
+    for the device memory of each rank. `own_attention` is the implementation that transformers loads the model with;
+    None leaves that to transformers.
     """
 
     config: TrainConfig
@@ -121,9 +122,11 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
         has_accelerator=_has_accelerator(),
         dp_size=launch.world_size // sp_size,
     )
+    peft_config = None if config.peft_config is None else load_peft_config(config.peft_config)
+    model, adapted = model_on_meta(model_config, peft_config)
     planned = functools.partial(
         make_plan,
-        model_config,
+        trained_shape(shape, model),
         resolved,
         world_size=launch.world_size,
         seq_len=config.seq_len,
@@ -141,10 +144,6 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
         raise ValueError(
             f"the ZeRO stage is 0 in {plan.dtype}, which DeepSpeed trains wrong; allowed: 1, 2, 3, or fp32"
         )
-    peft_config = None if config.peft_config is None else load_peft_config(config.peft_config)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
-        adapted = model if peft_config is None else add_adapters(model, peft_config)
     find_parts(adapted, plan)
     reason = why_own_attention(model)
     if config.packing == "documents" and reason is not None:

@@ -17,22 +17,30 @@ from typing import Any
 import torch
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, limit: float = 200) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, limit: float = 200, fresh: bool = False
+) -> list[Any]:
     """Call `function(rank, *args)` on each of `world_size` processes that share a gloo group; return the results.
 
     The processes are kept for the next call with the same world size, because starting them takes longer than most
     tests. After a failure they are killed, so that none inherits a broken group.
 
+    Args:
+        fresh: use processes that have done nothing before, and end them.
+
     Raises:
         AssertionError: a rank raised (with its traceback), died, or did not end within `limit` seconds.
     """
-    ranks = _kept.pop(world_size, None) or _Ranks(world_size)
+    ranks = (None if fresh else _kept.pop(world_size, None)) or _Ranks(world_size)
     try:
         results = ranks.call(function, args, limit)
     except BaseException:
         ranks.kill()
         raise
-    _kept[world_size] = ranks
+    if fresh:
+        ranks.kill()
+    else:
+        _kept[world_size] = ranks
     return results
 
 

@@ -16,7 +16,7 @@ LAYERS = [
     {"planner", "minisequence", "router_loss", "ulysses", "metrics", "data"},
     {"structure"},
     {"model_forward"},
-    {"patch"},
+    {"patch", "trained"},
     {"preflight"},
     {"checkpoint", "jit_build", "dry_run", "out_of_memory", "phase_memory"},
     {"engine"},

@@ -1,6 +1,7 @@
 """Dimensions and parameter counts of a decoder, from its Hugging Face config alone: no weights, no torch."""
 
 from mst_ds.model_shape.configs import load_model_config, shipped_model_config
+from mst_ds.model_shape.counts import TrainedCounts
 from mst_ds.model_shape.experts import ExpertShape
 from mst_ds.model_shape.families import NormKind
 from mst_ds.model_shape.known_models import known_model_names, load_config_of_shape, load_model_shape
@@ -12,6 +13,7 @@ __all__ = [
     "ModelShape",
     "NormKind",
     "NormShape",
+    "TrainedCounts",
     "attended_pairs",
     "flops_per_token",
     "known_model_names",

@@ -38,6 +38,25 @@ class ParameterCounts:
     active: int
 
 
+@dataclass(frozen=True)
+class TrainedCounts:
+    """Of the parameters those that are trained, adapters among them.
+
+    layer: of the largest layer. mlp: of its MLP, None where that is trained whole. head: of the head's weight.
+    embedding: of what has its gradient after all layers have theirs: not where the head's weight is the embedding's.
+    largest: of one weight. dropout_width: elements of a token that go through the dropout of adapters beside the MLP,
+    in a layer.
+    """
+
+    all: int
+    layer: int
+    mlp: int | None
+    head: int
+    embedding: int
+    largest: int
+    dropout_width: int = 0
+
+
 def count_parameters(
     config: PreTrainedConfig, family: Family, dimensions: Dimensions, experts: ExpertShape | None
 ) -> ParameterCounts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mst_ds.model_shape.counts import Dimensions, count_parameters
+from mst_ds.model_shape.counts import Dimensions, ParameterCounts, TrainedCounts, count_parameters
 from mst_ds.model_shape.experts import ExpertShape, read_experts
 from mst_ds.model_shape.families import FAMILIES, LLAMA, Family, NormKind, is_on
 from mst_ds.model_shape.sizes import optional_size, size
@@ -49,6 +49,7 @@ class ModelShape(Dimensions):
         position_parameter_count: of learned position embeddings, 0 without.
         head_parameter_count: 0 where the head's weight is the embedding's (tie_word_embeddings).
         active_parameter_count: what one token meets: all but the experts that it is not routed to.
+        trained: of these parameters those that are trained: all, where `mst_ds.trained` has not counted.
         counts_are_exact: False for a family whose layers are counted as if they were Llama's or Mixtral's.
     """
 
@@ -67,6 +68,7 @@ class ModelShape(Dimensions):
     layer_parameter_count: int
     parameter_count: int
     active_parameter_count: int
+    trained: TrainedCounts
     counts_are_exact: bool
 
     @classmethod
@@ -107,6 +109,7 @@ class ModelShape(Dimensions):
             layer_parameter_count=counts.layer,
             parameter_count=counts.all,
             active_parameter_count=counts.active,
+            trained=_all_trained(counts),
             counts_are_exact=config.model_type in FAMILIES,
         )
 
@@ -114,6 +117,10 @@ class ModelShape(Dimensions):
     def head_weight_count(self) -> int:
         """Of the head's weight, which may be the embedding's."""
         return self.head_parameter_count or self.embedding_parameter_count
+
+    @property
+    def is_trained_whole(self) -> bool:
+        return self.trained.all == self.parameter_count
 
     @property
     def num_dense_layers(self) -> int:
@@ -133,6 +140,17 @@ def _dimensions(config: PreTrainedConfig) -> Dimensions:
         head_dim=head_dim,
         value_head_dim=optional_size(config, "v_head_dim") or head_dim,
         vocab_size=size(config, "vocab_size"),
+    )
+
+
+def _all_trained(counts: ParameterCounts) -> TrainedCounts:
+    return TrainedCounts(
+        all=counts.all,
+        layer=counts.layer,
+        mlp=None,
+        head=counts.head or counts.embedding,
+        embedding=counts.embedding if counts.head else 0,
+        largest=max(counts.embedding, counts.head),
     )
 
 

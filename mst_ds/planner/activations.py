@@ -63,6 +63,11 @@ def layer_activations(work: Workload, *, of_attention: bool = True, after_attent
         # A gate weighs it.
         _hidden_of_layers(work, "shared_expert_output", last, int(_has_shared_expert(work))),
     ]
+    if width := work.shape.trained.dropout_width:
+        # Its output, and a byte of its mask.
+        of_element = ("bytes with the mask's", work.zero.dtype_bytes + 1)
+        factors = (("layers", first), ("tokens", work.tokens), ("width", width), of_element)
+        terms.append(product_term("adapter_dropout", "device", *factors))
     if not keeps_output:
         terms.append(local_term(work, "attention_output", output_width(work.shape), first))
         terms.append(log_sum_exp(work, first))
@@ -126,9 +131,10 @@ def loss_logits(work: Workload, chunks: int) -> Terms:
     terms = [product_term("loss_logits", "device", *factors, ("bytes", _FP32_BYTES))]
     if work.zero.dtype_bytes != _FP32_BYTES:
         terms.append(product_term("loss_logits_16bit", "device", *factors, ("bytes", work.zero.dtype_bytes)))
-        # The head's gradient is a product of fp32 tensors.
-        of_chunk = factors[0], ("hidden_size", work.shape.hidden_size), ("bytes", _FP32_BYTES)
-        terms.append(product_term("loss_hidden_states", "device", *of_chunk))
+        if work.shape.trained.head:
+            # The head's gradient is a product of fp32 tensors.
+            of_chunk = factors[0], ("hidden_size", work.shape.hidden_size), ("bytes", _FP32_BYTES)
+            terms.append(product_term("loss_hidden_states", "device", *of_chunk))
     if work.shape.has_logit_softcap:
         terms.append(product_term("loss_softcap_derivative", "device", *factors, ("bytes", _FP32_BYTES)))
     return tuple(terms)
@@ -136,32 +142,30 @@ def loss_logits(work: Workload, chunks: int) -> Terms:
 
 def loss_scaling(work: Workload) -> Terms:
     """What the loss returns in its backward: its two gradients, scaled, in the model's dtype."""
-    size = work.zero.dtype_bytes
-    factors = (
-        ("vocab_size", work.shape.vocab_size),
-        ("hidden_size", work.shape.hidden_size),
-        ("bytes", size),
-    )
     return (
         hidden_term(work, "scaled_hidden_gradient", 1),
-        product_term("scaled_head_gradient", "device", *factors),
+        *_head_gradient(work, "scaled_head_gradient", work.zero.dtype_bytes),
     )
 
 
 def loss_unchunked(work: Workload) -> Terms:
     """The final norm's input, and the two gradients that the loss computes in the forward and keeps."""
-    hidden_size = work.shape.hidden_size
     return (
         hidden_term(work, "final_norm_input", 1),
         hidden_term(work, "hidden_gradient", 1),
-        product_term(
-            "head_gradient",
-            "device",
-            ("vocab_size", work.shape.vocab_size),
-            ("hidden_size", hidden_size),
-            ("bytes", _FP32_BYTES),
-        ),
+        *_head_gradient(work, "head_gradient", _FP32_BYTES),
     )
+
+
+def _head_gradient(work: Workload, name: str, element_bytes: int) -> Terms:
+    """Of the head's weight where it is trained, or of adapters on it."""
+    shape, count = work.shape, work.shape.trained.head
+    if not count:
+        return ()
+    is_whole = count == shape.head_weight_count
+    sizes = (("vocab_size", shape.vocab_size), ("hidden_size", shape.hidden_size))
+    factors = sizes if is_whole else (("trained parameters of the head", count),)
+    return (product_term(name, "device", *factors, ("bytes", element_bytes)),)
 
 
 def _hidden_of_layers(work: Workload, name: str, layers: int, tensors: int) -> MemoryTerm:

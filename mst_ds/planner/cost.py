@@ -75,18 +75,18 @@ def _collective_seconds(work: Workload, gpu: Gpu, moved: float) -> float:
 
 
 def _gathered_bytes(work: Workload) -> float:
-    """Of a micro-batch: at stage 3 all parameters, for the forward and for the backward; at stages 1 and 2 once a step,
-    after the optimizer."""
-    parameters = work.shape.parameter_count * work.zero.dtype_bytes
+    """Of a micro-batch: at stage 3 all parameters, for the forward and for the backward; at stages 1 and 2 the trained
+    ones once a step, after the optimizer."""
+    size = work.zero.dtype_bytes
     if work.zero.stage == 3:
-        return 2.0 * parameters
-    return parameters / work.zero.gradient_accumulation_steps if work.zero.stage else 0.0
+        return 2.0 * work.shape.parameter_count * size
+    return work.shape.trained.all * size / work.zero.gradient_accumulation_steps if work.zero.stage else 0.0
 
 
 def _reduced_bytes(work: Workload) -> float:
     """Of a micro-batch: gradients are reduced in each from stage 2 on, below it once a step; an all-reduce, at stage 0,
     is a reduce-scatter and an all-gather."""
-    gradients = float(work.shape.parameter_count * work.zero.dtype_bytes)
+    gradients = float(work.shape.trained.all * work.zero.dtype_bytes)
     if work.zero.stage >= 2:
         return gradients
     return (1 if work.zero.stage else 2) * gradients / work.zero.gradient_accumulation_steps
@@ -98,7 +98,7 @@ def _bytes_of_shard(work: Workload, *, from_stage: int) -> int:
 
 def _optimizer_seconds(work: Workload, gpu: Gpu) -> float:
     """AdamW reads the gradient, the master parameters and the two moments in fp32, and writes the last three."""
-    count = work.sharded(work.shape.parameter_count, from_stage=1)
+    count = work.sharded(work.shape.trained.all, from_stage=1)
     touched = 7 * _FP32_BYTES * count
     if work.zero.optimizer_offload == "none":
         return touched / gpu.memory_rate

@@ -42,15 +42,16 @@ def recomputed_flops(work: Workload) -> int:
 def micro_batch_flops(work: Workload) -> int:
     """Forward, backward, and what is computed a second time: by recompute, and gate and up in the MLP's backward.
 
-    A backward of matrix products is twice their forward; that of attention 2.5 times, as kernels compute its scores
-    again.
+    A backward of matrix products is twice their forward, less the gradients of weights that are not trained; that of
+    attention 2.5 times, as kernels compute its scores again.
     """
     shape = work.shape
     head = 2 * work.tokens * shape.hidden_size * shape.vocab_size
     forward = _projection_flops(work) + _mlp_flops(work) + head
     inner, matrices = (2, 3) if shape.gated_mlp else (1, 2)
     again = _mlp_flops(work) * inner // matrices + recomputed_flops(work)
-    return 3 * forward + 7 * attention_forward_flops(work) // 2 + again
+    of_weights = forward if shape.is_trained_whole else 2 * work.tokens * (shape.trained.all - shape.trained.embedding)
+    return 2 * forward + of_weights + 7 * attention_forward_flops(work) // 2 + again
 
 
 def _projection_flops(work: Workload) -> int:

@@ -10,6 +10,7 @@ from mst_ds.planner.types import MemoryTerm, product_term
 from mst_ds.planner.workload import Workload, ceil_divide
 
 Terms = tuple[MemoryTerm, ...]
+Factor = tuple[str, int]
 
 _FP32_BYTES = 4
 
@@ -61,11 +62,9 @@ def _dense_steps(work: Workload, chunks: int, intermediate_size: int, *, backwar
     if not backward:
         return (MlpStep((chunk,), (*_held_in_forward(work), hidden_term(work, "mlp_output", 1))),)
     input_gradient = hidden_term(work, "mlp_input_gradient", 1)
-    weights = (
-        ("matrices", matrices),
-        ("hidden_size", work.shape.hidden_size),
-        ("intermediate_size", intermediate_size),
-    )
+    weights = _trained_weights(work, ("matrices", matrices), ("intermediate_size", intermediate_size))
+    if not weights:
+        return (MlpStep((chunk,), (input_gradient,)),)
     sums = product_term("mlp_weight_gradients", "device", *weights, ("bytes", _FP32_BYTES))
     step = MlpStep((chunk,), (input_gradient, sums))
     if work.zero.dtype_bytes == _FP32_BYTES:
@@ -108,22 +107,28 @@ def _expert_step(work: Workload, chunks: int, experts: ExpertShape, *, backward:
     rounded = (hidden_term(work, name, 1),) if size < _FP32_BYTES else ()
     if not backward:
         return MlpStep(chunk, (*_held_in_forward(work), sums, *rounded))
-    weights = (
-        ("matrices", 3 if work.shape.gated_mlp else 2),
-        ("hidden_size", hidden),
-        ("expert intermediate_size", experts.intermediate_size),
-    )
+    matrices = ("matrices", 3 if work.shape.gated_mlp else 2)
+    weights = _trained_weights(work, matrices, ("expert intermediate_size", experts.intermediate_size))
+    if not weights:
+        return MlpStep(chunk, (sums, *rounded))
+    # Adapters are counted over all experts already.
+    all_experts = (("experts", experts.num_experts),) if work.shape.trained.mlp is None else ()
     return MlpStep(
         chunk,
         (
             sums,
             *rounded,
-            product_term(
-                "expert_weight_gradients", "device", ("experts", experts.num_experts), *weights, ("bytes", size)
-            ),
+            product_term("expert_weight_gradients", "device", *all_experts, *weights, ("bytes", size)),
             product_term("mlp_weight_gradients", "device", *weights, ("bytes", _FP32_BYTES)),
         ),
     )
+
+
+def _trained_weights(work: Workload, matrices: Factor, intermediate_size: Factor) -> tuple[Factor, ...]:
+    """The factors of how many weights of an MLP have a gradient; none where it is frozen."""
+    if work.shape.trained.mlp is None:
+        return matrices, ("hidden_size", work.shape.hidden_size), intermediate_size
+    return (("trained parameters", work.shape.trained.mlp),) if work.shape.trained.mlp else ()
 
 
 def _held_in_forward(work: Workload) -> Terms:

@@ -69,13 +69,12 @@ def layer_phase(work: Workload, mlp_chunks: int, *, backward: bool) -> Phase:
 def _backward_making_gradients(work: Workload, mlp_chunks: int) -> Phase:
     """With each layer there are more gradients and less of what layers keep. Both change by as much every time, so that
     the highest point is at the last layer or at the first."""
-    shape, first = work.shape, _of_first_layer(work)
-    layer = shape.layer_parameter_count
-    after_layers = shape.parameter_count - (shape.embedding_parameter_count if shape.head_parameter_count else 0)
+    trained, first = work.shape.trained, _of_first_layer(work)
+    after_layers = trained.all - trained.embedding
     moments = (
-        (work, _largest_mlp(work, mlp_chunks, backward=True), shape.head_weight_count),
-        (work, rest_of_layer_moment(work, backward=True), shape.head_weight_count + layer),
-        (first, _largest_mlp(first, mlp_chunks, backward=True), after_layers - layer),
+        (work, _largest_mlp(work, mlp_chunks, backward=True), trained.head),
+        (work, rest_of_layer_moment(work, backward=True), trained.head + trained.layer),
+        (first, _largest_mlp(first, mlp_chunks, backward=True), after_layers - trained.layer),
         (first, rest_of_layer_moment(first, backward=True), after_layers),
     )
     standing = _standing(work, has_gradients=False) + states.reduce_bucket(work) + kept_on_host(work)

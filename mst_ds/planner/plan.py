@@ -21,6 +21,8 @@ from mst_ds.topology import shard_length
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from mst_ds.model_shape import ModelShape
+
 # Bytes for CUDA's context, NCCL's buffers and the allocator's losses: an allowance that is stated, not measured.
 DEFAULT_RESERVE = 2 * GIB
 # Tokens: finer than this a longest length means nothing.
@@ -28,7 +30,7 @@ LENGTH_STEP = 1024
 
 
 def make_plan(
-    model_config: PreTrainedConfig | str,
+    model_config: PreTrainedConfig | ModelShape | str,
     ds_config: str | os.PathLike[str] | Mapping[str, Any],
     *,
     world_size: int,
@@ -47,7 +49,8 @@ def make_plan(
     the machine it was resolved on. `choose_settings` chooses what is predicted fastest of what fits.
 
     Args:
-        model_config: a Hugging Face config, or a name or folder as `load_model_shape` takes it.
+        model_config: a Hugging Face config, or a name or folder as `load_model_shape` takes it; or a shape, such as
+            `mst_ds.trained.trained_shape` gives for a model with adapters.
         ds_config: a DeepSpeed JSON, or a mapping of the same content, with or without its "mst" block.
         world_size: ranks of the run.
         seq_len: S, tokens of a whole sequence.
@@ -121,7 +124,7 @@ def plan_of_request(request: Request) -> Plan:
 
 
 def longest_seq_len(
-    model_config: PreTrainedConfig | str,
+    model_config: PreTrainedConfig | ModelShape | str,
     ds_config: str | os.PathLike[str] | Mapping[str, Any],
     *,
     world_size: int,

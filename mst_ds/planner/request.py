@@ -54,7 +54,7 @@ class Request:
 
 
 def read_request(
-    model_config: PreTrainedConfig | str,
+    model_config: PreTrainedConfig | ModelShape | str,
     ds_config: str | os.PathLike[str] | Mapping[str, Any],
     *,
     world_size: int,
@@ -78,7 +78,7 @@ def read_request(
         raise ValueError(f"world_size is {world_size}; allowed: a whole number >= 1")
     if host_memory is not None and host_memory < 0:
         raise ValueError(f"host_memory is {host_memory}; allowed: a whole number of bytes >= 0")
-    shape = load_model_shape(model_config) if isinstance(model_config, str) else ModelShape.from_config(model_config)
+    shape = _shape(model_config)
     raw = load_ds_config(ds_config)
     mst = split_mst(raw)[1]
     sp_size = choose_sp_size(
@@ -107,6 +107,12 @@ def read_request(
     )
     memory = _device_memory(device_memory, mst, world_size)
     return Request(topology, work, mst, memory, host_memory, gpu or DEFAULT_GPU, times_are_known=gpu is not None)
+
+
+def _shape(model: PreTrainedConfig | ModelShape | str) -> ModelShape:
+    if isinstance(model, ModelShape):
+        return model
+    return load_model_shape(model) if isinstance(model, str) else ModelShape.from_config(model)
 
 
 def _attention(mst: MstConfig, dtype: str) -> str:

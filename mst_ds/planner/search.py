@@ -49,9 +49,8 @@ def choose_settings(
     """The settings that fit and are predicted fastest; of equally fast ones those that come first in `_KEPT`, with the
     fewest groups of heads.
 
-    Where nothing fits it is those with the lowest peak, of equal ones those with recompute: the states of adapters are
-    less than is planned, so that a run may still fit. What the user set stays; kept attention or offload that the user
-    asks for means recompute.
+    Where nothing fits it is those with the lowest peak, of equal ones those with recompute. What the user set stays;
+    kept attention or offload that the user asks for means recompute.
 
     Args:
         work: whose `recompute`, `keep_attention`, `offload_activations` and `head_groups` are not read.

@@ -94,9 +94,9 @@ def gradients(work: Workload, *, so_far: int | None = None) -> Terms:
     goes where the optimizer is.
 
     Args:
-        so_far: parameters whose gradients are there already. None: all.
+        so_far: trained parameters whose gradients are there already. None: all.
     """
-    zero, count = work.zero, work.shape.parameter_count
+    zero, count = work.zero, work.shape.trained.all
     if zero.stage < 2:
         count = min(count, so_far) if so_far is not None else count
         return (product_term("gradients", "device", ("gradients of this rank", count), ("bytes", zero.dtype_bytes)),)
@@ -110,7 +110,7 @@ def gradients(work: Workload, *, so_far: int | None = None) -> Terms:
 def gradient_reduction(work: Workload) -> Terms:
     """What below stage 2 is there beside all gradients when they are averaged after the backward: a flat copy, of up to
     500 million elements without ZeRO, and at stage 1 of those that this rank's optimizer needs."""
-    zero, count = work.zero, work.shape.parameter_count
+    zero, count = work.zero, work.shape.trained.all
     if zero.stage > 1 or zero.dp_world_size == 1 or _has_fp32_gradient_on_host(work):
         return ()
     copied = min(count, _ALL_REDUCE_ELEMENTS) if zero.stage == 0 else work.sharded(count, from_stage=1)
@@ -144,22 +144,24 @@ def optimizer_states(work: Workload) -> Terms:
     copied through; there gradients go to the host by way of a buffer on either side, as large as the largest weight.
     """
     zero = work.zero
-    count = work.sharded(work.shape.parameter_count, from_stage=1)
+    count = work.sharded(work.shape.trained.all, from_stage=1)
     place = _OFFLOAD_PLACES[zero.optimizer_offload]
     moments = product_term(
-        "adam_moments", place, ("moments", 2), ("parameters of this rank", count), ("bytes", _FP32_BYTES)
+        "adam_moments", place, ("moments", 2), ("trained parameters of this rank", count), ("bytes", _FP32_BYTES)
     )
     # Every ZeRO stage has a master copy, of fp32 parameters too; only plain fp32 is updated in place.
     if zero.stage == 0 and zero.dtype == "fp32":
         return (moments,)
-    master = product_term("master_parameters", place, ("parameters of this rank", count), ("bytes", _FP32_BYTES))
+    master = product_term(
+        "master_parameters", place, ("trained parameters of this rank", count), ("bytes", _FP32_BYTES)
+    )
     if not _has_fp32_gradient_on_host(work):
         return (master, moments)
-    of_rank = ("parameters of this rank", count)
+    of_rank = ("trained parameters of this rank", count)
     gradient = product_term("fp32_gradient", "host", of_rank, ("bytes", _FP32_BYTES))
     if zero.stage == 3:
         return (master, moments, gradient)
-    largest = ("largest weight", max(work.shape.embedding_parameter_count, work.shape.head_parameter_count))
+    largest = ("largest weight", work.shape.trained.largest)
     return (
         master,
         moments,
@@ -181,10 +183,10 @@ def optimizer_step(work: Workload) -> Terms:
     bucket = reduce_bucket(work) if zero.stage == 3 else ()
     if _has_fp32_gradient_on_host(work):
         return (*bucket, *(gradients(work) if zero.stage == 3 else ()))
-    count = work.sharded(work.shape.parameter_count, from_stage=1)
+    count = work.sharded(work.shape.trained.all, from_stage=1)
     if zero.stage == 3:
         count = min(count, zero.sub_group_size)
-    copy = product_term("fp32_gradient", "device", ("parameters of this step", count), ("bytes", _FP32_BYTES))
+    copy = product_term("fp32_gradient", "device", ("trained parameters of this step", count), ("bytes", _FP32_BYTES))
     if zero.stage == 1:
         # Those of the other ranks' parameters are freed before the copy is made.
         own = product_term("gradients", "device", ("gradients of this rank", count), ("bytes", zero.dtype_bytes))

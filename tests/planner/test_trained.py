@@ -1,0 +1,108 @@
+"""What of a model is trained: its own weights, some of them, or adapters; and what a plan makes of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from peft import LoraConfig, PeftConfig
+from planned import bytes_of, plan_of
+from transformers import LlamaConfig
+
+from mst_ds.adapters import model_on_meta
+from mst_ds.dry_run import dry_run, planned_activations
+from mst_ds.model_shape import ModelShape, TrainedCounts, load_config_of_shape
+from mst_ds.planner import make_plan
+from mst_ds.trained import trained_shape
+
+HIDDEN, INTERMEDIATE, VOCAB, LAYERS, RANK = 64, 192, 1000, 3, 4
+CONFIG = LlamaConfig(
+    hidden_size=HIDDEN,
+    intermediate_size=INTERMEDIATE,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    vocab_size=VOCAB,
+)
+ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
+
+
+def lora(targets: list[str], **settings: Any) -> PeftConfig:
+    return LoraConfig(r=RANK, target_modules=targets, task_type="CAUSAL_LM", **settings)
+
+
+def shape_with(peft_config: PeftConfig | None, config: LlamaConfig = CONFIG) -> ModelShape:
+    return trained_shape(ModelShape.from_config(config), model_on_meta(config, peft_config)[0])
+
+
+def test_without_adapters_all_is_trained() -> None:
+    assert shape_with(None) == ModelShape.from_config(CONFIG)
+
+
+def test_adapters_are_counted_and_nothing_else() -> None:
+    shape, whole = shape_with(lora([*ATTENTION, *MLP, "lm_head"])), ModelShape.from_config(CONFIG)
+    of_attention = RANK * (4 * HIDDEN + 2 * HIDDEN + 2 * (HIDDEN // 4))
+    of_mlp, of_head = RANK * 3 * (HIDDEN + INTERMEDIATE), RANK * (HIDDEN + VOCAB)
+    added = LAYERS * (of_attention + of_mlp) + of_head
+    assert shape.trained == TrainedCounts(
+        all=added, layer=of_attention + of_mlp, mlp=of_mlp, head=of_head, embedding=0, largest=RANK * VOCAB
+    )
+    assert shape.parameter_count == whole.parameter_count + added
+    assert shape.layer_parameter_count == whole.layer_parameter_count + of_attention + of_mlp
+
+
+def test_a_frozen_body_with_a_trained_head() -> None:
+    model = model_on_meta(CONFIG, None)[0]
+    model.model.requires_grad_(False)
+    shape = trained_shape(ModelShape.from_config(CONFIG), model)
+    head = VOCAB * HIDDEN
+    assert shape.trained == TrainedCounts(all=head, layer=0, mlp=0, head=head, embedding=0, largest=head)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_only_what_is_trained_has_gradients_and_optimizer_states(stage: int) -> None:
+    shape = shape_with(lora(ATTENTION))
+    plan = plan_of(stage, model=shape, dtype="fp32", mst={"recompute": True})
+    states, ranks = bytes_of(plan, "optimizer_step"), 4
+    of_rank = -(-shape.trained.all // ranks) if stage else shape.trained.all
+    assert states["adam_moments"] == 2 * 4 * of_rank
+    assert states["parameters"] == 4 * (shape.parameter_count if stage < 3 else -(-shape.parameter_count // ranks))
+    assert states["gradients"] <= 4 * shape.trained.all
+    backward = bytes_of(plan, "backward")
+    assert not {"mlp_weight_gradients", "head_gradient"} & backward.keys()
+    assert "head_gradient" not in bytes_of(plan, "loss")
+
+
+def test_frozen_weights_have_no_gradient_to_compute() -> None:
+    settings: dict[str, Any] = {"world_size": 8, "seq_len": 4096, "device_memory": 2**40}
+    whole, adapted = (make_plan(shape_with(each), {}, **settings) for each in (None, lora(ATTENTION)))
+    shape, added = ModelShape.from_config(CONFIG), shape_with(lora(ATTENTION)).trained.all
+    of_norms = (2 * LAYERS + 1) * HIDDEN
+    matrices = shape.parameter_count - shape.embedding_parameter_count - of_norms
+    assert whole.flops - adapted.flops == 2 * 4096 // 8 * (matrices - added)
+
+
+def test_dropout_of_adapters_is_kept_with_its_mask() -> None:
+    plan = plan_of(model=shape_with(lora(ATTENTION, lora_dropout=0.1)), mst={"recompute": True})
+    assert bytes_of(plan, "backward")["adapter_dropout"] == 4000 * 4 * HIDDEN * (2 + 1)
+
+
+@pytest.mark.parametrize(
+    ("targets", "mst", "tolerance"),
+    [
+        (ATTENTION, {"recompute": False}, 0.02),
+        (ATTENTION, {"keep_attention": True}, 0.02),
+        # An MLP with adapters is differentiated by autograd, chunk by chunk, for which no term is exact.
+        ([*ATTENTION, *MLP], {"keep_attention": True}, 0.1),
+    ],
+)
+def test_the_plan_is_that_of_a_dry_run(targets: list[str], mst: dict[str, Any], tolerance: float) -> None:
+    config, adapters = load_config_of_shape("meta-llama/Llama-3.1-8B"), lora(targets)
+    config.num_hidden_layers = 4
+    ds_config = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}, "mst": {"attention": "sdpa"} | mst}
+    plan = make_plan(
+        shape_with(adapters, config), ds_config, world_size=8, seq_len=131_072, sp_size=8, device_memory=2**60
+    )
+    planned, measured = planned_activations(plan), dry_run(config, plan, adapters)
+    for phase, count in measured.items():
+        assert planned[phase] == pytest.approx(count, rel=tolerance), phase
