@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -16,7 +17,11 @@ from typing import TYPE_CHECKING
 from mst_ds.config import TrainConfig, parse_train_config
 
 if TYPE_CHECKING:
+    import torch
+
     from mst_ds.engine import Run
+    from mst_ds.interruption import Interruption
+    from mst_ds.metrics import MetricsWriter
 
 _SECONDS_FOR_THE_FIRST_RANK = 10.0
 
@@ -34,70 +39,108 @@ def main(argv: Sequence[str]) -> int:
         if run.launch.rank == 0:
             _make(folder)
     except ValueError as error:
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            # One line a node, not one a rank: the launcher ends this process when the first rank has spoken. Ending
-            # sooner would have the first rank killed before it could; still here, the error is this rank's alone.
-            time.sleep(_SECONDS_FOR_THE_FIRST_RANK)
-        print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        _say_once(error)
         return 2
-    from mst_ds.out_of_memory import OutOfMemoryError, explanation
+    from mst_ds.failure import explain
 
     try:
-        _train(run, folder)
-    except OutOfMemoryError as error:
-        # Not after another collective: the others wait in theirs until the launcher ends them, because this rank ended.
-        print(f"train.py: error: {explanation(error, run.plan)}", file=sys.stderr, flush=True)
-        os._exit(1)
-    return 0
+        return _train(run, folder)
+    except FloatingPointError as error:  # which every rank raises
+        _say_once(error)
+    except Exception as error:
+        if not isinstance(error, (OSError, MemoryError)):
+            traceback.print_exc()
+        message = explain(error, run.plan, config.hang_timeout)
+        print(f"train.py: error: rank {run.launch.rank}: {message}", file=sys.stderr, flush=True)
+    # Not after another collective: the others wait in theirs until the launcher ends them, because this rank ended.
+    os._exit(1)
 
 
-def _train(run: Run, folder: Path) -> None:
+def _say_once(error: Exception) -> None:
+    """One line a node, of an error that every rank has."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        # The launcher ends this process when the first rank has spoken. Ending sooner would have the first rank killed
+        # before it could; still here, the error is this rank's alone.
+        time.sleep(_SECONDS_FOR_THE_FIRST_RANK)
+    print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+
+
+def _train(run: Run, folder: Path) -> int:
+    """Returns the exit code."""
     import deepspeed
     import torch.distributed as dist
-    from rich.console import Console
 
-    from mst_ds.checkpoint import export_model
-    from mst_ds.data import ShardedLoader, eval_batches
-    from mst_ds.engine import build_engine, meet
-    from mst_ds.loop import train
-    from mst_ds.metrics import MetricsWriter, peak_flops
-    from mst_ds.model_shape import ModelShape, flops_per_token
-    from mst_ds.planner import plan_table
+    from mst_ds.engine import meet
+    from mst_ds.interruption import EXIT_CODE, Interruption
+    from mst_ds.watchdog import Watchdog
 
     run = meet(run)
-    config, plan, data, launch = run.config, run.plan, run.data, run.launch
-    if launch.rank == 0:
+    # A name made of the time may be another on each rank.
+    folders = [folder]
+    dist.broadcast_object_list(folders)
+    with Watchdog(), Interruption() as interruption:
+        is_done = _take_steps(run, folders[0], interruption)
+    deepspeed.comm.destroy_process_group()
+    return 0 if is_done else EXIT_CODE
+
+
+def _take_steps(run: Run, folder: Path, interruption: Interruption) -> bool:
+    """Returns whether the last step was reached; then the model is written, too."""
+    from rich.console import Console
+
+    from mst_ds.data import eval_batches
+    from mst_ds.engine import build_engine, checkpoints_folder, training_batches
+    from mst_ds.export import export_model
+    from mst_ds.loop import train
+    from mst_ds.planner import plan_table
+    from mst_ds.saver import Saver
+
+    config, plan, data = run.config, run.plan, run.data
+    is_first = run.launch.rank == 0
+    if is_first:
         Console().print(plan_table(plan))
+        if run.checkpoint is not None:
+            print(f"goes on after step {run.steps_done}, from {run.checkpoint.folder}")
     engine = build_engine(run)
-    flops = peak_flops(engine.device, run.dtype)
-    metrics = MetricsWriter(
-        folder,
-        max_steps=config.max_steps,
-        rank=launch.rank,
-        flops_per_token=flops_per_token(ModelShape.from_config(run.model_config), config.seq_len),
-        peak_flops=None if flops is None else flops * launch.world_size,
-    )
-    batch_size = plan.micro_batch_size
+    batches = training_batches(run)
     held_out = None
     if data.held_out is not None:
-        held_out = functools.partial(eval_batches, data.held_out, plan.topology, micro_batch_size=batch_size)
-    with metrics:
-        train(
+        held_out = functools.partial(eval_batches, data.held_out, plan.topology, micro_batch_size=plan.micro_batch_size)
+    with _metrics(run, folder, engine.device) as metrics:
+        is_done = train(
             engine,
             plan,
-            ShardedLoader(data.train, plan.topology, micro_batch_size=batch_size, seed=config.seed),
+            batches,
             metrics,
             max_steps=config.max_steps,
+            steps_done=run.steps_done,
             eval_steps=config.eval_steps,
             held_out=held_out,
+            non_finite=config.non_finite,
+            after_step=Saver(run, engine, batches, checkpoints_folder(folder), interruption).after_step,
         )
-        export_model(engine, data.tokenizer, folder / "model")
-        metrics.write_summary({"plan": dataclasses.asdict(plan), "ds_config": run.ds_config})
-    if launch.rank == 0:
+        if is_done:
+            export_model(engine, data.tokenizer, folder / "model")
+            metrics.write_summary({"plan": dataclasses.asdict(plan), "ds_config": run.ds_config})
+    if is_first and is_done:
         print(f"Done: {folder / 'metrics.jsonl'}, {folder / 'summary.json'} and the model in {folder / 'model'}")
     engine.destroy()
-    if dist.is_initialized():
-        deepspeed.comm.destroy_process_group()
+    return is_done
+
+
+def _metrics(run: Run, folder: Path, device: torch.device) -> MetricsWriter:
+    from mst_ds.metrics import MetricsWriter, peak_flops
+    from mst_ds.model_shape import ModelShape, flops_per_token
+
+    flops = peak_flops(device, run.dtype)
+    return MetricsWriter(
+        folder,
+        max_steps=run.config.max_steps,
+        steps_done=run.steps_done,
+        rank=run.launch.rank,
+        flops_per_token=flops_per_token(ModelShape.from_config(run.model_config), run.config.seq_len),
+        peak_flops=None if flops is None else flops * run.launch.world_size,
+    )
 
 
 def _output_dir(config: TrainConfig) -> Path:

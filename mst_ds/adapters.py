@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedConfig, PreTrainedModel
 
-_FILE_NAME = "adapter_config.json"
+ADAPTER_FILE = "adapter_config.json"
 
 
 def load_peft_config(path: str) -> PeftConfig:
@@ -21,9 +21,9 @@ def load_peft_config(path: str) -> PeftConfig:
     Raises:
         ValueError: no such file, not a config of peft, an adapter that learns a prompt, or peft is not installed.
     """
-    file = Path(path) / _FILE_NAME if Path(path).is_dir() else Path(path)
+    file = Path(path) / ADAPTER_FILE if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        raise ValueError(f"peft_config is {path!r}; allowed: an existing {_FILE_NAME}, or a folder with one")
+        raise ValueError(f"peft_config is {path!r}; allowed: an existing {ADAPTER_FILE}, or a folder with one")
     if find_spec("peft") is None:
         raise ValueError("peft_config needs the package peft: install it with pip install 'mst_ds[peft]'")
     from peft import PeftConfig

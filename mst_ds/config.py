@@ -25,6 +25,7 @@ Auto: TypeAlias = Literal["auto"]
 AUTO: Auto = "auto"
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "flash_attention_2")
 Packing: TypeAlias = Literal["documents", "none"]
+NonFinite: TypeAlias = Literal["stop", "skip"]
 
 # The schedules of transformers that need no more than the steps and the warm-up.
 _SCHEDULES = (
@@ -108,6 +109,16 @@ class TrainConfig:
     eval_steps: int = _flag(0, "Optimizer steps between evaluations on the held-out part; 0: none.")
     eval_samples: int = _flag(8, "Sequences in the held-out part.")
     output_dir: str | None = _flag(None, "Folder for metrics, checkpoints and the model; default: runs/<date-time>.")
+    save_steps: int = _flag(0, "Optimizer steps between checkpoints; 0: none by steps.")
+    save_minutes: float = _flag(0.0, "Minutes between checkpoints; 0: none by time.")
+    save_total_limit: int = _flag(2, "Checkpoints that are kept, the newest ones.")
+    resume: str | None = _flag(
+        None, "auto: go on from the newest checkpoint in output_dir, where there is one; or the folder of a checkpoint."
+    )
+    non_finite: NonFinite = _flag(  # noqa: RUF009 - see packing
+        "stop", "stop: a step whose loss or gradient norm is NaN or inf ends the run; skip: it is left out and counted."
+    )
+    hang_timeout: float = _flag(1800.0, "Seconds that ranks wait for one that does not answer before all end.")
     preflight: bool = _flag(
         True,
         "Before the run compare a small model of this architecture with transformers' own, and refuse what differs.",
@@ -122,6 +133,11 @@ class TrainConfig:
         return 4e-3 if self.model == DEFAULT_MODEL else 2e-5
 
     @property
+    def saves(self) -> bool:
+        """Whether the run makes checkpoints."""
+        return self.save_steps > 0 or self.save_minutes > 0
+
+    @property
     def num_warmup_steps(self) -> int:
         """Steps of warm-up, a tenth of the run where the user said nothing."""
         return self.max_steps // 10 if self.warmup_steps is None else self.warmup_steps
@@ -132,11 +148,12 @@ class TrainConfig:
         Raises:
             ValueError: one line with what was given and what is allowed.
         """
-        for name in ("seq_len", "max_steps"):
+        for name in ("seq_len", "max_steps", "save_total_limit"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number >= 1")
         _require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2**32 - 1")
-        for name in ("eval_steps", "eval_samples", "weight_decay", "max_grad_norm"):
+        for name in ("eval_steps", "eval_samples", "save_steps", "save_minutes", "weight_decay", "max_grad_norm"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "a number >= 0")
+        _require(self.hang_timeout > 0, "hang_timeout", self.hang_timeout, "a number > 0")
         _require(self.peak_learning_rate > 0, "learning_rate", self.learning_rate, "a number > 0")
         _require(self.adam_epsilon > 0, "adam_epsilon", self.adam_epsilon, "a number > 0")
         for name in ("adam_beta1", "adam_beta2"):
@@ -159,7 +176,12 @@ class TrainConfig:
                 self.eval_samples,
                 "at least 1 where eval_steps is not 0",
             )
-        _require(self.packing in get_args(Packing), "packing", self.packing, " or ".join(get_args(Packing)))
+        for name, words in (("packing", get_args(Packing)), ("non_finite", get_args(NonFinite))):
+            _require(getattr(self, name) in words, name, getattr(self, name), " or ".join(words))
+        if self.resume == AUTO and self.output_dir is None:
+            raise ValueError("resume is 'auto', but no output_dir says where to look; allowed: give --output_dir too")
+        if self.resume not in (None, AUTO) and not Path(str(self.resume)).expanduser().is_dir():
+            raise ValueError(f"resume is {self.resume!r}; allowed: 'auto', or the folder of a checkpoint")
         _check_scheduler(self.lr_scheduler_type)
         if self.output_dir is not None:
             _check_writable(Path(self.output_dir).expanduser())

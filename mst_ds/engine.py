@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,16 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, get_scheduler, 
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from mst_ds.adapters import add_adapters, load_peft_config, model_on_meta
+from mst_ds.checkpoint import (
+    Checkpoint,
+    Identity,
+    load_checkpoint,
+    newest_checkpoint,
+    read_checkpoint,
+    universal_setting,
+)
 from mst_ds.config import AUTO, TrainConfig
-from mst_ds.data import TrainingData, load_training_data
+from mst_ds.data import ShardedLoader, TrainingData, load_training_data
 from mst_ds.jit_build import build_shared_memory_collective
 from mst_ds.model_shape import ModelShape, load_model_config, shipped_model_config
 from mst_ds.patch import apply_plan, find_parts
@@ -80,7 +89,7 @@ class Run:
 
     `ds_config` is what DeepSpeed gets: every "auto" filled in, without the "mst" block. `planned` makes the plan again
     for the device memory of each rank. `own_attention` is the implementation that transformers loads the model with;
-    None leaves that to transformers.
+    None leaves that to transformers. `checkpoint` is what the run goes on from.
     """
 
     config: TrainConfig
@@ -92,10 +101,17 @@ class Run:
     plan: Plan
     planned: Callable[..., Plan]
     data: TrainingData
+    identity: Identity
+    checkpoint: Checkpoint | None
 
     @property
     def dtype(self) -> torch.dtype:
         return _DTYPES[self.plan.dtype]
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps that were taken before this run goes on."""
+        return 0 if self.checkpoint is None else self.checkpoint.step
 
 
 def prepare(config: TrainConfig, launch: Launch) -> Run:
@@ -151,9 +167,70 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
     # Any other model gets the attention of its plan from apply_plan.
     own_attention = plan.attention if plan.attention != "sdpa" and reason is not None else None
     data = load_training_data(config, model_config)
+    identity = Identity.of(model_config, peft_config, data.tokenizer, dtype=plan.dtype, zero_stage=plan.zero_stage)
+    checkpoint = _checkpoint(config)
+    if checkpoint is not None:
+        identity.require_same(checkpoint.identity, checkpoint.folder)
+    run = Run(
+        config=config,
+        launch=launch,
+        ds_config=split_mst(resolved)[0],
+        model_config=model_config,
+        peft_config=peft_config,
+        own_attention=own_attention,
+        plan=plan,
+        planned=planned,
+        data=data,
+        identity=identity,
+        checkpoint=checkpoint,
+    )
+    training_batches(run)
     if config.preflight:
         require_exact(model_config, plan, packed=config.packing == "documents")
-    return Run(config, launch, split_mst(resolved)[0], model_config, peft_config, own_attention, plan, planned, data)
+    return run
+
+
+def checkpoints_folder(output_dir: str | os.PathLike[str]) -> Path:
+    """Where a run with this output folder keeps its checkpoints."""
+    return Path(output_dir).expanduser() / "checkpoints"
+
+
+def _checkpoint(config: TrainConfig) -> Checkpoint | None:
+    """What the run goes on from.
+
+    Raises:
+        ValueError: it is damaged, or of a later step than the last, or the run would overwrite another's checkpoints.
+    """
+    newest = None if config.output_dir is None else newest_checkpoint(checkpoints_folder(config.output_dir))
+    if config.resume in (None, AUTO):
+        checkpoint = newest
+    else:
+        checkpoint = read_checkpoint(Path(config.resume).expanduser())
+    if newest is not None and (config.resume is None or checkpoint is None or newest.step > checkpoint.step):
+        raise ValueError(
+            f"output_dir has a checkpoint of step {newest.step}, which this run would overwrite; allowed: --resume "
+            "auto, to go on from it, or another output_dir"
+        )
+    if checkpoint is not None and checkpoint.step > config.max_steps:
+        raise ValueError(
+            f"max_steps is {config.max_steps}, but {checkpoint.folder} is of step {checkpoint.step}; allowed: "
+            f"{checkpoint.step} or more"
+        )
+    return checkpoint
+
+
+def training_batches(run: Run) -> ShardedLoader:
+    """This rank's batches, from where the run is in the data.
+
+    Raises:
+        ValueError: the checkpoint was made with other data.
+    """
+    loader = ShardedLoader(
+        run.data.train, run.plan.topology, micro_batch_size=run.plan.micro_batch_size, seed=run.config.seed
+    )
+    if run.checkpoint is not None:
+        loader.load_state_dict(run.checkpoint.data)
+    return loader
 
 
 def meet(run: Run) -> Run:
@@ -162,7 +239,7 @@ def meet(run: Run) -> Run:
     if "MASTER_ADDR" not in os.environ:
         _stand_alone()
     build_shared_memory_collective()
-    deepspeed.init_distributed()
+    deepspeed.init_distributed(timeout=timedelta(seconds=run.config.hang_timeout))
     of_ranks: list[int] = [0] * run.launch.world_size
     dist.all_gather_object(of_ranks, run.plan.device_memory)
     if len(set(of_ranks)) == 1:
@@ -183,8 +260,10 @@ def build_engine(run: Run) -> DeepSpeedEngine:
         model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
         optimizer=None if has_own_optimizer else _adamw(model, run),
         lr_scheduler=None if has_own_schedule else functools.partial(_schedule, run.config),
-        config=run.ds_config,
+        config=run.ds_config | universal_setting(run.checkpoint, run.launch.world_size),
     )
+    if run.checkpoint is not None:
+        load_checkpoint(engine, run.checkpoint, seed=run.config.seed)
     return engine
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mst_ds.config import NonFinite
 from mst_ds.data import IGNORE_INDEX, Batch
 from mst_ds.metrics import MetricsWriter, peak_memory_bytes
 from mst_ds.out_of_memory import during
@@ -29,39 +30,49 @@ def train(
     metrics: MetricsWriter,
     *,
     max_steps: int,
+    steps_done: int = 0,
     eval_steps: int = 1,
     held_out: Callable[[], Iterable[Batch]] | None = None,
-) -> None:
-    """Take `max_steps` optimizer steps, logging each; evaluate every `eval_steps` of them, and at the end.
+    non_finite: NonFinite = "stop",
+    after_step: Callable[[int], bool] = lambda step: False,
+) -> bool:
+    """Take the optimizer steps from `steps_done` to `max_steps`, logging each; evaluate every `eval_steps` of them, and
+    at the end.
 
     The first is measured: planned and measured memory of each phase are logged with it.
 
     Args:
         batches: this rank's shards, see `mst_ds.data.shard`; `gradient_accumulation_steps` of them make a step.
         held_out: makes the batches of one evaluation, equally many on every rank; None: no evaluation.
+        non_finite: what a step does whose loss or gradient norm is NaN or inf: end the run, or change no weight and
+            be counted.
+        after_step: is told the number of a step that is done; whether to stop there, the same on every rank.
+
+    Returns:
+        Whether the last step was reached.
 
     Raises:
-        FloatingPointError: the loss or gradient norm of a step is not finite. Every rank raises it. (In fp16 a gradient
-            that is not finite is a step that DeepSpeed skips, to go on with a smaller loss scale.)
+        FloatingPointError: the loss or gradient norm of a step is not finite, and that ends the run. Every rank raises
+            it. (In fp16 a gradient that is not finite is always skipped, to go on with a smaller loss scale.)
     """
     tokens = plan.seq_len * plan.micro_batch_size * plan.dp_size * plan.gradient_accumulation_steps
     measured_peak = 0
-    for step in range(1, max_steps + 1):
+    for step in range(steps_done + 1, max_steps + 1):
         start = time.perf_counter()
         learning_rate = engine.get_lr()[0]
         micro_batches = [next(batches) for _ in range(plan.gradient_accumulation_steps)]
-        if step == 1:
+        if step == steps_done + 1:
             with PhaseMeter(engine.module, engine.device) as meter:
                 result = train_step(engine, micro_batches, meter)
         else:
             result = train_step(engine, micro_batches)
         seconds = time.perf_counter() - start
-        if step == 1:
+        if step == steps_done + 1:
             metrics.log_memory(step, compare(plan, meter.peaks, engine.device))
             if engine.device.type != "cpu":
                 # The meter has reset the allocator's peak.
                 measured_peak = max(meter.peaks.values())
-        _check_finite(step, result, has_loss_scale=plan.dtype == "fp16")
+        is_skipped = _is_skipped(step, result, non_finite, has_loss_scale=plan.dtype == "fp16")
         metrics.log_step(
             step,
             loss=result.loss,
@@ -71,17 +82,26 @@ def train(
             device_memory_bytes=max(measured_peak, peak_memory_bytes(engine.device)),
             seconds=seconds,
             tokens=tokens,
+            is_skipped=is_skipped,
         )
         if held_out is not None and (step % eval_steps == 0 or step == max_steps):
             metrics.log_eval(step, evaluate(engine, held_out()))
+        if after_step(step):
+            return step == max_steps
+    return True
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """The mean loss over all valid tokens of a step, and its gradient norm before clipping."""
+    """The mean loss over all valid tokens of a step, and its gradient norm before clipping.
+
+    own_loss: this rank's part of the loss. changed_weights: not so where the gradient norm was not finite.
+    """
 
     loss: float
     grad_norm: float
+    own_loss: float
+    changed_weights: bool
 
 
 def train_step(engine: DeepSpeedEngine, micro_batches: list[Batch], meter: PhaseMeter | None = None) -> StepResult:
@@ -119,20 +139,52 @@ def train_step(engine: DeepSpeedEngine, micro_batches: list[Batch], meter: Phase
             gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
             norm_of_stage_0 = torch.nn.utils.get_total_norm(gradients)
         with during("optimizer_step"):
-            engine.step()
+            if norm_of_stage_0 is None or norm_of_stage_0.isfinite():
+                engine.step()
+            else:
+                _leave_out_step(engine)
         if takes_step:
             end("optimizer_step")
         total += loss.detach()
     norm = engine.get_global_grad_norm() if norm_of_stage_0 is None else norm_of_stage_0
-    return StepResult(_sum_over_ranks(total).item(), float(norm))
+    own_loss = total.item()
+    return StepResult(_sum_over_ranks(total).item(), float(norm), own_loss, engine.was_step_applied())
 
 
-def _check_finite(step: int, result: StepResult, *, has_loss_scale: bool) -> None:
-    for name, value in (("loss", result.loss), ("gradient norm", result.grad_norm)):
-        if not math.isfinite(value) and not (has_loss_scale and name == "gradient norm"):
-            raise FloatingPointError(
-                f"the {name} of step {step} is {value}: lower the learning rate, or look at the data of that step"
-            )
+def _leave_out_step(engine: DeepSpeedEngine) -> None:
+    """What ZeRO's optimizers do with gradients that are not finite, for torch's at stage 0."""
+    optimizer, step = engine.optimizer, engine.optimizer.step
+    # The engine asks for the attribute, and then neither counts the step as taken nor moves the schedule on.
+    optimizer.step, optimizer.overflow = (lambda: None), True
+    try:
+        engine.step()
+    finally:
+        optimizer.step, optimizer.overflow = step, False
+
+
+def _is_skipped(step: int, result: StepResult, non_finite: NonFinite, *, has_loss_scale: bool) -> bool:
+    """Whether the step was left out, as it may be; see `train` for what is raised."""
+    if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
+        return False
+    is_of_loss = not math.isfinite(result.loss)
+    may_skip = non_finite == "skip" or (has_loss_scale and not is_of_loss)
+    if may_skip and not result.changed_weights:
+        return True
+    name, value = ("loss", result.loss) if is_of_loss else ("gradient norm", result.grad_norm)
+    where = _ranks_where(not math.isfinite(result.own_loss)) if is_of_loss else ""
+    raise FloatingPointError(
+        f"the {name} of step {step} is {value}{where}: lower the learning rate, look at the data of that step, or go "
+        "on without such steps by --non_finite skip"
+    )
+
+
+def _ranks_where(is_here: bool) -> str:
+    """Names the ranks, for a message. A collective call."""
+    found: list[bool] = [is_here]
+    if dist.is_initialized():
+        found = [False] * dist.get_world_size()
+        dist.all_gather_object(found, is_here)
+    return "".join(f", on rank {rank}" for rank, is_there in enumerate(found) if is_there)
 
 
 @torch.no_grad()

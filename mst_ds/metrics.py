@@ -110,11 +110,12 @@ class MetricsWriter:
     """Writes the metrics of a run: rank 0 does, on every other rank each method does nothing.
 
     It is a context manager, so that the files are closed and the terminal is restored when training fails.
-    `metrics.jsonl` is started anew: a run has an output folder of its own.
+    `metrics.jsonl` is started anew, or goes on after `steps_done`: a run has an output folder of its own.
 
     Args:
         output_dir: folder for the files; made if it is missing.
         max_steps: number of the last step.
+        steps_done: steps that this run took before it was resumed; what it logged of later ones is dropped.
         rank: this process' global rank.
         flops_per_token: see `mst_ds.model_shape.flops_per_token`; None leaves the MFU out.
         peak_flops: FLOP/s of all devices of the run together; None leaves the MFU out.
@@ -129,6 +130,7 @@ class MetricsWriter:
         output_dir: str | os.PathLike[str],
         *,
         max_steps: int,
+        steps_done: int = 0,
         rank: int = 0,
         flops_per_token: float | None = None,
         peak_flops: float | None = None,
@@ -141,10 +143,14 @@ class MetricsWriter:
         self._sinks: tuple[_Sink, ...] = ()
         if rank == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
+            lines = self._folder / "metrics.jsonl"
+            earlier = _records_until(lines, steps_done)
+            for record in earlier:
+                self._totals.add_record(record)
             self._sinks = (
                 _Display(console or Console(), max_steps),
-                _JsonLines(self._folder / "metrics.jsonl"),
-                _TensorBoard(self._folder / "tensorboard"),
+                _JsonLines(lines, earlier),
+                _TensorBoard(self._folder / "tensorboard", steps_done),
             )
 
     def __enter__(self) -> MetricsWriter:
@@ -167,6 +173,7 @@ class MetricsWriter:
         device_memory_bytes: int,
         seconds: float,
         tokens: int,
+        is_skipped: bool = False,
     ) -> None:
         """Logs an optimizer step.
 
@@ -179,8 +186,11 @@ class MetricsWriter:
             device_memory_bytes: see `peak_memory_bytes`.
             seconds: wall time of this step.
             tokens: processed in this step by all ranks together.
+            is_skipped: the step changed no weight, because its loss or gradient norm was not finite.
         """
-        self._totals.add(loss=loss, tokens=tokens, seconds=seconds, memory_bytes=device_memory_bytes)
+        self._totals.add(
+            loss=loss, tokens=tokens, seconds=seconds, memory_bytes=device_memory_bytes, is_skipped=is_skipped
+        )
         values: dict[str, Value] = {
             "loss": loss,
             "tokens_per_second": tokens_per_second,
@@ -189,6 +199,7 @@ class MetricsWriter:
             "memory_bytes": device_memory_bytes,
             "seconds": seconds,
             "tokens": tokens,
+            "skipped_steps": self._totals.skipped_steps,
         }
         if self._mfu_per_rate is not None:
             values["mfu"] = tokens_per_second * self._mfu_per_rate
@@ -226,18 +237,31 @@ class _Totals:
     first_loss: float | None = None
     final_loss: float | None = None
     steps: int = 0
+    skipped_steps: int = 0
     tokens: int = 0
     seconds: float = 0.0
     peak_memory_bytes: int = 0
 
-    def add(self, *, loss: float, tokens: int, seconds: float, memory_bytes: int) -> None:
+    def add(self, *, loss: float | None, tokens: int, seconds: float, memory_bytes: int, is_skipped: bool) -> None:
         if self.first_loss is None:
             self.first_loss = loss
         self.final_loss = loss
         self.steps += 1
+        self.skipped_steps += is_skipped
         self.tokens += tokens
         self.seconds += seconds
         self.peak_memory_bytes = max(self.peak_memory_bytes, memory_bytes)
+
+    def add_record(self, record: Mapping[str, Any]) -> None:
+        """A line of `metrics.jsonl`; only those of optimizer steps count."""
+        if "loss" in record:
+            self.add(
+                loss=record["loss"],
+                tokens=record["tokens"],
+                seconds=record["seconds"],
+                memory_bytes=record["memory_bytes"],
+                is_skipped=record["skipped_steps"] > self.skipped_steps,
+            )
 
     def summary(self) -> dict[str, Any]:
         rate = self.tokens / self.seconds if self.seconds else None
@@ -259,8 +283,12 @@ class _Sink(Protocol):
 class _JsonLines:
     """A JSON object a line. Line-buffered: a run that dies leaves every step that it finished."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("w", encoding="utf-8", buffering=1)
+    def __init__(self, path: Path, earlier: Sequence[Mapping[str, Any]]) -> None:
+        # At once or not at all: a kill in here loses nothing of what an earlier part of the run has logged.
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(json.dumps(record) + "\n" for record in earlier), encoding="utf-8")
+        partial.replace(path)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def log_step(self, step: int, values: Mapping[str, Value]) -> None:
         self._write({"step": step, **values})
@@ -281,9 +309,9 @@ class _JsonLines:
 class _TensorBoard:
     """TensorBoard event files, with the tags train/…, eval/loss, planned_bytes/… and measured_bytes/…."""
 
-    def __init__(self, folder: Path) -> None:
-        # purge_step hides the events that an earlier run left in this folder.
-        self._writer = SummaryWriter(str(folder), purge_step=0)
+    def __init__(self, folder: Path, steps_done: int) -> None:
+        # purge_step hides the events of later steps that are in this folder.
+        self._writer = SummaryWriter(str(folder), purge_step=steps_done + 1 if steps_done else 0)
 
     def log_step(self, step: int, values: Mapping[str, Value]) -> None:
         for name, value in values.items():
@@ -373,6 +401,8 @@ def _describe(values: Mapping[str, Value]) -> str:
         ("grad_norm", "grad norm {:.2f}"),
     )
     texts = [text.format(values[name]) for name, text in parts if values.get(name) is not None]
+    if values.get("skipped_steps"):
+        texts.append(f"skipped {values['skipped_steps']}")
     return "  ".join([*texts, f"{(values['memory_bytes'] or 0) / GIB:.2f} GiB"])
 
 
@@ -381,6 +411,21 @@ def _by_phase(phases: Sequence[PlannedMemory]) -> dict[str, dict[str, int]]:
         "planned_bytes": {each.phase: each.planned for each in phases},
         "measured_bytes": {each.phase: each.measured for each in phases},
     }
+
+
+def _records_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl` up to this step; a last line that was cut off by a kill is none."""
+    if step == 0 or not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if record["step"] <= step:
+            records.append(record)
+    return records
 
 
 def _finite(value: Any) -> Any:

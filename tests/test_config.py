@@ -6,7 +6,7 @@ from typing import get_type_hints
 
 import pytest
 
-from mst_ds.config import MstConfig, Packing, TrainConfig, parse_seq_len, parse_train_config
+from mst_ds.config import MstConfig, NonFinite, Packing, TrainConfig, parse_seq_len, parse_train_config
 
 
 @pytest.mark.parametrize(
@@ -24,11 +24,12 @@ def test_seq_len_that_is_no_length_is_refused(text):
 
 
 def test_every_flag_has_help_and_reaches_the_config():
-    texts = {int: "7", int | None: "7", float: "0.5", float | None: "0.5", bool: "False", Packing: "none"}
+    texts = {int: "7", int | None: "7", float: "0.5", float | None: "0.5", bool: "False"}
+    texts |= {Packing: "none", NonFinite: "skip"}
     changed = {
         name: texts.get(of_type, "linear")
         for name, of_type in get_type_hints(TrainConfig).items()
-        if name not in ("config", "output_dir")
+        if name not in ("config", "output_dir", "resume")
     }
     config = parse_train_config([text for name, value in changed.items() for text in (f"--{name}", value)])
     for field in dataclasses.fields(TrainConfig):
@@ -121,6 +122,13 @@ def test_argparse_names_the_flag(capsys, flags, message):
         ({"warmup_steps": -1}, "warmup_steps is -1"),
         ({"max_steps": 5, "warmup_steps": 6}, r"warmup_steps is 6; allowed: 0 to max_steps \(5\)"),
         ({"packing": "nonsense"}, "packing is 'nonsense'; allowed: documents or none"),
+        ({"non_finite": "ignore"}, "non_finite is 'ignore'; allowed: stop or skip"),
+        ({"save_steps": -1}, "save_steps is -1"),
+        ({"save_minutes": -1.0}, "save_minutes is -1.0"),
+        ({"save_total_limit": 0}, "save_total_limit is 0; allowed: a whole number >= 1"),
+        ({"hang_timeout": 0.0}, "hang_timeout is 0.0; allowed: a number > 0"),
+        ({"resume": "auto"}, "resume is 'auto', but no output_dir says where to look; allowed: give --output_dir too"),
+        ({"resume": "/none/here"}, "resume is '/none/here'; allowed: 'auto', or the folder of a checkpoint"),
         ({"eval_steps": -1}, "eval_steps is -1"),
         (
             {"eval_steps": 1, "eval_samples": 0},

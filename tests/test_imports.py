@@ -18,9 +18,9 @@ LAYERS = [
     {"model_forward"},
     {"patch", "trained"},
     {"preflight"},
-    {"checkpoint", "jit_build", "dry_run", "out_of_memory", "phase_memory"},
+    {"checkpoint", "export", "failure", "interruption", "jit_build", "dry_run", "out_of_memory", "phase_memory"},
     {"engine"},
-    {"loop"},
+    {"loop", "saver"},
 ]
 # These are read before a process group or an accelerator exists, also on a laptop without either.
 PURE = {"config", "zero", "model_shape", "topology", "planner"}

@@ -2,34 +2,74 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
-from tiny import tiny_plan
+from distributed import run_ranks
+from test_checkpoint import make_engine
+from tiny import tiny_llama, tiny_plan
 
 from mst_ds import loop
-from mst_ds.loop import StepResult, _check_finite
+from mst_ds.config import NonFinite
+from mst_ds.loop import StepResult, _is_skipped
 from mst_ds.phase_memory import PhaseMeter
 
 
 @pytest.mark.parametrize(
     ("result", "name"),
     [
-        (StepResult(float("nan"), 1.0), "loss"),
-        (StepResult(1.0, float("inf")), "gradient norm"),
+        (StepResult(float("nan"), 1.0, float("nan"), False), "loss"),
+        (StepResult(1.0, float("inf"), 1.0, False), "gradient norm"),
     ],
 )
-def test_a_step_that_is_not_finite_ends_the_run(result: StepResult, name: str) -> None:
-    with pytest.raises(FloatingPointError, match=f"the {name} of step 7 is (nan|inf)"):
-        _check_finite(7, result, has_loss_scale=False)
+def test_a_step_that_is_not_finite_ends_the_run_or_is_skipped(result: StepResult, name: str) -> None:
+    with pytest.raises(FloatingPointError, match=f"the {name} of step 7 is (nan|inf).*--non_finite skip"):
+        _is_skipped(7, result, "stop", has_loss_scale=False)
+    assert _is_skipped(7, result, "skip", has_loss_scale=False)
 
 
-def test_in_fp16_a_gradient_that_is_not_finite_is_a_skipped_step() -> None:
-    _check_finite(7, StepResult(1.0, float("inf")), has_loss_scale=True)
+def test_a_step_that_is_finite_is_not_skipped() -> None:
+    assert not _is_skipped(7, StepResult(1.0, 1.0, 1.0, True), "skip", has_loss_scale=True)
+
+
+def test_what_changed_weights_is_never_taken_for_skipped() -> None:
     with pytest.raises(FloatingPointError, match="the loss of step 7"):
-        _check_finite(7, StepResult(float("inf"), 1.0), has_loss_scale=True)
+        _is_skipped(7, StepResult(float("inf"), 1.0, 1.0, True), "skip", has_loss_scale=False)
+
+
+@pytest.mark.parametrize("non_finite", ["stop", "skip"])
+def test_in_fp16_a_gradient_that_is_not_finite_is_a_skipped_step(non_finite: NonFinite) -> None:
+    assert _is_skipped(7, StepResult(1.0, float("inf"), 1.0, False), non_finite, has_loss_scale=True)
+
+
+def poisoned(rank: int, stage: int) -> list[Any]:
+    """Three steps, of which the second has a gradient that is not a number, on rank 1 of 2."""
+    engine = make_engine(tiny_llama(), stage)
+    weight = engine.module.lm_head.weight
+    results, weights = [], []
+    for step in (1, 2, 3):
+        handle = None
+        if step == 2 and rank == 1:
+            handle = weight.register_hook(lambda gradient: gradient * float("nan"))
+        ids = torch.randint(5, 60, (1, 32), generator=torch.Generator().manual_seed(step))
+        results.append(loop.train_step(engine, [{"input_ids": ids, "labels": ids, "shift_labels": ids}]))
+        if handle is not None:
+            handle.remove()
+        with deepspeed.zero.GatheredParameters([weight]):
+            weights.append(weight.detach().clone())
+    changed = [result.changed_weights for result in results]
+    finite = [math.isfinite(result.grad_norm) for result in results]
+    return [changed, finite, weights[0].equal(weights[1]), weights[1].equal(weights[2]), engine.skipped_steps]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_gradient_that_is_not_a_number_changes_no_weight(stage: int) -> None:
+    for result in run_ranks(poisoned, 2, stage):
+        assert result == [[True, False, True], [True, False, True], True, False, 1]
 
 
 class Logged:
@@ -56,7 +96,7 @@ def test_the_first_step_is_measured_and_the_peak_over_the_run_outlives_the_reset
         meters.append(meter)
         if meter is not None:
             meter.peaks = dict(peaks)
-        return StepResult(1.0, 1.0)
+        return StepResult(1.0, 1.0, 1.0, True)
 
     # After a reset the allocator reports what came since.
     reported = iter([100, 200, 950])
@@ -102,6 +142,7 @@ def test_a_step_ends_its_phases_in_order(monkeypatch: pytest.MonkeyPatch, accumu
         train = staticmethod(lambda: None)
         zero_optimization_stage = staticmethod(lambda: 3)
         get_global_grad_norm = staticmethod(lambda: 1.0)
+        was_step_applied = staticmethod(lambda: True)
 
     batch = {"shift_labels": torch.ones(1, 4, dtype=torch.long)}
     engine: Any = Engine()

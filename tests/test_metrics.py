@@ -74,9 +74,38 @@ def test_a_step_and_an_evaluation_are_a_json_line_each(tmp_path: Path) -> None:
             "memory_bytes": 3 * 2**30,
             "seconds": 4.0,
             "tokens": 8000,
+            "skipped_steps": 0,
         },
         {"step": 1, "eval_loss": 2.25},
     ]
+
+
+def test_a_run_goes_on_after_the_steps_it_has_taken(tmp_path: Path) -> None:
+    with writer(tmp_path) as metrics:
+        metrics.log_step(1, **STEP)
+        metrics.log_step(2, **{**STEP, "loss": math.nan}, is_skipped=True)
+        metrics.log_eval(2, 2.25)
+        metrics.log_step(3, **{**STEP, "loss": 9.0})
+    before = read_lines(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 4, "lo')  # killed while it wrote
+    with writer(tmp_path, steps_done=2) as metrics:
+        metrics.log_step(3, **{**STEP, "loss": 1.0})
+        metrics.write_summary({})
+    after = read_lines(tmp_path)
+    assert after[:-1] == before[:-1]
+    assert (after[-1]["step"], after[-1]["loss"], after[-1]["skipped_steps"]) == (3, 1.0, 1)
+    assert read_events(tmp_path, "train/loss")[-1] == (3, 1.0)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    totals = {name: summary[name] for name in ("first_loss", "final_loss", "steps", "skipped_steps", "tokens")}
+    assert totals == {"first_loss": 2.5, "final_loss": 1.0, "steps": 3, "skipped_steps": 1, "tokens": 24000}
+
+
+def test_a_run_that_does_not_go_on_begins_the_file_anew(tmp_path: Path) -> None:
+    for _ in range(2):
+        with writer(tmp_path) as metrics:
+            metrics.log_step(1, **STEP)
+    assert [line["step"] for line in read_lines(tmp_path)] == [1]
 
 
 def test_memory_by_phase_goes_to_every_file(tmp_path: Path) -> None:
@@ -169,6 +198,7 @@ def test_the_summary_holds_totals_versions_and_the_given_fields(tmp_path: Path) 
         "first_loss": 4.0,
         "final_loss": 2.0,
         "steps": 7,
+        "skipped_steps": 0,
         "tokens": 24000,
         "seconds": 8.0,
         "tokens_per_second": 3000.0,

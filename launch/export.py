@@ -1,0 +1,46 @@
+"""Turn a checkpoint into a Hugging Face folder: python launch/export.py runs/mine models/mine
+
+Takes the folder of a checkpoint, or of a run, whose newest it then is. Needs no accelerator, and the memory of the
+weights in fp32. The exit code is 2, with one line on stderr, for what cannot be exported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mst_ds.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=Path, help="Folder of a checkpoint, or output_dir of a run.")
+    parser.add_argument("folder", type=Path, help="Where the model goes: a folder that is not there yet, or empty.")
+    options = parser.parse_args(argv)
+    try:
+        checkpoint = _find(options.source)
+        if options.folder.exists() and (not options.folder.is_dir() or any(options.folder.iterdir())):
+            raise ValueError(f"{options.folder} is not empty; allowed: a new folder")
+        # From here on imports take seconds.
+        from mst_ds.export import export_checkpoint
+
+        export_checkpoint(checkpoint, options.folder)
+    except (ValueError, OSError) as error:
+        print(f"export.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(f"step {checkpoint.step} of {checkpoint.folder} is the model in {options.folder}")
+    return 0
+
+
+def _find(source: Path) -> Checkpoint:
+    checkpoint = newest_checkpoint(source / "checkpoints")
+    return read_checkpoint(source) if checkpoint is None else checkpoint
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

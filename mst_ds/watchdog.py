@@ -1,0 +1,76 @@
+"""Ends this process soon after another rank of its node, or the launcher, has ended.
+
+A collective that a dead rank will never join can wait for as long as its timeout, and DeepSpeed's launcher gives each
+rank half a minute, one after another. Ranks of other nodes are the scheduler's to end: its step fails when this node's
+ranks do.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+from types import TracebackType
+
+import psutil
+import torch.distributed as dist
+
+_LOOK_SECONDS = 1.0
+# What an error of this rank's own, with more to say, has time for.
+_GRACE_SECONDS = 15.0
+
+
+class Watchdog:
+    """Watches while its context lasts, in a thread; the context is a collective, at both ends.
+
+    Processes that cannot be seen from here, as in a container of their own, are not watched.
+    """
+
+    def __init__(self) -> None:
+        self._stop = threading.Event()
+        self._ranks: dict[int, psutil.Process] = {}
+        self._launcher = os.getppid()
+
+    def __enter__(self) -> Watchdog:
+        own = psutil.Process()
+        mine = socket.gethostname(), own.pid, own.create_time()
+        of_ranks = [mine] * dist.get_world_size()
+        dist.all_gather_object(of_ranks, mine)
+        for rank, (host, pid, created) in enumerate(of_ranks):
+            if host == mine[0] and psutil.pid_exists(pid) and rank != dist.get_rank():
+                process = psutil.Process(pid)
+                if process.create_time() == created:
+                    self._ranks[rank] = process
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            # Nobody ends before all have stopped watching.
+            dist.barrier()
+        self._stop.set()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(_LOOK_SECONDS):
+            ended = self._ended()
+            if ended is None:
+                continue
+            if not self._stop.wait(_GRACE_SECONDS):
+                print(f"train.py: error: rank {dist.get_rank()}: {ended}", file=sys.stderr, flush=True)
+                os._exit(1)
+
+    def _ended(self) -> str | None:
+        if os.getppid() != self._launcher:
+            return "the process that started this one has ended"
+        gone = [rank for rank, process in self._ranks.items() if not _is_alive(process)]
+        return f"rank {gone[0]} has ended, whose error tells why" if gone else None
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,221 @@
+"""A run that is killed, asked to stop, or moved to other ranks goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+from test_readme import ROOT, free_port
+from trainings import Training
+
+from mst_ds.checkpoint import newest_checkpoint
+from mst_ds.interruption import EXIT_CODE
+
+FLAGS = ("--max_steps", "12", "--seq_len", "256", "--preflight", "false", "--save_steps", "3")
+LIMIT = 240
+GO_ON = ("--resume", "auto")
+
+
+def command(output_dir: Path, *flags: str, ranks: int = 2, ds_config: str = "ds_configs/zero3_mst.json") -> list[str]:
+    return [
+        str(Path(sys.executable).with_name("deepspeed")),
+        "--num_gpus",
+        str(ranks),
+        "--master_port",
+        str(free_port()),
+        "launch/train.py",
+        "--ds_config",
+        ds_config,
+        "--output_dir",
+        str(output_dir),
+        *FLAGS,
+        *flags,
+    ]
+
+
+def losses(output_dir: Path) -> list[tuple[int, float]]:
+    """By step; a last line that is being written does not count."""
+    lines = (output_dir / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    records = [json.loads(line) for line in lines]
+    return [(record["step"], record["loss"]) for record in records if "loss" in record]
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    left, right = (load_file(folder / "model" / "model.safetensors") for folder in (one, other))
+    assert left.keys() == right.keys()
+    for name, weight in left.items():
+        assert weight.equal(right[name]), name
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert losses(one) == losses(other)
+    assert_same_weights(one, other)
+
+
+def finish(output_dir: Path, *flags: str, ranks: int = 2) -> Training:
+    training = Training(output_dir, *FLAGS, *flags, ranks=ranks)
+    assert training.end(limit=120) == [0] * ranks, training.output
+    return training
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    finish(folder)
+    return folder
+
+
+def test_a_run_keeps_its_newest_checkpoints(uninterrupted: Path) -> None:
+    assert sorted(os.listdir(uninterrupted / "checkpoints")) == ["step-00000009", "step-00000012"]
+
+
+def test_a_run_that_is_done_changes_nothing_more(uninterrupted: Path, tmp_path: Path) -> None:
+    finish(tmp_path / "run")
+    again = finish(tmp_path / "run", *GO_ON)
+    assert "goes on after step 12" in again.output
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.parametrize(("rank", "number"), [(0, signal.SIGUSR1), (1, signal.SIGTERM)])
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on(
+    uninterrupted: Path, tmp_path: Path, rank: int, number: signal.Signals
+) -> None:
+    first = Training(tmp_path / "run", *FLAGS, "--save_steps", "0")
+    assert first.wait_for(lambda: "memory of step 1," in first.output), first.output
+    first.send(rank, number)
+    assert first.end() == [EXIT_CODE] * 2, first.output
+    assert f"by {number.name} on rank {rank}; --resume auto goes on" in first.output
+    finish(tmp_path / "run", *GO_ON)
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+class Launched:
+    """A run that DeepSpeed's launcher starts; what it prints, when it has ended."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+
+    @property
+    def ranks(self) -> list[psutil.Process]:
+        """The training processes, below the launcher's two."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return [child for child in children if child.cmdline()[2:3] == ["launch/train.py"]]
+
+    def wait_for(self, path: Path) -> None:
+        deadline = time.monotonic() + LIMIT
+        while not path.exists():
+            assert self.process.poll() is None, self.process.communicate()[0]
+            assert time.monotonic() < deadline, f"{path} was not made"
+            time.sleep(0.01)  # looks again, until it is there
+
+    def end(self, *, limit: float) -> str:
+        return self.process.communicate(timeout=limit)[0]
+
+
+@contextmanager
+def launched(output_dir: Path, *flags: str) -> Iterator[Launched]:
+    process = subprocess.Popen(
+        command(output_dir, *flags),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield Launched(process)
+    finally:
+        for each in [*psutil.Process().children(recursive=True)]:
+            if "launch/train.py" in each.cmdline():
+                each.kill()
+        process.communicate()
+
+
+def first_error(output: str) -> str:
+    return next(line for line in output.splitlines() if line.startswith("train.py: error: "))
+
+
+def test_a_rank_that_dies_ends_the_run_which_goes_on(uninterrupted: Path, tmp_path: Path) -> None:
+    with launched(tmp_path / "run") as run:
+        run.wait_for(tmp_path / "run" / "checkpoints" / "step-00000006")
+        ranks = run.ranks
+        ranks[0].kill()
+        output = run.end(limit=60)
+    assert run.process.returncode != 0
+    assert "rank 1: another rank has ended, whose error tells why" in first_error(output)
+    assert not any(rank.is_running() for rank in ranks)
+    finish(tmp_path / "run", *GO_ON)
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_a_rank_that_does_not_answer_is_named_and_ends_the_run(tmp_path: Path) -> None:
+    with launched(tmp_path / "run", "--max_steps", "1000", "--hang_timeout", "10") as run:
+        run.wait_for(tmp_path / "run" / "checkpoints" / "step-00000003")
+        ranks = run.ranks
+        ranks[1].suspend()
+        output = run.end(limit=LIMIT)
+    assert run.process.returncode == 1
+    assert "rank 0: rank 1 did not answer within 10 s; --hang_timeout" in first_error(output)
+    assert not any(rank.is_running() for rank in ranks)
+
+
+def test_a_rank_that_raises_ends_the_run_with_its_error(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with launched(tmp_path) as run:
+        output = run.end(limit=60)
+    assert run.process.returncode == 1
+    assert "rank 0: [Errno 21] Is a directory" in first_error(output)
+
+
+def test_a_launcher_that_is_killed_takes_the_ranks_with_it(tmp_path: Path) -> None:
+    with launched(tmp_path / "run", "--max_steps", "100000", "--save_steps", "0") as run:
+        run.wait_for(tmp_path / "run" / "metrics.jsonl")
+        ranks = run.ranks
+        for parent in [ranks[0].parent(), psutil.Process(run.process.pid)]:
+            assert parent is not None
+            parent.kill()
+        assert psutil.wait_procs(ranks, timeout=60)[1] == []
+        output = run.end(limit=60)
+    assert "the process that started this one has ended" in first_error(output)
+
+
+def with_mesh(folder: Path, *, sp_size: int, accumulation: int) -> str:
+    """The shipped JSON for so many ranks to a sequence, and so many micro-batches a step."""
+    ds_config: dict[str, Any] = json.loads((ROOT / "ds_configs" / "zero3_mst.json").read_text(encoding="utf-8"))
+    ds_config["mst"]["sp_size"], ds_config["gradient_accumulation_steps"] = sp_size, accumulation
+    path = folder / f"sp{sp_size}.json"
+    path.write_text(json.dumps(ds_config), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def four_samples_a_step(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of sp 2, dp 1."""
+    folder = tmp_path_factory.mktemp("mesh")
+    finish(folder / "run", "--ds_config", with_mesh(folder, sp_size=2, accumulation=4))
+    return folder / "run"
+
+
+@pytest.mark.parametrize(("sp_size", "dp_size"), [(1, 1), (1, 2), (4, 1)])
+def test_another_mesh_goes_on(four_samples_a_step: Path, tmp_path: Path, sp_size: int, dp_size: int) -> None:
+    ds_config = with_mesh(tmp_path, sp_size=sp_size, accumulation=4 // dp_size)
+    flags = ["--resume", str(four_samples_a_step / "checkpoints" / "step-00000009"), "--ds_config", ds_config]
+    finish(tmp_path / "run", *flags, ranks=sp_size * dp_size)
+    expected, found = losses(four_samples_a_step)[9:], losses(tmp_path / "run")
+    assert [step for step, _ in found] == [step for step, _ in expected] == [10, 11, 12]
+    # What sums of fp32 in another order come to in three steps.
+    assert [loss for _, loss in found] == pytest.approx([loss for _, loss in expected], abs=1e-4)
+    newest = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert newest is not None
+    assert newest.data["samples_seen"] == 12 * 4

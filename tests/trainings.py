@@ -1,0 +1,93 @@
+"""Runs of launch/train.py whose ranks start in a moment, forked from a process that has imported everything."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from test_readme import ROOT, free_port
+
+_context = multiprocessing.get_context("forkserver")
+# What takes all the time of a start. The forkserver finds it where this process does.
+_context.set_forkserver_preload(["train_imports"])
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+
+
+class Training:
+    """A run: one process a rank, as a launcher would start them, but no launcher that ends the others for them.
+
+    Args:
+        output_dir: beside it lies a log of what the ranks of this run, not those of earlier ones, write.
+    """
+
+    def __init__(self, output_dir: Path, *flags: str, ranks: int = 2) -> None:
+        self.output_dir = output_dir
+        self.log = output_dir.with_name(output_dir.name + ".log")
+        self.log.unlink(missing_ok=True)
+        port = free_port()
+        arguments = ["--output_dir", str(output_dir), *flags]
+        self.processes = []
+        for rank in range(ranks):
+            variables = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(ranks),
+                "LOCAL_WORLD_SIZE": str(ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+            process = _context.Process(target=_train, args=(variables, arguments, self.log), daemon=True)
+            process.start()
+            self.processes.append(process)
+
+    def send(self, rank: int, number: signal.Signals) -> None:
+        pid = self.processes[rank].pid
+        assert pid is not None
+        os.kill(pid, number)
+
+    def wait_for(self, happened: Callable[[], bool], *, limit: float = 120) -> bool:
+        """Whether it happened while all ranks ran."""
+        deadline = time.monotonic() + limit
+        while not happened():
+            if any(process.exitcode is not None for process in self.processes):
+                return happened()
+            assert time.monotonic() < deadline, f"it did not happen within {limit} s:\n{self.output}"
+            time.sleep(0.001)  # looks again, until it has happened
+        return True
+
+    def end(self, *, limit: float = 60) -> list[int | None]:
+        """The exit codes, when all have ended by themselves; all are killed after the limit, which is a failure."""
+        deadline = time.monotonic() + limit
+        for process in self.processes:
+            process.join(timeout=max(0.0, deadline - time.monotonic()))
+        if any(process.exitcode is None for process in self.processes):
+            self.kill()
+            raise AssertionError(f"the ranks did not end within {limit} s:\n{self.output}")
+        return [process.exitcode for process in self.processes]
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
+
+
+def _train(variables: dict[str, str], arguments: list[str], log: Path) -> None:
+    os.environ |= variables
+    os.chdir(ROOT)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(descriptor, stream.fileno())
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    from launch.train import main
+
+    sys.exit(main(arguments))
