@@ -262,9 +262,16 @@ def build_engine(run: Run) -> DeepSpeedEngine:
         lr_scheduler=None if has_own_schedule else functools.partial(_schedule, run.config),
         config=run.ds_config | universal_setting(run.checkpoint, run.launch.world_size),
     )
+    _limit_waiting(run.config.hang_timeout)
     if run.checkpoint is not None:
         load_checkpoint(engine, run.checkpoint, seed=run.config.seed)
     return engine
+
+
+def _limit_waiting(seconds: float) -> None:
+    """A process group does not take over the timeout of the world, and DeepSpeed gives its own none."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def _stand_alone() -> None:
