@@ -18,7 +18,8 @@ LAYERS = [
     {"model_forward"},
     {"patch", "trained"},
     {"preflight"},
-    {"checkpoint", "export", "failure", "interruption", "jit_build", "dry_run", "out_of_memory", "phase_memory"},
+    {"checkpoint", "interruption", "jit_build", "dry_run", "out_of_memory", "phase_memory", "scaling", "watchdog"},
+    {"export", "failure"},
     {"engine"},
     {"loop", "saver"},
 ]

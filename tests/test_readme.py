@@ -74,7 +74,7 @@ def in_the_projects_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_shell_command_is_of_a_kind_that_is_tested() -> None:
     lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    known = {"make", "deepspeed", "python", "source", ".venv/bin/pre-commit"}
+    known = {"make", "deepspeed", "python", "source", "sbatch", ".venv/bin/pre-commit"}
     assert {words[0] for words in map(shlex.split, lines)} == known
     assert len(blocks("bash")) == README.read_text(encoding="utf-8").count("```bash")
 
@@ -96,12 +96,27 @@ def test_make_targets() -> None:
 
 
 def test_python_commands() -> None:
-    shown = {"launch/plan.py": "longest sequence that fits", "launch/preflight.py": "LlamaForCausalLM is exact"}
+    shown = {
+        "launch/plan.py": (0, "longest sequence that fits"),
+        "launch/preflight.py": (0, "LlamaForCausalLM is exact"),
+        "launch/export.py": (2, "runs/long is no checkpoint"),  # which is not here
+        "launch/scale.py": (0, "results: "),
+    }
     assert {command[1] for command in commands("python")} == shown.keys()
     for _, script, *flags in commands("python"):
-        done = run([sys.executable, script, *flags], limit=120)
-        assert done.returncode == 0, done.stdout
-        assert shown[script] in done.stdout
+        done = run([sys.executable, script, *flags], limit=270)
+        code, text = shown[script]
+        assert done.returncode == code, done.stdout
+        assert text in done.stdout
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_sbatch_commands(page: Path) -> None:
+    lines = "".join(blocks("bash", page)).replace("\\\n", " ").splitlines()
+    for _, *words in (words for words in map(shlex.split, lines) if words[:1] == ["sbatch"]):
+        script = next(word for word in words if word.endswith(".sbatch"))
+        assert (ROOT / script).is_file()
+        assert_flags_are_known(words[words.index(script) + 1 :])
 
 
 def test_deepspeed_commands() -> None:
@@ -165,7 +180,7 @@ def paths_named(page: Path) -> Iterator[str]:
             yield code
 
 
-RUN_LEAVES = {"tensorboard/", "model/"}
+RUN_LEAVES = {"tensorboard/", "model/", "plots/", "report.md", "runs/long/checkpoints"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -204,7 +219,7 @@ def test_the_picture_shows_the_imports() -> None:
     picture, _ = blocks("mermaid", ROOT / "docs" / "architecture.md")
     drawn: dict[str, set[str]] = {name: set() for name in actual}
     for lower, upper in re.findall(r"^ +(\w+) --> (\w+)", picture, re.MULTILINE):
-        if upper not in {"train", "check", "command"}:  # scripts
+        if upper not in {"train", "check", "command", "scale", "export_command"}:  # scripts
             drawn[upper].add(lower)
     assert closure(drawn) == closure(actual)
 
@@ -252,7 +267,8 @@ def test_a_run_writes_its_metrics(finished: FinishedRun) -> None:
     assert [record["step"] for record in evaluations] == [2, 3]
     for record in steps:
         assert record.keys() >= {"step", "loss", "tokens_per_second", "grad_norm", "lr", "memory_bytes"}
-        assert all(value > 0 for value in record.values())
+        assert all(value > 0 for name, value in record.items() if name != "skipped_steps")
+        assert record["skipped_steps"] == 0
     assert steps[-1]["loss"] < steps[0]["loss"]
     summary = json.loads((finished.folder / "summary.json").read_text(encoding="utf-8"))
     assert (summary["steps"], summary["final_loss"]) == (STEPS, steps[-1]["loss"])

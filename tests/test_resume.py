@@ -173,7 +173,7 @@ def test_a_rank_that_does_not_answer_is_named_and_ends_the_run(tmp_path: Path) -
 def test_a_rank_that_raises_ends_the_run_with_its_error(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").mkdir()
     with launched(tmp_path) as run:
-        output = run.end(limit=60)
+        output = run.end(limit=LIMIT)
     assert run.process.returncode == 1
     assert "rank 0: [Errno 21] Is a directory" in first_error(output)
 

@@ -1,0 +1,70 @@
+"""launch/export.py: a checkpoint becomes a folder that others load, without any of what trained it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_readme import ROOT
+from test_resume import assert_same_weights
+from trainings import Training
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from launch.export import main
+
+FLAGS = ("--max_steps", "3", "--save_steps", "2", "--seq_len", "256", "--preflight", "false")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a run on two ranks: its last checkpoint is what its `model` was made of."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    training = Training(folder, *FLAGS)
+    assert training.end(limit=120) == [0, 0], training.output
+    return folder
+
+
+def test_the_newest_checkpoint_of_a_run(run: Path, tmp_path: Path) -> None:
+    """In a process of its own, as on a machine that has only the files."""
+    command = [sys.executable, "launch/export.py", str(run), str(tmp_path / "model")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "step 3" in done.stdout
+    assert_same_weights(tmp_path, run)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    ids = tokenizer("def main(", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(run / "model")(ids).logits
+        assert model(ids).logits.equal(expected)
+
+
+def test_one_checkpoint(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(run / "checkpoints" / "step-00000002"), str(tmp_path / "model")]) == 0
+    assert "step 2" in capsys.readouterr().out
+    # A step before the last: other weights.
+    with pytest.raises(AssertionError):
+        assert_same_weights(tmp_path, run)
+
+
+@pytest.mark.parametrize("case", ["no checkpoint", "not empty", "cut off"])
+def test_what_is_refused(run: Path, tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    source, target = tmp_path / "run", tmp_path / "model"
+    says = {"no checkpoint": "is no checkpoint", "not empty": "is not empty", "cut off": "has 100 of its"}
+    if case != "no checkpoint":
+        shutil.copytree(run, source)
+    if case == "not empty":
+        target.mkdir()
+        (target / "notes.txt").write_text("mine", encoding="utf-8")
+    if case == "cut off":
+        with next((source / "checkpoints" / "step-00000003").rglob("*optim_states.pt")).open("r+b") as file:
+            file.truncate(100)
+    assert main([str(source), str(target)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("export.py: error: ")
+    assert says[case] in line
+    assert not target.exists() or [path.name for path in target.iterdir()] == ["notes.txt"]
