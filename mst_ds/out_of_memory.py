@@ -68,7 +68,7 @@ def explanation(error: OutOfMemoryError, plan: Plan) -> str:
     else:
         excess = "as the plan said it would"
     return (
-        f"rank {plan.topology.rank} ran out of memory in the {phase.name}, {excess}: planned are "
+        f"ran out of memory in the {phase.name}, {excess}: planned are "
         f"{phase.device_bytes / GIB:.2f} of {plan.device_memory / GIB:.2f} GiB, of these {largest}; "
         f"allowed: {_remedy(terms)}"
     )

@@ -66,7 +66,7 @@ class Watchdog:
         if os.getppid() != self._launcher:
             return "the process that started this one has ended"
         gone = [rank for rank, process in self._ranks.items() if not _is_alive(process)]
-        return f"rank {gone[0]} has ended, whose error tells why" if gone else None
+        return f"another rank has ended, whose error tells why (rank {gone[0]})" if gone else None
 
 
 def _is_alive(process: psutil.Process) -> bool:

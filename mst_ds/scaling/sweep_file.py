@@ -1,0 +1,152 @@
+"""Reads a sweep: a YAML file, and over it what the user gave beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mst_ds.config import TrainConfig, nearest, parse_seq_len
+from mst_ds.scaling.sweep import Setting, Sweep
+
+_SIZES = ("sp_size", "seq_len", "num_nodes", "num_gpus")
+_KEYS = (*_SIZES, "settings", "train", "time_limit")
+_DEFAULTS: Mapping[str, Any] = {"num_nodes": 1, "num_gpus": 1, "sp_size": 1, "settings": {"default": {}}}
+_DEFAULT_STEPS = 5
+_DEFAULT_MINUTES = 30.0
+# Each point has its own.
+_OF_POINTS = ("seq_len", "output_dir", "resume", "local_rank")
+_TRAIN_FLAGS = tuple(field.name for field in dataclasses.fields(TrainConfig) if field.name not in _OF_POINTS)
+_SETTING_KEYS = ("mst", "ds_config", "train")
+
+
+def read_sweep(
+    path: Path | None = None, given: Mapping[str, Any] | None = None, train: Mapping[str, Any] | None = None
+) -> Sweep:
+    """What is to be run.
+
+    Args:
+        path: YAML with any of the keys `sp_size`, `seq_len`, `num_nodes`, `num_gpus` (a number, or a list), `settings`
+            (name -> "mst", "ds_config", "train"), `train` (flag -> value) and `time_limit` (minutes).
+        given: the same keys; wins over the file. Of `settings` it lists names: only these are left.
+        train: flags of launch/train.py; win over those of the file, not over a setting's.
+
+    Raises:
+        ValueError: the file is missing or malformed, or anything in it or in the arguments is not allowed, in one line.
+    """
+    values = {**_DEFAULTS, **({} if path is None else _load(path))}
+    chosen = {key: value for key, value in (given or {}).items() if value is not None}
+    names = chosen.pop("settings", None)
+    values |= chosen
+    if "seq_len" not in values:
+        raise ValueError("no seq_len is given; allowed: lengths such as 4K 128K, by --seq_len or in the sweep's file")
+    numbers = {key: _numbers(key, values[key]) for key in _SIZES}
+    flags = {"max_steps": _DEFAULT_STEPS, **_flags("train", values.get("train")), **_flags("train", train)}
+    limit = values.get("time_limit", _DEFAULT_MINUTES)
+    if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < float("inf"):
+        raise ValueError(f"time_limit is {limit!r}; allowed: minutes, a number > 0")
+    return Sweep(
+        sp_sizes=numbers["sp_size"],
+        seq_lens=numbers["seq_len"],
+        num_nodes=numbers["num_nodes"],
+        num_gpus=numbers["num_gpus"],
+        settings=_chosen(_settings(values["settings"]), names),
+        train=flags,
+        time_limit=float(limit),
+    )
+
+
+def train_flags(words: Iterable[str]) -> dict[str, str]:
+    """What a command line has of train flags, each with a value: `--max_steps 3` or `--max_steps=3`.
+
+    Raises:
+        ValueError: no flag of launch/train.py, or one without a value.
+    """
+    flags, rest = {}, iter(words)
+    for word in rest:
+        name, is_given, value = word.partition("=")
+        if not name.startswith("--") or name[2:] not in _TRAIN_FLAGS:
+            allowed = [f"--{flag}" for flag in (*_KEYS, *_TRAIN_FLAGS)]
+            raise ValueError(f"unknown flag {word!r}{nearest(name, allowed)}; --help lists the flags")
+        found = value if is_given else next(rest, None)
+        if found is None or (not is_given and found.startswith("--")):
+            raise ValueError(f"{name} has no value; allowed: {name} followed by one")
+        flags[name[2:]] = found
+    return flags
+
+
+def _load(path: Path) -> dict[str, Any]:
+    import yaml
+
+    if not path.is_file():
+        raise ValueError(f"sweep is {str(path)!r}; allowed: an existing YAML file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"sweep {path} is not YAML: {' '.join(str(error).split())}") from None
+    return _object(f"sweep {path}", values, _KEYS)
+
+
+def _object(what: str, value: Any, allowed: Iterable[str]) -> dict[str, Any]:
+    """A mapping with none but these keys; nothing at all is an empty one."""
+    value = {} if value is None else value
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} is {value!r}; allowed: a mapping with the keys {', '.join(allowed)}")
+    for key in value:
+        if key not in allowed:
+            near = nearest(str(key), allowed)
+            raise ValueError(f"{what} has the unknown key {key!r}{near}; allowed: {', '.join(allowed)}")
+    return value
+
+
+def _numbers(key: str, value: Any) -> tuple[int, ...]:
+    """One number or several, without repetitions, in their order."""
+    found = []
+    for each in value if isinstance(value, list | tuple) else [value]:
+        number = parse_seq_len(each) if key == "seq_len" and isinstance(each, str) else each
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f"{key} is {each!r}; allowed: whole numbers >= 1")
+        found.append(number)
+    if not found:
+        raise ValueError(f"{key} is an empty list; allowed: whole numbers >= 1")
+    return tuple(dict.fromkeys(found))
+
+
+def _flags(what: str, value: Any) -> dict[str, Any]:
+    flags = _object(what, value, _TRAIN_FLAGS)
+    for name, each in flags.items():
+        if isinstance(each, dict | list):
+            raise ValueError(f"{name} in {what} is a {type(each).__name__}; allowed: one number or text")
+    return flags
+
+
+def _settings(value: Any) -> tuple[Setting, ...]:
+    if not isinstance(value, dict) or not value:
+        raise ValueError(f"settings is {value!r}; allowed: a mapping from names to {', '.join(_SETTING_KEYS)}")
+    found = []
+    for name, given in value.items():
+        # A folder is called so.
+        if not re.fullmatch(r"\w[\w.-]*", str(name)):
+            raise ValueError(f"a setting is called {name!r}; allowed: letters, digits, '_', '.' and '-'")
+        what = f"setting {name!r}"
+        fields = _object(what, given, _SETTING_KEYS)
+        mst, ds_config = fields.get("mst") or {}, fields.get("ds_config") or {}
+        for key, block in (("mst", mst), ("ds_config", ds_config)):
+            if not isinstance(block, dict):
+                raise ValueError(f"{key} of {what} is {block!r}; allowed: a mapping")
+        if "sp_size" in mst or "mst" in ds_config:
+            raise ValueError(f"{what} has sp_size or an 'mst' block among its keys; allowed: sp_size of the sweep, mst")
+        found.append(Setting(str(name), mst, ds_config, _flags(f"train of {what}", fields.get("train"))))
+    return tuple(found)
+
+
+def _chosen(settings: tuple[Setting, ...], names: Iterable[str] | None) -> tuple[Setting, ...]:
+    if names is None:
+        return settings
+    of_name = {setting.name: setting for setting in settings}
+    for name in names:
+        if name not in of_name:
+            raise ValueError(f"settings is {name!r}{nearest(name, of_name)}; allowed: {', '.join(of_name)}")
+    return tuple(of_name[name] for name in dict.fromkeys(names))

@@ -1,0 +1,257 @@
+"""launch/scale.py: sweeps that run, stop, go on, and share their points."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from filelock import FileLock
+from test_readme import ROOT, run
+
+from mst_ds.interruption import EXIT_CODE
+from mst_ds.scaling import launcher_here, read_results, read_sweep, run_point
+from mst_ds.scaling.launchers import DeepSpeedLauncher, Interrupted, SrunLauncher, launch
+from mst_ds.scaling.result import DONE, FAILED, REFUSED, TIMED_OUT
+from mst_ds.scaling.sweep import Point, Sweep
+
+LIMIT = 240
+COMMAND = [sys.executable, "launch/scale.py"]
+SWEEP = """
+num_gpus: 2
+sp_size: 2
+seq_len: 256
+settings:
+  planned: {}
+  nowhere:
+    train: {dataset: /nowhere.txt}
+train: {max_steps: 3, preflight: false}
+time_limit: 3
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(SWEEP, encoding="utf-8")
+    return path
+
+
+def children_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + LIMIT
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, f"{path} was not made"
+        time.sleep(0.01)  # looks, not waits: it ends when the file is there
+
+
+def test_a_sweep_is_killed_and_goes_on(file: Path, tmp_path: Path) -> None:
+    output_dir = tmp_path / "sweep"
+    flags = ["--sweep", str(file), "--output_dir", str(output_dir)]
+    # Steps enough to be killed in the middle of them.
+    first = subprocess.Popen([*COMMAND, *flags, "--max_steps", "100000"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    folder = output_dir / "points" / "nodes1-gpus2-sp2-256-planned"
+    wait_for(folder / "run" / "metrics.jsonl", first)
+    started = children_of(first)
+    first.kill()
+    first.communicate(timeout=60)
+    gone, alive = psutil.wait_procs(started, timeout=60)
+    assert len(gone) >= 5  # guard, DeepSpeed's two, the ranks
+    assert alive == []
+    assert not (folder / "result.json").exists()
+    done = run([*COMMAND, *flags, "--sp_size", "2", "3"], limit=LIMIT)
+    assert done.returncode == 0, done.stdout
+    by_name = {result.name: result for result in read_results(output_dir)}
+    assert {name: result.status for name, result in by_name.items()} == {
+        "nodes1-gpus2-sp2-256-planned": DONE,
+        "nodes1-gpus2-sp3-256-planned": REFUSED,
+        "nodes1-gpus2-sp2-256-nowhere": REFUSED,
+        "nodes1-gpus2-sp3-256-nowhere": REFUSED,
+    }
+    trained, failed = by_name["nodes1-gpus2-sp2-256-planned"], by_name["nodes1-gpus2-sp2-256-nowhere"]
+    assert (trained.steps, trained.tokens_per_step, trained.dp_size, trained.attempts) == (3, 256, 1, 1)
+    assert trained.planned_bytes.keys() == trained.measured_bytes.keys() > {"forward", "backward"}
+    assert failed.error is not None
+    assert failed.error.startswith("dataset is '/nowhere.txt', but no such file")
+    assert (failed.steps, by_name["nodes1-gpus2-sp3-256-planned"].attempts) == (None, 0)
+    block = json.loads((folder / "ds_config.json").read_text(encoding="utf-8"))["mst"]
+    assert (block["sp_size"], block["mlp_chunks"]) == (2, "auto")
+    assert "step 3/3" in (folder / "log.txt").read_text(encoding="utf-8")
+    assert not (folder / "run" / "model").exists()
+    for name in ("results.csv", "report.md", "plots/against_length.png"):
+        assert (output_dir / name).is_file()
+    assert_only_the_report_is_written_again(flags, output_dir)
+    other = run([*COMMAND, *flags, "--max_steps", "4"], limit=60)
+    assert other.returncode == 2
+    assert "has the result of other flags or another DeepSpeed JSON; allowed: another output_dir" in other.stdout
+
+
+def assert_only_the_report_is_written_again(flags: list[str], output_dir: Path) -> None:
+    logs = {path: path.stat().st_mtime_ns for path in output_dir.rglob("log.txt")}
+    assert len(logs) == 2
+    (output_dir / "results.csv").unlink()
+    again = run([*COMMAND, *flags], limit=60)
+    assert again.returncode == 0, again.stdout
+    assert {path: path.stat().st_mtime_ns for path in output_dir.rglob("log.txt")} == logs
+    assert "[1/2] nodes1-gpus2-sp2-256-planned: done, " in again.stdout
+    # Of all that have a result, not of those in this command.
+    assert len((output_dir / "results.csv").read_text(encoding="utf-8").splitlines()) == 1 + 4
+
+
+def is_gone(pid: str) -> bool:
+    """Ended, whether or not the parent that it has now has seen it."""
+    try:
+        return psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+class Shell:
+    """Stands in for a launcher: a shell command in place of the ranks."""
+
+    def __init__(self, script: str) -> None:
+        self._script = script
+
+    def check(self, points: object) -> None:
+        pass
+
+    def command(self, point: Point, arguments: object, stopped: Path) -> list[str]:
+        return ["bash", "-c", self._script, "bash", str(stopped)]
+
+    def environment(self) -> dict[str, str]:
+        return {"ANSWER": "42"}
+
+    def stop(self, process: subprocess.Popen[bytes]) -> None:
+        DeepSpeedLauncher(1).stop(process)
+
+
+@pytest.fixture
+def sweep(file: Path) -> Sweep:
+    return read_sweep(file, {"time_limit": 1 / 60})
+
+
+def test_time_that_is_over_ends_all_that_was_started(sweep: Sweep, tmp_path: Path) -> None:
+    result = run_point(sweep, sweep.points[0], tmp_path, Shell("sleep 12345 & echo $! $ANSWER; wait"))
+    assert result is not None
+    assert (result.status, result.error, result.attempts) == (TIMED_OUT, "not done after 0.0166667 minutes", 1)
+    pid, answer = (tmp_path / "points" / sweep.points[0].name / "log.txt").read_text(encoding="utf-8").split()
+    assert answer == "42"
+    assert is_gone(pid)
+
+
+def test_a_rank_that_is_killed_is_started_once_more(sweep: Sweep, tmp_path: Path) -> None:
+    count = tmp_path / "count"
+    result = run_point(sweep, sweep.points[0], tmp_path, Shell(f"echo >> {count}; kill -KILL $$"))
+    assert result is not None
+    assert (result.status, result.attempts) == (FAILED, 2)
+    assert result.error is not None
+    assert "a rank ended without a word" in result.error
+    assert count.read_text(encoding="utf-8") == "\n\n"
+
+
+@pytest.mark.parametrize("script", [f"exit {EXIT_CODE}", 'touch "$1"'])
+def test_ranks_that_are_asked_to_stop_are_no_result(sweep: Sweep, tmp_path: Path, script: str) -> None:
+    with pytest.raises(Interrupted):
+        run_point(sweep, sweep.points[0], tmp_path, Shell(script))
+    assert read_results(tmp_path) == []
+    result = run_point(sweep, sweep.points[0], tmp_path, Shell("true"))
+    assert result is not None
+    assert result.status == DONE
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_ends_the_point(tmp_path: Path, sweep: Sweep, number: signal.Signals) -> None:
+    log = tmp_path / "log.txt"
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted, match=number.name):
+        launch(Shell(f"echo $$; kill -{number} $PPID; sleep 12345"), sweep.points[0], [], log=log, limit=60)
+    assert is_gone(log.read_text(encoding="utf-8"))
+    assert signal.getsignal(number) is before
+
+
+def test_a_point_that_another_process_runs_is_left_to_it(sweep: Sweep, tmp_path: Path) -> None:
+    point = sweep.points[0]
+    lock = tmp_path / "points" / point.name / "lock"
+    lock.parent.mkdir(parents=True)
+    with FileLock(lock):
+        assert run_point(sweep, point, tmp_path, Shell("true")) is None
+    assert run_point(sweep, point, tmp_path, Shell("true")) is not None
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "no seq_len is given"),
+        (["--seq_len", "1K"], "no output_dir is given"),
+        (["--seq_len", "1K", "--max_stepz", "3"], "unknown flag '--max_stepz'; nearest: '--max_steps'"),
+        (["--seq_len", "1K", "--sp_size", "x"], "argument --sp_size: invalid int value: 'x'"),
+        (["--sweep", "nowhere.yaml"], "sweep is 'nowhere.yaml'; allowed: an existing YAML file"),
+        (["--seq_len", "1K", "--output_dir", "OUT", "--num_nodes", "2"], "num_nodes is 2, but outside of SLURM"),
+        (["--seq_len", "1K", "--output_dir", "OUT", "--point", "1"], "point is 1; allowed: 0 to 0"),
+        (["--seq_len", "1K", "--output_dir", "OUT", "--predict"], "predict needs --gpu"),
+        (["--seq_len", "1K", "--output_dir", "OUT", "--predict", "--gpu", "H10"], "gpu is 'H10'; nearest: 'H100'"),
+        (["--seq_len", "1K", "--output_dir", "OUT", "--point", "0", "--count"], "not allowed with argument --point"),
+        (["--seq_len", "1K", "--output_dir", "/proc/no"], "No such file or directory"),
+    ],
+)
+def test_a_sweep_that_cannot_run_is_refused_in_one_line(tmp_path: Path, flags: list[str], message: str) -> None:
+    from launch.scale import main
+
+    output = [str(tmp_path) if flag == "OUT" else flag for flag in flags]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("SLURM_JOB_ID", raising=False)
+        read, write = os.pipe()
+        with os.fdopen(write, "w") as stderr:
+            patch.setattr(sys, "stderr", stderr)
+            assert main(output) == 2
+    with os.fdopen(read) as said:
+        (line,) = said.read().splitlines()
+    assert line.startswith("scale.py: error: ")
+    assert message in line
+    assert not (tmp_path / "points").exists()
+
+
+def test_predictions_beside_what_ran(file: Path, tmp_path: Path) -> None:
+    flags = ["--output_dir", str(tmp_path), "--model", "meta-llama/Llama-3.1-8B", "--seq_len", "128K", "256K"]
+    sizes = ["--num_nodes", "1", "4", "--num_gpus", "8", "--sp_size", "8"]
+    done = run([*COMMAND, *flags, *sizes, "--predict", "--gpu", "H100", "--host_memory_gib", "1900"], limit=60)
+    assert done.returncode == 0, done.stdout
+    assert len(read_results(tmp_path)) == 4
+    report = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "Points that ran: none. Predicted: 4." in report
+    assert "| default, predicted for H100 | more sequences of 128K, sp 8 |" in report
+    assert (tmp_path / "plots" / "scaling.png").is_file()
+
+
+JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_TASKS_PER_NODE": "4(x2)"}
+
+
+def test_the_launcher_is_what_there_is(sweep: Sweep) -> None:
+    assert isinstance(launcher_here(sweep, {}), DeepSpeedLauncher)
+    with pytest.raises(ValueError, match=r"MASTER_ADDR is not set in this job; allowed: sbatch slurm/scaling\.sbatch"):
+        launcher_here(sweep, JOB)
+
+
+def test_srun_takes_the_first_nodes_of_a_job(sweep: Sweep, tmp_path: Path) -> None:
+    launcher, (point, _) = SrunLauncher(("n1", "n2", "n3"), tasks=2), sweep.points
+    launcher.check([point])
+    command = launcher.command(point, ["--seq_len=256"], tmp_path / "stopped")
+    assert command[:5] == ["srun", "--nodes=1", "--ntasks=2", "--ntasks-per-node=2", "--nodelist=n1"]
+    script = command.index(str(ROOT / "slurm" / "rank.sh"))
+    assert command[script + 1 : script + 3] == [str(ROOT / "slurm" / "stoppable.sh"), str(tmp_path / "stopped")]
+    assert command[-2:] == [str(ROOT / "launch" / "train.py"), "--seq_len=256"]
+    for program in command[script : script + 2]:
+        assert os.access(program, os.X_OK)
+    for launcher in (SrunLauncher((), tasks=2), SrunLauncher(("n1",), tasks=1)):
+        with pytest.raises(ValueError, match="needs 1 nodes with 2 ranks, but this job has"):
+            launcher.check([point])
