@@ -10,12 +10,12 @@ TRAIN := launch/train.py --ds_config ds_configs/zero3_mst.json
 # Accelerators, and the CPU threads for each of 2 ranks. torch counts the cores that this process may use.
 COUNT_DEVICES := import torch; print(torch.accelerator.device_count(), max(1, torch.get_num_threads() // 2))
 
-.PHONY: help train test bench lint format clean
+.PHONY: help train test test-slurm bench lint format clean
 
 help:  ## Lists these commands.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo '  ARGS="..." goes on to train, test and bench: make train ARGS="--output_dir /tmp/run --max_steps 20"'
+	@echo '  ARGS="..." goes on to train, test, test-slurm and bench: make train ARGS="--output_dir /tmp/run --max_steps 20"'
 
 train: $(INSTALLED)  ## Trains a model: on all accelerators, or with 2 ranks on the CPU where there is none.
 	@found=$$($(VENV)/bin/python -c '$(COUNT_DEVICES)') || exit 1; \
@@ -30,9 +30,15 @@ train: $(INSTALLED)  ## Trains a model: on all accelerators, or with 2 ranks on 
 	  $(IN_VENV) OMP_NUM_THREADS=$$threads deepspeed --num_gpus 2 $(TRAIN) $(ARGS); \
 	fi
 
-test: $(INSTALLED)  ## Runs every test.
+test: $(INSTALLED)  ## Runs every test that needs no SLURM.
 	@echo "==> Running the tests. The first run also compiles DeepSpeed's shared-memory collective (about 40 s)."
-	@$(IN_VENV) OMP_NUM_THREADS=1 python -m pytest -q $(ARGS)
+	@echo "    Those of the jobs for SLURM are not among them: make test-slurm"
+	@$(IN_VENV) OMP_NUM_THREADS=1 python -m pytest -q --ignore=tests/slurm $(ARGS)
+
+test-slurm: $(INSTALLED)  ## Runs the tests of slurm/, on a cluster that they start on this machine.
+	@command -v sbatch >/dev/null && command -v munge >/dev/null || \
+	  { echo "error: no SLURM here. On Debian or Ubuntu: apt-get install --no-install-recommends slurm-wlm munge"; exit 1; }
+	@$(IN_VENV) OMP_NUM_THREADS=1 python -m pytest -q tests/slurm $(ARGS)
 
 bench: $(INSTALLED)  ## Times a training step against what else there is, and writes docs/benchmarks.md.
 	@$(IN_VENV) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} python -m benchmarks.step $(ARGS)

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
@@ -28,6 +29,8 @@ _SECONDS_FOR_THE_FIRST_RANK = 10.0
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code: 2, and one line on stderr, for a request that cannot run."""
+    # Weights may take longer to load than the warning is early.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     try:
         config = parse_train_config(argv)
         # From here on imports take seconds; a mistyped flag has been answered already.

@@ -15,7 +15,10 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interruption:
-    """Within its context the signals are noted instead of ending the process. `signal_name` is None until one comes."""
+    """Within its context the signals are noted instead of ending the process. `signal_name` is None until one comes.
+
+    Before and after it SIGTERM ends the process, and SIGUSR1 waits, as launch/train.py has asked for.
+    """
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
@@ -24,9 +27,11 @@ class Interruption:
     def __enter__(self) -> Interruption:
         for each in _SIGNALS:
             self._handlers[each] = signal.signal(each, self._note)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         return self
 
     def __exit__(self, *_: object) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
         for each, handler in self._handlers.items():
             signal.signal(each, handler)
 

@@ -100,6 +100,16 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
+def test_a_signal_before_the_first_step_is_not_lost(uninterrupted: Path, tmp_path: Path) -> None:
+    first = Training(tmp_path / "run", *FLAGS)
+    assert first.wait_for(lambda: first.blocks(0, signal.SIGUSR1)), first.output
+    first.send(0, signal.SIGUSR1)
+    assert first.end() == [EXIT_CODE] * 2, first.output
+    assert [step for step, _ in losses(tmp_path / "run")] == [1]
+    finish(tmp_path / "run", *GO_ON)
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
 class Launched:
     """A run that DeepSpeed's launcher starts; what it prints, when it has ended."""
 

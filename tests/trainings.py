@@ -50,6 +50,12 @@ class Training:
         assert pid is not None
         os.kill(pid, number)
 
+    def blocks(self, rank: int, number: signal.Signals) -> bool:
+        """Whether the rank has this signal wait."""
+        status = Path(f"/proc/{self.processes[rank].pid}/status").read_text(encoding="utf-8")
+        mask = next(line.split()[1] for line in status.splitlines() if line.startswith("SigBlk"))
+        return bool(int(mask, 16) >> (number - 1) & 1)
+
     def wait_for(self, happened: Callable[[], bool], *, limit: float = 120) -> bool:
         """Whether it happened while all ranks ran."""
         deadline = time.monotonic() + limit

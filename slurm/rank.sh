@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# One task of srun becomes one rank: srun slurm/rank.sh python launch/train.py ...
+# MASTER_ADDR and MASTER_PORT come from slurm/setup.sh.
+set -euo pipefail
+
+# Tasks of each node: 8, or 8(x4) for four such nodes. The mesh needs nodes that are alike.
+if ! [[ $SLURM_STEP_TASKS_PER_NODE =~ ^([0-9]+)(\(x[0-9]+\))?$ ]]; then
+  echo "rank.sh: error: tasks per node are $SLURM_STEP_TASKS_PER_NODE; allowed: as many on each (--ntasks-per-node)" >&2
+  exit 2
+fi
+export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_STEP_NUM_TASKS
+export LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=${BASH_REMATCH[1]}
+# Where a log is appended to, also where this start begins.
+echo "rank $RANK of $WORLD_SIZE on $SLURMD_NODENAME" >&2
+exec "$@"
