@@ -32,7 +32,7 @@ def kept_by_recompute(work: Workload) -> Terms:
 
 
 def kept_gate_up(work: Workload, *, of_last_layer: bool = True) -> Terms:
-    """Gate and up of the layers' MLPs, of a MLP without a gate what stands before its activation; with experts that of
+    """Gate and up of the layers' MLPs, of an MLP without a gate what stands before its activation; with experts that of
     the MLP beside them.
 
     of_last_layer: whether the last layer still has its own. Where some layers have experts the last is one of these.

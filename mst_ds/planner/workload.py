@@ -90,7 +90,7 @@ class Workload:
 
     @property
     def can_keep_mlp(self) -> bool:
-        """Whether the model has MLPs that can keep gate and up: experts cannot, nor can a MLP with adapters inside."""
+        """Whether the model has MLPs that can keep gate and up: experts cannot, nor can an MLP with adapters inside."""
         experts, trained = self.shape.experts, self.shape.trained.mlp
         has_mlps = self.shape.num_dense_layers or (experts is not None and experts.shared_intermediate_size)
         return bool(has_mlps) and (trained is None or trained == 0)
