@@ -336,14 +336,14 @@ def test_settings_to_try() -> None:
 
 def test_settings_that_the_json_rules_out_are_not_tried() -> None:
     tried = settings_to_try(MstConfig(sp_size=1, mlp_chunks=1, recompute=False), packed=False)
-    assert [(setting.sp_size, setting.mlp_chunks, setting.loss_chunks) for setting in tried] == [
-        (1, 1, 1),
-        (1, 1, 4),
-        (1, 1, 64),
+    assert [(setting.sp_size, setting.mlp_chunks, setting.loss_chunks, setting.keep_mlp) for setting in tried] == [
+        (1, 1, 1, False),
+        (1, 1, 4, True),
+        (1, 1, 4, False),
+        (1, 1, 64, False),
     ]
     assert not any(setting.recompute or setting.packed for setting in tried)
     assert not any(setting.keep_attention or setting.offload_activations for setting in tried)
-    assert all(setting.keep_mlp for setting in tried if setting.loss_chunks == 4)
     kept = settings_to_try(MstConfig(keep_mlp=True), packed=True)
     assert all(setting.keep_mlp and not setting.recompute for setting in kept)
     assert not any(setting.keep_mlp for setting in settings_to_try(MstConfig(keep_mlp=False), packed=True))
