@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mst_ds
 from mst_ds.config import GIB
+from mst_ds.planner import DEFAULT_RESERVE, gpu_of_device
 
 IGNORE_INDEX = -100
 
@@ -149,8 +151,22 @@ def _mst_ds_offload(name: str, model: Any, work: Work) -> Contender:
 
 
 def _mst_ds_no_recompute(name: str, model: Any, work: Work) -> Contender:
-    """What the planner chooses where a step fits without recompute."""
-    return _mst_ds(name, model, work, recompute=False, keep_attention="auto", offload_activations="auto")
+    """Without recompute, but gate and up are computed again."""
+    without = {"recompute": False, "keep_attention": "auto", "offload_activations": "auto", "keep_mlp": False}
+    return _mst_ds(name, model, work, **without)
+
+
+def _mst_ds_planned(name: str, model: Any, work: Work) -> Contender:
+    """What a user gets who sets nothing: all settings and chunk counts planned for the memory of the device."""
+    device, config = model.device, model.config
+    bf16 = next(model.parameters()).dtype == torch.bfloat16
+    memory: dict[str, Any] = {"device_memory": psutil.virtual_memory().total}
+    if device.type == "cuda":
+        of_device = torch.cuda.get_device_properties(device).total_memory
+        gpu = gpu_of_device(torch.cuda.get_device_name(device), of_device)
+        memory = {"device_memory": of_device, "reserve": DEFAULT_RESERVE, "gpu": gpu}
+    plan = mst_ds.make_plan(config, {"bf16": {"enabled": bf16}}, world_size=1, seq_len=work.seq_len, **memory)
+    return Contender(name, mst_ds.apply_plan(model, plan), plan)
 
 
 def _mst_ds_one_chunk(name: str, model: Any, work: Work) -> Contender:
@@ -167,6 +183,7 @@ CONTENDERS: dict[str, Callable[[str, Any, Work], Contender]] = {
     "mst_ds, offload": _mst_ds_offload,
     "mst_ds, no recompute": _mst_ds_no_recompute,
     "mst_ds, one chunk": _mst_ds_one_chunk,
+    "mst_ds, planned": _mst_ds_planned,
 }
 
 

@@ -287,8 +287,9 @@ class MstConfig:
     sp_size: ranks that share one sequence. mlp_chunks, loss_chunks: chunks per rank. recompute: drop a
     layer's activations and compute them again in the backward; "auto": where they do not fit, or where one of the
     next two is True. keep_attention: but not the attention's output, so that attention runs once. offload_activations:
-    what recompute keeps lies on the host. head_groups: groups of heads that attention is worked through in where the
-    sequence is sharded. device_memory_gib: memory to plan for. reserve_gib: of that, what tensors cannot have.
+    what recompute keeps lies on the host. keep_mlp: without recompute, keep an MLP's gate and up too, so that nothing
+    is computed twice. head_groups: groups of heads that attention is worked through in where the sequence is sharded.
+    device_memory_gib: memory to plan for. reserve_gib: of that, what tensors cannot have.
     """
 
     sp_size: int | Auto = AUTO
@@ -297,6 +298,7 @@ class MstConfig:
     recompute: bool | Auto = AUTO
     keep_attention: bool | Auto = AUTO
     offload_activations: bool | Auto = AUTO
+    keep_mlp: bool | Auto = AUTO
     head_groups: int | Auto = AUTO
     attention: str = AUTO
     device_memory_gib: float | Auto = AUTO
@@ -308,7 +310,7 @@ class MstConfig:
 
         Raises:
             ValueError: not a mapping, an unknown key, a value of the wrong type or range, or a setting of what
-                recompute keeps without recompute.
+                recompute keeps without recompute, or of what only layers without it keep with it.
         """
         if not isinstance(block, Mapping):
             raise ValueError(f"'mst' is {block!r}; allowed: an object with the keys {', '.join(_MST_CHECKS)}")
@@ -325,6 +327,13 @@ class MstConfig:
                     raise ValueError(
                         f"{key} in 'mst' is True, but recompute is False and layers keep everything; "
                         f"allowed: 'auto' or false, or recompute true"
+                    )
+        if block.get("keep_mlp") is True:
+            for key in ("recompute", "keep_attention", "offload_activations"):
+                if block.get(key) is True:
+                    raise ValueError(
+                        f"keep_mlp in 'mst' is True, but so is {key}, with which layers are computed again; "
+                        f"allowed: 'auto' or false, or {key} false"
                     )
         return cls(**block)
 
@@ -352,6 +361,7 @@ _MST_CHECKS: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "recompute": (_is_bool, "true or false"),
     "keep_attention": (_is_bool, "true or false"),
     "offload_activations": (_is_bool, "true or false"),
+    "keep_mlp": (_is_bool, "true or false"),
     "head_groups": (_is_count, "a whole number >= 1"),
     "attention": (lambda value: value in ATTENTION_IMPLEMENTATIONS, " or ".join(ATTENTION_IMPLEMENTATIONS)),
     "device_memory_gib": (_is_positive_number, "a number > 0"),

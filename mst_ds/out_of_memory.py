@@ -19,6 +19,7 @@ _REMEDIES = (
     ("gathered_", "a larger head_groups or sp_size in the 'mst' block"),
     ("all_to_all_buffers", "a larger head_groups in the 'mst' block"),
     ("layer_inputs", "offload_activations true in the 'mst' block, or recompute true"),
+    ("kept_gate_up", "keep_mlp false in the 'mst' block"),
     ("kept_", "offload_activations true in the 'mst' block"),
     ("parameters", "a higher ZeRO stage, more ranks, or offload_param"),
     ("gradients", "a higher ZeRO stage, more ranks, or offload_optimizer"),

@@ -243,9 +243,9 @@ def _require_agreement(plan: Plan, group: ProcessSequenceGroup) -> None:
 
 def _chunk_mlp(mlp: Chunkable, plan: Plan, recompute: LayerRecompute, undo: _Undo) -> None:
     if isinstance(mlp, MlpStructure):
-        chunked: Callable[..., Tensor] = functools.partial(_mlp_forward, mlp, 1, recompute)
+        chunked: Callable[..., Tensor] = functools.partial(_mlp_forward, mlp, recompute, plan.keep_mlp)
     elif isinstance(mlp, ExpertsStructure):
-        chunked = functools.partial(_mlp_forward, mlp, 3, recompute)
+        chunked = functools.partial(_experts_forward, mlp, recompute)
     else:
         chunked = functools.partial(_tokenwise_forward, mlp, recompute)
     undo.set_attribute(mlp.module, "forward", functools.partial(chunked, mlp.module.forward, plan.mlp_chunks))
@@ -319,16 +319,28 @@ def _rotary_forward(
 
 
 def _mlp_forward(
-    mlp: MlpStructure | ExpertsStructure,
-    num_inputs: int,
+    mlp: MlpStructure,
+    recompute: LayerRecompute,
+    keep: bool,
+    original: Callable[..., Tensor],
+    chunks: int,
+    *args: Tensor,
+    **kwargs: Tensor,
+) -> Tensor:
+    (hidden_states,) = _inputs(mlp.module, original, 1, args, kwargs)
+    return mlp.run(chunks, hidden_states, keep=keep, is_recomputing=recompute.is_recomputing)
+
+
+def _experts_forward(
+    experts: ExpertsStructure,
     recompute: LayerRecompute,
     original: Callable[..., Tensor],
     chunks: int,
     *args: Tensor,
     **kwargs: Tensor,
 ) -> Tensor:
-    inputs = _inputs(mlp.module, original, num_inputs, args, kwargs)
-    return mlp.run(chunks, *inputs, is_recomputing=recompute.is_recomputing)
+    inputs = _inputs(experts.module, original, 3, args, kwargs)
+    return experts.run(chunks, *inputs, is_recomputing=recompute.is_recomputing)
 
 
 def _norm_forward(norm: NormStructure, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

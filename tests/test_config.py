@@ -189,6 +189,7 @@ def test_mst_values_are_kept():
         "recompute": True,
         "keep_attention": True,
         "offload_activations": False,
+        "keep_mlp": False,
         "head_groups": 2,
         "attention": "sdpa",
         "device_memory_gib": 79.5,
@@ -212,6 +213,11 @@ def test_mst_values_are_kept():
         *(
             ({"recompute": False, key: True}, f"{key} in 'mst' is True, but recompute is False .*; allowed: 'auto' or")
             for key in ("keep_attention", "offload_activations")
+        ),
+        ({"keep_mlp": "all"}, "keep_mlp in 'mst' is 'all'; allowed: 'auto' or true or false"),
+        *(
+            ({"keep_mlp": True, key: True}, f"keep_mlp in 'mst' is True, but so is {key}, .*; allowed: 'auto' or false")
+            for key in ("recompute", "keep_attention", "offload_activations")
         ),
         (
             {"attention": "eager"},

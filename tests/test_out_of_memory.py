@@ -40,7 +40,12 @@ CASES = {
     "mlp": ("backward", {"mlp_chunks": 1, "recompute": True, "offload_activations": True}, "a larger mlp_chunks"),
     "loss": ("loss", {"loss_chunks": 1, "recompute": True}, "a larger loss_chunks"),
     "kept": ("forward", {"recompute": True, "keep_attention": True}, "offload_activations true"),
-    "everything": ("forward", {"recompute": False}, "offload_activations true in the 'mst' block, or recompute true"),
+    "everything": (
+        "forward",
+        {"recompute": False, "keep_mlp": False},
+        "offload_activations true in the 'mst' block, or recompute true",
+    ),
+    "gate and up": ("forward", {"keep_mlp": True}, "keep_mlp false in the 'mst' block"),
     "states": ("optimizer_step", {}, "a higher ZeRO stage, more ranks, or offload_optimizer"),
 }
 

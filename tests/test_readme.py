@@ -167,7 +167,7 @@ def test_flags_and_mst_keys_of_the_tables() -> None:
     assert flags <= vars(TrainConfig()).keys()
     keys = {name for name in names if not name.startswith("--")}
     load_ds_config({"mst": dict.fromkeys(keys, "auto")})
-    assert len(keys) == 10
+    assert len(keys) == 11
 
 
 def paths_named(page: Path) -> Iterator[str]:

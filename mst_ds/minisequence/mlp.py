@@ -1,4 +1,4 @@
-"""Chunked MLP: no tensor of intermediate size is ever alive for more than one chunk."""
+"""Chunked MLP: only what is kept on request is of intermediate size for more than one chunk."""
 
 from __future__ import annotations
 
@@ -36,14 +36,15 @@ def chunked_mlp(
     down_bias: Tensor | None = None,
     gate_in_up: bool = False,
     transposed: bool = False,
+    keep: bool = False,
     is_recomputing: bool = False,
 ) -> Tensor:
     """`down(activation(gate(x)) * up(x))`, or `down(activation(up(x)))` without a gate, worked through in chunks.
 
-    The MLP half of MsT (arXiv 2407.15892, section 3.2). The forward keeps only `hidden_states`; the backward computes
-    gate and up again for each chunk, never the down projection. Weight gradients are summed over chunks in fp32 (fp64
-    for biases and for fp64 weights), leave through autograd once, and are rounded to the weight's dtype once. The loop
-    contains no collective, so ranks may use different chunk counts.
+    The MLP half of MsT (arXiv 2407.15892, section 3.2). Unless `keep` says otherwise the forward keeps only
+    `hidden_states`, and the backward computes gate and up again for each chunk, never the down projection. Weight
+    gradients are summed over chunks in fp32 (fp64 for biases and for fp64 weights), leave through autograd once, and
+    are rounded to the weight's dtype once. The loop contains no collective, so ranks may use different chunk counts.
 
     Args:
         hidden_states: (..., H). Chunks are taken over all leading dimensions flattened.
@@ -57,6 +58,8 @@ def chunked_mlp(
         gate_in_up: the gate's rows come first in `up_weight`, (2 I, H), and in `up_bias`, (2 I,), as in Phi-3; the
             gate's own weight and bias are None.
         transposed: weights are (inputs, outputs), as in GPT-2: (H, I) or (H, 2 I) up and (I, H) down.
+        keep: the forward keeps gate and up too (without a gate, up), each (tokens, I); the backward computes nothing
+            again and returns the same, bit for bit.
         is_recomputing: torch.utils.checkpoint computes the layer again, and ends with the last tensor that its backward
             needs; so the output is computed only if it goes on after this call.
 
@@ -64,13 +67,15 @@ def chunked_mlp(
         (..., H), the dtype of `hidden_states` (under autocast: the autocast dtype).
 
     Raises:
-        ValueError: `chunks` below 1, a gate both in `gate_weight` and in `up_weight`, or a weight that ZeRO-3 has not
-            gathered.
+        ValueError: `chunks` below 1, a gate both in `gate_weight` and in `up_weight`, `keep` with `is_recomputing`, or
+            a weight that ZeRO-3 has not gathered.
     """
     if chunks < 1:
         raise ValueError(f"chunks must be at least 1, got {chunks}")
     if gate_in_up and (gate_weight is not None or gate_bias is not None):
         raise ValueError("gate_in_up says that up_weight holds the gate: gate_weight and gate_bias must be None")
+    if keep and is_recomputing:
+        raise ValueError("keep says that nothing is computed again, is_recomputing that it is: one must be False")
     for name, weight in (
         ("gate_weight", gate_weight),
         ("up_weight", up_weight),
@@ -81,12 +86,13 @@ def chunked_mlp(
     device = hidden_states.device
     tensors = (hidden_states, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias)
     cast = [cast_for_autocast(tensor, device) for tensor in tensors]
-    work = _Work(activation, chunks, _Layout(gate_in_up, transposed))
+    has_backward = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in cast)
+    work = _Work(activation, chunks, _Layout(gate_in_up, transposed), keep and has_backward)
     with autocast_disabled(device):
         output: Tensor = _ChunkedMLP.apply(work, not is_recomputing, *cast)
         if is_recomputing:
             with torch.no_grad():
-                _compute(work, output, *cast)
+                _compute(work, output, (), *cast)
     return output
 
 
@@ -117,6 +123,17 @@ class _Work(NamedTuple):
     activation: Activation
     chunks: int
     layout: _Layout
+    keeps: bool
+
+
+class _KeptRows:
+    """A chunk's rows of what is kept, where `Scratch` has memory that the next chunk uses again."""
+
+    def __init__(self, kept: Sequence[Tensor], rows: slice) -> None:
+        self._rows_of = {name: tensor[rows] for name, tensor in zip(("inner", "up"), kept, strict=False)}
+
+    def empty(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        return self._rows_of[name]
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
@@ -125,29 +142,35 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None =
     return torch.addmm(bias, x, weight.t(), out=out)
 
 
-def _project(scratch: Scratch, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _linear(x, weight, bias, out=scratch.empty(name, (len(x), len(weight)), x.dtype, x.device))
+def _project(memory: Scratch | _KeptRows, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _linear(x, weight, bias, out=memory.empty(name, (len(x), len(weight)), x.dtype, x.device))
 
 
-def _compute(work: _Work, output: Tensor, *inputs: Tensor | None) -> None:
+def _compute(work: _Work, output: Tensor, kept: Sequence[Tensor], *inputs: Tensor | None) -> None:
+    """Writes the output, and what stands before the activation and what that is multiplied with to `kept`, if these are
+    given."""
     hidden_states, *parameters = inputs
     assert hidden_states is not None
-    activation, chunks, layout = work
-    gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias = layout.split(layout.oriented(parameters))
+    gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias = work.layout.split(
+        work.layout.oriented(parameters)
+    )
     assert up_weight is not None
     assert down_weight is not None
     x, flat = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (hidden_states, output))
     scratch = Scratch()
-    for rows in chunk_slices(x.shape[0], chunks):
-        # At most two tensors of intermediate size are alive: the up projection is written over the gate's output.
+    for rows in chunk_slices(x.shape[0], work.chunks):
+        memory = _KeptRows(kept, rows) if kept else scratch
+        # Beside what is kept, at most two tensors of intermediate size are alive: the up projection is written over the
+        # gate's output.
         if gate_weight is None:
-            product = activation(_project(scratch, "inner", x[rows], up_weight, up_bias))
+            product = work.activation(_project(memory, "inner", x[rows], up_weight, up_bias))
         else:
-            inner = _project(scratch, "inner", x[rows], gate_weight, gate_bias)
-            product = activation(inner)
+            inner = _project(memory, "inner", x[rows], gate_weight, gate_bias)
+            product = work.activation(inner)
             # An activation may return what it was given.
             is_inner = product.untyped_storage()._cdata == inner.untyped_storage()._cdata
-            product.mul_(_project(scratch, "up" if is_inner else "inner", x[rows], up_weight, up_bias))
+            up = _project(memory, "up" if is_inner or kept else "inner", x[rows], up_weight, up_bias)
+            product = torch.mul(product, up, out=None if is_inner and kept else product)
         _linear(product, down_weight, down_bias, out=flat[rows])
         del product
 
@@ -155,22 +178,28 @@ def _compute(work: _Work, output: Tensor, *inputs: Tensor | None) -> None:
 class _ChunkedMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, work: _Work, computes: bool, hidden_states: Tensor, *parameters: Tensor | None) -> Tensor:
-        ctx.save_for_backward(hidden_states, *parameters)
-        ctx.work = work
         down_weight = work.layout.oriented(parameters)[2]
         assert down_weight is not None
         # Not a view: models may add to it in place.
         output = hidden_states.new_empty(*hidden_states.shape[:-1], down_weight.shape[0])
+        kept = []
+        if work.keeps:
+            is_gated = work.layout.gate_in_up or parameters[0] is not None
+            shape = hidden_states.shape[:-1].numel(), down_weight.shape[1]
+            kept = [hidden_states.new_empty(shape) for _ in range(2 if is_gated else 1)]
+        ctx.save_for_backward(hidden_states, *parameters, *kept)
+        ctx.work = work
         if computes:
-            _compute(work, output, hidden_states, *parameters)
+            _compute(work, output, kept, hidden_states, *parameters)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_states, *parameters = ctx.saved_tensors
         needs = ctx.needs_input_grad[2:]
-        activation, chunks, layout = ctx.work
+        work: _Work = ctx.work
+        saved = ctx.saved_tensors
+        (hidden_states, *parameters), kept = saved[: len(needs)], saved[len(needs) :]
         with autocast_disabled(hidden_states.device):
             x = hidden_states.reshape(-1, hidden_states.shape[-1])
             dy = grad_output.reshape(-1, grad_output.shape[-1])
@@ -179,10 +208,10 @@ class _ChunkedMLP(torch.autograd.Function):
                 zeros_for_accumulation(parameter) if needed else None
                 for parameter, needed in zip(parameters, needs[1:], strict=True)
             ]
-            tensors = layout.oriented(parameters), layout.oriented(sums), Scratch()
-            for rows in chunk_slices(x.shape[0], chunks):
+            tensors = work.layout.oriented(parameters), work.layout.oriented(sums), Scratch()
+            for rows in chunk_slices(x.shape[0], work.chunks):
                 d_rows = dx[rows] if dx is not None else None
-                _backward_chunk(activation, layout, x[rows], dy[rows], d_rows, *tensors)
+                _backward_chunk(work, x[rows], dy[rows], d_rows, [tensor[rows] for tensor in kept], *tensors)
             del tensors  # the scratch is not needed while the sums are rounded
         grads = (
             total.to(parameter.dtype) if total is not None else None
@@ -192,26 +221,29 @@ class _ChunkedMLP(torch.autograd.Function):
 
 
 def _backward_chunk(
-    activation: Activation,
-    layout: _Layout,
+    work: _Work,
     x: Tensor,
     dy: Tensor,
     dx: Tensor | None,
+    kept: Sequence[Tensor],
     parameters: list[Tensor | None],
     sums: list[Tensor | None],
     scratch: Scratch,
 ) -> None:
     """Add one chunk's parameter gradients to `sums` and write its input gradient to `dx`.
 
-    The order below never has more than five tensors of intermediate size alive, and writes over each as soon as its
-    value is not needed again.
+    The order below never has more than five tensors of intermediate size alive, four beside what is kept, and writes
+    over each as soon as its value is not needed again; but not over what is kept, which a retained graph reads again.
     """
-    gate_weight, up_weight, down_weight, gate_bias, up_bias, _ = layout.split(parameters)
+    gate_weight, up_weight, down_weight, gate_bias, up_bias, _ = work.layout.split(parameters)
     d_down_weight, d_down_bias = sums[2], sums[5]
     assert up_weight is not None
     assert down_weight is not None
 
-    if gate_weight is None:
+    up: Tensor | None
+    if kept:
+        inner, up = kept[0], kept[1] if len(kept) == 2 else None
+    elif gate_weight is None:
         inner, up = _project(scratch, "inner", x, up_weight, up_bias), None
     else:
         inner = _project(scratch, "inner", x, gate_weight, gate_bias)
@@ -220,7 +252,7 @@ def _backward_chunk(
     with torch.enable_grad():
         # Autograd is told of this chunk's tensor, not of the memory under it.
         inner = inner.detach().requires_grad_()
-        activated = activation(inner)
+        activated = work.activation(inner)
     product = activated.detach()
     d_inner_out = scratch.empty("d_inner_out", (len(dy), down_weight.shape[1]), dy.dtype, dy.device)
     torch.mm(dy, down_weight, out=d_inner_out)
@@ -228,7 +260,7 @@ def _backward_chunk(
     if up is not None:
         d_up = torch.mul(d_inner_out, product, out=scratch.empty("d_up", product.shape, dy.dtype, dy.device))
         d_inner_out.mul_(up)
-        product = up.mul_(product)
+        product = torch.mul(up, product, out=None if kept else up)
     if d_down_weight is not None:
         add_outer_products(d_down_weight, dy, product)
     if d_down_bias is not None:
@@ -238,7 +270,7 @@ def _backward_chunk(
     del activated, inner, d_inner_out
 
     grads = [d_inner] if d_up is None else [d_inner, d_up]
-    if layout.gate_in_up:
+    if work.layout.gate_in_up:
         grads = [torch.cat(grads, dim=1)]
     # By the stored weights, so that an input gradient that is one product is rounded once.
     stored = zip(*(tensors[2 - len(grads) : 2] for tensors in (parameters[:3], sums[:3], sums[3:])), strict=True)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from mst_ds.planner.cost import step_seconds
-from mst_ds.planner.flops import recomputed_flops
+from mst_ds.planner.flops import flops_computed_again
 from mst_ds.planner.gpus import Gpu
 from mst_ds.planner.kept import copied_bytes
 from mst_ds.planner.phases import step_phases
@@ -17,13 +17,16 @@ from mst_ds.planner.workload import Workload
 def describe_choices(work: Workload, *, mlp_chunks: int, loss_chunks: int, gpu: Gpu | None) -> tuple[Choice, ...]:
     """Each setting against its opposite, or against one group of heads, with everything else as it is.
 
-    The opposite of no recompute is its fastest kind, which keeps attention on the device.
+    The opposite of no recompute is its fastest kind, which keeps attention on the device; that of recompute computes
+    gate and up again as it does.
     """
-    other_recompute = {"keep_attention": not work.recompute, "offload_activations": False}
+    other_recompute = {"keep_attention": not work.recompute, "offload_activations": False, "keep_mlp": False}
     opposites: dict[str, dict[str, Any]] = {"recompute": {"recompute": not work.recompute} | other_recompute}
     if work.recompute:
         opposites["keep_attention"] = {"keep_attention": not work.keep_attention}
         opposites["offload_activations"] = {"offload_activations": not work.offload_activations}
+    elif work.can_keep_mlp:
+        opposites["keep_mlp"] = {"keep_mlp": not work.keep_mlp}
     if work.sp_size > 1:
         opposites["head_groups"] = {"head_groups": 1}
 
@@ -42,7 +45,7 @@ def describe_choices(work: Workload, *, mlp_chunks: int, loss_chunks: int, gpu: 
                 value=getattr(work, setting),
                 device_bytes=device_bytes - other_device_bytes,
                 host_bytes=host_bytes - other_host_bytes,
-                flops=recomputed_flops(work) - recomputed_flops(other),
+                flops=flops_computed_again(work) - flops_computed_again(other),
                 copied_bytes=copied_bytes(work) - copied_bytes(other),
                 seconds=None if gpu is None else step_seconds(work, gpu) - step_seconds(other, gpu),
             )

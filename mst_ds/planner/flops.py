@@ -26,12 +26,15 @@ def _flops_of_pairs(work: Workload, pairs: int) -> int:
     return 2 * work.zero.micro_batch_size * pairs * width
 
 
-def recomputed_flops(work: Workload) -> int:
-    """What recompute computes a second time: projections and, unless it is kept, attention. The MLP's forward only
-    where a norm of its output needs that."""
+def flops_computed_again(work: Workload) -> int:
+    """What is computed a second time. In the MLP's backward gate and up, unless they are kept; with recompute
+    projections and, unless it is kept, attention, the MLP's forward only where a norm of its output needs that."""
+    inner, matrices = (2, 3) if work.shape.gated_mlp else (1, 2)
+    kept = _dense_mlp_flops(work) if work.keep_mlp else 0
+    again = (_mlp_flops(work) - kept) * inner // matrices
     if not work.recompute:
-        return 0
-    again = _projection_flops(work)
+        return again
+    again += _projection_flops(work)
     if work.shape.norms.post_norms:
         again += _mlp_flops(work)
     if not work.keep_attention:
@@ -40,7 +43,7 @@ def recomputed_flops(work: Workload) -> int:
 
 
 def micro_batch_flops(work: Workload) -> int:
-    """Forward, backward, and what is computed a second time: by recompute, and gate and up in the MLP's backward.
+    """Forward, backward, and what is computed a second time.
 
     A backward of matrix products is twice their forward, less the gradients of weights that are not trained; that of
     attention 2.5 times, as kernels compute its scores again.
@@ -48,10 +51,8 @@ def micro_batch_flops(work: Workload) -> int:
     shape = work.shape
     head = 2 * work.tokens * shape.hidden_size * shape.vocab_size
     forward = _projection_flops(work) + _mlp_flops(work) + head
-    inner, matrices = (2, 3) if shape.gated_mlp else (1, 2)
-    again = _mlp_flops(work) * inner // matrices + recomputed_flops(work)
     of_weights = forward if shape.is_trained_whole else 2 * work.tokens * (shape.trained.all - shape.trained.embedding)
-    return 2 * forward + of_weights + 7 * attention_forward_flops(work) // 2 + again
+    return 2 * forward + of_weights + 7 * attention_forward_flops(work) // 2 + flops_computed_again(work)
 
 
 def _projection_flops(work: Workload) -> int:
@@ -64,9 +65,22 @@ def _projection_flops(work: Workload) -> int:
 
 def _mlp_flops(work: Workload) -> int:
     """The forward of all layers' MLPs; of experts those that a token is routed to."""
+    experts = work.shape.experts
+    if experts is None:
+        return _dense_mlp_flops(work)
+    routed = experts.num_sparse_layers * experts.num_experts_per_tok * experts.intermediate_size
+    return _dense_mlp_flops(work) + _flops_of_mlps(work, routed)
+
+
+def _dense_mlp_flops(work: Workload) -> int:
+    """The forward of the MLPs that every token goes through."""
     shape, experts = work.shape, work.shape.experts
     widths = shape.num_dense_layers * shape.intermediate_size
     if experts is not None:
-        of_token = experts.num_experts_per_tok * experts.intermediate_size + experts.shared_intermediate_size
-        widths += experts.num_sparse_layers * of_token
-    return 2 * work.tokens * (3 if shape.gated_mlp else 2) * shape.hidden_size * widths
+        widths += experts.num_sparse_layers * experts.shared_intermediate_size
+    return _flops_of_mlps(work, widths)
+
+
+def _flops_of_mlps(work: Workload, widths: int) -> int:
+    """widths: the intermediate sizes of all layers, added up."""
+    return 2 * work.tokens * (3 if work.shape.gated_mlp else 2) * work.shape.hidden_size * widths

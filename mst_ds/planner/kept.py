@@ -31,6 +31,34 @@ def kept_by_recompute(work: Workload) -> Terms:
     return (*in_flight, *kept_on_host(work))
 
 
+def kept_gate_up(work: Workload, *, of_last_layer: bool = True) -> Terms:
+    """Gate and up of the layers' MLPs, of an MLP without a gate what stands before its activation; with experts that of
+    the MLP beside them.
+
+    of_last_layer: whether the last layer still has its own. Where some layers have experts the last is one of these.
+    """
+    if not work.keep_mlp:
+        return ()
+    shape, experts = work.shape, work.shape.experts
+    layers = {"kept_gate_up": (shape.num_dense_layers, shape.intermediate_size)}
+    if experts is not None:
+        layers["kept_gate_up_beside_experts"] = experts.num_sparse_layers, experts.shared_intermediate_size
+    last = list(layers)[-1]
+    terms = (
+        product_term(
+            name,
+            "device",
+            ("layers", count if of_last_layer or name != last else count - 1),
+            ("tensors", 2 if shape.gated_mlp else 1),
+            ("tokens", work.tokens),
+            ("intermediate_size", width),
+            ("bytes", work.zero.dtype_bytes),
+        )
+        for name, (count, width) in layers.items()
+    )
+    return tuple(term for term in terms if term.bytes)
+
+
 def kept_on_host(work: Workload) -> Terms:
     """The blocks of pinned memory, which torch's allocator of it rounds up to a power of two, and never gives back."""
     if not (work.recompute and work.offload_activations):

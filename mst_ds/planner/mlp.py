@@ -49,12 +49,13 @@ def mlp_steps(work: Workload, chunks: int, *, backward: bool) -> tuple[MlpStep, 
 
 def _dense_steps(work: Workload, chunks: int, intermediate_size: int, *, backward: bool) -> tuple[MlpStep, ...]:
     """Forward: gate and up, the product written over the gate. Backward: gate, up, the product, two gradients; at its
-    end the weights' gradients in 16 bits beside their sums in fp32."""
+    end the weights' gradients in 16 bits beside their sums in fp32. One less in both where gate and up are kept."""
     matrices, backward_tensors = (3, 5) if work.shape.gated_mlp else (2, 4)
+    tensors = (backward_tensors if backward else 2) - work.keep_mlp
     chunk = product_term(
         "mlp_chunk",
         "device",
-        ("tensors", backward_tensors if backward else 2),
+        ("tensors", tensors),
         ("chunk tokens", work.chunk_tokens(chunks)),
         ("intermediate_size", intermediate_size),
         ("bytes", work.zero.dtype_bytes),

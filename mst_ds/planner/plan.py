@@ -110,6 +110,7 @@ def plan_of_request(request: Request) -> Plan:
         recompute=work.recompute,
         keep_attention=work.keep_attention,
         offload_activations=work.offload_activations,
+        keep_mlp=work.keep_mlp,
         head_groups=work.head_groups,
         attention=work.attention,
         device_memory=device_memory,

@@ -47,7 +47,7 @@ def _decisions(plan: Plan) -> str:
 
 def _kept(plan: Plan) -> str:
     if not plan.recompute:
-        return "recompute off, "
+        return f"recompute off, {'gate and up kept, ' if plan.keep_mlp else ''}"
     kept = "layer inputs and attention" if plan.keep_attention else "layer inputs"
     return f"recompute on, {kept} kept on the {'host' if plan.offload_activations else 'device'}, "
 

@@ -6,11 +6,13 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from operator import itemgetter
+from typing import Any
 
 from mst_ds.config import AUTO, Auto, MstConfig
 from mst_ds.planner import activations
 from mst_ds.planner.cost import step_seconds
 from mst_ds.planner.gpus import DEFAULT_GPU, Gpu
+from mst_ds.planner.kept import kept_gate_up
 from mst_ds.planner.phases import layer_phase, loss_phase, mlp_moments, rest_of_layer_moment, step_phases
 from mst_ds.planner.types import Phase, total_bytes
 from mst_ds.planner.workload import Workload
@@ -18,13 +20,15 @@ from mst_ds.planner.workload import Workload
 # Below this length the matrices of a chunk are too small to keep an accelerator busy.
 MIN_CHUNK_TOKENS = 256
 
-# What layers keep: (recompute, keep_attention, offload_activations). Of those that are equally fast the first is taken.
+# What layers keep. Of the settings that are equally fast the first is taken.
+_KEPT_SETTINGS = ("recompute", "keep_attention", "offload_activations", "keep_mlp")
 _KEPT = (
-    (False, False, False),
-    (True, True, False),
-    (True, True, True),
-    (True, False, False),
-    (True, False, True),
+    (False, False, False, True),
+    (False, False, False, False),
+    (True, True, False, False),
+    (True, True, True, False),
+    (True, False, False, False),
+    (True, False, True, False),
 )
 
 
@@ -50,10 +54,10 @@ def choose_settings(
     fewest groups of heads.
 
     Where nothing fits it is those with the lowest peak, of equal ones those with recompute. What the user set stays;
-    kept attention or offload that the user asks for means recompute.
+    kept attention or offload that the user asks for means recompute, kept gate and up mean none, if the model has any.
 
     Args:
-        work: whose `recompute`, `keep_attention`, `offload_activations` and `head_groups` are not read.
+        work: whose `recompute`, `keep_attention`, `offload_activations`, `keep_mlp` and `head_groups` are not read.
         device_memory: bytes of this rank's device, which its chunk counts follow from.
         host_memory: bytes of the host that this rank may use; None: not known, and nothing is kept there by choice.
         gpu: whose rates predict.
@@ -62,7 +66,7 @@ def choose_settings(
     """
     least = device_memory if least_device_memory is None else least_device_memory
     fitting: list[tuple[float, Workload]] = []
-    others: list[tuple[tuple[int, bool], Workload]] = []
+    others: list[tuple[tuple[int, bool, bool], Workload]] = []
     for candidate in _candidates(work, mst):
         phases = step_phases(candidate, **_chunks(candidate, mst, least))
         if not _may_offload(candidate, mst, phases, host_memory):
@@ -71,7 +75,7 @@ def choose_settings(
         if peak <= least and _host_has_room(phases, host_memory):
             fitting.append((step_seconds(candidate, gpu), candidate))
         else:
-            others.append(((peak, not candidate.recompute), candidate))
+            others.append(((peak, not candidate.recompute, candidate.keep_mlp), candidate))
     # Python's min takes the first of equals. What is kept on the device is always a candidate.
     best = min(fitting, key=itemgetter(0))[1] if fitting else min(others, key=itemgetter(0))[1]
     return Settings(best, **_chunks(best, mst, device_memory))
@@ -112,14 +116,14 @@ def _host_has_room(phases: tuple[Phase, ...], host_memory: int | None) -> bool:
 
 
 def _candidates(work: Workload, mst: MstConfig) -> Iterator[Workload]:
-    given = mst.recompute, mst.keep_attention, mst.offload_activations
+    given = [getattr(mst, name) for name in _KEPT_SETTINGS]
+    if not work.can_keep_mlp:
+        given[-1] = False
     for values in _KEPT:
         if any(asked not in (AUTO, value) for asked, value in zip(given, values, strict=True)):
             continue
-        recompute, keep_attention, offload_activations = values
-        kept = replace(
-            work, recompute=recompute, keep_attention=keep_attention, offload_activations=offload_activations
-        )
+        settings: dict[str, Any] = dict(zip(_KEPT_SETTINGS, values, strict=True))
+        kept = replace(work, **settings)
         for count in _head_groups(kept, mst.head_groups):
             yield replace(kept, head_groups=count)
 
@@ -182,10 +186,14 @@ def _mlp_is_not_the_peak(work: Workload, chunks: int) -> bool:
     return all(
         total_bytes(step.terms) <= total_bytes(rest_of_layer_moment(work, backward=backward))
         # Where the unchunked part alone is larger than the rest, more chunks than this gain little.
-        or total_bytes(step.chunk) <= total_bytes(step.rest)
+        or total_bytes(step.chunk) <= total_bytes(step.rest) + _kept_by_last_mlp(work)
         for backward in (False, True)
         for step in mlp_moments(work, chunks, backward=backward)
     )
+
+
+def _kept_by_last_mlp(work: Workload) -> int:
+    return total_bytes(kept_gate_up(work)) - total_bytes(kept_gate_up(work, of_last_layer=False))
 
 
 def _loss_is_not_the_peak(work: Workload, chunks: int, mlp_chunks: int) -> bool:

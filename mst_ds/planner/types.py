@@ -80,8 +80,8 @@ class Choice:
 class Plan:
     """What one rank does, and what it costs. Lengths are in tokens, memory in bytes.
 
-    recompute, keep_attention, offload_activations, head_groups: see `MstConfig`; without recompute a layer keeps
-    everything, and the two after it are False. choices says what each costs and saves; flops are those of matrix
+    recompute, keep_attention, offload_activations, keep_mlp, head_groups: see `MstConfig`; without recompute the two
+    after it are False, with it keep_mlp is. choices says what each costs and saves; flops are those of matrix
     products and attention in a micro-batch of this rank.
 
     attention is the implementation that runs ("sdpa" or "flash_attention_2"), dtype the model's ("fp32",
@@ -103,6 +103,7 @@ class Plan:
     recompute: bool
     keep_attention: bool = False
     offload_activations: bool = False
+    keep_mlp: bool = False
     head_groups: int = 1
     attention: str
     device_memory: int

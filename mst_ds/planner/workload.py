@@ -28,6 +28,7 @@ class Workload:
     recompute: bool = False
     keep_attention: bool = False
     offload_activations: bool = False
+    keep_mlp: bool = False
     head_groups: int = 1
     reserve: int = 0
     ranks_per_node: int = 1
@@ -86,6 +87,13 @@ class Workload:
         """Layers whose attention's output is kept: a window makes attention too cheap for it."""
         layers = self.shape.num_hidden_layers - len(self.shape.sliding_windows)
         return layers if self.recompute and self.keep_attention else 0
+
+    @property
+    def can_keep_mlp(self) -> bool:
+        """Whether the model has MLPs that can keep gate and up: experts cannot, nor can an MLP with adapters inside."""
+        experts, trained = self.shape.experts, self.shape.trained.mlp
+        has_mlps = self.shape.num_dense_layers or (experts is not None and experts.shared_intermediate_size)
+        return bool(has_mlps) and (trained is None or trained == 0)
 
     @property
     def block_scores(self) -> int:

@@ -9,12 +9,12 @@ from mst_ds.planner import Plan
 from mst_ds.topology import Topology, shard_length
 
 # One chunk, some of unequal length, and many; and of each other setting all that a plan may choose:
-# (chunks, recompute, keep_attention, offload_activations, head_groups).
+# (chunks, recompute, keep_attention, offload_activations, keep_mlp, head_groups).
 _TRIED = (
-    (1, True, False, False, 1),
-    (4, False, False, False, 1),
-    (4, True, True, False, 1),
-    (64, True, True, True, 2),
+    (1, True, False, False, False, 1),
+    (4, False, False, False, True, 1),
+    (4, True, True, False, False, 1),
+    (64, True, True, True, False, 2),
 )
 _SP_SIZES = (1, 2)
 # Of a run's own numbers: two ranks stand for any that share a sequence, three chunks for a first, a middle and a last,
@@ -33,6 +33,7 @@ class Setting:
     packed: bool
     keep_attention: bool = False
     offload_activations: bool = False
+    keep_mlp: bool = False
     head_groups: int = 1
 
     def __str__(self) -> str:
@@ -43,6 +44,7 @@ class Setting:
             "recompute": self.recompute,
             "attention kept": self.keep_attention,
             "offload": self.offload_activations,
+            "gate and up kept": self.keep_mlp,
             f"{self.head_groups} head groups": self.head_groups > 1,
         }
         kept = [name for name, is_chosen in chosen.items() if is_chosen]
@@ -64,6 +66,7 @@ class Setting:
             recompute=self.recompute,
             keep_attention=self.keep_attention,
             offload_activations=self.offload_activations,
+            keep_mlp=self.keep_mlp,
             head_groups=self.head_groups,
             attention="sdpa",
             device_memory=0,
@@ -85,6 +88,7 @@ def setting_of_run(plan: Plan, *, packed: bool) -> Setting:
         packed=packed,
         keep_attention=plan.keep_attention,
         offload_activations=plan.offload_activations,
+        keep_mlp=plan.keep_mlp,
         head_groups=min(plan.head_groups, _SEVERAL_GROUPS),
     )
 
@@ -94,8 +98,8 @@ def settings_to_try(mst: MstConfig, *, packed: bool) -> list[Setting]:
     needs_recompute = mst.keep_attention is True or mst.offload_activations is True
     settings = []
     for sp_size in sorted({_at_most(mst.sp_size, sp_size) for sp_size in _SP_SIZES}):
-        for chunks, tried, keep_attention, offload_activations, head_groups in _TRIED:
-            recompute = needs_recompute or _asked(mst.recompute, tried)
+        for chunks, tried, keep_attention, offload_activations, keep_mlp, head_groups in _TRIED:
+            recompute = needs_recompute or (mst.keep_mlp is not True and _asked(mst.recompute, tried))
             setting = Setting(
                 sp_size=sp_size,
                 mlp_chunks=_at_most(mst.mlp_chunks, chunks),
@@ -104,6 +108,7 @@ def settings_to_try(mst: MstConfig, *, packed: bool) -> list[Setting]:
                 packed=packed,
                 keep_attention=recompute and _asked(mst.keep_attention, keep_attention),
                 offload_activations=recompute and _asked(mst.offload_activations, offload_activations),
+                keep_mlp=not recompute and _asked(mst.keep_mlp, keep_mlp),
                 head_groups=_at_most(mst.head_groups, head_groups) if sp_size > 1 else 1,
             )
             settings.append(setting)

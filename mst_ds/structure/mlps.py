@@ -42,7 +42,7 @@ class MlpStructure:
     gate_in_up: bool = False
     transposed: bool = False
 
-    def run(self, chunks: int, hidden_states: Tensor, *, is_recomputing: bool = False) -> Tensor:
+    def run(self, chunks: int, hidden_states: Tensor, *, keep: bool = False, is_recomputing: bool = False) -> Tensor:
         """The module's output, computed by the chunked operator."""
         gate, up, down = self.gate, self.up, self.down
         return chunked_mlp(
@@ -57,6 +57,7 @@ class MlpStructure:
             down_bias=down.bias,
             gate_in_up=self.gate_in_up,
             transposed=self.transposed,
+            keep=keep,
             is_recomputing=is_recomputing,
         )
 

@@ -57,6 +57,9 @@ def test_all_contenders_agree_and_are_measured(bench, part):
         extra = counts[name].matrix - counts["no recompute"].matrix - token * weights * (products - 9)
         head = token * 32 * 97 if part == "step" else 0
         assert 0 <= extra <= projections + head, name
+    # On so large a device nothing is computed twice.
+    assert counts["mst_ds, planned"].matrix == counts["no recompute"].matrix
+    assert counts["mst_ds, no recompute"].matrix == counts["no recompute"].matrix + 2 * token * weights
 
 
 def test_other_gradients_are_refused(bench, monkeypatch):

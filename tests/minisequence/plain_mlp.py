@@ -23,7 +23,7 @@ def plain_mlp(tensors: dict[str, Tensor], activation: Activation = F.silu) -> Te
     return F.linear(product, tensors["down"], tensors.get("down_bias"))
 
 
-def our_mlp(chunks: int, tensors: dict[str, Tensor], activation: Activation = F.silu, **layout: bool) -> Tensor:
+def our_mlp(chunks: int, tensors: dict[str, Tensor], activation: Activation = F.silu, **settings: bool) -> Tensor:
     return chunked_mlp(
         tensors["x"],
         tensors.get("gate"),
@@ -34,7 +34,7 @@ def our_mlp(chunks: int, tensors: dict[str, Tensor], activation: Activation = F.
         gate_bias=tensors.get("gate_bias"),
         up_bias=tensors.get("up_bias"),
         down_bias=tensors.get("down_bias"),
-        **layout,
+        **settings,
     )
 
 
@@ -58,3 +58,15 @@ def make_tensors(
         shapes["gate_bias"] = (intermediate,)
     scales = {"up": hidden**-0.5, "gate": hidden**-0.5, "down": intermediate**-0.5}
     return {name: (torch.randn(sizes) * scales.get(name, 1)).to(dtype) for name, sizes in shapes.items()}
+
+
+def stored(tensors: dict[str, Tensor], *, gate_in_up: bool, transposed: bool) -> dict[str, Tensor]:
+    """The tensors as a model with another layout stores them."""
+    tensors = dict(tensors)
+    if gate_in_up:
+        tensors["up"] = torch.cat([tensors.pop("gate"), tensors["up"]])
+        if "gate_bias" in tensors:
+            tensors["up_bias"] = torch.cat([tensors.pop("gate_bias"), tensors["up_bias"]])
+    if transposed:
+        tensors |= {name: tensors[name].t().contiguous() for name in ("gate", "up", "down") if name in tensors}
+    return tensors

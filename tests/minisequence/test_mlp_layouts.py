@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from count_products import CountProducts
 from error_budget import assert_equal_but_for_order, assert_within_budget, gradients, leaves, value_and_gradients
-from plain_mlp import HIDDEN, INTERMEDIATE, make_tensors, our_mlp, plain_mlp
+from plain_mlp import HIDDEN, INTERMEDIATE, make_tensors, our_mlp, plain_mlp, stored
 
 from mst_ds.live_memory import LiveMemory
 
@@ -19,18 +19,6 @@ LAYOUTS = {
     "transposed": {"gate_in_up": False, "transposed": True},
     "gate-in-up-transposed": {"gate_in_up": True, "transposed": True},
 }
-
-
-def stored(tensors, gate_in_up, transposed):
-    """The tensors as a model with another layout stores them."""
-    tensors = dict(tensors)
-    if gate_in_up:
-        tensors["up"] = torch.cat([tensors.pop("gate"), tensors["up"]])
-        if "gate_bias" in tensors:
-            tensors["up_bias"] = torch.cat([tensors.pop("gate_bias"), tensors["up_bias"]])
-    if transposed:
-        tensors |= {name: tensors[name].t().contiguous() for name in ("gate", "up", "down") if name in tensors}
-    return tensors
 
 
 def plain_stored_mlp(layout, tensors, activation=F.silu):

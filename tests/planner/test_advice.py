@@ -56,8 +56,10 @@ def test_parameters_go_to_the_host_where_the_optimizer_alone_is_not_enough():
     assert {"offload_optimizer": "cpu", "offload_param": "cpu"} in offered(request(**case))
 
 
-def test_what_the_user_set_is_not_offered():
-    changes = offered(request(sp_size=2, mst={"recompute": False}))
+@pytest.mark.parametrize("mst", [{"recompute": False}, {"keep_mlp": True}], ids=str)
+def test_what_the_user_set_is_not_offered(mst):
+    changes = offered(request(sp_size=2, mst=mst))
+    assert changes
     assert all("offload_activations" not in change for change in changes)
 
 

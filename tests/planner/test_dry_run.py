@@ -47,6 +47,8 @@ def random_case(seed):
     mst = {"recompute": recompute}
     if recompute:
         mst |= {name: draw.choice((False, True)) for name in ("keep_attention", "offload_activations")}
+    else:
+        mst["keep_mlp"] = draw.choice((False, True))
     sp_size = draw.choice([size for size in (1, 1, 2, 4) if size <= heads])
     if sp_size > 1 and key_value_heads % sp_size == 0:
         mst["head_groups"] = draw.choice([n for n in (1, 2, 4) if key_value_heads // sp_size % n == 0])
@@ -69,11 +71,12 @@ def test_formulas_give_the_peak_of_the_dry_run(seed):
     assert max(planned.values()) == pytest.approx(max(measured.values()), rel=TOLERANCE), (planned, measured)
 
 
-OFF, KEPT, AGAIN = {"recompute": False}, {"keep_attention": True}, {"recompute": True, "keep_attention": False}
+NOTHING_TWICE, OFF = {"keep_mlp": True}, {"recompute": False, "keep_mlp": False}
+KEPT, AGAIN = {"keep_attention": True}, {"recompute": True, "keep_attention": False}
 OFFLOADED = KEPT | {"offload_activations": True}
 LLAMA_8B_CASES = (
-    *((16_384, 1, mst) for mst in (OFF, KEPT, AGAIN, OFFLOADED)),
-    *((131_072, 8, mst) for mst in (OFF, KEPT, AGAIN, OFFLOADED)),
+    *((16_384, 1, mst) for mst in (NOTHING_TWICE, OFF, KEPT, AGAIN, OFFLOADED)),
+    *((131_072, 8, mst) for mst in (NOTHING_TWICE, OFF, KEPT, AGAIN, OFFLOADED)),
     (131_072, 1, KEPT),
     (1_048_576, 8, KEPT),
 )

@@ -41,7 +41,8 @@ FAMILIES = {
 # These are there before the step, or are DeepSpeed's.
 NOT_MEASURED = {"parameters", "master_parameters", "adam_moments", "reduce_bucket"}
 KEPT = (
-    {"recompute": False},
+    {"recompute": False, "keep_mlp": False},
+    {"keep_mlp": True},
     *(
         {"recompute": True, "keep_attention": keep_attention, "offload_activations": offload_activations}
         for keep_attention in (False, True)
@@ -111,6 +112,7 @@ def test_each_layer_that_is_kept_needs_what_is_planned(mst):
     assert measured_more - measured == pytest.approx(planned, rel=0.05)
 
 
+@pytest.mark.parametrize("keep_mlp", [False, True])
 @pytest.mark.parametrize("chunks", [1, 4])
 @pytest.mark.parametrize(
     ("family", "changes"),
@@ -122,8 +124,9 @@ def test_each_layer_that_is_kept_needs_what_is_planned(mst):
         ("Qwen2Moe", {**EXPERTS, "shared_expert_intermediate_size": 2048}),
     ],
 )
-def test_a_wide_mlp_needs_what_is_planned(family, changes, chunks):
+def test_a_wide_mlp_needs_what_is_planned(family, changes, chunks, keep_mlp):
     # In fp32: the CPU has no products of 16-bit matrices with an fp32 result, and copies its operands.
-    terms, measured = planned_and_measured(family, changes, dtype="fp32", chunks=chunks)
-    assert terms["mlp_chunk"] > 0.2 * sum(terms.values())
+    terms, measured = planned_and_measured(family, changes, dtype="fp32", chunks=chunks, keep_mlp=keep_mlp)
+    of_mlp = sum(count for name, count in terms.items() if name.startswith(("mlp_chunk", "kept_gate_up")))
+    assert of_mlp > 0.2 * sum(terms.values())
     assert 0.9 <= measured / sum(terms.values()) <= 1.1

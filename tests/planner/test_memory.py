@@ -169,6 +169,24 @@ def test_chunked_operators_have_the_terms_of_their_implementation():
     assert forward["mlp_chunk"] == 2 * 4000 * WIDE * 2
 
 
+@pytest.mark.parametrize(("model", "tensors"), [(MODEL, 2), (GPT_NEOX, 1)], ids=["gated", "plain"])
+def test_kept_gate_and_up_stand_while_layers_do(model, tensors):
+    kept = plan_of(model=model, mst={"recompute": False, "keep_mlp": True, "mlp_chunks": 1})
+    of_layer = tensors * 4000 * INTERMEDIATE * 2
+    for phase in ("forward", "loss", "backward"):
+        assert bytes_of(kept, phase)["kept_gate_up"] == LAYERS * of_layer
+    assert not [name for name in terms_of(kept, "optimizer_step") if name.startswith("kept")]
+    assert bytes_of(kept, "backward")["mlp_chunk"] == (2 + tensors) * 4000 * INTERMEDIATE * 2
+    again = plan_of(model=model, mst={"recompute": False, "keep_mlp": False})
+    assert not [name for phase in again.phases for name in terms_of(again, phase.name) if name.startswith("kept")]
+
+
+def test_the_mlp_beside_experts_keeps_its_gate_and_up():
+    terms = bytes_of(plan_of(model=EXPERTS, mst={"recompute": False, "keep_mlp": True}), "loss")
+    assert terms["kept_gate_up"] == 2 * 4000 * INTERMEDIATE * 2
+    assert terms["kept_gate_up_beside_experts"] == (LAYERS - 1) * 2 * 4000 * 40 * 2
+
+
 def test_the_loss_never_needs_less_than_its_scaled_gradients():
     terms = bytes_of(plan_of(mst={"loss_chunks": 4000}), "loss")
     assert "loss_logits" not in terms

@@ -151,15 +151,21 @@ def settings_of(work, *, device_memory=HUGE, host_memory=None, **mst):
     return choose_settings(work, MstConfig(**mst), device_memory=device_memory, host_memory=host_memory)
 
 
+NOTHING_TWICE = "nothing is computed twice"
+
+
 def kept_in(settings):
-    """(keep_attention, offload_activations), or None without recompute."""
+    """(keep_attention, offload_activations), or None without recompute, or NOTHING_TWICE with gate and up kept too."""
     work = settings.work
+    if work.keep_mlp:
+        assert not work.recompute
+        return NOTHING_TWICE
     return (work.keep_attention, work.offload_activations) if work.recompute else None
 
 
 def peaks_by_kept(work):
     """The lowest peak of each way to keep, with one group of heads."""
-    candidates = {None: replace(work, recompute=False)}
+    candidates = {None: replace(work, recompute=False), NOTHING_TWICE: replace(work, recompute=False, keep_mlp=True)}
     for kept in itertools.product((True, False), repeat=2):
         candidates[kept] = replace(work, keep_attention=kept[0], offload_activations=kept[1])
     return {kept: peak(candidate, *auto(candidate, 1)).device_bytes for kept, candidate in candidates.items()}
@@ -168,12 +174,16 @@ def peaks_by_kept(work):
 def test_the_fastest_that_fits_is_chosen():
     work = workload(seq_len=500_000)
     lowest = peaks_by_kept(work)
-    everything, on_device, all_on_host = lowest[None], lowest[True, False], lowest[True, True]
+    with_gate_and_up, everything = lowest[NOTHING_TWICE], lowest[None]
+    on_device, all_on_host = lowest[True, False], lowest[True, True]
     inputs_on_device, inputs_on_host = lowest[False, False], lowest[False, True]
-    assert inputs_on_host < all_on_host < inputs_on_device < on_device < everything
+    assert inputs_on_host < all_on_host < inputs_on_device < on_device < everything < with_gate_and_up
     cases = [
         # With enough of it nothing is computed twice.
-        (HUGE, None, None),
+        (HUGE, None, NOTHING_TWICE),
+        (with_gate_and_up, HUGE, NOTHING_TWICE),
+        # Then gate and up alone are.
+        (with_gate_and_up - 1, HUGE, None),
         (everything, HUGE, None),
         # Else nothing leaves the device, and attention runs once.
         (everything - 1, HUGE, (True, False)),
@@ -197,12 +207,43 @@ def test_the_fastest_that_fits_is_chosen():
 
 def test_no_recompute_has_the_chunks_of_any_other_setting():
     work = workload(seq_len=500_000)
-    everything = replace(work, recompute=False)
-    # As long as more chunks make it fit, they are preferred to recompute.
-    for device_memory in (HUGE, peaks_by_kept(work)[None]):
+    # As long as more chunks make it fit, they are preferred to recompute, and to computing gate and up again.
+    lowest = peaks_by_kept(work)
+    for device_memory, keep_mlp in ((HUGE, True), (lowest[NOTHING_TWICE], True), (lowest[None], False)):
+        expected = replace(work, recompute=False, keep_mlp=keep_mlp)
         settings = settings_of(work, device_memory=device_memory)
-        assert (settings.mlp_chunks, settings.loss_chunks) == auto(everything, device_memory)
-        assert settings.work == everything
+        assert (settings.mlp_chunks, settings.loss_chunks) == auto(expected, device_memory)
+        assert settings.work == expected
+
+
+def test_kept_gate_and_up_need_no_more_chunks_than_they_are_large():
+    """The MLP makes the peak by what it keeps, however short its chunks: two are enough."""
+    work = replace(workload(seq_len=500_000, recompute=False), keep_mlp=True)
+    assert auto(work)[0] == 2
+    assert auto(work, peak(work, 2, 1000).device_bytes - 1)[0] > 2
+
+
+def test_kept_gate_and_up_mean_no_recompute():
+    work = workload(seq_len=500_000)
+    for device_memory in (1, HUGE):
+        assert kept_in(settings_of(work, keep_mlp=True, device_memory=device_memory)) == NOTHING_TWICE
+        assert kept_in(settings_of(work, keep_mlp=False, recompute=False, device_memory=device_memory)) is None
+    assert kept_in(settings_of(work, keep_mlp=False)) is None
+    # Where nothing fits the larger peak is not taken, of equal ones what computes again.
+    assert kept_in(settings_of(work, recompute=False, device_memory=1)) is None
+    short = workload(seq_len=512, stage=2)
+    assert len(set(peaks_by_kept(short).values())) == 1
+    assert kept_in(settings_of(short, recompute=False, device_memory=1)) is None
+
+
+@pytest.mark.parametrize("keep_mlp", ["auto", True])
+def test_experts_keep_nothing(keep_mlp):
+    """As groups of heads without sequence parallelism: what the model has not got has no effect."""
+    work = workload(EXPERTS)
+    assert kept_in(settings_of(work, keep_mlp=keep_mlp)) is None
+    assert kept_in(settings_of(work, keep_mlp=keep_mlp, device_memory=1)) is not None
+    of_adapters = replace(workload().shape, trained=replace(workload().shape.trained, mlp=1000))
+    assert kept_in(settings_of(replace(workload(), shape=of_adapters), keep_mlp=keep_mlp)) is None
 
 
 @pytest.mark.parametrize("recompute", [True, "auto"])
@@ -211,7 +252,7 @@ def test_what_recompute_keeps_means_recompute(recompute):
     assert kept_in(settings_of(work, recompute=recompute, keep_attention=True)) == (True, False)
     assert kept_in(settings_of(work, recompute=recompute, offload_activations=True)) == (True, True)
     # Not to keep attention or not to offload can be had without it.
-    expected = None if recompute == "auto" else (False, False)
+    expected = NOTHING_TWICE if recompute == "auto" else (False, False)
     assert kept_in(settings_of(work, recompute=recompute, keep_attention=False, offload_activations=False)) == expected
 
 
@@ -220,7 +261,7 @@ def test_where_the_states_do_not_fit_there_is_recompute():
     work = workload(seq_len=512, stage=2)
     lowest = peaks_by_kept(work)
     assert len(set(lowest.values())) == 1
-    assert kept_in(settings_of(work, device_memory=lowest[None])) is None
+    assert kept_in(settings_of(work, device_memory=lowest[None])) == NOTHING_TWICE
     assert kept_in(settings_of(work, device_memory=lowest[None] - 1)) == (True, False)
 
 
@@ -247,7 +288,7 @@ def test_what_the_user_set_stays(device_memory, host_memory):
     assert settings_of(work, mlp_chunks=3, **memory).mlp_chunks == 3
 
 
-def test_without_recompute_nothing_is_chosen_to_be_kept():
+def test_without_recompute_nothing_is_chosen_for_it():
     for device_memory in (1, HUGE):
         work = settings_of(workload(), recompute=False, device_memory=device_memory, host_memory=HUGE).work
         assert (work.recompute, work.keep_attention, work.offload_activations) == (False, False, False)

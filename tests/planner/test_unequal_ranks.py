@@ -34,7 +34,7 @@ def test_the_smaller_device_has_more_chunks_and_decides_what_is_done_alike() -> 
     assert large.fits
     assert small.fits
     assert (large.mlp_chunks, large.loss_chunks) < (small.mlp_chunks, small.loss_chunks)
-    alike = ("recompute", "keep_attention", "offload_activations", "head_groups")
+    alike = ("recompute", "keep_attention", "offload_activations", "keep_mlp", "head_groups")
     assert [getattr(large, name) for name in alike] == [getattr(small, name) for name in alike]
     assert [getattr(small, name) for name in alike] == [
         getattr(llama_plans([40 * GIB, 40 * GIB])[1], name) for name in alike

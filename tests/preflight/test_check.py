@@ -329,19 +329,24 @@ def test_settings_to_try() -> None:
     assert [setting.recompute for setting in tried] == [True, False, True, True] * 2
     kept = [(setting.keep_attention, setting.offload_activations) for setting in tried]
     assert kept == [(False, False), (False, False), (True, False), (True, True)] * 2
+    assert [setting.keep_mlp for setting in tried] == [False, True, False, False] * 2
     assert [setting.head_groups for setting in tried] == [1] * 7 + [2]
     assert all(setting.recompute for setting in settings_to_try(MstConfig(recompute=True), packed=True))
 
 
 def test_settings_that_the_json_rules_out_are_not_tried() -> None:
     tried = settings_to_try(MstConfig(sp_size=1, mlp_chunks=1, recompute=False), packed=False)
-    assert [(setting.sp_size, setting.mlp_chunks, setting.loss_chunks) for setting in tried] == [
-        (1, 1, 1),
-        (1, 1, 4),
-        (1, 1, 64),
+    assert [(setting.sp_size, setting.mlp_chunks, setting.loss_chunks, setting.keep_mlp) for setting in tried] == [
+        (1, 1, 1, False),
+        (1, 1, 4, True),
+        (1, 1, 4, False),
+        (1, 1, 64, False),
     ]
     assert not any(setting.recompute or setting.packed for setting in tried)
     assert not any(setting.keep_attention or setting.offload_activations for setting in tried)
+    kept = settings_to_try(MstConfig(keep_mlp=True), packed=True)
+    assert all(setting.keep_mlp and not setting.recompute for setting in kept)
+    assert not any(setting.keep_mlp for setting in settings_to_try(MstConfig(keep_mlp=False), packed=True))
     mst = MstConfig(loss_chunks=1, mlp_chunks=1, sp_size=2, keep_attention=True, offload_activations=False)
     assert settings_to_try(mst, packed=True) == [
         Setting(1, 1, 1, True, True, keep_attention=True),

@@ -1,4 +1,4 @@
-"""What a step computes: attention once where it is kept, of the MLP in the backward only gate and up again."""
+"""What a step computes: attention once where it is kept, of the MLP in the backward at most gate and up again."""
 
 import copy
 
@@ -77,6 +77,12 @@ def test_down_projection_is_never_computed_again(mlp_chunks, recompute):
     # 3 in the forward; in the backward gate and up again, and two gradients for each of the three.
     settings = {"recompute": recompute, "keep_attention": recompute, "mlp_chunks": mlp_chunks}
     assert products_of_the_mlp(llama, **settings) == 11
+
+
+@pytest.mark.parametrize("make", [llama, olmo2, gemma2])
+@pytest.mark.parametrize("mlp_chunks", [1, 4])
+def test_with_gate_and_up_kept_nothing_is_computed_again(mlp_chunks, make):
+    assert products_of_the_mlp(make, recompute=False, keep_mlp=True, mlp_chunks=mlp_chunks) == 9
 
 
 @pytest.mark.parametrize("make", [olmo2, gemma2])

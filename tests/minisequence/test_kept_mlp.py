@@ -1,0 +1,152 @@
+"""The chunked MLP that keeps gate and up: bit for bit what computing them again gives, without the products."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from count_products import CountProducts
+from error_budget import gradients, leaves, value_and_gradients
+from plain_mlp import HIDDEN, INTERMEDIATE, make_tensors, our_mlp, stored
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mst_ds.live_memory import LiveMemory
+
+MIB = 2**20
+LAYOUTS = [
+    pytest.param({"gate_in_up": fused, "transposed": transposed}, id=f"{fused=}-{transposed=}")
+    for fused in (False, True)
+    for transposed in (False, True)
+]
+
+
+def both_ways(tensors, dtype=torch.float32, chunks=4, activation=F.silu, **layout):
+    """Output and gradients when gate and up are computed again, and when they are kept."""
+    grad_output = torch.randn_like(tensors["x"])
+    ours = functools.partial(our_mlp, chunks, activation=activation, **layout)
+    return (
+        value_and_gradients(functools.partial(ours, keep=keep), tensors, dtype, grad_output) for keep in (False, True)
+    )
+
+
+def assert_identical(kept, again):
+    assert kept.keys() == again.keys()
+    assert all(torch.equal(kept[name], again[name]) for name in again)
+
+
+@pytest.mark.parametrize("chunks", [1, 4, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same_bits(layout, bias, dtype, chunks):
+    tensors = stored(make_tensors(dtype, (3, 101), bias=bias), **layout)
+    assert_identical(*both_ways(tensors, dtype, chunks, **layout))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("chunks", [1, 7])
+def test_a_plain_mlp_gives_the_same_bits(chunks, transposed):
+    tensors = stored(make_tensors(torch.float32, (3, 101), gate=False), gate_in_up=False, transposed=transposed)
+    assert_identical(*both_ways(tensors, chunks=chunks, transposed=transposed))
+
+
+# Of its input, of its output, of neither; and one that returns what it is given.
+@pytest.mark.parametrize("activation", [F.gelu, torch.tanh, F.relu, torch.nn.Identity()])
+@pytest.mark.parametrize("gate", [True, False])
+def test_activations(activation, gate):
+    assert_identical(*both_ways(make_tensors(torch.float32, (2, 37), gate=gate), activation=activation))
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (1,), (3, 1021)], ids=str)
+def test_lengths(shape):
+    assert_identical(*both_ways(make_tensors(torch.float32, shape), chunks=8))
+
+
+@pytest.mark.parametrize(
+    "frozen", [{"x"}, {"gate", "up", "down", "gate_bias", "up_bias", "down_bias"}, {"up"}], ids=str
+)
+def test_what_is_frozen_gets_no_gradient(frozen):
+    results = []
+    for keep in (False, True):
+        tensors = leaves(make_tensors(torch.float32, (2, 19)), frozen=frozen)
+        our_mlp(4, tensors, keep=keep).square().sum().backward()
+        assert {name for name in tensors if tensors[name].grad is None} == frozen
+        results.append({name: tensor.grad for name, tensor in tensors.items() if name not in frozen})
+    assert_identical(*results)
+
+
+def test_autocast_keeps_what_it_computes_in():
+    results = []
+    for keep in (False, True):
+        tensors = leaves(make_tensors(torch.float32, (2, 37)))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = our_mlp(4, tensors, keep=keep)
+        output.float().square().sum().backward()
+        results.append({"output": output.detach(), **gradients(tensors)})
+    assert_identical(*results)
+
+
+@pytest.mark.parametrize("activation", [F.silu, torch.nn.Identity()])
+def test_a_second_backward_through_a_retained_graph_gives_the_same(activation):
+    tensors = leaves(make_tensors(torch.float32, (2, 37)))
+    loss = our_mlp(4, tensors, activation, keep=True).square().mean()
+    first = torch.autograd.grad(loss, list(tensors.values()), retain_graph=True)
+    second = torch.autograd.grad(loss, list(tensors.values()))
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("gate", [True, False])
+def test_the_backward_computes_nothing_again(gate):
+    tensors = leaves(make_tensors(torch.float32, (32,), gate=gate, bias=False))
+    with CountProducts() as counted:
+        out = our_mlp(4, tensors, keep=True)
+    inner = 2 if gate else 1
+    assert counted.shapes == {(8, INTERMEDIATE): 4 * inner, (8, HIDDEN): 4}
+    with CountProducts() as counted:
+        out.backward(torch.ones_like(out))
+    # Of a chunk: down's input gradient, and for gate, up and down the other gradients.
+    per_chunk = {(8, INTERMEDIATE): 1, (8, HIDDEN): inner, (INTERMEDIATE, HIDDEN): inner, (HIDDEN, INTERMEDIATE): 1}
+    assert counted.shapes == {shape: 4 * count for shape, count in per_chunk.items()}
+
+
+def test_nothing_is_kept_that_no_backward_reads():
+    tensors = make_tensors(torch.float32, (64,), bias=False)
+    trained = leaves(tensors)
+    with LiveMemory() as memory:
+        our_mlp(4, tensors)
+        without = memory.peak
+        our_mlp(4, tensors, keep=True)
+        with torch.no_grad():
+            our_mlp(4, trained, keep=True)
+        assert memory.peak == without
+        out = our_mlp(4, trained, keep=True)
+        assert memory.live == out.nbytes + 2 * 64 * INTERMEDIATE * 4
+        out.sum().backward()
+        del out
+        assert memory.live == sum(tensor.nbytes for tensor in tensors.values())
+
+
+def measure(gate):
+    """Live bytes in MiB of 4096 tokens, hidden 256, intermediate 1024, in 16 chunks: both peaks, and what is held."""
+    tensors = leaves(make_tensors(torch.float32, (4096,), gate=gate, bias=False, hidden=256, intermediate=1024))
+    grad_output = torch.ones(4096, 256)
+    with LiveMemory() as memory:
+        out = our_mlp(16, tensors, keep=True)
+        forward, held = memory.peak, memory.live - out.nbytes
+        memory.reset_peak()
+        out.backward(grad_output)
+    return [count / MIB for count in (forward, held, memory.peak)]
+
+
+def test_peak_memory():
+    with FakeTensorMode():
+        gated, plain = measure(True), measure(False)
+    # Gate and up of 16 MiB each. In the forward also the output of 4 and a chunk's product of 1. In the backward the
+    # output, the input's gradient of 4, three weight gradients of 1 and four of a chunk's tensors.
+    assert gated == pytest.approx([32 + 4 + 1, 32, 32 + 4 + 4 + 3 + 4], abs=0.01)
+    assert plain == pytest.approx([16 + 4 + 1, 16, 16 + 4 + 4 + 2 + 3], abs=0.01)
+
+
+def test_it_is_refused_where_the_layer_is_computed_again():
+    with pytest.raises(ValueError, match="keep says that nothing is computed again, is_recomputing that it is"):
+        our_mlp(2, make_tensors(torch.float32, (3,)), keep=True, is_recomputing=True)
