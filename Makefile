@@ -33,7 +33,7 @@ train: $(INSTALLED)  ## Trains a model: on all accelerators, or with 2 ranks on 
 test: $(INSTALLED)  ## Runs every test that needs no SLURM.
 	@echo "==> Running the tests. The first run also compiles DeepSpeed's shared-memory collective (about 40 s)."
 	@echo "    Those of the jobs for SLURM are not among them: make test-slurm"
-	@$(IN_VENV) OMP_NUM_THREADS=1 python -m pytest -q --ignore=tests/slurm $(ARGS)
+	@$(IN_VENV) OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile --ignore=tests/slurm $(ARGS)
 
 test-slurm: $(INSTALLED)  ## Runs the tests of slurm/, on a cluster that they start on this machine.
 	@command -v sbatch >/dev/null && command -v munge >/dev/null || \

@@ -63,7 +63,9 @@ def test_lengths(shape):
 
 
 @pytest.mark.parametrize(
-    "frozen", [{"x"}, {"gate", "up", "down", "gate_bias", "up_bias", "down_bias"}, {"up"}], ids=str
+    "frozen",
+    [{"x"}, {"gate", "up", "down", "gate_bias", "up_bias", "down_bias"}, {"up"}],
+    ids=lambda names: "-".join(sorted(names)),
 )
 def test_what_is_frozen_gets_no_gradient(frozen):
     results = []

@@ -80,7 +80,11 @@ def test_values_and_every_gradient(name, gate, bias):
     assert_same(ours, plain)
 
 
-@pytest.mark.parametrize("frozen", [{"x"}, {"up"}, {"up", "up_bias"}, {"down"}, {"up_bias", "down_bias"}], ids=str)
+@pytest.mark.parametrize(
+    "frozen",
+    [{"x"}, {"up"}, {"up", "up_bias"}, {"down"}, {"up_bias", "down_bias"}],
+    ids=lambda names: "-".join(sorted(names)),
+)
 @pytest.mark.parametrize("name", ["gate-in-up", "gate-in-up-transposed"])
 def test_what_is_frozen_gets_no_gradient_and_the_rest_the_right_one(name, frozen):
     layout = LAYOUTS[name]
