@@ -7,6 +7,7 @@ request that cannot be planned.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -33,6 +34,7 @@ from mst_ds.planner import (
 )
 
 _GPU_OF_RATES = "H100"
+_MOST_BYTES = 2**60
 
 
 class _Parser(argparse.ArgumentParser):
@@ -83,6 +85,9 @@ def main(argv: Sequence[str]) -> int:
     """Returns the exit code."""
     try:
         options = _parser().parse_args(argv)
+        for name in ("num_gpus", "num_nodes"):
+            if getattr(options, name) < 1:
+                raise ValueError(f"{name} is {getattr(options, name)}; allowed: a whole number >= 1")
         if options.table:
             return _print_lengths(options)
         plan, longest, changes = _plan(options)
@@ -122,11 +127,13 @@ def _plan(options: argparse.Namespace) -> tuple[Plan, int, tuple[Change, ...]]:
 
 def _trace(options: argparse.Namespace, plan: Plan) -> dict[str, dict[str, int]]:
     """Bytes of activations on the device at the peak of each phase: by the formulas, and on fake tensors."""
-    from mst_ds.adapters import load_peft_config
-    from mst_ds.dry_run import dry_run, planned_activations
+    # What the libraries have to say must not mix with the result.
+    with contextlib.redirect_stdout(sys.stderr):
+        from mst_ds.adapters import load_peft_config
+        from mst_ds.dry_run import dry_run, planned_activations
 
-    peft_config = load_peft_config(options.peft_config) if options.peft_config else None
-    planned, measured = planned_activations(plan), dry_run(load_config_of_shape(options.model), plan, peft_config)
+        peft_config = load_peft_config(options.peft_config) if options.peft_config else None
+        planned, measured = planned_activations(plan), dry_run(load_config_of_shape(options.model), plan, peft_config)
     return {name: {"planned_bytes": planned[name], "dry_run_bytes": count} for name, count in measured.items()}
 
 
@@ -142,9 +149,6 @@ def _print_trace(traced: dict[str, dict[str, int]]) -> None:
 
 
 def _request(options: argparse.Namespace, *, num_nodes: int, sp_size: int | None, seq_len: int) -> Request:
-    for name in ("num_gpus", "num_nodes"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"{name} is {getattr(options, name)}; allowed: a whole number >= 1")
     gpu = gpu_by_name(options.gpu) if options.gpu else None
     device_memory = _bytes(options, "device_memory_gib")
     if device_memory is None and gpu is not None:
@@ -175,6 +179,9 @@ def _adapted_shape(model: str, path: str) -> ModelShape:
 
 def _print_lengths(options: argparse.Namespace) -> int:
     """The longest length for 1, 2, 4 ... nodes and each sp_size; returns the exit code."""
+    for name in ("plot", "trace"):
+        if getattr(options, name):
+            raise ValueError(f"{name} shows one plan, and table makes none; allowed: one of the two")
     heads = load_model_shape(options.model).num_attention_heads
     counts = sorted({2**power for power in range(options.num_nodes.bit_length())} | {options.num_nodes})
     found = []
@@ -185,6 +192,11 @@ def _print_lengths(options: argparse.Namespace) -> int:
                 request = _request(options, num_nodes=num_nodes, sp_size=sp_size, seq_len=LENGTH_STEP)
                 longest = longest_of_request(request)
                 found.append({"num_nodes": num_nodes, "sp_size": sp_size, "max_seq_len": longest})
+    if not found:
+        raise ValueError(
+            f"sp_size is {options.sp_size}; allowed: a divisor of the ranks of 1, 2, 4 ... nodes, and at most {heads}, "
+            "the number of query heads"
+        )
     if options.json:
         print(json.dumps(found, indent=2))
     else:
@@ -208,8 +220,8 @@ def _bytes(options: argparse.Namespace, name: str, *, ranks: int = 1) -> int | N
     gib = getattr(options, name)
     if gib is None:
         return None
-    if not 0 < gib < float("inf"):
-        raise ValueError(f"{name} is {gib}; allowed: a number > 0")
+    if not 1 <= gib * GIB / ranks < _MOST_BYTES:
+        raise ValueError(f"{name} is {gib}; allowed: a number > 0, of GiB")
     return int(gib * GIB / ranks)
 
 

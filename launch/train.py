@@ -15,6 +15,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from filelock import FileLock, Timeout
+
 from mst_ds.config import TrainConfig, parse_train_config
 
 if TYPE_CHECKING:
@@ -39,24 +41,28 @@ def main(argv: Sequence[str]) -> int:
 
         run = prepare(config, Launch.from_environment())
         folder = _output_dir(config)
-        if run.launch.rank == 0:
-            _make(folder)
+        lock = _claim(folder) if run.launch.rank == 0 else None
     except ValueError as error:
         _say_once(error)
         return 2
+    from mst_ds.engine import RanksDisagreeError
     from mst_ds.failure import explain
 
     try:
         return _train(run, folder)
-    except FloatingPointError as error:  # which every rank raises
-        _say_once(error)
     except Exception as error:
-        if not isinstance(error, (OSError, MemoryError)):
-            traceback.print_exc()
-        message = explain(error, run.plan, config.hang_timeout)
-        print(f"train.py: error: rank {run.launch.rank}: {message}", file=sys.stderr, flush=True)
-    # Not after another collective: the others wait in theirs until the launcher ends them, because this rank ended.
-    os._exit(1)
+        if isinstance(error, (FloatingPointError, RanksDisagreeError)):
+            _say_once(error)
+        else:
+            if not isinstance(error, (OSError, MemoryError)):
+                traceback.print_exc()
+            message = explain(error, run.plan, config.hang_timeout)
+            print(f"train.py: error: rank {run.launch.rank}: {message}", file=sys.stderr, flush=True)
+        # Not after another collective: the others wait in theirs until the launcher ends them, because this rank ended.
+        os._exit(1)
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def _say_once(error: Exception) -> None:
@@ -150,11 +156,19 @@ def _output_dir(config: TrainConfig) -> Path:
     return Path(config.output_dir or f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}").expanduser()
 
 
-def _make(folder: Path) -> None:
+def _claim(folder: Path) -> FileLock:
+    """Makes the folder, and makes it this run's alone: the kernel's lock ends with its holder."""
+    lock = FileLock(folder / ".lock", timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"output_dir {str(folder)!r} is that of a run which is going on; allowed: another output_dir"
+        ) from None
     except OSError as error:
         raise ValueError(f"output_dir {str(folder)!r} cannot be made: {error.strerror}") from None
+    return lock
 
 
 if __name__ == "__main__":

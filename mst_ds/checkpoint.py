@@ -13,6 +13,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Mapping
@@ -45,7 +46,8 @@ _NO_PART_OF_A_MODEL = frozenset({"_name_or_path", "transformers_version", "dtype
 class Identity:
     """What must be the same for a run to go on: other sizes of the world, devices or chunk counts are not in it.
 
-    tokenizer: a digest of its vocabulary. peft: the config of the adapters, None without.
+    tokenizer: a digest of its vocabulary. peft: the config of the adapters, None without. training: by name, the
+    settings whose values a checkpoint holds, so that other ones would be without effect.
     """
 
     model: dict[str, Any]
@@ -53,6 +55,7 @@ class Identity:
     tokenizer: str
     dtype: str
     zero_stage: int
+    training: dict[str, Any]
 
     @classmethod
     def of(
@@ -63,6 +66,7 @@ class Identity:
         *,
         dtype: str,
         zero_stage: int,
+        training: Mapping[str, Any],
     ) -> Identity:
         model = {key: value for key, value in model_config.to_dict().items() if key not in _NO_PART_OF_A_MODEL}
         vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
@@ -72,6 +76,7 @@ class Identity:
             tokenizer=hashlib.sha256(vocabulary).hexdigest(),
             dtype=dtype,
             zero_stage=zero_stage,
+            training=_as_json(training),
         )
 
     def require_same(self, saved: Identity, folder: Path) -> None:
@@ -139,6 +144,16 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         if path.stat().st_size != size:
             raise ValueError(f"the checkpoint's file {path} has {path.stat().st_size} of its {size} bytes; {_ALLOWED}")
     return checkpoint
+
+
+def require_intact(checkpoint: Checkpoint) -> None:
+    """Makes sure, in one process, that every file is as it was written.
+
+    Raises:
+        OSError: one is not.
+    """
+    for name in checkpoint.checksums:
+        _require_checksum(checkpoint, name)
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
@@ -226,12 +241,18 @@ def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Checkpoint, *, seed: in
         tag = _UNIVERSAL_FOLDER
     else:
         tag = STATES_FOLDER
+    settings = [_without_schedule(group) for group in engine.optimizer.param_groups]
     try:
         path, _ = engine.load_checkpoint(str(folder), tag=tag)
         assert path is not None, f"DeepSpeed found nothing in {folder}, whose files are all there"
         states = torch.load(folder / _random_file(rank), weights_only=False) if is_same_world else None
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:  # how torch says that a file is damaged
         raise OSError(f"the checkpoint {folder} could not be read: {' '.join(str(error).split())}") from error
+    if tag == _UNIVERSAL_FOLDER:
+        _mend_optimizer(engine.optimizer, settings)
+        dist.barrier()
+        if rank == 0:
+            shutil.rmtree(folder / _UNIVERSAL_FOLDER)
     if states is not None:
         _set_random_states(states, engine.device)
     else:
@@ -251,13 +272,16 @@ def universal_setting(checkpoint: Checkpoint | None, world_size: int) -> dict[st
 def remove_unfinished(folder: Path) -> None:
     """Removes what a run that was killed during a save has left."""
     for path in folder.glob(f"{_PREFIX}*{_PARTIAL}"):
-        shutil.rmtree(path)
+        if re.fullmatch(rf"{_PREFIX}\d{{8,}}{re.escape(_PARTIAL)}", path.name):
+            shutil.rmtree(path)
 
 
 def _complete_names(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
-    return sorted(path.name for path in folder.glob(f"{_PREFIX}*") if path.is_dir() and path.suffix != _PARTIAL)
+    # Not a user's copy under a name like it.
+    names = [path.name for path in folder.iterdir() if re.fullmatch(rf"{_PREFIX}\d{{8,}}", path.name) and path.is_dir()]
+    return sorted(names, key=lambda name: int(name.removeprefix(_PREFIX)))
 
 
 def _remove(folder: Path) -> None:
@@ -318,21 +342,33 @@ def _write_model_folder(engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerB
     tokenizer.save_pretrained(str(folder))
 
 
+def _without_schedule(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name not in ("params", "lr", "initial_lr")}
+
+
+def _mend_optimizer(optimizer: Any, settings: list[dict[str, Any]]) -> None:
+    """DeepSpeed 0.19.8, at stage 3, gives every group the settings of the first, such as its weight decay, and all
+    states one tensor of steps, which a fused optimizer then counts up once for each of them."""
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+    states = getattr(optimizer, "optimizer", optimizer).state
+    for state in states.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].clone()
+
+
 def _make_universal(folder: Path) -> None:
-    """DeepSpeed's form of a checkpoint for any number of ranks, made once and kept beside what it is made of."""
+    """DeepSpeed's form of a checkpoint for any number of ranks; whatever is there may be of a kill in the middle."""
     from argparse import Namespace
     from contextlib import redirect_stdout
 
     from deepspeed.checkpoint import ds_to_universal
 
     done = folder / _UNIVERSAL_FOLDER
-    if done.is_dir():
-        return
-    partial = folder / (_UNIVERSAL_FOLDER + _PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(done, ignore_errors=True)
     options = Namespace(
         input_folder=str(folder / STATES_FOLDER),
-        output_folder=str(partial),
+        output_folder=str(done),
         num_extract_workers=1,
         num_merge_workers=1,
         keep_temp_folder=False,
@@ -341,7 +377,6 @@ def _make_universal(folder: Path) -> None:
     )
     with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
         ds_to_universal.main(options)
-    partial.replace(done)
 
 
 def _random_file(rank: int) -> str:

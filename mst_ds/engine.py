@@ -31,7 +31,7 @@ from mst_ds.checkpoint import (
 )
 from mst_ds.config import AUTO, TrainConfig
 from mst_ds.data import ShardedLoader, TrainingData, load_training_data
-from mst_ds.jit_build import build_shared_memory_collective
+from mst_ds.jit_build import build_shared_memory_collective, unlink_shared_memory
 from mst_ds.model_shape import ModelShape, load_model_config, shipped_model_config
 from mst_ds.patch import apply_plan, find_parts
 from mst_ds.planner import DEFAULT_RESERVE, Gpu, Plan, gpu_of_device, make_plan
@@ -47,6 +47,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class RanksDisagreeError(ValueError):
+    """The ranks were given, or see, what does not go together. Every rank raises it."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +171,14 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
     # Any other model gets the attention of its plan from apply_plan.
     own_attention = plan.attention if plan.attention != "sdpa" and reason is not None else None
     data = load_training_data(config, model_config)
-    identity = Identity.of(model_config, peft_config, data.tokenizer, dtype=plan.dtype, zero_stage=plan.zero_stage)
+    identity = Identity.of(
+        model_config,
+        peft_config,
+        data.tokenizer,
+        dtype=plan.dtype,
+        zero_stage=plan.zero_stage,
+        training=_kept_settings(config, plan),
+    )
     checkpoint = _checkpoint(config)
     if checkpoint is not None:
         identity.require_same(checkpoint.identity, checkpoint.folder)
@@ -190,6 +201,14 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
     return run
 
 
+def _kept_settings(config: TrainConfig, plan: Plan) -> dict[str, Any]:
+    """Settings of the optimizer and of the data whose values come from a checkpoint."""
+    names = ("seed", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+    samples = plan.micro_batch_size * plan.gradient_accumulation_steps * plan.dp_size
+    kept = {name: getattr(config, name) for name in names}
+    return kept | {"learning_rate": config.peak_learning_rate, "samples of a step": samples}
+
+
 def checkpoints_folder(output_dir: str | os.PathLike[str]) -> Path:
     """Where a run with this output folder keeps its checkpoints."""
     return Path(output_dir).expanduser() / "checkpoints"
@@ -206,7 +225,9 @@ def _checkpoint(config: TrainConfig) -> Checkpoint | None:
         checkpoint = newest
     else:
         checkpoint = read_checkpoint(Path(config.resume).expanduser())
-    if newest is not None and (config.resume is None or checkpoint is None or newest.step > checkpoint.step):
+    if newest is not None and (
+        config.resume is None or checkpoint is None or not checkpoint.folder.samefile(newest.folder)
+    ):
         raise ValueError(
             f"output_dir has a checkpoint of step {newest.step}, which this run would overwrite; allowed: --resume "
             "auto, to go on from it, or another output_dir"
@@ -234,17 +255,36 @@ def training_batches(run: Run) -> ShardedLoader:
 
 
 def meet(run: Run) -> Run:
-    """Let the processes meet, and plan again where their devices differ in memory. A collective call."""
+    """Let the processes meet, and plan again where their devices differ in memory. A collective call.
+
+    Raises:
+        RanksDisagreeError: they would go on from different checkpoints.
+    """
     get_accelerator().set_device(run.launch.local_rank)
     if "MASTER_ADDR" not in os.environ:
         _stand_alone()
     build_shared_memory_collective()
     deepspeed.init_distributed(timeout=timedelta(seconds=run.config.hang_timeout))
+    # When all ranks have opened each other's.
+    dist.barrier()
+    unlink_shared_memory(run.launch.rank)
+    _require_same_checkpoint(run)
     of_ranks: list[int] = [0] * run.launch.world_size
     dist.all_gather_object(of_ranks, run.plan.device_memory)
     if len(set(of_ranks)) == 1:
         return run
     return replace(run, plan=run.planned(device_memory=of_ranks))
+
+
+def _require_same_checkpoint(run: Run) -> None:
+    found = [None if run.checkpoint is None else (run.checkpoint.step, str(run.checkpoint.folder))]
+    steps = found * run.launch.world_size
+    dist.all_gather_object(steps, found[0])
+    for rank, step in enumerate(steps):
+        if step != steps[0]:
+            raise RanksDisagreeError(
+                f"rank 0 goes on from {steps[0]}, but rank {rank} from {step}; allowed: a folder that all ranks see"
+            )
 
 
 def build_engine(run: Run) -> DeepSpeedEngine:

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from mst_ds.adapters import ADAPTER_FILE, load_peft_config, model_on_meta
-from mst_ds.checkpoint import MODEL_FOLDER, STATES_FOLDER, Checkpoint
+from mst_ds.checkpoint import MODEL_FOLDER, STATES_FOLDER, Checkpoint, require_intact
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -34,10 +34,15 @@ def export_model(engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, fo
 
 def export_checkpoint(checkpoint: Checkpoint, folder: str | os.PathLike[str]) -> None:
     """Write what `export_model` writes, from a checkpoint; in one process, whose memory holds the weights in fp32."""
+    require_intact(checkpoint)
     source = checkpoint.folder / MODEL_FOLDER
     peft_config = load_peft_config(str(source)) if (source / ADAPTER_FILE).is_file() else None
+    base_model = None if peft_config is None else peft_config.base_model_name_or_path
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[checkpoint.identity.dtype]
     model: Any = model_on_meta(AutoConfig.from_pretrained(source), peft_config, dtype)[1]
+    if peft_config is not None:
+        # peft takes it from the config's own place, which has no weights.
+        model.active_peft_config.base_model_name_or_path = base_model
     state = {name: tensor.to(dtype) for name, tensor in _load_weights(checkpoint).items()}
     model.save_pretrained(Path(folder), state_dict=state)
     AutoTokenizer.from_pretrained(source).save_pretrained(Path(folder))

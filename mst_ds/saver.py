@@ -34,17 +34,16 @@ class Saver:
     def after_step(self, step: int) -> bool:
         """Whether to stop after `step`. A collective call."""
         config = self._run.config
+        signal_name = self._interruption.signal_name
         minutes = (time.monotonic() - self._last_save) / 60
         # Clocks and signals differ from rank to rank.
-        stops, is_late = any_rank(
-            (self._interruption.signal_name is not None, 0 < config.save_minutes <= minutes), self._engine.device
-        )
+        stops, is_late = any_rank((signal_name is not None, 0 < config.save_minutes <= minutes), self._engine.device)
         is_last = config.saves and step == config.max_steps
         if stops or is_late or is_last or (config.save_steps and step % config.save_steps == 0):
             self._save(step)
-        if self._interruption.signal_name is not None:
-            name, rank = self._interruption.signal_name, self._run.launch.rank
-            print(f"stopped after step {step} by {name} on rank {rank}; --resume auto goes on", flush=True)
+        if signal_name is not None and step < config.max_steps:
+            rank = self._run.launch.rank
+            print(f"stopped after step {step} by {signal_name} on rank {rank}; --resume auto goes on", flush=True)
         return stops
 
     def _save(self, step: int) -> None:

@@ -24,13 +24,14 @@ _GRACE_SECONDS = 15.0
 class Watchdog:
     """Watches while its context lasts, in a thread; the context is a collective, at both ends.
 
-    Processes that cannot be seen from here, as in a container of their own, are not watched.
+    Processes that cannot be seen from here, as in a container of their own, are not watched, nor is what started a run
+    of one rank, which may be a shell that is left.
     """
 
     def __init__(self) -> None:
         self._stop = threading.Event()
         self._ranks: dict[int, psutil.Process] = {}
-        self._launcher = os.getppid()
+        self._launchers = _launchers() if dist.get_world_size() > 1 else []
 
     def __enter__(self) -> Watchdog:
         own = psutil.Process()
@@ -59,14 +60,25 @@ class Watchdog:
             if ended is None:
                 continue
             if not self._stop.wait(_GRACE_SECONDS):
-                print(f"train.py: error: rank {dist.get_rank()}: {ended}", file=sys.stderr, flush=True)
-                os._exit(1)
+                try:
+                    print(f"train.py: error: rank {dist.get_rank()}: {ended}", file=sys.stderr, flush=True)
+                finally:  # whoever read that may be gone, too
+                    os._exit(1)
 
     def _ended(self) -> str | None:
-        if os.getppid() != self._launcher:
+        if not all(map(_is_alive, self._launchers)):
             return "the process that started this one has ended"
         gone = [rank for rank, process in self._ranks.items() if not _is_alive(process)]
         return f"another rank has ended, whose error tells why (rank {gone[0]})" if gone else None
+
+
+def _launchers() -> list[psutil.Process]:
+    """What started this rank, and, with DeepSpeed's launcher, what started that: it can be ended without its child."""
+    parent = psutil.Process().parent()
+    if parent is None:
+        return []
+    above = parent.parent() if "deepspeed.launcher.launch" in parent.cmdline() else None
+    return [parent] if above is None else [parent, above]
 
 
 def _is_alive(process: psutil.Process) -> bool:

@@ -223,7 +223,7 @@ def _dtype(config: Mapping[str, Any]) -> Literal["fp32", "fp16", "bf16"]:
 
 def _grad_accum_dtype_bytes(config: Mapping[str, Any], dtype: str) -> int:
     name = _block(config, "data_types").get("grad_accum_dtype") or dtype
-    if name not in _DTYPE_BYTES:
+    if not isinstance(name, str) or name not in _DTYPE_BYTES:
         raise ValueError(f"data_types.grad_accum_dtype is {name!r}; allowed: {', '.join(_DTYPE_BYTES)}")
     return _DTYPE_BYTES[name]
 

@@ -35,7 +35,7 @@ DATA = {"samples_seen": 7, "seed": 3}
 
 
 def identity_of(config: Any, stage: int, **changes: Any) -> Identity:
-    given: dict[str, Any] = {"dtype": "fp32", "zero_stage": stage}
+    given: dict[str, Any] = {"dtype": "fp32", "zero_stage": stage, "training": {"seed": 3}}
     return Identity.of(config, None, byte_tokenizer(), **given | changes)
 
 
@@ -52,7 +52,12 @@ def make_engine(model: Any, stage: int, checkpoint: Any = None, world_size: int 
         **universal_setting(checkpoint, world_size),
     }
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    groups = [
+        {"params": [parameter for parameter in trained if parameter.dim() > 1], "weight_decay": 0.5},
+        {"params": [parameter for parameter in trained if parameter.dim() == 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, fused=True)
     return deepspeed.initialize(model=model, model_parameters=trained, optimizer=optimizer, config=ds_config)[0]
 
 
@@ -194,6 +199,7 @@ def test_a_folder_that_is_no_checkpoint(tmp_path: Path) -> None:
         ({"dtype": "bf16"}, "dtype 'fp32', but this run has 'bf16'"),
         ({"model": {"hidden_size": 128}}, r"model\.hidden_size 48, but this run has 128"),
         ({"peft": LoraConfig(r=4)}, r"peft\."),
+        ({"training": {"seed": 4}}, r"training\.seed 3, but this run has 4"),
         ({"tokenizer": "<extra>"}, "another tokenizer"),
     ],
 )
@@ -203,7 +209,8 @@ def test_another_run_is_refused(saved: Path, changes: dict[str, Any], says: str)
         setattr(config, name, value)
     if "tokenizer" in changes:
         tokenizer.add_tokens([changes["tokenizer"]])
-    given = {name: changes.get(name, value) for name, value in {"dtype": "fp32", "zero_stage": 2}.items()}
+    saved_as = {"dtype": "fp32", "zero_stage": 2, "training": {"seed": 3}}
+    given = {name: changes.get(name, value) for name, value in saved_as.items()}
     identity = Identity.of(config, changes.get("peft"), tokenizer, **given)
     checkpoint = read_checkpoint(saved / "step-00000002")
     with pytest.raises(ValueError, match=says) as error:

@@ -51,18 +51,21 @@ def test_one_checkpoint(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         assert_same_weights(tmp_path, run)
 
 
-@pytest.mark.parametrize("case", ["no checkpoint", "not empty", "cut off"])
+@pytest.mark.parametrize("case", ["no checkpoint", "not empty", "cut off", "flipped"])
 def test_what_is_refused(run: Path, tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]) -> None:
     source, target = tmp_path / "run", tmp_path / "model"
     says = {"no checkpoint": "is no checkpoint", "not empty": "is not empty", "cut off": "has 100 of its"}
+    says |= {"flipped": "is not as it was written"}
     if case != "no checkpoint":
         shutil.copytree(run, source)
     if case == "not empty":
         target.mkdir()
         (target / "notes.txt").write_text("mine", encoding="utf-8")
-    if case == "cut off":
-        with next((source / "checkpoints" / "step-00000003").rglob("*optim_states.pt")).open("r+b") as file:
-            file.truncate(100)
+    if case in ("cut off", "flipped"):
+        file = next((source / "checkpoints" / "step-00000003").rglob("*optim_states.pt"))
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data[:100] if case == "cut off" else data)
     assert main([str(source), str(target)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("export.py: error: ")

@@ -132,6 +132,15 @@ def a_file_in_its_place(checkpoint: Path, other: Path) -> list[str]:
     return ["--output_dir", str(other)]
 
 
+def other_rate(checkpoint: Path, other: Path) -> list[str]:
+    return ["--learning_rate", "1e-5"]
+
+
+def another_run(checkpoint: Path, other: Path) -> list[str]:
+    shutil.copytree(checkpoint, other / "step-00000005")
+    return ["--resume", str(other / "step-00000005")]
+
+
 REFUSED = (
     Fault("truncated file", truncated, "has 100 of its"),
     Fault("missing rank file", rank_file_missing, "lacks its file random_states_rank_0.pt"),
@@ -145,6 +154,8 @@ REFUSED = (
     Fault("other seq_len", other_length, "was saved with seq_len 256"),
     Fault("other data", other_data, "the position in the data was saved with"),
     Fault("adapters where none were", adapters, "was made with peft"),
+    Fault("other learning rate", other_rate, "was made with training.learning_rate 0.004, but this run has 1e-05"),
+    Fault("another run's checkpoint", another_run, "has a checkpoint of step 4, which this run would overwrite"),
     Fault("fewer steps", fewer_steps, "max_steps is 3, but"),
     Fault("resume names no checkpoint", no_checkpoint, "is no checkpoint: it has no state.json"),
     Fault("resume names nothing", no_such_folder, "allowed: 'auto', or the folder of a checkpoint"),

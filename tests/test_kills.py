@@ -31,6 +31,7 @@ def test_twenty_kills_change_no_loss_and_no_weight(tmp_path: Path) -> None:
             kill_after(training, rank, steps=generator.randrange(1, 6))
         codes = training.end(limit=60)
         assert codes[rank] == -signal.SIGKILL
+        assert not [*Path("/dev/shm").glob(f"*_{training.port}_*")]
         assert codes[1 - rank] == 1
         assert f"train.py: error: rank {1 - rank}: " in training.output
     last = Training(run, *FLAGS)

@@ -7,8 +7,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from test_readme import ROOT, free_port
 
@@ -22,14 +23,17 @@ class Training:
     """A run: one process a rank, as a launcher would start them, but no launcher that ends the others for them.
 
     Args:
+        own_flags: further ones, of single ranks.
         output_dir: beside it lies a log of what the ranks of this run, not those of earlier ones, write.
     """
 
-    def __init__(self, output_dir: Path, *flags: str, ranks: int = 2) -> None:
+    def __init__(
+        self, output_dir: Path, *flags: str, ranks: int = 2, own_flags: Mapping[int, list[str]] = MappingProxyType({})
+    ) -> None:
         self.output_dir = output_dir
         self.log = output_dir.with_name(output_dir.name + ".log")
         self.log.unlink(missing_ok=True)
-        port = free_port()
+        self.port = free_port()
         arguments = ["--output_dir", str(output_dir), *flags]
         self.processes = []
         for rank in range(ranks):
@@ -39,9 +43,10 @@ class Training:
                 "WORLD_SIZE": str(ranks),
                 "LOCAL_WORLD_SIZE": str(ranks),
                 "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
+                "MASTER_PORT": self.port,
             }
-            process = _context.Process(target=_train, args=(variables, arguments, self.log), daemon=True)
+            own = [*arguments, *own_flags.get(rank, [])]
+            process = _context.Process(target=_train, args=(variables, own, self.log), daemon=True)
             process.start()
             self.processes.append(process)
 

@@ -131,12 +131,18 @@ class ModelShape(Dimensions):
 def _dimensions(config: PreTrainedConfig) -> Dimensions:
     hidden, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
     head_dim = optional_size(config, "qk_head_dim", "head_dim") or hidden // heads
+    key_value_heads = optional_size(config, "num_key_value_heads") or heads
+    if heads % key_value_heads:
+        raise ValueError(
+            f"num_key_value_heads in the config of model type {config.model_type!r} is {key_value_heads}; allowed: a "
+            f"divisor of its num_attention_heads, {heads}"
+        )
     return Dimensions(
         hidden_size=hidden,
         intermediate_size=optional_size(config, *_INTERMEDIATE_NAMES) or 4 * hidden,  # GPT-2's rule where it says None
         num_hidden_layers=size(config, "num_hidden_layers"),
         num_attention_heads=heads,
-        num_key_value_heads=optional_size(config, "num_key_value_heads") or heads,
+        num_key_value_heads=key_value_heads,
         head_dim=head_dim,
         value_head_dim=optional_size(config, "v_head_dim") or head_dim,
         vocab_size=size(config, "vocab_size"),

@@ -80,11 +80,14 @@ def _predicted(plan: Plan) -> str:
 
 
 def _verdict(plan: Plan) -> str:
-    verdict = "fits in" if plan.peak_bytes <= plan.device_memory else "does NOT fit in"
+    fits_device = plan.peak_bytes <= plan.device_memory
+    verdict = "fits in" if fits_device else "does NOT fit in"
+    # What fits the device, and all the same does not fit, lacks memory of the host.
+    host_verdict = ", which does NOT fit" if fits_device and not plan.fits else ""
     caveat = "" if plan.counts_are_exact else "; parameters counted as those of a similar model, an estimate"
     return (
         f"{_gib(plan.peak_bytes)} GiB at the peak ({plan.peak_phase.name}) {verdict} "
-        f"{_gib(plan.device_memory)} GiB; host {_gib(plan.host_bytes)}{_of_host(plan)} GiB{caveat}"
+        f"{_gib(plan.device_memory)} GiB; host {_gib(plan.host_bytes)}{_of_host(plan)} GiB{host_verdict}{caveat}"
     )
 
 
