@@ -24,7 +24,7 @@ _REMEDIES = (
     ("parameters", "a higher ZeRO stage, more ranks, or offload_param"),
     ("gradients", "a higher ZeRO stage, more ranks, or offload_optimizer"),
     ("master_parameters", "a higher ZeRO stage, more ranks, or offload_optimizer"),
-    ("adam_", "a higher ZeRO stage, more ranks, or offload_optimizer"),
+    ("optimizer_moments", "a higher ZeRO stage, more ranks, or offload_optimizer"),
     ("fp32_gradient", "a smaller sub_group_size, or offload_optimizer"),
 )
 _OTHERWISE = "a larger sp_size in the 'mst' block, or a shorter seq_len"

@@ -39,6 +39,10 @@ _COMMON_KEYS = (
 _OFFLOAD_DEVICES = ("none", "cpu", "nvme")
 # data_types.grad_accum_dtype as DeepSpeed spells it, and bytes.
 _DTYPE_BYTES: Mapping[str, int] = {"fp32": 4, "float32": 4, "fp16": 2, "float16": 2, "bf16": 2, "bfloat16": 2}
+# What an optimizer keeps for each parameter, in fp32, by optimizer.type in small letters. All others keep two, as Adam.
+_MOMENTS: Mapping[str, int] = {"lion": 1, "adagrad": 1}
+_MOMENTS_OF_ADAM = 2
+_SGD = ("sgd", "musgd")
 # These "auto" values are DeepSpeed's own and stay.
 _DEEPSPEED_AUTO = frozenset({"data_types.keep_in_fp32_modules", f"{_ZERO}.zenflow.select_strategy"})
 
@@ -49,6 +53,7 @@ class ZeroConfig:
 
     dp_world_size: the ranks that ZeRO shards over. DeepSpeed sees every rank as data parallel, so this is the
     world size, also under sequence parallelism.
+    optimizer_moments: values that the optimizer keeps for each trained parameter beside its master copy.
     """
 
     stage: int
@@ -57,6 +62,7 @@ class ZeroConfig:
     grad_accum_dtype_bytes: int
     param_offload: OffloadDevice
     optimizer_offload: OffloadDevice
+    optimizer_moments: int
     overlap_comm: bool
     reduce_bucket_size: int
     allgather_bucket_size: int
@@ -150,6 +156,7 @@ def read_zero(ds_config: Mapping[str, Any], *, dp_world_size: int) -> ZeroConfig
         grad_accum_dtype_bytes=_grad_accum_dtype_bytes(ds_config, dtype),
         param_offload=_offload(zero, "offload_param", "cpu_offload_param") if stage == 3 else "none",
         optimizer_offload=_offload(zero, "offload_optimizer", "cpu_offload") if stage >= 1 else "none",
+        optimizer_moments=_optimizer_moments(ds_config),
         overlap_comm=stage == 3 if overlap_comm is None else bool(overlap_comm),
         reduce_bucket_size=_elements(zero, "reduce_bucket_size", 5 * 10**8),
         allgather_bucket_size=_elements(zero, "allgather_bucket_size", 5 * 10**8),
@@ -226,6 +233,20 @@ def _grad_accum_dtype_bytes(config: Mapping[str, Any], dtype: str) -> int:
     if name not in _DTYPE_BYTES:
         raise ValueError(f"data_types.grad_accum_dtype is {name!r}; allowed: {', '.join(_DTYPE_BYTES)}")
     return _DTYPE_BYTES[name]
+
+
+def _optimizer_moments(config: Mapping[str, Any]) -> int:
+    """Without an optimizer block it is the engine's own AdamW."""
+    optimizer = _block(config, "optimizer")
+    name = optimizer.get("type", "AdamW")
+    if not isinstance(name, str):
+        raise ValueError(f"optimizer.type is {name!r}; allowed: the name of an optimizer, such as 'AdamW'")
+    if name.lower() in _SGD:
+        momentum = _block(optimizer, "params").get("momentum", 0)
+        if isinstance(momentum, bool) or not isinstance(momentum, int | float):
+            raise ValueError(f"optimizer.params.momentum is {momentum!r}; allowed: a number")
+        return int(momentum > 0)
+    return _MOMENTS.get(name.lower(), _MOMENTS_OF_ADAM)
 
 
 def _offload(zero: Mapping[str, Any], key: str, deprecated_key: str) -> OffloadDevice:

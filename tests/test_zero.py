@@ -228,6 +228,13 @@ def test_auto_without_a_rule_is_refused_and_deepspeeds_own_stays():
         ),
         ({}, "dtype_bytes", 4),
         ({}, "dp_world_size", 8),
+        ({}, "optimizer_moments", 2),
+        *(
+            ({"optimizer": {"type": name}}, "optimizer_moments", moments)
+            for name, moments in {"AdamW": 2, "Lamb": 2, "Unheard": 2, "Lion": 1, "Adagrad": 1, "SGD": 0}.items()
+        ),
+        ({"optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}}, "optimizer_moments", 1),
+        ({"optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.0}}}, "optimizer_moments", 0),
     ],
 )
 def test_settings_are_typed(ds_config, field, expected):
@@ -248,6 +255,11 @@ def test_settings_are_typed(ds_config, field, expected):
             "device is 'disk'; allowed: none, cpu",
         ),
         ({"data_types": {"grad_accum_dtype": "fp8"}}, "grad_accum_dtype is 'fp8'; allowed: fp32"),
+        ({"optimizer": {"type": 3}}, "optimizer.type is 3; allowed: the name of an optimizer"),
+        (
+            {"optimizer": {"type": "SGD", "params": {"momentum": "auto"}}},
+            "optimizer.params.momentum is 'auto'; allowed: a number",
+        ),
     ],
 )
 def test_settings_of_the_wrong_type_are_refused(ds_config, message):

@@ -23,7 +23,7 @@ _STATES = frozenset(
         "averaged_gradients",
         "reduce_bucket",
         "master_parameters",
-        "adam_moments",
+        "optimizer_moments",
         "fp32_gradient",
         "parameter_staging",
         "gradient_staging_on_host",

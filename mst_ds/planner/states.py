@@ -138,7 +138,7 @@ def reduce_bucket(work: Workload) -> Terms:
 
 
 def optimizer_states(work: Workload) -> Terms:
-    """AdamW's two moments and the fp32 master parameters, sharded from stage 1 on.
+    """The optimizer's moments, two of AdamW, and the fp32 master parameters, sharded from stage 1 on.
 
     On the host the fp32 gradient has its place from the start, and at stages 1 and 2 what the master parameters are
     copied through; there gradients go to the host by way of a buffer on either side, as large as the largest weight.
@@ -146,25 +146,27 @@ def optimizer_states(work: Workload) -> Terms:
     zero = work.zero
     count = work.sharded(work.shape.trained.all, from_stage=1)
     place = _OFFLOAD_PLACES[zero.optimizer_offload]
-    moments = product_term(
-        "adam_moments", place, ("moments", 2), ("trained parameters of this rank", count), ("bytes", _FP32_BYTES)
-    )
+    of_rank = ("trained parameters of this rank", count)
+    moments: Terms = ()
+    if zero.optimizer_moments:
+        moments = (
+            product_term(
+                "optimizer_moments", place, ("moments", zero.optimizer_moments), of_rank, ("bytes", _FP32_BYTES)
+            ),
+        )
     # Every ZeRO stage has a master copy, of fp32 parameters too; only plain fp32 is updated in place.
     if zero.stage == 0 and zero.dtype == "fp32":
-        return (moments,)
-    master = product_term(
-        "master_parameters", place, ("trained parameters of this rank", count), ("bytes", _FP32_BYTES)
-    )
+        return moments
+    master = product_term("master_parameters", place, of_rank, ("bytes", _FP32_BYTES))
     if not _has_fp32_gradient_on_host(work):
-        return (master, moments)
-    of_rank = ("trained parameters of this rank", count)
+        return (master, *moments)
     gradient = product_term("fp32_gradient", "host", of_rank, ("bytes", _FP32_BYTES))
     if zero.stage == 3:
-        return (master, moments, gradient)
+        return (master, *moments, gradient)
     largest = ("largest weight", work.shape.trained.largest)
     return (
         master,
-        moments,
+        *moments,
         gradient,
         product_term("parameter_staging", "host", of_rank, ("bytes", zero.dtype_bytes)),
         product_term("gradient_staging_on_host", "host", largest, ("bytes", zero.dtype_bytes)),

@@ -57,7 +57,7 @@ def test_states_are_sharded_by_stage(stage, parameters, gradients, optimizer):
     terms = bytes_of(plan, "backward") | bytes_of(plan, "optimizer_step")
     assert terms["parameters"] == parameters * PARAMETERS
     assert terms["gradients"] == gradients * PARAMETERS
-    assert terms["master_parameters"] + terms["adam_moments"] == optimizer * PARAMETERS
+    assert terms["master_parameters"] + terms["optimizer_moments"] == optimizer * PARAMETERS
     assert ("gathered_parameters" in terms) == (stage == 3)
     assert ("reduce_bucket" in terms) == (stage > 0)
 
@@ -70,7 +70,18 @@ def test_shards_are_rounded_up():
 
 def test_sequence_parallel_ranks_share_the_states_like_all_others():
     for sp_size in (1, 2, 4):
-        assert bytes_of(plan_of(3, sp_size=sp_size), "backward")["adam_moments"] == 2 * PARAMETERS
+        assert bytes_of(plan_of(3, sp_size=sp_size), "backward")["optimizer_moments"] == 2 * PARAMETERS
+
+
+@pytest.mark.parametrize(("name", "moments"), [("AdamW", 2), ("Lion", 1), ("SGD", 0)])
+def test_moments_are_those_of_the_jsons_optimizer(name, moments):
+    plan = plan_of(3, optimizer={"type": name})
+    for phase in plan.phases:
+        terms = bytes_of(plan, phase.name)
+        assert terms.get("optimizer_moments", 0) == moments * PARAMETERS
+        assert terms["master_parameters"] == PARAMETERS
+    offloaded = plan_of(3, optimizer={"type": name}, zero={"offload_optimizer": {"device": "cpu"}})
+    assert offloaded.host_bytes - bytes_of(offloaded, "backward").get("optimizer_moments", 0) == 2.5 * PARAMETERS
 
 
 def test_plain_fp32_has_no_master_copy():
@@ -81,7 +92,7 @@ def test_plain_fp32_has_no_master_copy():
 def test_offloading_moves_states_off_the_device():
     offload = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
     on_device, offloaded = plan_of(3), plan_of(3, zero=offload)
-    states = ("parameters", "master_parameters", "adam_moments", "gradients")
+    states = ("parameters", "master_parameters", "optimizer_moments", "gradients")
     moved = sum(bytes_of(on_device, "backward")[name] for name in states)
     terms = terms_of(offloaded, "backward")
     assert {terms[name].place for name in states} == {"host"}
@@ -91,7 +102,7 @@ def test_offloading_moves_states_off_the_device():
     assert on_device.host_bytes == 0
     assert offloaded.host_bytes == max(phase.host_bytes for phase in offloaded.phases) > moved
     nvme = plan_of(3, zero={"offload_optimizer": {"device": "nvme"}})
-    assert terms_of(nvme, "backward")["adam_moments"].place == "nvme"
+    assert terms_of(nvme, "backward")["optimizer_moments"].place == "nvme"
     assert terms_of(nvme, "optimizer_step")["fp32_gradient"].place == "host"
 
 
