@@ -15,6 +15,7 @@ _SHOWN_TERMS = 3
 _REMEDIES = (
     ("mlp_chunk", "a larger mlp_chunks in the 'mst' block"),
     ("loss_logits", "a larger loss_chunks in the 'mst' block"),
+    ("persistent_parameters", "a smaller stage3_param_persistence_threshold"),
     ("gathered_parameters", "a smaller stage3_max_reuse_distance and stage3_prefetch_bucket_size"),
     ("gathered_", "a larger head_groups or sp_size in the 'mst' block"),
     ("all_to_all_buffers", "a larger head_groups in the 'mst' block"),

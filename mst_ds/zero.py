@@ -6,6 +6,7 @@ import copy
 import difflib
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,7 @@ class ZeroConfig:
     stage3_max_live_parameters: int
     stage3_max_reuse_distance: int
     stage3_param_persistence_threshold: int
+    stage3_model_persistence_threshold: int
     micro_batch_size: int
     gradient_accumulation_steps: int
 
@@ -165,6 +167,7 @@ def read_zero(ds_config: Mapping[str, Any], *, dp_world_size: int) -> ZeroConfig
         stage3_max_live_parameters=_elements(zero, "stage3_max_live_parameters", 10**9),
         stage3_max_reuse_distance=_elements(zero, "stage3_max_reuse_distance", 10**9),
         stage3_param_persistence_threshold=_elements(zero, "stage3_param_persistence_threshold", 10**5),
+        stage3_model_persistence_threshold=_elements(zero, "stage3_model_persistence_threshold", sys.maxsize),
         micro_batch_size=ds_config.get(_MICRO_BATCH, 1),
         gradient_accumulation_steps=ds_config.get(_ACCUMULATION, 1),
     )

@@ -67,6 +67,7 @@ def test_defaults_are_deepspeeds():
         assert ours.stage3_max_live_parameters == theirs.max_live_parameters
         assert ours.stage3_max_reuse_distance == theirs.max_reuse_distance
         assert ours.stage3_param_persistence_threshold == theirs.param_persistence_threshold
+        assert ours.stage3_model_persistence_threshold == theirs.model_persistence_threshold
     assert read_zero({}, dp_world_size=4).stage == DeepSpeedZeroConfig().stage
 
 

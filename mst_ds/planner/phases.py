@@ -19,6 +19,7 @@ _STATES = frozenset(
         "reserve",
         "parameters",
         "gathered_parameters",
+        "persistent_parameters",
         "gradients",
         "averaged_gradients",
         "reduce_bucket",

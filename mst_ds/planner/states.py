@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
+from mst_ds.planner.persistent import persistent_counts
 from mst_ds.planner.types import MemoryTerm, Place, product_term, total_bytes
 from mst_ds.planner.workload import Workload, ceil_divide
 from mst_ds.zero import OffloadDevice
@@ -35,25 +36,34 @@ def gathered_parameters(work: Workload, phase: Literal["forward", "loss", "backw
     DeepSpeed frees a module's parameters after it has run, unless one of the modules that follow uses them again before
     `stage3_max_reuse_distance` elements have gone by (`PartitionedParameterCoordinator.__params_to_release`). So the
     last layers and the head may stay from the forward to the backward. Modules to come are gathered before they run, up
-    to `stage3_prefetch_bucket_size` elements, where fewer than `stage3_max_live_parameters` are there.
+    to `stage3_prefetch_bucket_size` elements, where fewer than `stage3_max_live_parameters` are there. Persistent ones
+    are never freed before the optimizer's step, which shards all; they have a term of their own.
     """
     if work.zero.stage < 3:
         return ()
-    shape, zero = work.shape, work.zero
+    shape, zero, persistent = work.shape, work.zero, persistent_counts(work)
+    layer, head = shape.layer_parameter_count - persistent.layer, shape.head_weight_count - persistent.head
     kept = _layers_until_backward(work)
-    count = max(1, kept) * shape.layer_parameter_count
+    count = max(1, kept) * layer
     if _keeps_embedding(work, phase):
-        count += shape.embedding_parameter_count
+        count += shape.embedding_parameter_count - persistent.embedding
     prefetch = min(zero.stage3_prefetch_bucket_size, max(0, zero.stage3_max_live_parameters - count))
     if phase == "forward":
         # The head comes next: one weight, which is gathered whole.
-        count += shape.head_weight_count if prefetch else 0
+        count += head if prefetch else 0
     else:
         count += prefetch if kept < shape.num_hidden_layers else 0
     if phase == "loss":
-        count += shape.head_weight_count - (0 if kept else shape.layer_parameter_count)
-    live = ("live parameters", min(shape.parameter_count, count))
-    return (product_term("gathered_parameters", "device", live, ("bytes", zero.dtype_bytes)),)
+        count += head - (0 if kept else layer)
+    live = {
+        "persistent_parameters": ("persistent parameters", persistent.all),
+        "gathered_parameters": ("live parameters", min(shape.parameter_count - persistent.all, count)),
+    }
+    return tuple(
+        product_term(name, "device", elements, ("bytes", zero.dtype_bytes))
+        for name, elements in live.items()
+        if elements[1]
+    )
 
 
 def _layers_until_backward(work: Workload) -> int:
