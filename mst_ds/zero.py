@@ -24,6 +24,13 @@ _ACCUMULATION = "gradient_accumulation_steps"
 _TRAIN_BATCH = "train_batch_size"
 # DeepSpeed's own way to sequence parallelism, which changes over which ranks it averages gradients.
 _SIZES_OF_ITS_OWN = ("sequence_parallel_size", "data_parallel_size")
+# What shards or computes in another way than the plan and the exactness of training are about, and its value when off.
+_UNSUPPORTED = (
+    (_ZERO, "zero_hpz_partition_size", 1),
+    (_ZERO, "mics_shard_size", -1),
+    ("torch_autocast", "enabled", False),
+    ("amp", "enabled", False),
+)
 _COMMON_KEYS = (
     _MST,
     _ZERO,
@@ -86,7 +93,8 @@ def load_ds_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> DsConf
 
     Raises:
         ValueError: the file is missing or not JSON, it holds no object, or one of these is wrong: the ZeRO
-            stage, the "mst" block, both bf16 and fp16 enabled, batch sizes that are not positive.
+            stage, the "mst" block, both bf16 and fp16 enabled, batch sizes that are not positive; or it asks for
+            secondary shards (hpZ, MiCS) or for autocast, which are not supported.
     """
     if isinstance(source, Mapping):
         config: Any = copy.deepcopy(dict(source))
@@ -199,6 +207,10 @@ def _check(config: Mapping[str, Any]) -> None:
     for key in _SIZES_OF_ITS_OWN:
         if key in config:
             raise ValueError(f"{key} stands in the JSON; allowed: sp_size in the 'mst' block, which takes its place")
+    for block, key, off in _UNSUPPORTED:
+        value = _block(config, block).get(key, off)
+        if value != off:
+            raise ValueError(f"{block}.{key} is {value!r}; allowed: {json.dumps(off)}, or leave it out")
     for key in (_MICRO_BATCH, _ACCUMULATION, _TRAIN_BATCH):
         value = config.get(key, AUTO)
         if value != AUTO and (not isinstance(value, int) or isinstance(value, bool) or value < 1):

@@ -113,6 +113,13 @@ def test_a_missing_file_is_refused(tmp_path):
             {"train_micro_batch_size_per_gpu": 0},
             "train_micro_batch_size_per_gpu is 0; allowed: 'auto' or a whole",
         ),
+        (
+            {"zero_optimization": {"zero_hpz_partition_size": 8}},
+            "zero_hpz_partition_size is 8; allowed: 1, or leave it",
+        ),
+        ({"zero_optimization": {"mics_shard_size": 8}}, "mics_shard_size is 8; allowed: -1, or leave it out"),
+        ({"torch_autocast": {"enabled": True}}, "torch_autocast.enabled is True; allowed: false, or leave it out"),
+        ({"amp": {"enabled": True}}, "amp.enabled is True; allowed: false, or leave it out"),
         ({"gradient_accumulation_steps": 1.5}, "gradient_accumulation_steps is 1.5"),
         ({"train_batch_size": "8"}, "train_batch_size is '8'"),
         ({"mst": {"spsize": 2}}, "'mst' has the unknown key 'spsize'; nearest: 'sp_size'"),
@@ -125,7 +132,7 @@ def test_bad_values_are_refused_on_loading(ds_config, message):
 
 
 def test_keys_that_only_deepspeed_knows_pass():
-    ds_config = {"wall_clock_breakdown": True, "some_future_block": {"x": 1}}
+    ds_config = {"wall_clock_breakdown": True, "some_future_block": {"x": 1}, "amp": {"enabled": False}}
     assert resolved(load_ds_config(ds_config)).items() >= ds_config.items()
 
 
