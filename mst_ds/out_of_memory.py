@@ -15,6 +15,7 @@ _SHOWN_TERMS = 3
 _REMEDIES = (
     ("mlp_chunk", "a larger mlp_chunks in the 'mst' block"),
     ("loss_logits", "a larger loss_chunks in the 'mst' block"),
+    ("persistent_parameters", "a smaller stage3_param_persistence_threshold"),
     ("gathered_parameters", "a smaller stage3_max_reuse_distance and stage3_prefetch_bucket_size"),
     ("gathered_", "a larger head_groups or sp_size in the 'mst' block"),
     ("all_to_all_buffers", "a larger head_groups in the 'mst' block"),
@@ -24,7 +25,7 @@ _REMEDIES = (
     ("parameters", "a higher ZeRO stage, more ranks, or offload_param"),
     ("gradients", "a higher ZeRO stage, more ranks, or offload_optimizer"),
     ("master_parameters", "a higher ZeRO stage, more ranks, or offload_optimizer"),
-    ("adam_", "a higher ZeRO stage, more ranks, or offload_optimizer"),
+    ("optimizer_moments", "a higher ZeRO stage, more ranks, or offload_optimizer"),
     ("fp32_gradient", "a smaller sub_group_size, or offload_optimizer"),
 )
 _OTHERWISE = "a larger sp_size in the 'mst' block, or a shorter seq_len"

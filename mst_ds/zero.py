@@ -6,6 +6,7 @@ import copy
 import difflib
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,13 @@ _ACCUMULATION = "gradient_accumulation_steps"
 _TRAIN_BATCH = "train_batch_size"
 # DeepSpeed's own way to sequence parallelism, which changes over which ranks it averages gradients.
 _SIZES_OF_ITS_OWN = ("sequence_parallel_size", "data_parallel_size")
+# What shards or computes in another way than the plan and the exactness of training are about, and its value when off.
+_UNSUPPORTED = (
+    (_ZERO, "zero_hpz_partition_size", 1),
+    (_ZERO, "mics_shard_size", -1),
+    ("torch_autocast", "enabled", False),
+    ("amp", "enabled", False),
+)
 _COMMON_KEYS = (
     _MST,
     _ZERO,
@@ -39,6 +47,10 @@ _COMMON_KEYS = (
 _OFFLOAD_DEVICES = ("none", "cpu", "nvme")
 # data_types.grad_accum_dtype as DeepSpeed spells it, and bytes.
 _DTYPE_BYTES: Mapping[str, int] = {"fp32": 4, "float32": 4, "fp16": 2, "float16": 2, "bf16": 2, "bfloat16": 2}
+# What an optimizer keeps for each parameter, in fp32, by optimizer.type in small letters. All others keep two, as Adam.
+_MOMENTS: Mapping[str, int] = {"lion": 1, "adagrad": 1}
+_MOMENTS_OF_ADAM = 2
+_SGD = ("sgd", "musgd")
 # These "auto" values are DeepSpeed's own and stay.
 _DEEPSPEED_AUTO = frozenset({"data_types.keep_in_fp32_modules", f"{_ZERO}.zenflow.select_strategy"})
 
@@ -49,6 +61,7 @@ class ZeroConfig:
 
     dp_world_size: the ranks that ZeRO shards over. DeepSpeed sees every rank as data parallel, so this is the
     world size, also under sequence parallelism.
+    optimizer_moments: values that the optimizer keeps for each trained parameter beside its master copy.
     """
 
     stage: int
@@ -57,6 +70,7 @@ class ZeroConfig:
     grad_accum_dtype_bytes: int
     param_offload: OffloadDevice
     optimizer_offload: OffloadDevice
+    optimizer_moments: int
     overlap_comm: bool
     reduce_bucket_size: int
     allgather_bucket_size: int
@@ -65,6 +79,7 @@ class ZeroConfig:
     stage3_max_live_parameters: int
     stage3_max_reuse_distance: int
     stage3_param_persistence_threshold: int
+    stage3_model_persistence_threshold: int
     micro_batch_size: int
     gradient_accumulation_steps: int
 
@@ -78,7 +93,8 @@ def load_ds_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> DsConf
 
     Raises:
         ValueError: the file is missing or not JSON, it holds no object, or one of these is wrong: the ZeRO
-            stage, the "mst" block, both bf16 and fp16 enabled, batch sizes that are not positive.
+            stage, the "mst" block, both bf16 and fp16 enabled, batch sizes that are not positive; or it asks for
+            secondary shards (hpZ, MiCS) or for autocast, which are not supported.
     """
     if isinstance(source, Mapping):
         config: Any = copy.deepcopy(dict(source))
@@ -150,6 +166,7 @@ def read_zero(ds_config: Mapping[str, Any], *, dp_world_size: int) -> ZeroConfig
         grad_accum_dtype_bytes=_grad_accum_dtype_bytes(ds_config, dtype),
         param_offload=_offload(zero, "offload_param", "cpu_offload_param") if stage == 3 else "none",
         optimizer_offload=_offload(zero, "offload_optimizer", "cpu_offload") if stage >= 1 else "none",
+        optimizer_moments=_optimizer_moments(ds_config),
         overlap_comm=stage == 3 if overlap_comm is None else bool(overlap_comm),
         reduce_bucket_size=_elements(zero, "reduce_bucket_size", 5 * 10**8),
         allgather_bucket_size=_elements(zero, "allgather_bucket_size", 5 * 10**8),
@@ -158,6 +175,7 @@ def read_zero(ds_config: Mapping[str, Any], *, dp_world_size: int) -> ZeroConfig
         stage3_max_live_parameters=_elements(zero, "stage3_max_live_parameters", 10**9),
         stage3_max_reuse_distance=_elements(zero, "stage3_max_reuse_distance", 10**9),
         stage3_param_persistence_threshold=_elements(zero, "stage3_param_persistence_threshold", 10**5),
+        stage3_model_persistence_threshold=_elements(zero, "stage3_model_persistence_threshold", sys.maxsize),
         micro_batch_size=ds_config.get(_MICRO_BATCH, 1),
         gradient_accumulation_steps=ds_config.get(_ACCUMULATION, 1),
     )
@@ -189,6 +207,10 @@ def _check(config: Mapping[str, Any]) -> None:
     for key in _SIZES_OF_ITS_OWN:
         if key in config:
             raise ValueError(f"{key} stands in the JSON; allowed: sp_size in the 'mst' block, which takes its place")
+    for block, key, off in _UNSUPPORTED:
+        value = _block(config, block).get(key, off)
+        if value != off:
+            raise ValueError(f"{block}.{key} is {value!r}; allowed: {json.dumps(off)}, or leave it out")
     for key in (_MICRO_BATCH, _ACCUMULATION, _TRAIN_BATCH):
         value = config.get(key, AUTO)
         if value != AUTO and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
@@ -226,6 +248,20 @@ def _grad_accum_dtype_bytes(config: Mapping[str, Any], dtype: str) -> int:
     if not isinstance(name, str) or name not in _DTYPE_BYTES:
         raise ValueError(f"data_types.grad_accum_dtype is {name!r}; allowed: {', '.join(_DTYPE_BYTES)}")
     return _DTYPE_BYTES[name]
+
+
+def _optimizer_moments(config: Mapping[str, Any]) -> int:
+    """Without an optimizer block it is the engine's own AdamW."""
+    optimizer = _block(config, "optimizer")
+    name = optimizer.get("type", "AdamW")
+    if not isinstance(name, str):
+        raise ValueError(f"optimizer.type is {name!r}; allowed: the name of an optimizer, such as 'AdamW'")
+    if name.lower() in _SGD:
+        momentum = _block(optimizer, "params").get("momentum", 0)
+        if isinstance(momentum, bool) or not isinstance(momentum, int | float):
+            raise ValueError(f"optimizer.params.momentum is {momentum!r}; allowed: a number")
+        return int(momentum > 0)
+    return _MOMENTS.get(name.lower(), _MOMENTS_OF_ADAM)
 
 
 def _offload(zero: Mapping[str, Any], key: str, deprecated_key: str) -> OffloadDevice:

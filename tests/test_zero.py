@@ -67,6 +67,7 @@ def test_defaults_are_deepspeeds():
         assert ours.stage3_max_live_parameters == theirs.max_live_parameters
         assert ours.stage3_max_reuse_distance == theirs.max_reuse_distance
         assert ours.stage3_param_persistence_threshold == theirs.param_persistence_threshold
+        assert ours.stage3_model_persistence_threshold == theirs.model_persistence_threshold
     assert read_zero({}, dp_world_size=4).stage == DeepSpeedZeroConfig().stage
 
 
@@ -112,6 +113,13 @@ def test_a_missing_file_is_refused(tmp_path):
             {"train_micro_batch_size_per_gpu": 0},
             "train_micro_batch_size_per_gpu is 0; allowed: 'auto' or a whole",
         ),
+        (
+            {"zero_optimization": {"zero_hpz_partition_size": 8}},
+            "zero_hpz_partition_size is 8; allowed: 1, or leave it",
+        ),
+        ({"zero_optimization": {"mics_shard_size": 8}}, "mics_shard_size is 8; allowed: -1, or leave it out"),
+        ({"torch_autocast": {"enabled": True}}, "torch_autocast.enabled is True; allowed: false, or leave it out"),
+        ({"amp": {"enabled": True}}, "amp.enabled is True; allowed: false, or leave it out"),
         ({"gradient_accumulation_steps": 1.5}, "gradient_accumulation_steps is 1.5"),
         ({"train_batch_size": "8"}, "train_batch_size is '8'"),
         ({"mst": {"spsize": 2}}, "'mst' has the unknown key 'spsize'; nearest: 'sp_size'"),
@@ -124,7 +132,7 @@ def test_bad_values_are_refused_on_loading(ds_config, message):
 
 
 def test_keys_that_only_deepspeed_knows_pass():
-    ds_config = {"wall_clock_breakdown": True, "some_future_block": {"x": 1}}
+    ds_config = {"wall_clock_breakdown": True, "some_future_block": {"x": 1}, "amp": {"enabled": False}}
     assert resolved(load_ds_config(ds_config)).items() >= ds_config.items()
 
 
@@ -228,6 +236,13 @@ def test_auto_without_a_rule_is_refused_and_deepspeeds_own_stays():
         ),
         ({}, "dtype_bytes", 4),
         ({}, "dp_world_size", 8),
+        ({}, "optimizer_moments", 2),
+        *(
+            ({"optimizer": {"type": name}}, "optimizer_moments", moments)
+            for name, moments in {"AdamW": 2, "Lamb": 2, "Unheard": 2, "Lion": 1, "Adagrad": 1, "SGD": 0}.items()
+        ),
+        ({"optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}}, "optimizer_moments", 1),
+        ({"optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.0}}}, "optimizer_moments", 0),
     ],
 )
 def test_settings_are_typed(ds_config, field, expected):
@@ -248,6 +263,11 @@ def test_settings_are_typed(ds_config, field, expected):
             "device is 'disk'; allowed: none, cpu",
         ),
         ({"data_types": {"grad_accum_dtype": "fp8"}}, "grad_accum_dtype is 'fp8'; allowed: fp32"),
+        ({"optimizer": {"type": 3}}, "optimizer.type is 3; allowed: the name of an optimizer"),
+        (
+            {"optimizer": {"type": "SGD", "params": {"momentum": "auto"}}},
+            "optimizer.params.momentum is 'auto'; allowed: a number",
+        ),
     ],
 )
 def test_settings_of_the_wrong_type_are_refused(ds_config, message):

@@ -97,11 +97,12 @@ def _bytes_of_shard(work: Workload, *, from_stage: int) -> int:
 
 
 def _optimizer_seconds(work: Workload, gpu: Gpu) -> float:
-    """AdamW reads the gradient, the master parameters and the two moments in fp32, and writes the last three."""
+    """The optimizer reads the gradient, the master parameters and its moments in fp32, and writes all but the first."""
     count = work.sharded(work.shape.trained.all, from_stage=1)
-    touched = 7 * _FP32_BYTES * count
+    kept = (1 + work.zero.optimizer_moments) * _FP32_BYTES * count
+    touched = 2 * kept + _FP32_BYTES * count
     if work.zero.optimizer_offload == "none":
         return touched / gpu.memory_rate
     copied = 2 * count * work.zero.dtype_bytes / gpu.host_rate  # the gradients there, the parameters back
-    on_drive = 2 * 3 * _FP32_BYTES * count / _NVME_RATE if work.zero.optimizer_offload == "nvme" else 0.0
+    on_drive = 2 * kept / _NVME_RATE if work.zero.optimizer_offload == "nvme" else 0.0
     return touched / _HOST_MEMORY_RATE + copied + on_drive

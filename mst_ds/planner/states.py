@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
+from mst_ds.planner.persistent import persistent_counts
 from mst_ds.planner.types import MemoryTerm, Place, product_term, total_bytes
 from mst_ds.planner.workload import Workload, ceil_divide
 from mst_ds.zero import OffloadDevice
@@ -35,25 +36,34 @@ def gathered_parameters(work: Workload, phase: Literal["forward", "loss", "backw
     DeepSpeed frees a module's parameters after it has run, unless one of the modules that follow uses them again before
     `stage3_max_reuse_distance` elements have gone by (`PartitionedParameterCoordinator.__params_to_release`). So the
     last layers and the head may stay from the forward to the backward. Modules to come are gathered before they run, up
-    to `stage3_prefetch_bucket_size` elements, where fewer than `stage3_max_live_parameters` are there.
+    to `stage3_prefetch_bucket_size` elements, where fewer than `stage3_max_live_parameters` are there. Persistent ones
+    are never freed before the optimizer's step, which shards all; they have a term of their own.
     """
     if work.zero.stage < 3:
         return ()
-    shape, zero = work.shape, work.zero
+    shape, zero, persistent = work.shape, work.zero, persistent_counts(work)
+    layer, head = shape.layer_parameter_count - persistent.layer, shape.head_weight_count - persistent.head
     kept = _layers_until_backward(work)
-    count = max(1, kept) * shape.layer_parameter_count
+    count = max(1, kept) * layer
     if _keeps_embedding(work, phase):
-        count += shape.embedding_parameter_count
+        count += shape.embedding_parameter_count - persistent.embedding
     prefetch = min(zero.stage3_prefetch_bucket_size, max(0, zero.stage3_max_live_parameters - count))
     if phase == "forward":
         # The head comes next: one weight, which is gathered whole.
-        count += shape.head_weight_count if prefetch else 0
+        count += head if prefetch else 0
     else:
         count += prefetch if kept < shape.num_hidden_layers else 0
     if phase == "loss":
-        count += shape.head_weight_count - (0 if kept else shape.layer_parameter_count)
-    live = ("live parameters", min(shape.parameter_count, count))
-    return (product_term("gathered_parameters", "device", live, ("bytes", zero.dtype_bytes)),)
+        count += head - (0 if kept else layer)
+    live = {
+        "persistent_parameters": ("persistent parameters", persistent.all),
+        "gathered_parameters": ("live parameters", min(shape.parameter_count - persistent.all, count)),
+    }
+    return tuple(
+        product_term(name, "device", elements, ("bytes", zero.dtype_bytes))
+        for name, elements in live.items()
+        if elements[1]
+    )
 
 
 def _layers_until_backward(work: Workload) -> int:
@@ -138,7 +148,7 @@ def reduce_bucket(work: Workload) -> Terms:
 
 
 def optimizer_states(work: Workload) -> Terms:
-    """AdamW's two moments and the fp32 master parameters, sharded from stage 1 on.
+    """The optimizer's moments, two of AdamW, and the fp32 master parameters, sharded from stage 1 on.
 
     On the host the fp32 gradient has its place from the start, and at stages 1 and 2 what the master parameters are
     copied through; there gradients go to the host by way of a buffer on either side, as large as the largest weight.
@@ -146,25 +156,27 @@ def optimizer_states(work: Workload) -> Terms:
     zero = work.zero
     count = work.sharded(work.shape.trained.all, from_stage=1)
     place = _OFFLOAD_PLACES[zero.optimizer_offload]
-    moments = product_term(
-        "adam_moments", place, ("moments", 2), ("trained parameters of this rank", count), ("bytes", _FP32_BYTES)
-    )
+    of_rank = ("trained parameters of this rank", count)
+    moments: Terms = ()
+    if zero.optimizer_moments:
+        moments = (
+            product_term(
+                "optimizer_moments", place, ("moments", zero.optimizer_moments), of_rank, ("bytes", _FP32_BYTES)
+            ),
+        )
     # Every ZeRO stage has a master copy, of fp32 parameters too; only plain fp32 is updated in place.
     if zero.stage == 0 and zero.dtype == "fp32":
-        return (moments,)
-    master = product_term(
-        "master_parameters", place, ("trained parameters of this rank", count), ("bytes", _FP32_BYTES)
-    )
+        return moments
+    master = product_term("master_parameters", place, of_rank, ("bytes", _FP32_BYTES))
     if not _has_fp32_gradient_on_host(work):
-        return (master, moments)
-    of_rank = ("trained parameters of this rank", count)
+        return (master, *moments)
     gradient = product_term("fp32_gradient", "host", of_rank, ("bytes", _FP32_BYTES))
     if zero.stage == 3:
-        return (master, moments, gradient)
+        return (master, *moments, gradient)
     largest = ("largest weight", work.shape.trained.largest)
     return (
         master,
-        moments,
+        *moments,
         gradient,
         product_term("parameter_staging", "host", of_rank, ("bytes", zero.dtype_bytes)),
         product_term("gradient_staging_on_host", "host", largest, ("bytes", zero.dtype_bytes)),

@@ -41,7 +41,9 @@ PARAMETERS = 2 * VOCAB * HIDDEN + HIDDEN + LAYERS * LAYER
 def plan_of(
     stage=3, *, model=MODEL, mst=None, dtype="bf16", world_size=4, seq_len=4000, sp_size=1, rank=0, **ds_config
 ):
-    zero = {"stage": stage, "reduce_bucket_size": 1000, "stage3_prefetch_bucket_size": 500} | ds_config.pop("zero", {})
+    # DeepSpeed's own threshold would leave all of such small models whole on every rank.
+    zero = {"stage": stage, "reduce_bucket_size": 1000, "stage3_prefetch_bucket_size": 500}
+    zero |= {"stage3_param_persistence_threshold": 0} | ds_config.pop("zero", {})
     mst = {"recompute": True} | (mst or {})
     ds_config = {dtype: {"enabled": True}, "zero_optimization": zero, "mst": mst} | ds_config
     return make_plan(

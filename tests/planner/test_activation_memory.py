@@ -66,7 +66,7 @@ def test_offloading_leaves_two_layers_on_the_device(keep_attention):
 
 def test_offloaded_no_activation_on_the_device_grows_with_the_layers():
     mst = {"recompute": True, "keep_attention": True, "offload_activations": True, "mlp_chunks": 4, "loss_chunks": 4}
-    states = {"parameters", "gradients", "master_parameters", "adam_moments", "gathered_parameters"}
+    states = {"parameters", "gradients", "master_parameters", "optimizer_moments", "gathered_parameters"}
     activations = []
     for layers in (4, 40):
         plan = plan_of(model=LlamaConfig(**MODEL.to_dict() | {"num_hidden_layers": layers}), mst=mst)

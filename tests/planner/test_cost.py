@@ -97,6 +97,10 @@ def test_the_optimizer_reads_and_writes_its_states():
     assert step_seconds(on_host, gpu) == pytest.approx(28 * count / 50e9 + 4 * count / 50e9, rel=1e-12)
     on_drive = step_seconds(workload(stage=2, offload_optimizer={"device": "nvme"}), gpu)
     assert on_drive == pytest.approx(step_seconds(on_host, gpu) + 24 * count / 1.5e9, rel=1e-12)
+    without_moments = replace(work, zero=replace(work.zero, optimizer_moments=0))
+    assert step_seconds(without_moments, gpu) == pytest.approx(12 * count / 3350e9, rel=1e-12)
+    without_moments = replace(without_moments, zero=replace(without_moments.zero, optimizer_offload="nvme"))
+    assert step_seconds(without_moments, gpu) == pytest.approx((12 + 4) * count / 50e9 + 8 * count / 1.5e9, rel=1e-12)
 
 
 def test_offloaded_parameters_come_from_the_host():

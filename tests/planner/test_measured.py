@@ -39,7 +39,7 @@ FAMILIES = {
     "Qwen2Moe": {**EXPERTS, "shared_expert_intermediate_size": 64},
 }
 # These are there before the step, or are DeepSpeed's.
-NOT_MEASURED = {"parameters", "master_parameters", "adam_moments", "reduce_bucket"}
+NOT_MEASURED = {"parameters", "master_parameters", "optimizer_moments", "reduce_bucket"}
 KEPT = (
     {"recompute": False, "keep_mlp": False},
     {"keep_mlp": True},

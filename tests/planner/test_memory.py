@@ -4,6 +4,7 @@ import math
 import re
 
 import pytest
+import torch
 from planned import (
     EXPERTS,
     GEMMA2,
@@ -22,6 +23,7 @@ from planned import (
     terms_of,
     wide_llama,
 )
+from transformers import AutoModelForCausalLM
 
 
 @pytest.mark.parametrize("stage", range(4))
@@ -57,7 +59,7 @@ def test_states_are_sharded_by_stage(stage, parameters, gradients, optimizer):
     terms = bytes_of(plan, "backward") | bytes_of(plan, "optimizer_step")
     assert terms["parameters"] == parameters * PARAMETERS
     assert terms["gradients"] == gradients * PARAMETERS
-    assert terms["master_parameters"] + terms["adam_moments"] == optimizer * PARAMETERS
+    assert terms["master_parameters"] + terms["optimizer_moments"] == optimizer * PARAMETERS
     assert ("gathered_parameters" in terms) == (stage == 3)
     assert ("reduce_bucket" in terms) == (stage > 0)
 
@@ -70,7 +72,18 @@ def test_shards_are_rounded_up():
 
 def test_sequence_parallel_ranks_share_the_states_like_all_others():
     for sp_size in (1, 2, 4):
-        assert bytes_of(plan_of(3, sp_size=sp_size), "backward")["adam_moments"] == 2 * PARAMETERS
+        assert bytes_of(plan_of(3, sp_size=sp_size), "backward")["optimizer_moments"] == 2 * PARAMETERS
+
+
+@pytest.mark.parametrize(("name", "moments"), [("AdamW", 2), ("Lion", 1), ("SGD", 0)])
+def test_moments_are_those_of_the_jsons_optimizer(name, moments):
+    plan = plan_of(3, optimizer={"type": name})
+    for phase in plan.phases:
+        terms = bytes_of(plan, phase.name)
+        assert terms.get("optimizer_moments", 0) == moments * PARAMETERS
+        assert terms["master_parameters"] == PARAMETERS
+    offloaded = plan_of(3, optimizer={"type": name}, zero={"offload_optimizer": {"device": "cpu"}})
+    assert offloaded.host_bytes - bytes_of(offloaded, "backward").get("optimizer_moments", 0) == 2.5 * PARAMETERS
 
 
 def test_plain_fp32_has_no_master_copy():
@@ -81,7 +94,7 @@ def test_plain_fp32_has_no_master_copy():
 def test_offloading_moves_states_off_the_device():
     offload = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
     on_device, offloaded = plan_of(3), plan_of(3, zero=offload)
-    states = ("parameters", "master_parameters", "adam_moments", "gradients")
+    states = ("parameters", "master_parameters", "optimizer_moments", "gradients")
     moved = sum(bytes_of(on_device, "backward")[name] for name in states)
     terms = terms_of(offloaded, "backward")
     assert {terms[name].place for name in states} == {"host"}
@@ -91,7 +104,7 @@ def test_offloading_moves_states_off_the_device():
     assert on_device.host_bytes == 0
     assert offloaded.host_bytes == max(phase.host_bytes for phase in offloaded.phases) > moved
     nvme = plan_of(3, zero={"offload_optimizer": {"device": "nvme"}})
-    assert terms_of(nvme, "backward")["adam_moments"].place == "nvme"
+    assert terms_of(nvme, "backward")["optimizer_moments"].place == "nvme"
     assert terms_of(nvme, "optimizer_step")["fp32_gradient"].place == "host"
 
 
@@ -124,6 +137,65 @@ def test_gathered_parameters_stay_until_they_are_used_again():
     kept = gathered("loss", {"recompute": False}, stage3_max_reuse_distance=2 * head + 2 * LAYER + 1)
     assert kept == 2 * LAYER + head
     assert gathered("loss", stage3_max_reuse_distance=10**9) == PARAMETERS - HIDDEN  # all but the final norm
+
+
+NORMS, KEY_VALUE = (2 * LAYERS + 1) * HIDDEN, LAYERS * 2 * HIDDEN * HIDDEN // 4
+
+
+@pytest.mark.parametrize(
+    ("threshold", "persistent"),
+    [
+        (HIDDEN - 1, 0),
+        (HIDDEN, NORMS),
+        (HIDDEN * HIDDEN // 4, NORMS + KEY_VALUE),
+        (HIDDEN * INTERMEDIATE, PARAMETERS - 2 * VOCAB * HIDDEN),
+        (VOCAB * HIDDEN, PARAMETERS),
+    ],
+)
+def test_small_parameters_stay_whole_until_the_step(threshold, persistent):
+    limits = {"stage3_param_persistence_threshold": threshold, "stage3_max_reuse_distance": 0}
+    plan = plan_of(3, zero=limits | {"stage3_prefetch_bucket_size": 0, "offload_param": {"device": "cpu"}})
+    in_layer = (persistent - HIDDEN) // LAYERS if HIDDEN <= threshold < VOCAB * HIDDEN else 0
+    gathered = dict.fromkeys(("forward", "backward"), LAYER - in_layer) | {"loss": VOCAB * HIDDEN}
+    for phase, live in gathered.items():
+        terms = terms_of(plan, phase)
+        of_persistent = terms.pop("persistent_parameters", None)
+        assert (of_persistent.bytes if of_persistent else 0) == 2 * persistent
+        assert not of_persistent or of_persistent.place == "device"
+        # Nothing counts twice.
+        left = min(live, PARAMETERS - persistent)
+        assert (terms["gathered_parameters"].bytes if left else 0) == 2 * left
+        assert ("gathered_parameters" in terms) == (left > 0)
+        # The shard has its part of them too.
+        assert terms["parameters"].bytes == PARAMETERS // 2
+    for phase in ("initialisation", "optimizer_step"):
+        assert "persistent_parameters" not in terms_of(plan, phase)
+
+
+def test_the_models_threshold_bounds_what_persists():
+    limits = {"stage3_param_persistence_threshold": 10**5, "stage3_model_persistence_threshold": 1000}
+    assert bytes_of(plan_of(3, zero=limits), "loss")["gathered_parameters"] == 2 * (PARAMETERS - 1000)
+    limits |= {"stage3_max_reuse_distance": 0}
+    terms = bytes_of(plan_of(3, zero=limits), "forward")
+    assert terms["persistent_parameters"] == 2 * 1000
+    without = bytes_of(plan_of(3, zero={"stage3_max_reuse_distance": 0}), "forward")
+    assert terms["gathered_parameters"] == without["gathered_parameters"]
+    assert "persistent_parameters" not in terms_of(plan_of(2, zero=limits), "forward")
+
+
+@pytest.mark.parametrize("model", [EXPERTS, GPT_NEOX], ids=lambda config: config.model_type)
+def test_persistent_weights_are_those_of_the_model(model):
+    """The oracle is the model itself, on the meta device; biases and a shared expert's gate are not in the shape."""
+    with torch.device("meta"):
+        weights = AutoModelForCausalLM.from_config(model)
+    for threshold in (HIDDEN, HIDDEN * HIDDEN, 10**5):
+        small = sum(
+            parameter.numel()
+            for name, parameter in weights.named_parameters()
+            if parameter.numel() <= threshold and (parameter.dim() > 1 or "norm" in name)
+        )
+        terms = bytes_of(plan_of(3, model=model, zero={"stage3_param_persistence_threshold": threshold}), "loss")
+        assert terms["persistent_parameters"] == pytest.approx(2 * small, abs=2 * LAYERS * HIDDEN)
 
 
 def test_prefetched_parameters_are_gathered_within_the_live_limit():

@@ -65,7 +65,7 @@ def test_only_what_is_trained_has_gradients_and_optimizer_states(stage: int) -> 
     plan = plan_of(stage, model=shape, dtype="fp32", mst={"recompute": True})
     states, ranks = bytes_of(plan, "optimizer_step"), 4
     of_rank = -(-shape.trained.all // ranks) if stage else shape.trained.all
-    assert states["adam_moments"] == 2 * 4 * of_rank
+    assert states["optimizer_moments"] == 2 * 4 * of_rank
     assert states["parameters"] == 4 * (shape.parameter_count if stage < 3 else -(-shape.parameter_count // ranks))
     assert states["gradients"] <= 4 * shape.trained.all
     backward = bytes_of(plan, "backward")
