@@ -181,6 +181,12 @@ def test_a_multimodal_model_is_refused_with_its_text_model():
     assert "\n" not in str(error.value)
 
 
+def test_key_value_heads_that_do_not_divide_the_query_heads_are_refused():
+    config = transformers.LlamaConfig(num_attention_heads=32, num_key_value_heads=5)
+    with pytest.raises(ValueError, match="num_key_value_heads .* is 5; allowed: a divisor of its num_attention_heads, 32"):
+        ModelShape.from_config(config)
+
+
 def test_a_decoder_without_attention_heads_is_refused():
     with pytest.raises(ValueError, match="num_attention_heads in the config of model type 'mamba' is None"):
         ModelShape.from_config(transformers.MambaConfig())

@@ -263,6 +263,7 @@ def test_settings_are_typed(ds_config, field, expected):
             "device is 'disk'; allowed: none, cpu",
         ),
         ({"data_types": {"grad_accum_dtype": "fp8"}}, "grad_accum_dtype is 'fp8'; allowed: fp32"),
+        ({"data_types": {"grad_accum_dtype": ["fp32"]}}, r"grad_accum_dtype is \['fp32'\]; allowed: fp32"),
         ({"optimizer": {"type": 3}}, "optimizer.type is 3; allowed: the name of an optimizer"),
         (
             {"optimizer": {"type": "SGD", "params": {"momentum": "auto"}}},
