@@ -183,7 +183,7 @@ def test_a_multimodal_model_is_refused_with_its_text_model():
 
 def test_key_value_heads_that_do_not_divide_the_query_heads_are_refused():
     config = transformers.LlamaConfig(num_attention_heads=32, num_key_value_heads=5)
-    with pytest.raises(ValueError, match="num_key_value_heads .* is 5; allowed: a divisor of its num_attention_heads, 32"):
+    with pytest.raises(ValueError, match=r"num_key_value_heads .* is 5; allowed: a divisor of its num_attention_heads"):
         ModelShape.from_config(config)
 
 
