@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class _Ranks:
         context = multiprocessing.get_context("spawn")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+            self.port = port = probe.getsockname()[1]
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(world_size):
@@ -84,6 +85,9 @@ class _Ranks:
         for process in self.processes:
             process.kill()
             process.join()
+        # DeepSpeed's collective leaves its buffers where it is killed, 66 MiB a rank.
+        for buffer in Path("/dev/shm").glob(f"deepspeed_*_{self.port}_*"):
+            buffer.unlink(missing_ok=True)
 
 
 _kept: dict[int, _Ranks] = {}
