@@ -32,7 +32,7 @@ TINY = {
 }
 
 
-class TooLateError(Exception):
+class TooLateError(BaseException):  # no error of a run, at which the command ends its process
     """No ValueError, so that `main` lets it through."""
 
 
