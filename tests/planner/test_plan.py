@@ -336,6 +336,7 @@ def test_the_report_shows_what_is_kept_and_what_that_costs():
 
 def test_the_report_says_where_parameters_are_not_counted_exactly():
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 4}
     plans = [
         make_plan(config(**sizes), {}, world_size=1, seq_len=64, device_memory=GIB)
         for config in (LlamaConfig, StableLmConfig)
