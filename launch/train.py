@@ -15,12 +15,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock, Timeout
-
 from mst_ds.config import TrainConfig, parse_train_config
 
 if TYPE_CHECKING:
     import torch
+    from filelock import FileLock
 
     from mst_ds.engine import Run
     from mst_ds.interruption import Interruption
@@ -158,6 +157,8 @@ def _output_dir(config: TrainConfig) -> Path:
 
 def _claim(folder: Path) -> FileLock:
     """Makes the folder, and makes it this run's alone: the kernel's lock ends with its holder."""
+    from filelock import FileLock, Timeout
+
     lock = FileLock(folder / ".lock", timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
