@@ -132,6 +132,7 @@ def _mst_ds(name: str, model: Any, work: Work, **settings: Any) -> Contender:
         "recompute": True,
         "keep_attention": True,
         "offload_activations": False,
+        "keep_mlp": False,
         "attention": "sdpa",
         **settings,
     }
@@ -152,8 +153,16 @@ def _mst_ds_offload(name: str, model: Any, work: Work) -> Contender:
 
 def _mst_ds_no_recompute(name: str, model: Any, work: Work) -> Contender:
     """Without recompute, but gate and up are computed again."""
-    without = {"recompute": False, "keep_attention": "auto", "offload_activations": "auto", "keep_mlp": False}
+    without = {"recompute": False, "keep_attention": "auto", "offload_activations": "auto"}
     return _mst_ds(name, model, work, **without)
+
+
+def _mst_ds_keep_mlp(name: str, model: Any, work: Work) -> Contender:
+    return _mst_ds(name, model, work, keep_mlp=True)
+
+
+def _mst_ds_offload_mlp(name: str, model: Any, work: Work) -> Contender:
+    return _mst_ds(name, model, work, keep_mlp=True, offload_activations=True)
 
 
 def _mst_ds_planned(name: str, model: Any, work: Work) -> Contender:
@@ -181,6 +190,8 @@ CONTENDERS: dict[str, Callable[[str, Any, Work], Contender]] = {
     "mst_ds": _mst_ds,
     "mst_ds, attention again": _mst_ds_recompute,
     "mst_ds, offload": _mst_ds_offload,
+    "mst_ds, MLP kept": _mst_ds_keep_mlp,
+    "mst_ds, MLP kept, offload": _mst_ds_offload_mlp,
     "mst_ds, no recompute": _mst_ds_no_recompute,
     "mst_ds, one chunk": _mst_ds_one_chunk,
     "mst_ds, planned": _mst_ds_planned,

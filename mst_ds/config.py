@@ -287,8 +287,8 @@ class MstConfig:
     sp_size: ranks that share one sequence. mlp_chunks, loss_chunks: chunks per rank. recompute: drop a
     layer's activations and compute them again in the backward; "auto": where they do not fit, or where one of the
     next two is True. keep_attention: but not the attention's output, so that attention runs once. offload_activations:
-    what recompute keeps lies on the host. keep_mlp: without recompute, keep an MLP's gate and up too, so that nothing
-    is computed twice. head_groups: groups of heads that attention is worked through in where the sequence is sharded.
+    what recompute keeps lies on the host. keep_mlp: keep an MLP's gate and up, too, so that its backward computes
+    nothing again. head_groups: groups of heads that attention is worked through in where the sequence is sharded.
     device_memory_gib: memory to plan for. reserve_gib: of that, what tensors cannot have.
     """
 
@@ -310,7 +310,7 @@ class MstConfig:
 
         Raises:
             ValueError: not a mapping, an unknown key, a value of the wrong type or range, or a setting of what
-                recompute keeps without recompute, or of what only layers without it keep with it.
+                recompute keeps without recompute.
         """
         if not isinstance(block, Mapping):
             raise ValueError(f"'mst' is {block!r}; allowed: an object with the keys {', '.join(_MST_CHECKS)}")
@@ -327,13 +327,6 @@ class MstConfig:
                     raise ValueError(
                         f"{key} in 'mst' is True, but recompute is False and layers keep everything; "
                         f"allowed: 'auto' or false, or recompute true"
-                    )
-        if block.get("keep_mlp") is True:
-            for key in ("recompute", "keep_attention", "offload_activations"):
-                if block.get(key) is True:
-                    raise ValueError(
-                        f"keep_mlp in 'mst' is True, but so is {key}, with which layers are computed again; "
-                        f"allowed: 'auto' or false, or {key} false"
                     )
         return cls(**block)
 

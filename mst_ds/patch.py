@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from mst_ds.minisequence import chunked_loss, chunked_loss_of_head, chunked_tokenwise
+from mst_ds.minisequence import KeptProjections, chunked_loss, chunked_loss_of_head, chunked_tokenwise
 from mst_ds.model_forward import PatchedModel, model_forward, model_generate
 from mst_ds.planner import Plan
 from mst_ds.recompute import DeviceStore, HostStore, LayerRecompute
@@ -328,7 +328,12 @@ def _mlp_forward(
     **kwargs: Tensor,
 ) -> Tensor:
     (hidden_states,) = _inputs(mlp.module, original, 1, args, kwargs)
-    return mlp.run(chunks, hidden_states, keep=keep, is_recomputing=recompute.is_recomputing)
+    call = recompute.call
+    if call is None:
+        return mlp.run(chunks, hidden_states, keep=keep)
+    store = call.store
+    kept = call.note(lambda: KeptProjections(store.keep)) if keep else False
+    return mlp.run(chunks, hidden_states, keep=kept, is_recomputing=call.is_recomputing)
 
 
 def _experts_forward(

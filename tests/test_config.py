@@ -215,10 +215,6 @@ def test_mst_values_are_kept():
             for key in ("keep_attention", "offload_activations")
         ),
         ({"keep_mlp": "all"}, "keep_mlp in 'mst' is 'all'; allowed: 'auto' or true or false"),
-        *(
-            ({"keep_mlp": True, key: True}, f"keep_mlp in 'mst' is True, but so is {key}, .*; allowed: 'auto' or false")
-            for key in ("recompute", "keep_attention", "offload_activations")
-        ),
         (
             {"attention": "eager"},
             "attention in 'mst' is 'eager'; allowed: 'auto' or sdpa or flash_attention_2",

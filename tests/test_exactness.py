@@ -125,7 +125,7 @@ def every_stage(rank: int, world_size: int, sp_size: int, batch_size: int) -> di
             keep_attention=recompute and reduce_scatter,
             offload_activations=stage == 3,
             # Nothing waits for it, so that ranks may differ in this too.
-            keep_mlp=not recompute and rank % 2 == 0,
+            keep_mlp=rank % 2 == 0,
             head_groups=1 + stage % 2,
         )
     return outcomes

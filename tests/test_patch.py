@@ -84,12 +84,13 @@ def test_on_shards_loss_and_gradients_add_up_to_the_plain_models(name, sp_size):
     assert_close(sharded_loss_and_gradients(tiny_model(name), batch, sp_size, recompute=sp_size == 2), plain)
 
 
+@pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "gemma2", "mixtral"])
-def test_kept_gate_and_up_change_no_bit(name):
+def test_kept_gate_and_up_change_no_bit(name, recompute):
     model, batch = tiny_model(name), make_batch()
     results = []
     for keep_mlp in (False, True):
-        patched = apply_plan(copy.deepcopy(model), tiny_plan(recompute=False, keep_mlp=keep_mlp))
+        patched = apply_plan(copy.deepcopy(model), tiny_plan(recompute=recompute, keep_mlp=keep_mlp))
         results.append(loss_and_gradients(patched, **batch))
     again, kept = results
     assert again.keys() == kept.keys()

@@ -3,12 +3,13 @@
 from .chunks import chunks_in_cache
 from .experts import chunked_experts
 from .loss import chunked_loss, chunked_loss_of_head
-from .mlp import chunked_mlp
+from .mlp import KeptProjections, chunked_mlp
 from .norm import chunked_rms_norm
 from .rotary import rotary_embedding
 from .tokenwise import chunked_tokenwise
 
 __all__ = [
+    "KeptProjections",
     "chunked_experts",
     "chunked_loss",
     "chunked_loss_of_head",

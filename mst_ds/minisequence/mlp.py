@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mst_ds.recompute import Kept
+
 from .chunks import (
     Scratch,
     add_column_sums,
@@ -21,6 +23,26 @@ from .chunks import (
 )
 
 Activation = Callable[[Tensor], Tensor]
+
+
+class KeptProjections:
+    """Gate and up of one call, from its layer's forward until the layer is computed again.
+
+    Args:
+        keep: how a tensor is kept.
+    """
+
+    def __init__(self, keep: Callable[[Tensor], Kept]) -> None:
+        self._keep = keep
+        self._kept: list[Kept] = []
+
+    def put(self, tensors: Sequence[Tensor]) -> None:
+        """Keep what the forward has computed."""
+        self._kept = [self._keep(tensor) for tensor in tensors]
+
+    def take(self) -> list[Tensor]:
+        """What was kept, which is kept no longer: a second call is an error."""
+        return [kept.take() for kept in self._kept]
 
 
 def chunked_mlp(
@@ -36,7 +58,7 @@ def chunked_mlp(
     down_bias: Tensor | None = None,
     gate_in_up: bool = False,
     transposed: bool = False,
-    keep: bool = False,
+    keep: bool | KeptProjections = False,
     is_recomputing: bool = False,
 ) -> Tensor:
     """`down(activation(gate(x)) * up(x))`, or `down(activation(up(x)))` without a gate, worked through in chunks.
@@ -59,7 +81,8 @@ def chunked_mlp(
             gate's own weight and bias are None.
         transposed: weights are (inputs, outputs), as in GPT-2: (H, I) or (H, 2 I) up and (I, H) down.
         keep: the forward keeps gate and up too (without a gate, up), each (tokens, I); the backward computes nothing
-            again and returns the same, bit for bit.
+            again and returns the same, bit for bit. True: autograd keeps them. In a layer that is computed again, where
+            they lie between its two calls, of which the second takes what the first has put there.
         is_recomputing: torch.utils.checkpoint computes the layer again, and ends with the last tensor that its backward
             needs; so the output is computed only if it goes on after this call.
 
@@ -67,15 +90,15 @@ def chunked_mlp(
         (..., H), the dtype of `hidden_states` (under autocast: the autocast dtype).
 
     Raises:
-        ValueError: `chunks` below 1, a gate both in `gate_weight` and in `up_weight`, `keep` with `is_recomputing`, or
-            a weight that ZeRO-3 has not gathered.
+        ValueError: `chunks` below 1, a gate both in `gate_weight` and in `up_weight`, `keep` True with
+            `is_recomputing`, or a weight that ZeRO-3 has not gathered.
     """
     if chunks < 1:
         raise ValueError(f"chunks must be at least 1, got {chunks}")
     if gate_in_up and (gate_weight is not None or gate_bias is not None):
         raise ValueError("gate_in_up says that up_weight holds the gate: gate_weight and gate_bias must be None")
-    if keep and is_recomputing:
-        raise ValueError("keep says that nothing is computed again, is_recomputing that it is: one must be False")
+    if keep is True and is_recomputing:
+        raise ValueError("keep is True, but the layer is computed again: keep must be False or a KeptProjections")
     for name, weight in (
         ("gate_weight", gate_weight),
         ("up_weight", up_weight),
@@ -87,12 +110,17 @@ def chunked_mlp(
     tensors = (hidden_states, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias)
     cast = [cast_for_autocast(tensor, device) for tensor in tensors]
     has_backward = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in cast)
-    work = _Work(activation, chunks, _Layout(gate_in_up, transposed), keep and has_backward)
+    work = _Work(activation, chunks, _Layout(gate_in_up, transposed))
+    kept: Sequence[Tensor] = ()
+    if keep and has_backward:
+        kept = keep.take() if isinstance(keep, KeptProjections) and is_recomputing else _empty_kept(work, *cast)
     with autocast_disabled(device):
-        output: Tensor = _ChunkedMLP.apply(work, not is_recomputing, *cast)
+        output: Tensor = _ChunkedMLP.apply(work, kept, not is_recomputing, *cast)
         if is_recomputing:
             with torch.no_grad():
-                _compute(work, output, (), *cast)
+                _compute(work, output, kept, True, *cast)
+    if isinstance(keep, KeptProjections) and not is_recomputing:
+        keep.put(kept)
     return output
 
 
@@ -123,14 +151,27 @@ class _Work(NamedTuple):
     activation: Activation
     chunks: int
     layout: _Layout
-    keeps: bool
+
+
+def _empty_kept(work: _Work, hidden_states: Tensor | None, *parameters: Tensor | None) -> list[Tensor]:
+    """Memory for what stands before the activation and what that is multiplied with."""
+    down_weight = work.layout.oriented(parameters)[2]
+    assert hidden_states is not None
+    assert down_weight is not None
+    is_gated = work.layout.gate_in_up or parameters[0] is not None
+    shape = hidden_states.shape[:-1].numel(), down_weight.shape[1]
+    return [hidden_states.new_empty(shape) for _ in range(2 if is_gated else 1)]
 
 
 class _KeptRows:
-    """A chunk's rows of what is kept, where `Scratch` has memory that the next chunk uses again."""
+    """A chunk's rows of what is kept, where `Scratch` has memory that the next chunk uses again.
 
-    def __init__(self, kept: Sequence[Tensor], rows: slice) -> None:
+    are_filled: what is kept stands in them already.
+    """
+
+    def __init__(self, kept: Sequence[Tensor], rows: slice, are_filled: bool) -> None:
         self._rows_of = {name: tensor[rows] for name, tensor in zip(("inner", "up"), kept, strict=False)}
+        self.are_filled = are_filled
 
     def empty(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         return self._rows_of[name]
@@ -143,12 +184,14 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None =
 
 
 def _project(memory: Scratch | _KeptRows, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _linear(x, weight, bias, out=memory.empty(name, (len(x), len(weight)), x.dtype, x.device))
+    out = memory.empty(name, (len(x), len(weight)), x.dtype, x.device)
+    if isinstance(memory, _KeptRows) and memory.are_filled:
+        return out
+    return _linear(x, weight, bias, out=out)
 
 
-def _compute(work: _Work, output: Tensor, kept: Sequence[Tensor], *inputs: Tensor | None) -> None:
-    """Writes the output, and what stands before the activation and what that is multiplied with to `kept`, if these are
-    given."""
+def _compute(work: _Work, output: Tensor, kept: Sequence[Tensor], are_filled: bool, *inputs: Tensor | None) -> None:
+    """Writes the output; what `_empty_kept` is for is written to `kept`, if that is given, or read there if filled."""
     hidden_states, *parameters = inputs
     assert hidden_states is not None
     gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias = work.layout.split(
@@ -159,7 +202,7 @@ def _compute(work: _Work, output: Tensor, kept: Sequence[Tensor], *inputs: Tenso
     x, flat = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (hidden_states, output))
     scratch = Scratch()
     for rows in chunk_slices(x.shape[0], work.chunks):
-        memory = _KeptRows(kept, rows) if kept else scratch
+        memory = _KeptRows(kept, rows, are_filled) if kept else scratch
         # Beside what is kept, at most two tensors of intermediate size are alive: the up projection is written over the
         # gate's output.
         if gate_weight is None:
@@ -177,26 +220,28 @@ def _compute(work: _Work, output: Tensor, kept: Sequence[Tensor], *inputs: Tenso
 
 class _ChunkedMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, work: _Work, computes: bool, hidden_states: Tensor, *parameters: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        work: _Work,
+        kept: Sequence[Tensor],
+        computes: bool,
+        hidden_states: Tensor,
+        *parameters: Tensor | None,
+    ) -> Tensor:
         down_weight = work.layout.oriented(parameters)[2]
         assert down_weight is not None
         # Not a view: models may add to it in place.
         output = hidden_states.new_empty(*hidden_states.shape[:-1], down_weight.shape[0])
-        kept = []
-        if work.keeps:
-            is_gated = work.layout.gate_in_up or parameters[0] is not None
-            shape = hidden_states.shape[:-1].numel(), down_weight.shape[1]
-            kept = [hidden_states.new_empty(shape) for _ in range(2 if is_gated else 1)]
         ctx.save_for_backward(hidden_states, *parameters, *kept)
         ctx.work = work
         if computes:
-            _compute(work, output, kept, hidden_states, *parameters)
+            _compute(work, output, kept, False, hidden_states, *parameters)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[2:]
+        needs = ctx.needs_input_grad[3:]
         work: _Work = ctx.work
         saved = ctx.saved_tensors
         (hidden_states, *parameters), kept = saved[: len(needs)], saved[len(needs) :]
@@ -217,7 +262,7 @@ class _ChunkedMLP(torch.autograd.Function):
             total.to(parameter.dtype) if total is not None else None
             for parameter, total in zip(parameters, sums, strict=True)
         )
-        return None, None, dx.view_as(hidden_states) if dx is not None else None, *grads
+        return None, None, None, dx.view_as(hidden_states) if dx is not None else None, *grads
 
 
 def _backward_chunk(

@@ -7,7 +7,7 @@ only the largest of them counts in a phase.
 from __future__ import annotations
 
 from mst_ds.planner.attention import gathered_step, local_term, log_sum_exp, output_width, query_key_value_width
-from mst_ds.planner.kept import kept_by_recompute, kept_gate_up
+from mst_ds.planner.kept import kept_by_recompute
 from mst_ds.planner.types import MemoryTerm, product_term, total_bytes
 from mst_ds.planner.workload import Workload, ceil_divide
 
@@ -71,7 +71,7 @@ def layer_activations(work: Workload, *, of_attention: bool = True, after_attent
     if not keeps_output:
         terms.append(local_term(work, "attention_output", output_width(work.shape), first))
         terms.append(log_sum_exp(work, first))
-    return (*(term for term in terms if term.bytes), *kept_gate_up(work, of_last_layer=after_attention))
+    return tuple(term for term in terms if term.bytes)
 
 
 def attention_step(work: Workload, *, backward: bool) -> Terms:

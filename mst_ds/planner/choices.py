@@ -17,15 +17,14 @@ from mst_ds.planner.workload import Workload
 def describe_choices(work: Workload, *, mlp_chunks: int, loss_chunks: int, gpu: Gpu | None) -> tuple[Choice, ...]:
     """Each setting against its opposite, or against one group of heads, with everything else as it is.
 
-    The opposite of no recompute is its fastest kind, which keeps attention on the device; that of recompute computes
-    gate and up again as it does.
+    The opposite of no recompute keeps attention on the device.
     """
-    other_recompute = {"keep_attention": not work.recompute, "offload_activations": False, "keep_mlp": False}
+    other_recompute = {"keep_attention": not work.recompute, "offload_activations": False}
     opposites: dict[str, dict[str, Any]] = {"recompute": {"recompute": not work.recompute} | other_recompute}
     if work.recompute:
         opposites["keep_attention"] = {"keep_attention": not work.keep_attention}
         opposites["offload_activations"] = {"offload_activations": not work.offload_activations}
-    elif work.can_keep_mlp:
+    if work.can_keep_mlp:
         opposites["keep_mlp"] = {"keep_mlp": not work.keep_mlp}
     if work.sp_size > 1:
         opposites["head_groups"] = {"head_groups": 1}

@@ -6,6 +6,7 @@ from mst_ds.planner.types import MemoryTerm, product_term
 from mst_ds.planner.workload import Workload
 
 Terms = tuple[MemoryTerm, ...]
+Factor = tuple[str, int]
 
 _FP32_BYTES = 4
 # The layer that is worked on, and the one whose tensors are being copied.
@@ -22,7 +23,7 @@ def kept_by_recompute(work: Workload) -> Terms:
     kept = [("layer_inputs", layers, factors["layer_inputs"])]
     if attention_layers:
         kept += [(name, attention_layers, factors[name]) for name in ("kept_attention", "kept_log_sum_exp")]
-    if not work.offload_activations:
+    if not _is_on_host(work):
         return tuple(product_term(name, "device", ("layers", count), *sizes) for name, count, sizes in kept)
     in_flight = (
         product_term(f"{name}_in_flight", "device", ("layers", min(LAYERS_IN_FLIGHT, count)), *sizes)
@@ -33,64 +34,89 @@ def kept_by_recompute(work: Workload) -> Terms:
 
 def kept_gate_up(work: Workload, *, of_last_layer: bool = True) -> Terms:
     """Gate and up of the layers' MLPs, of an MLP without a gate what stands before its activation; with experts that of
-    the MLP beside them.
+    the MLP beside them. On the host, those of the last layers, which are in flight.
 
-    of_last_layer: whether the last layer still has its own. Where some layers have experts the last is one of these.
+    of_last_layer: whether the last layer has its own. Where some layers have experts the last is one of these.
     """
-    if not work.keep_mlp:
-        return ()
-    shape, experts = work.shape, work.shape.experts
-    layers = {"kept_gate_up": (shape.num_dense_layers, shape.intermediate_size)}
-    if experts is not None:
-        layers["kept_gate_up_beside_experts"] = experts.num_sparse_layers, experts.shared_intermediate_size
-    last = list(layers)[-1]
-    terms = (
-        product_term(
-            name,
-            "device",
-            ("layers", count if of_last_layer or name != last else count - 1),
-            ("tensors", 2 if shape.gated_mlp else 1),
-            ("tokens", work.tokens),
-            ("intermediate_size", width),
-            ("bytes", work.zero.dtype_bytes),
+    in_flight = _is_on_host(work)
+    left = LAYERS_IN_FLIGHT if in_flight else work.shape.num_hidden_layers
+    without = 0 if of_last_layer else 1
+    terms = []
+    for name, count, width in reversed(_gate_up_layers(work)):
+        counted = min(left, count)
+        left -= counted
+        terms.append(
+            product_term(
+                f"{name}_in_flight" if in_flight else name,
+                "device",
+                ("layers", counted - without),
+                ("tensors", _gate_up_tensors(work)),
+                *_gate_up_factors(work, width),
+            )
         )
-        for name, (count, width) in layers.items()
-    )
-    return tuple(term for term in terms if term.bytes)
+        without = 0
+    return tuple(term for term in reversed(terms) if term.bytes)
 
 
 def kept_on_host(work: Workload) -> Terms:
     """The blocks of pinned memory, which torch's allocator of it rounds up to a power of two, and never gives back."""
-    if not (work.recompute and work.offload_activations):
-        return ()
-    counts = {"layer_inputs": work.shape.num_hidden_layers}
-    if work.attention_keeping_layers:
-        counts |= {"kept_attention": work.attention_keeping_layers, "kept_log_sum_exp": work.attention_keeping_layers}
-    factors = _factors(work)
     return tuple(
         product_term(
             f"{name}_on_host",
             "host",
-            ("layers", count),
-            ("bytes, rounded up to a power of two", _power_of_two(product_term(name, "host", *factors[name]).bytes)),
+            ("layers", layers),
+            ("tensors", tensors),
+            ("bytes, rounded up to a power of two", _power_of_two(product_term(name, "host", *sizes).bytes)),
         )
-        for name, count in counts.items()
+        for name, layers, tensors, sizes in _on_host(work)
     )
 
 
 def copied_bytes(work: Workload) -> int:
     """Bytes that go over the link to the host in a micro-batch: once there, once back."""
-    if not (work.recompute and work.offload_activations):
-        return 0
-    on_device = [
-        product_term(name, "device", *sizes).bytes
-        * (work.shape.num_hidden_layers if name == "layer_inputs" else work.attention_keeping_layers)
-        for name, sizes in _factors(work).items()
-    ]
-    return 2 * sum(on_device)
+    kept = (
+        layers * tensors * product_term(name, "host", *sizes).bytes for name, layers, tensors, sizes in _on_host(work)
+    )
+    return 2 * sum(kept)
 
 
-def _factors(work: Workload) -> dict[str, tuple[tuple[str, int], ...]]:
+def _is_on_host(work: Workload) -> bool:
+    return work.recompute and work.offload_activations
+
+
+def _on_host(work: Workload) -> list[tuple[str, int, int, tuple[Factor, ...]]]:
+    """Name, layers that keep it, tensors of a layer, and what each tensor is the product of."""
+    if not _is_on_host(work):
+        return []
+    factors, layers = _factors(work), work.attention_keeping_layers
+    kept = [("layer_inputs", work.shape.num_hidden_layers, 1, factors["layer_inputs"])]
+    if layers:
+        kept += [(name, layers, 1, factors[name]) for name in ("kept_attention", "kept_log_sum_exp")]
+    tensors = _gate_up_tensors(work)
+    kept += [(name, count, tensors, _gate_up_factors(work, width)) for name, count, width in _gate_up_layers(work)]
+    return kept
+
+
+def _gate_up_layers(work: Workload) -> list[tuple[str, int, int]]:
+    """Name, layers and width of each kind of MLP that keeps gate and up, in the order in which layers have them."""
+    shape, experts = work.shape, work.shape.experts
+    if not work.keep_mlp:
+        return []
+    kinds = [("kept_gate_up", shape.num_dense_layers, shape.intermediate_size)]
+    if experts is not None:
+        kinds.append(("kept_gate_up_beside_experts", experts.num_sparse_layers, experts.shared_intermediate_size))
+    return [kind for kind in kinds if kind[1]]
+
+
+def _gate_up_tensors(work: Workload) -> int:
+    return 2 if work.shape.gated_mlp else 1
+
+
+def _gate_up_factors(work: Workload, width: int) -> tuple[Factor, ...]:
+    return ("tokens", work.tokens), ("intermediate_size", width), ("bytes", work.zero.dtype_bytes)
+
+
+def _factors(work: Workload) -> dict[str, tuple[Factor, ...]]:
     """What each tensor of one layer is the product of."""
     shape, size = work.shape, ("bytes", work.zero.dtype_bytes)
     output_width = shape.num_attention_heads * shape.value_head_dim

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Literal
 
 from mst_ds.planner import activations, states
-from mst_ds.planner.kept import LAYERS_IN_FLIGHT, kept_on_host
+from mst_ds.planner.kept import LAYERS_IN_FLIGHT, kept_gate_up, kept_on_host
 from mst_ds.planner.mlp import MlpStep, mlp_steps
 from mst_ds.planner.types import MemoryTerm, Phase, total_bytes
 from mst_ds.planner.workload import Workload
@@ -126,8 +126,7 @@ def loss_phase(work: Workload, loss_chunks: int) -> Phase:
     """The loss, which computes its gradients in the forward and scales them at the start of the backward."""
     terms = _standing_computing(work, "loss") + activations.kept_between_layers(work)
     terms += activations.loss_unchunked(work)
-    if not work.recompute:
-        terms += activations.layer_activations(work)
+    terms += _saved(work, backward=False)
     # What the loss is computed from is free before its gradients are scaled.
     logits = (activations.hidden_term(work, "final_norm_output", 1), *activations.loss_logits(work, loss_chunks))
     largest = max(logits, activations.loss_scaling(work), key=total_bytes)
@@ -144,21 +143,37 @@ def rest_of_layer_moment(work: Workload, *, backward: bool) -> Terms:
     """The largest operator of a layer beside its MLP, with what the layer has saved by then."""
     attention = activations.attention_step(work, backward=backward)
     norm = activations.norm_step(work, backward=backward)
-    # The norm before the MLP, or where there is none the layer's first, the last in its backward. Without recompute the
-    # model's final norm finds all that layers saved.
-    is_last = work.recompute and work.shape.norms.pre_norms == 1
-    return max(
-        attention + _saved(work, backward=backward, after_attention=False),
-        norm + _saved(work, backward=backward, of_attention=not is_last, after_attention=not is_last),
-        key=total_bytes,
-    )
+    moments = [attention + _saved(work, backward=backward, after_attention=False, of_mlp=False)]
+    if work.recompute:
+        # The norm of the MLP's output, or the one before it, or where there is neither the layer's first, the last in
+        # its backward; and the model's.
+        norms = work.shape.norms
+        is_first = norms.pre_norms == 1
+        saved = _saved(
+            work,
+            backward=backward,
+            of_attention=not is_first,
+            after_attention=not is_first,
+            of_mlp=norms.post_norms > 0,
+        )
+        moments += [norm + saved, norm + kept_gate_up(work)]
+    else:
+        # The model's norm finds all that layers saved.
+        moments.append(norm + _saved(work, backward=backward))
+    return max(moments, key=total_bytes)
 
 
-def _saved(work: Workload, *, backward: bool, of_attention: bool = True, after_attention: bool = True) -> Terms:
-    if not backward:
-        # Without recompute all layers save while the forward goes on.
-        return () if work.recompute else activations.layer_activations(work)
-    return activations.layer_activations(work, of_attention=of_attention, after_attention=after_attention)
+def _saved(
+    work: Workload, *, backward: bool, of_attention: bool = True, after_attention: bool = True, of_mlp: bool = True
+) -> Terms:
+    """What the layers have saved, beside what `_of_layers` has; of the last layer those parts that are asked for."""
+    if backward:
+        saved = activations.layer_activations(work, of_attention=of_attention, after_attention=after_attention)
+        return saved + kept_gate_up(work, of_last_layer=of_mlp)
+    if work.recompute:
+        return kept_gate_up(work, of_last_layer=of_mlp)
+    # All layers save while the forward goes on.
+    return activations.layer_activations(work) + kept_gate_up(work)
 
 
 def _standing_computing(work: Workload, phase: Literal["forward", "loss", "backward"]) -> Terms:

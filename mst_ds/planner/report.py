@@ -48,8 +48,8 @@ def _decisions(plan: Plan) -> str:
 def _kept(plan: Plan) -> str:
     if not plan.recompute:
         return f"recompute off, {'gate and up kept, ' if plan.keep_mlp else ''}"
-    kept = "layer inputs and attention" if plan.keep_attention else "layer inputs"
-    return f"recompute on, {kept} kept on the {'host' if plan.offload_activations else 'device'}, "
+    kept = ["layer inputs", *["attention"] * plan.keep_attention, *["gate and up"] * plan.keep_mlp]
+    return f"recompute on, {', '.join(kept)} kept on the {'host' if plan.offload_activations else 'device'}, "
 
 
 def _costs(plan: Plan) -> str:

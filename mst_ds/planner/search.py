@@ -25,9 +25,13 @@ _KEPT_SETTINGS = ("recompute", "keep_attention", "offload_activations", "keep_ml
 _KEPT = (
     (False, False, False, True),
     (False, False, False, False),
+    (True, True, False, True),
     (True, True, False, False),
+    (True, True, True, True),
     (True, True, True, False),
+    (True, False, False, True),
     (True, False, False, False),
+    (True, False, True, True),
     (True, False, True, False),
 )
 
@@ -54,7 +58,7 @@ def choose_settings(
     fewest groups of heads.
 
     Where nothing fits it is those with the lowest peak, of equal ones those with recompute. What the user set stays;
-    kept attention or offload that the user asks for means recompute, kept gate and up mean none, if the model has any.
+    kept attention or offload that the user asks for means recompute.
 
     Args:
         work: whose `recompute`, `keep_attention`, `offload_activations`, `keep_mlp` and `head_groups` are not read.
@@ -123,6 +127,8 @@ def _candidates(work: Workload, mst: MstConfig) -> Iterator[Workload]:
         if any(asked not in (AUTO, value) for asked, value in zip(given, values, strict=True)):
             continue
         settings: dict[str, Any] = dict(zip(_KEPT_SETTINGS, values, strict=True))
+        if settings["offload_activations"] and settings["keep_mlp"] and mst.keep_mlp == AUTO:
+            continue  # several times the host's memory for little time: for the user to decide
         kept = replace(work, **settings)
         for count in _head_groups(kept, mst.head_groups):
             yield replace(kept, head_groups=count)

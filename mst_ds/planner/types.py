@@ -81,7 +81,7 @@ class Plan:
     """What one rank does, and what it costs. Lengths are in tokens, memory in bytes.
 
     recompute, keep_attention, offload_activations, keep_mlp, head_groups: see `MstConfig`; without recompute the two
-    after it are False, with it keep_mlp is. choices says what each costs and saves; flops are those of matrix
+    after it are False. choices says what each costs and saves; flops are those of matrix
     products and attention in a micro-batch of this rank.
 
     attention is the implementation that runs ("sdpa" or "flash_attention_2"), dtype the model's ("fp32",

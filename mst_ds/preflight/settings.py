@@ -14,7 +14,7 @@ _TRIED = (
     (1, True, False, False, False, 1),
     (4, False, False, False, True, 1),
     (4, True, True, False, False, 1),
-    (64, True, True, True, False, 2),
+    (64, True, True, True, True, 2),
 )
 _SP_SIZES = (1, 2)
 # Of a run's own numbers: two ranks stand for any that share a sequence, three chunks for a first, a middle and a last,
@@ -99,7 +99,7 @@ def settings_to_try(mst: MstConfig, *, packed: bool) -> list[Setting]:
     settings = []
     for sp_size in sorted({_at_most(mst.sp_size, sp_size) for sp_size in _SP_SIZES}):
         for chunks, tried, keep_attention, offload_activations, keep_mlp, head_groups in _TRIED:
-            recompute = needs_recompute or (mst.keep_mlp is not True and _asked(mst.recompute, tried))
+            recompute = needs_recompute or _asked(mst.recompute, tried)
             setting = Setting(
                 sp_size=sp_size,
                 mlp_chunks=_at_most(mst.mlp_chunks, chunks),
@@ -108,7 +108,7 @@ def settings_to_try(mst: MstConfig, *, packed: bool) -> list[Setting]:
                 packed=packed,
                 keep_attention=recompute and _asked(mst.keep_attention, keep_attention),
                 offload_activations=recompute and _asked(mst.offload_activations, offload_activations),
-                keep_mlp=not recompute and _asked(mst.keep_mlp, keep_mlp),
+                keep_mlp=_asked(mst.keep_mlp, keep_mlp),
                 head_groups=_at_most(mst.head_groups, head_groups) if sp_size > 1 else 1,
             )
             settings.append(setting)

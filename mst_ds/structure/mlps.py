@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mst_ds.minisequence import chunked_experts, chunked_mlp
+from mst_ds.minisequence import KeptProjections, chunked_experts, chunked_mlp
 from mst_ds.structure import probe
 from mst_ds.structure.layers import decoder_layers
 
@@ -42,7 +42,14 @@ class MlpStructure:
     gate_in_up: bool = False
     transposed: bool = False
 
-    def run(self, chunks: int, hidden_states: Tensor, *, keep: bool = False, is_recomputing: bool = False) -> Tensor:
+    def run(
+        self,
+        chunks: int,
+        hidden_states: Tensor,
+        *,
+        keep: bool | KeptProjections = False,
+        is_recomputing: bool = False,
+    ) -> Tensor:
         """The module's output, computed by the chunked operator."""
         gate, up, down = self.gate, self.up, self.down
         return chunked_mlp(

@@ -11,6 +11,8 @@ from plain_mlp import HIDDEN, INTERMEDIATE, make_tensors, our_mlp, stored
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mst_ds.live_memory import LiveMemory
+from mst_ds.minisequence import KeptProjections
+from mst_ds.recompute import KeptOnDevice
 
 MIB = 2**20
 LAYOUTS = [
@@ -149,6 +151,42 @@ def test_peak_memory():
     assert plain == pytest.approx([16 + 4 + 1, 16, 16 + 4 + 4 + 2 + 3], abs=0.01)
 
 
-def test_it_is_refused_where_the_layer_is_computed_again():
-    with pytest.raises(ValueError, match="keep says that nothing is computed again, is_recomputing that it is"):
+def test_autograd_cannot_keep_what_a_layer_needs_that_is_computed_again():
+    with pytest.raises(
+        ValueError, match=r"keep is True, but the layer is computed again: .* False or a KeptProjections"
+    ):
         our_mlp(2, make_tensors(torch.float32, (3,)), keep=True, is_recomputing=True)
+
+
+def first_and_again(tensors, kept, dtype=torch.float32, chunks=4, **layout):
+    """Output and gradients of a layer's call and of the one that computes it again, with what the first has kept."""
+    grad_output = torch.randn_like(tensors["x"])
+    for is_recomputing in (False, True):
+        ours = functools.partial(our_mlp, chunks, keep=kept, is_recomputing=is_recomputing, **layout)
+        yield value_and_gradients(ours, tensors, dtype, grad_output)
+
+
+@pytest.mark.parametrize("gate", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_was_kept_gives_the_same_bits_when_the_layer_is_computed_again(transposed, dtype, gate):
+    layout = {"gate_in_up": False, "transposed": transposed}
+    tensors = stored(make_tensors(dtype, (3, 101), gate=gate), **layout)
+    first, again = first_and_again(tensors, KeptProjections(KeptOnDevice), dtype, **layout)
+    assert_identical(first, again)
+
+
+def test_a_layer_that_is_computed_again_needs_only_down_for_its_output():
+    tensors, kept = leaves(make_tensors(torch.float32, (32,), bias=False)), KeptProjections(KeptOnDevice)
+    our_mlp(4, tensors, keep=kept)
+    with CountProducts() as counted:
+        our_mlp(4, tensors, keep=kept, is_recomputing=True)
+    assert counted.shapes == {(8, HIDDEN): 4}
+
+
+def test_what_was_kept_is_taken_once():
+    tensors, kept = leaves(make_tensors(torch.float32, (32,))), KeptProjections(KeptOnDevice)
+    our_mlp(4, tensors, keep=kept)
+    our_mlp(4, tensors, keep=kept, is_recomputing=True)
+    with pytest.raises(RuntimeError, match="a second backward through the same loss needs a second forward"):
+        our_mlp(4, tensors, keep=kept, is_recomputing=True)

@@ -56,7 +56,7 @@ def test_parameters_go_to_the_host_where_the_optimizer_alone_is_not_enough():
     assert {"offload_optimizer": "cpu", "offload_param": "cpu"} in offered(request(**case))
 
 
-@pytest.mark.parametrize("mst", [{"recompute": False}, {"keep_mlp": True}], ids=str)
+@pytest.mark.parametrize("mst", [{"recompute": False}, {"offload_activations": True}], ids=str)
 def test_what_the_user_set_is_not_offered(mst):
     changes = offered(request(sp_size=2, mst=mst))
     assert changes

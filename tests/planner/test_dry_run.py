@@ -44,11 +44,8 @@ def random_case(seed):
         tie_word_embeddings=draw.choice((False, True)),
     )
     recompute = draw.choice((False, True, True))
-    mst = {"recompute": recompute}
-    if recompute:
-        mst |= {name: draw.choice((False, True)) for name in ("keep_attention", "offload_activations")}
-    else:
-        mst["keep_mlp"] = draw.choice((False, True))
+    names = ("keep_mlp", "keep_attention", "offload_activations") if recompute else ("keep_mlp",)
+    mst = {"recompute": recompute} | {name: draw.choice((False, True)) for name in names}
     sp_size = draw.choice([size for size in (1, 1, 2, 4) if size <= heads])
     if sp_size > 1 and key_value_heads % sp_size == 0:
         mst["head_groups"] = draw.choice([n for n in (1, 2, 4) if key_value_heads // sp_size % n == 0])
@@ -71,12 +68,17 @@ def test_formulas_give_the_peak_of_the_dry_run(seed):
     assert max(planned.values()) == pytest.approx(max(measured.values()), rel=TOLERANCE), (planned, measured)
 
 
-NOTHING_TWICE, OFF = {"keep_mlp": True}, {"recompute": False, "keep_mlp": False}
-KEPT, AGAIN = {"keep_attention": True}, {"recompute": True, "keep_attention": False}
-OFFLOADED = KEPT | {"offload_activations": True}
+NOTHING_TWICE, OFF = ({"recompute": False, "keep_mlp": keeps} for keeps in (True, False))
+AGAIN = {"recompute": True, "keep_attention": False, "keep_mlp": False}
+KEPT, OFFLOADED, KEPT_MLP, OFFLOADED_MLP = (
+    {"keep_attention": True, "offload_activations": offload, "keep_mlp": keep_mlp}
+    for keep_mlp in (False, True)
+    for offload in (False, True)
+)
+ALL_KEPT = (NOTHING_TWICE, OFF, KEPT, AGAIN, OFFLOADED, KEPT_MLP, OFFLOADED_MLP)
 LLAMA_8B_CASES = (
-    *((16_384, 1, mst) for mst in (NOTHING_TWICE, OFF, KEPT, AGAIN, OFFLOADED)),
-    *((131_072, 8, mst) for mst in (NOTHING_TWICE, OFF, KEPT, AGAIN, OFFLOADED)),
+    *((16_384, 1, mst) for mst in ALL_KEPT),
+    *((131_072, 8, mst) for mst in ALL_KEPT),
     (131_072, 1, KEPT),
     (1_048_576, 8, KEPT),
 )

@@ -41,10 +41,11 @@ FAMILIES = {
 # These are there before the step, or are DeepSpeed's.
 NOT_MEASURED = {"parameters", "master_parameters", "optimizer_moments", "reduce_bucket"}
 KEPT = (
-    {"recompute": False, "keep_mlp": False},
-    {"keep_mlp": True},
+    *({"recompute": False, "keep_mlp": keep_mlp} for keep_mlp in (False, True)),
     *(
-        {"recompute": True, "keep_attention": keep_attention, "offload_activations": offload_activations}
+        {"keep_mlp": keep_mlp, "keep_attention": keep_attention, "offload_activations": offload_activations}
+        | {"recompute": True}
+        for keep_mlp in (False, True)
         for keep_attention in (False, True)
         for offload_activations in (False, True)
     ),

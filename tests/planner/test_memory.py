@@ -233,7 +233,7 @@ def test_chunked_operators_have_the_terms_of_their_implementation():
     assert "loss_logits_16bit" not in terms_of(plan_of(mst={"loss_chunks": 7}, dtype="fp32"), "loss")
     assert loss["final_norm_input"] == loss["final_norm_output"] == 2 * 4001 * HIDDEN
     assert loss["loss_hidden_states"] == 4 * math.ceil(4001 / 7) * HIDDEN
-    unchunked = plan_of(mst={"mlp_chunks": 1}, model=wide_llama())
+    unchunked = plan_of(mst={"mlp_chunks": 1, "keep_mlp": False}, model=wide_llama())
     backward, forward = bytes_of(unchunked, "backward"), bytes_of(unchunked, "forward")
     assert backward["mlp_chunk"] == 5 * 4000 * WIDE * 2
     assert backward["mlp_weight_gradients"] == 3 * HIDDEN * WIDE * 4
@@ -251,6 +251,20 @@ def test_kept_gate_and_up_stand_while_layers_do(model, tensors):
     assert bytes_of(kept, "backward")["mlp_chunk"] == (2 + tensors) * 4000 * INTERMEDIATE * 2
     again = plan_of(model=model, mst={"recompute": False, "keep_mlp": False})
     assert not [name for phase in again.phases for name in terms_of(again, phase.name) if name.startswith("kept")]
+
+
+@pytest.mark.parametrize(("model", "tensors"), [(MODEL, 2), (GPT_NEOX, 1)], ids=["gated", "plain"])
+def test_gate_and_up_on_the_host_are_on_the_device_for_two_layers(model, tensors):
+    kept = {"recompute": True, "keep_attention": True, "keep_mlp": True, "mlp_chunks": 1}
+    of_tensor = 4000 * INTERMEDIATE * 2
+    on_device = plan_of(model=model, mst=kept)
+    on_host = plan_of(model=model, mst=kept | {"offload_activations": True})
+    for phase in ("forward", "loss", "backward"):
+        assert bytes_of(on_device, phase)["kept_gate_up"] == LAYERS * tensors * of_tensor
+        terms = bytes_of(on_host, phase)
+        assert "kept_gate_up" not in terms
+        assert terms["kept_gate_up_in_flight"] == 2 * tensors * of_tensor
+        assert terms["kept_gate_up_on_host"] == LAYERS * tensors * 2 ** math.ceil(math.log2(of_tensor))
 
 
 def test_the_mlp_beside_experts_keeps_its_gate_and_up():
@@ -273,7 +287,7 @@ def test_micro_batch_multiplies_tokens():
 
 
 def test_a_mlp_without_a_gate_has_one_tensor_and_one_matrix_less():
-    backward = bytes_of(plan_of(model=GPT_NEOX, mst={"mlp_chunks": 1}, dtype="fp32"), "backward")
+    backward = bytes_of(plan_of(model=GPT_NEOX, mst={"mlp_chunks": 1, "keep_mlp": False}, dtype="fp32"), "backward")
     assert backward["mlp_chunk"] == 4 * 4000 * INTERMEDIATE * 4
     assert backward["mlp_weight_gradients"] == 2 * HIDDEN * INTERMEDIATE * 4
 
@@ -311,7 +325,7 @@ def test_the_largest_of_the_dense_the_experts_and_the_shared_mlp_counts():
         "shared": {"shared_expert_intermediate_size": 5000},
     }
     backward = {
-        name: bytes_of(plan_of(model=experts_with(**size), mst={"mlp_chunks": 1}), "backward")
+        name: bytes_of(plan_of(model=experts_with(**size), mst={"mlp_chunks": 1, "keep_mlp": False}), "backward")
         for name, size in sizes.items()
     }
     assert backward["dense"]["mlp_chunk"] == backward["shared"]["mlp_chunk"] == 5 * 4000 * 5000 * 2

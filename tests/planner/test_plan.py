@@ -119,9 +119,11 @@ def test_the_flops_of_a_micro_batch_by_hand():
     gate_and_up = 2 * MLP // 3
     assert llama_8b_plan(recompute=False, keep_mlp=True).flops == minimum
     assert llama_8b_plan(recompute=False, keep_mlp=False).flops == minimum + gate_and_up
-    kept, again = (llama_8b_plan(recompute=True, keep_attention=keeps).flops for keeps in (True, False))
+    settings = {"recompute": True, "keep_mlp": False}
+    kept, again = (llama_8b_plan(**settings, keep_attention=keeps).flops for keeps in (True, False))
     assert kept == minimum + gate_and_up + PROJECTIONS
     assert again == kept + ATTENTION
+    assert llama_8b_plan(recompute=True, keep_attention=True, keep_mlp=True).flops == minimum + PROJECTIONS
 
 
 def test_experts_compute_their_own_again_whatever_is_kept():
@@ -141,17 +143,18 @@ def test_experts_compute_their_own_again_whatever_is_kept():
 
 def test_a_norm_of_the_mlps_output_needs_its_forward_again():
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    flops = {
-        recompute: make_plan(
-            Olmo2Config(**sizes),
-            {"mst": {"recompute": recompute, "keep_mlp": False}},
-            world_size=1,
-            seq_len=64,
-            device_memory=GIB,
-        ).flops
-        for recompute in (True, False)
-    }
-    assert flops[True] - flops[False] == 2 * 2 * 64 * (4 * 64 * 64 + 3 * 64 * 96)
+    for keep_mlp, matrices in ((False, 3), (True, 1)):
+        flops = {
+            recompute: make_plan(
+                Olmo2Config(**sizes),
+                {"mst": {"recompute": recompute, "keep_mlp": keep_mlp}},
+                world_size=1,
+                seq_len=64,
+                device_memory=GIB,
+            ).flops
+            for recompute in (True, False)
+        }
+        assert flops[True] - flops[False] == 2 * 2 * 64 * (4 * 64 * 64 + matrices * 64 * 96)
 
 
 def test_each_choice_has_its_memory_and_its_time():
@@ -192,8 +195,20 @@ def test_kept_gate_and_up_have_their_memory_and_their_time():
     assert on.device_bytes == pytest.approx(32 * of_layer, rel=0.01)
     by_phase = [{phase.name: phase.device_bytes for phase in plan.phases} for plan in (kept, again)]
     assert by_phase[0]["loss"] - by_phase[1]["loss"] == 32 * of_layer
-    # Against recompute with attention kept, which computes gate and up again.
-    assert choices_of(kept)["recompute"].flops == -2 * MLP // 3 - PROJECTIONS
+    # Against recompute with attention kept, and gate and up as well.
+    assert choices_of(kept)["recompute"].flops == -PROJECTIONS
+
+
+def test_gate_and_up_on_the_host_have_their_memory_and_their_time():
+    host = {"keep_attention": True, "offload_activations": True}
+    kept, again = (llama_8b_plan(**host, keep_mlp=keeps) for keeps in (True, False))
+    on = choices_of(kept)["keep_mlp"]
+    of_tensor = 2**16 * 14336 * 2
+    assert (on.value, on.flops, on.copied_bytes) == (True, -2 * MLP // 3, 2 * 32 * 2 * of_tensor)
+    assert on.host_bytes == kept.host_bytes - again.host_bytes == 32 * 2 * 2**31  # a power of two each
+    # Of two layers, one of which is on its way; the chunks of the MLP need less in turn.
+    by_phase = [{phase.name: phase.device_bytes for phase in plan.phases} for plan in (kept, again)]
+    assert by_phase[0]["loss"] - by_phase[1]["loss"] == 2 * 2 * of_tensor
 
 
 @pytest.mark.parametrize("keep_attention", [True, False])
@@ -205,7 +220,8 @@ def test_opposite_settings_cost_what_the_other_saves(keep_attention):
 
 def test_without_recompute_there_is_no_choice_of_what_it_keeps():
     assert set(choices_of(llama_8b_plan(recompute=False))) == {"recompute", "keep_mlp", "head_groups"}
-    assert set(choices_of(llama_8b_plan())) == {"recompute", "keep_attention", "offload_activations", "head_groups"}
+    with_recompute = {"recompute", "keep_attention", "offload_activations", "keep_mlp", "head_groups"}
+    assert set(choices_of(llama_8b_plan())) == with_recompute
     assert "head_groups" not in choices_of(small_plan(world_size=1))
 
 
@@ -262,10 +278,6 @@ def test_attention_is_what_can_run(monkeypatch):
             {"ds_config": {"mst": {"recompute": False, "keep_attention": True}}},
             "keep_attention in 'mst' is True, but recompute is False",
         ),
-        (
-            {"ds_config": {"mst": {"recompute": True, "keep_mlp": True}}},
-            "keep_mlp in 'mst' is True, but so is recompute",
-        ),
         ({"ds_config": {"mst": {"head_groups": 0}}}, "head_groups in 'mst' is 0"),
         ({"host_memory": -1}, "host_memory is -1; allowed: a whole number of bytes >= 0"),
         (
@@ -320,13 +332,15 @@ def test_the_report_shows_every_phase_with_its_largest_terms_and_the_verdict():
 
 def test_the_report_shows_what_is_kept_and_what_that_costs():
     text = rendered(llama_8b_plan(keep_attention=True, offload_activations=True, head_groups=2))
-    assert "recompute on, layer inputs and attention kept on the host, head_groups 2, mlp_chunks 64" in text
+    assert "recompute on, layer inputs, attention kept on the host, head_groups 2, mlp_chunks 64" in text
     assert f"{ATTENTION / 10**12:.3f} TFLOPs" in text.replace("-", "")
     costs = text[text.index("TFLOPs a micro-batch") :]
     assert costs.index("recompute true") < costs.index("keep_attention true") < costs.index("offload_activations true")
     assert "GiB copied" in costs
-    kept_on_device = rendered(llama_8b_plan(keep_attention=False, offload_activations=False, head_groups=1))
+    on_device = {"keep_attention": False, "offload_activations": False, "head_groups": 1}
+    kept_on_device = rendered(llama_8b_plan(**on_device, keep_mlp=False))
     assert "recompute on, layer inputs kept on the device, mlp_chunks" in kept_on_device
+    assert "recompute on, layer inputs, gate and up kept on" in rendered(llama_8b_plan(**on_device, keep_mlp=True))
     assert "recompute off, mlp_chunks" in rendered(llama_8b_plan(recompute=False, keep_mlp=False, head_groups=1))
     nothing_twice = llama_8b_plan(recompute=False, keep_mlp=True, head_groups=1)
     text = " ".join(rendered(nothing_twice).split())  # wherever lines end

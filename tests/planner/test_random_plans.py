@@ -62,7 +62,7 @@ def random_workload(draw):
         recompute=recompute,
         keep_attention=recompute and draw.random() < 0.5,
         offload_activations=recompute and draw.random() < 0.5,
-        keep_mlp=not recompute and draw.random() < 0.5,
+        keep_mlp=draw.random() < 0.5,
         reserve=draw.choice((0, 2**31)),
     )
 

@@ -31,9 +31,10 @@ BUCKETS = {"reduce_bucket_size": 300_000, "allgather_bucket_size": 300_000, "ove
 AT_STAGE_3 = {"stage3_prefetch_bucket_size": 0, "stage3_param_persistence_threshold": 0}
 OFFLOAD_OPTIMIZER = {"offload_optimizer": {"device": "cpu"}}
 OFFLOAD_ALL = {**OFFLOAD_OPTIMIZER, "offload_param": {"device": "cpu"}}
-CHUNKS_4 = {"recompute": True, "keep_attention": True, "mlp_chunks": 4, "loss_chunks": 4}
+CHUNKS_4 = {"recompute": True, "keep_attention": True, "keep_mlp": False, "mlp_chunks": 4, "loss_chunks": 4}
 CHUNKS_2_8 = {"recompute": False, "keep_mlp": False, "mlp_chunks": 2, "loss_chunks": 8}
-NOTHING_TWICE = {"keep_mlp": True, "mlp_chunks": 2, "loss_chunks": 8}
+NOTHING_TWICE = {"recompute": False, "keep_mlp": True, "mlp_chunks": 2, "loss_chunks": 8}
+MLP_ON_HOST = CHUNKS_4 | {"keep_mlp": True, "offload_activations": True}
 Case = tuple[int, int, dict[str, Any], dict[str, Any]]  # sp_size, seq_len, zero_optimization, the "mst" block
 
 COMMON: list[Case] = [
@@ -41,6 +42,7 @@ COMMON: list[Case] = [
     (2, SEQ_LEN, {}, CHUNKS_4),
     (1, SEQ_LEN, {}, CHUNKS_2_8),
     (1, SEQ_LEN, {}, NOTHING_TWICE),
+    (1, SEQ_LEN, {}, MLP_ON_HOST),
     # So short that the peak of the backward is at the first layer, where gradients need most.
     (1, 256, {}, CHUNKS_4),
 ]

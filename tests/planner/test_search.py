@@ -152,22 +152,23 @@ def settings_of(work, *, device_memory=HUGE, host_memory=None, **mst):
 
 
 NOTHING_TWICE = "nothing is computed twice"
+MLP = "gate and up"
 
 
 def kept_in(settings):
-    """(keep_attention, offload_activations), or None without recompute, or NOTHING_TWICE with gate and up kept too."""
+    """(keep_attention, offload_activations) and MLP if it is kept; None without recompute, or NOTHING_TWICE."""
     work = settings.work
-    if work.keep_mlp:
-        assert not work.recompute
-        return NOTHING_TWICE
-    return (work.keep_attention, work.offload_activations) if work.recompute else None
+    if not work.recompute:
+        return NOTHING_TWICE if work.keep_mlp else None
+    return (work.keep_attention, work.offload_activations, *[MLP] * work.keep_mlp)
 
 
 def peaks_by_kept(work):
     """The lowest peak of each way to keep, with one group of heads."""
     candidates = {None: replace(work, recompute=False), NOTHING_TWICE: replace(work, recompute=False, keep_mlp=True)}
-    for kept in itertools.product((True, False), repeat=2):
-        candidates[kept] = replace(work, keep_attention=kept[0], offload_activations=kept[1])
+    for attention, offload, mlp in itertools.product((True, False), repeat=3):
+        kept = (attention, offload, *[MLP] * mlp)
+        candidates[kept] = replace(work, keep_attention=attention, offload_activations=offload, keep_mlp=mlp)
     return {kept: peak(candidate, *auto(candidate, 1)).device_bytes for kept, candidate in candidates.items()}
 
 
@@ -175,15 +176,17 @@ def test_the_fastest_that_fits_is_chosen():
     work = workload(seq_len=500_000)
     lowest = peaks_by_kept(work)
     with_gate_and_up, everything = lowest[NOTHING_TWICE], lowest[None]
-    on_device, all_on_host = lowest[True, False], lowest[True, True]
+    on_device, all_on_host, with_mlp = lowest[True, False], lowest[True, True], lowest[True, False, MLP]
     inputs_on_device, inputs_on_host = lowest[False, False], lowest[False, True]
-    assert inputs_on_host < all_on_host < inputs_on_device < on_device < everything < with_gate_and_up
+    assert inputs_on_host < all_on_host < inputs_on_device < on_device < everything < with_mlp < with_gate_and_up
     cases = [
         # With enough of it nothing is computed twice.
         (HUGE, None, NOTHING_TWICE),
         (with_gate_and_up, HUGE, NOTHING_TWICE),
-        # Then gate and up alone are.
-        (with_gate_and_up - 1, HUGE, None),
+        # Then projections are, which are fewer FLOPs than gate and up.
+        (with_gate_and_up - 1, HUGE, (True, False, MLP)),
+        (with_mlp, HUGE, (True, False, MLP)),
+        (with_mlp - 1, HUGE, None),
         (everything, HUGE, None),
         # Else nothing leaves the device, and attention runs once.
         (everything - 1, HUGE, (True, False)),
@@ -223,12 +226,21 @@ def test_kept_gate_and_up_need_no_more_chunks_than_they_are_large():
     assert auto(work, peak(work, 2, 1000).device_bytes - 1)[0] > 2
 
 
-def test_kept_gate_and_up_mean_no_recompute():
+def test_gate_and_up_are_kept_as_the_user_says():
     work = workload(seq_len=500_000)
     for device_memory in (1, HUGE):
-        assert kept_in(settings_of(work, keep_mlp=True, device_memory=device_memory)) == NOTHING_TWICE
         assert kept_in(settings_of(work, keep_mlp=False, recompute=False, device_memory=device_memory)) is None
     assert kept_in(settings_of(work, keep_mlp=False)) is None
+    assert kept_in(settings_of(work, keep_mlp=True)) == NOTHING_TWICE
+    assert kept_in(settings_of(work, keep_mlp=True, keep_attention=False, offload_activations=True)) == (
+        False,
+        True,
+        MLP,
+    )
+    too_much = peaks_by_kept(work)[True, False, MLP] - 1
+    # On the host they are kept on demand only.
+    assert kept_in(settings_of(work, keep_mlp=True, device_memory=too_much, host_memory=HUGE)) == (True, True, MLP)
+    assert kept_in(settings_of(work, offload_activations=True, host_memory=HUGE)) == (True, True)
     # Where nothing fits the larger peak is not taken, of equal ones what computes again.
     assert kept_in(settings_of(work, recompute=False, device_memory=1)) is None
     short = workload(seq_len=512, stage=2)
@@ -249,10 +261,10 @@ def test_experts_keep_nothing(keep_mlp):
 @pytest.mark.parametrize("recompute", [True, "auto"])
 def test_what_recompute_keeps_means_recompute(recompute):
     work = workload(seq_len=500_000)
-    assert kept_in(settings_of(work, recompute=recompute, keep_attention=True)) == (True, False)
+    assert kept_in(settings_of(work, recompute=recompute, keep_attention=True)) == (True, False, MLP)
     assert kept_in(settings_of(work, recompute=recompute, offload_activations=True)) == (True, True)
     # Not to keep attention or not to offload can be had without it.
-    expected = NOTHING_TWICE if recompute == "auto" else (False, False)
+    expected = NOTHING_TWICE if recompute == "auto" else (False, False, MLP)
     assert kept_in(settings_of(work, recompute=recompute, keep_attention=False, offload_activations=False)) == expected
 
 
@@ -278,9 +290,13 @@ def test_where_nothing_fits_the_lowest_peak_is_chosen():
 def test_what_the_user_set_stays(device_memory, host_memory):
     memory = {"device_memory": device_memory, "host_memory": host_memory}
     work = workload(seq_len=500_000, sp_size=2)
+    names = ("keep_attention", "offload_activations", "keep_mlp")
+    for values in itertools.product((True, False), repeat=3):
+        given = dict(zip(names, values, strict=True))
+        chosen = settings_of(work, recompute=True, **given, **memory).work
+        assert chosen.recompute
+        assert tuple(getattr(chosen, name) for name in names) == values
     for keep_attention, offload_activations in itertools.product((True, False), repeat=2):
-        given = {"keep_attention": keep_attention, "offload_activations": offload_activations}
-        assert kept_in(settings_of(work, recompute=True, **given, **memory)) == (keep_attention, offload_activations)
         assert settings_of(work, keep_attention=keep_attention, **memory).work.keep_attention == keep_attention
         one = settings_of(work, offload_activations=offload_activations, **memory)
         assert one.work.offload_activations == offload_activations
@@ -297,7 +313,7 @@ def test_without_recompute_nothing_is_chosen_for_it():
 def test_groups_of_heads_are_the_fewest_that_fit_or_keep_attention_from_being_the_peak():
     # 32 query and 8 key/value heads on 2 ranks: 4 key/value heads of each.
     work = workload(seq_len=2_000_000, sp_size=2)
-    choose = partial(settings_of, work, recompute=True, keep_attention=False)
+    choose = partial(settings_of, work, recompute=True, keep_attention=False, keep_mlp=False)
     roomy = choose().work.head_groups
     assert roomy > 1
     gathered = [total_bytes(attention_step(replace(work, head_groups=count), backward=True)) for count in (1, 2, 4)]

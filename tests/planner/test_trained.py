@@ -91,8 +91,9 @@ def test_dropout_of_adapters_is_kept_with_its_mask() -> None:
     ("targets", "mst", "tolerance"),
     [
         (ATTENTION, {"recompute": False, "keep_mlp": False}, 0.02),
-        (ATTENTION, {"keep_mlp": True}, 0.02),
-        (ATTENTION, {"keep_attention": True}, 0.02),
+        (ATTENTION, {"recompute": False, "keep_mlp": True}, 0.02),
+        (ATTENTION, {"keep_attention": True, "keep_mlp": False}, 0.02),
+        (ATTENTION, {"keep_attention": True, "keep_mlp": True}, 0.02),
         # An MLP with adapters is differentiated by autograd, chunk by chunk, for which no term is exact.
         ([*ATTENTION, *MLP], {"keep_attention": True}, 0.1),
     ],

@@ -308,7 +308,7 @@ def test_a_run_is_refused_before_it_starts(packed: bool, monkeypatch: pytest.Mon
     scale_gradient(monkeypatch, mst_ds.minisequence.mlp._ChunkedMLP, 32, 40)
     assert refusal(lambda: require_exact(config(), plan, packed=packed)) == (
         "preflight: LlamaForCausalLM is not exact: model.layers.1.mlp: the gradient of its down_proj.weight is off by "
-        "1.0e-03 (relative), at sp 2, mlp_chunks 3, loss_chunks 1, recompute, attention kept, "
+        "1.0e-03 (relative), at sp 2, mlp_chunks 3, loss_chunks 1, recompute, attention kept, gate and up kept, "
         + ("packed" if packed else "padded")
     )
 
@@ -329,7 +329,7 @@ def test_settings_to_try() -> None:
     assert [setting.recompute for setting in tried] == [True, False, True, True] * 2
     kept = [(setting.keep_attention, setting.offload_activations) for setting in tried]
     assert kept == [(False, False), (False, False), (True, False), (True, True)] * 2
-    assert [setting.keep_mlp for setting in tried] == [False, True, False, False] * 2
+    assert [setting.keep_mlp for setting in tried] == [False, True, False, True] * 2
     assert [setting.head_groups for setting in tried] == [1] * 7 + [2]
     assert all(setting.recompute for setting in settings_to_try(MstConfig(recompute=True), packed=True))
 
@@ -340,18 +340,21 @@ def test_settings_that_the_json_rules_out_are_not_tried() -> None:
         (1, 1, 1, False),
         (1, 1, 4, True),
         (1, 1, 4, False),
-        (1, 1, 64, False),
+        (1, 1, 64, True),
     ]
     assert not any(setting.recompute or setting.packed for setting in tried)
     assert not any(setting.keep_attention or setting.offload_activations for setting in tried)
     kept = settings_to_try(MstConfig(keep_mlp=True), packed=True)
-    assert all(setting.keep_mlp and not setting.recompute for setting in kept)
+    assert all(setting.keep_mlp for setting in kept)
+    assert {setting.recompute for setting in kept} == {True, False}
     assert not any(setting.keep_mlp for setting in settings_to_try(MstConfig(keep_mlp=False), packed=True))
     mst = MstConfig(loss_chunks=1, mlp_chunks=1, sp_size=2, keep_attention=True, offload_activations=False)
     assert settings_to_try(mst, packed=True) == [
         Setting(1, 1, 1, True, True, keep_attention=True),
+        Setting(1, 1, 1, True, True, keep_attention=True, keep_mlp=True),
         Setting(2, 1, 1, True, True, keep_attention=True),
-        Setting(2, 1, 1, True, True, keep_attention=True, head_groups=2),
+        Setting(2, 1, 1, True, True, keep_attention=True, keep_mlp=True),
+        Setting(2, 1, 1, True, True, keep_attention=True, keep_mlp=True, head_groups=2),
     ]
 
 

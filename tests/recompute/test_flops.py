@@ -85,6 +85,14 @@ def test_with_gate_and_up_kept_nothing_is_computed_again(mlp_chunks, make):
     assert products_of_the_mlp(make, recompute=False, keep_mlp=True, mlp_chunks=mlp_chunks) == 9
 
 
+@pytest.mark.parametrize("offload", [False, True], ids=["device", "host"])
+@pytest.mark.parametrize(("make", "products"), [(llama, 9), (olmo2, 10), (gemma2, 10)])
+def test_gate_and_up_are_kept_where_layers_are_computed_again_too(make, products, offload):
+    # A norm after the MLP needs the down projection once more.
+    settings = {"keep_attention": True, "keep_mlp": True, "offload_activations": offload, "mlp_chunks": 4}
+    assert products_of_the_mlp(make, **settings) == products
+
+
 @pytest.mark.parametrize("make", [olmo2, gemma2])
 def test_a_norm_after_the_mlp_needs_its_output_again(make):
     assert products_of_the_mlp(make, keep_attention=True) == 14

@@ -18,7 +18,7 @@ from mst_ds.recompute import LayerRecompute
 LENGTH = 30
 BATCH = make_batch(LENGTH)
 KEPT = [
-    pytest.param({"keep_attention": keep, "offload_activations": offload}, id=f"{keep=}-{offload=}")
+    pytest.param({"keep_attention": keep, "keep_mlp": keep, "offload_activations": offload}, id=f"{keep=}-{offload=}")
     for keep in (False, True)
     for offload in (False, True)
 ]

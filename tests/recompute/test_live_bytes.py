@@ -14,9 +14,17 @@ from mst_ds.live_memory import LiveMemory
 WORK = Work(seq_len=256, mlp_chunks=4, loss_chunks=4)
 HIDDEN, INTERMEDIATE = 64, 224
 IDS = torch.arange(WORK.seq_len)[None] % 97
-OURS = ["mst_ds", "mst_ds, attention again", "mst_ds, offload"]
 # Of a layer in fp32: its input, attention's output, and the log-sum-exp of each of 8 heads; bytes for each token.
 INPUT, OUTPUT, LOG_SUM_EXP = (4 * width for width in (HIDDEN, HIDDEN, 8))
+GATE_UP = 2 * 4 * INTERMEDIATE
+# What a layer keeps on the device, and on the host.
+OURS = {
+    "mst_ds": (INPUT + OUTPUT + LOG_SUM_EXP, 0),
+    "mst_ds, attention again": (INPUT, 0),
+    "mst_ds, MLP kept": (INPUT + OUTPUT + LOG_SUM_EXP + GATE_UP, 0),
+    "mst_ds, offload": (0, INPUT + OUTPUT + LOG_SUM_EXP),
+    "mst_ds, MLP kept, offload": (0, INPUT + OUTPUT + LOG_SUM_EXP + GATE_UP),
+}
 
 
 def llama(layers):
@@ -47,16 +55,9 @@ def peak(name, layers, length):
     return memory.peak
 
 
-@pytest.mark.parametrize(
-    ("name", "kept"),
-    [
-        ("mst_ds", INPUT + OUTPUT + LOG_SUM_EXP),
-        ("mst_ds, attention again", INPUT),
-        ("mst_ds, offload", 0),
-    ],
-)
-def test_what_grows_with_the_layers(name, kept):
-    length = 1024
+@pytest.mark.parametrize("name", OURS)
+def test_what_grows_with_the_layers(name):
+    length, (kept, _) = 1024, OURS[name]
     growth = peak(name, 8, length) - peak(name, 4, length)
     # What a layer keeps goes in the backward as its gradients come: the larger of the two grows.
     gradients = layer_gradients(llama(1))
@@ -103,8 +104,8 @@ def test_nothing_is_left_of_a_forward_without_a_backward(name):
             contender.loss(IDS)
             lives.append(memory.live)
         # Until the next forward begins, copies to the host may be on their way: two layers' tensors, here and there.
-        on_the_way = 2 * 2 * (INPUT + OUTPUT + LOG_SUM_EXP) * WORK.seq_len if name == "mst_ds, offload" else 0
-        assert lives == [on_the_way] * 3
+        _, on_host = OURS[name]
+        assert lives == [2 * 2 * on_host * WORK.seq_len] * 3
         contender.loss(IDS).backward()
         assert memory.live == gradient_bytes(model)
 
