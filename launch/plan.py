@@ -14,9 +14,9 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from mst_ds.config import DEFAULT_DS_CONFIG, DEFAULT_MODEL, GIB, parse_seq_len
+from mst_ds.config import DEFAULT_DS_CONFIG, DEFAULT_MODEL, GIB, OneLineParser, parse_seq_len
 from mst_ds.model_shape import ModelShape, load_config_of_shape, load_model_shape
 from mst_ds.planner import (
     DEFAULT_RESERVE,
@@ -35,15 +35,11 @@ from mst_ds.planner import (
 
 _GPU_OF_RATES = "H100"
 _MOST_BYTES = 2**60
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)  # in one line, where argparse would print the usage as well and exit
+_MOST_RANKS = 2**17
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = OneLineParser(
         prog="plan.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
@@ -88,19 +84,23 @@ def main(argv: Sequence[str]) -> int:
         for name in ("num_gpus", "num_nodes"):
             if getattr(options, name) < 1:
                 raise ValueError(f"{name} is {getattr(options, name)}; allowed: a whole number >= 1")
+        if (ranks := options.num_gpus * options.num_nodes) > _MOST_RANKS:
+            raise ValueError(f"num_gpus x num_nodes is {ranks}; allowed: at most {_MOST_RANKS} ranks")
         if options.table:
             return _print_lengths(options)
         plan, longest, changes = _plan(options)
         if options.plot is not None:
             plot_plan(plan, options.plot)
         traced = _trace(options, plan) if options.trace else None
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"plan.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     if options.json:
         print(json.dumps(_as_json(plan, longest, changes) | ({"trace": traced} if traced else {}), indent=2))
     else:
         _print_plan(plan, longest, changes, options.gpu)
+        if options.plot is not None:
+            print(f"picture: {options.plot}")
         if traced is not None:
             _print_trace(traced)
     return 0 if plan.fits else 1
@@ -132,7 +132,7 @@ def _trace(options: argparse.Namespace, plan: Plan) -> dict[str, dict[str, int]]
         from mst_ds.adapters import load_peft_config
         from mst_ds.dry_run import dry_run, planned_activations
 
-        peft_config = load_peft_config(options.peft_config) if options.peft_config else None
+        peft_config = load_peft_config(options.peft_config) if options.peft_config is not None else None
         planned, measured = planned_activations(plan), dry_run(load_config_of_shape(options.model), plan, peft_config)
     return {name: {"planned_bytes": planned[name], "dry_run_bytes": count} for name, count in measured.items()}
 
@@ -149,12 +149,12 @@ def _print_trace(traced: dict[str, dict[str, int]]) -> None:
 
 
 def _request(options: argparse.Namespace, *, num_nodes: int, sp_size: int | None, seq_len: int) -> Request:
-    gpu = gpu_by_name(options.gpu) if options.gpu else None
+    gpu = gpu_by_name(options.gpu) if options.gpu is not None else None
     device_memory = _bytes(options, "device_memory_gib")
     if device_memory is None and gpu is not None:
         device_memory = gpu.memory
     return read_request(
-        _adapted_shape(options.model, options.peft_config) if options.peft_config else options.model,
+        options.model if options.peft_config is None else _adapted_shape(options.model, options.peft_config),
         options.ds_config,
         world_size=options.num_gpus * num_nodes,
         seq_len=seq_len,

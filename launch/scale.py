@@ -13,9 +13,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from mst_ds.config import GIB
+from mst_ds.config import GIB, OneLineParser
 from mst_ds.planner import gpu_by_name
 from mst_ds.scaling import (
     Interrupted,
@@ -32,13 +31,8 @@ from mst_ds.scaling.sweep_file import train_flags
 _GOES_ON = 75  # EX_TEMPFAIL, as launch/train.py has it
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)  # in one line, where argparse would print the usage as well and exit
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = OneLineParser(
         prog="scale.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--sweep", type=Path, help="YAML file of the sweep; a flag given beside it wins.")

@@ -47,6 +47,13 @@ def nearest(given: str, allowed: Iterable[str]) -> str:
     return f"; nearest: {matches[0]!r}" if matches else ""
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """Raises a ValueError for flags that it refuses, where argparse would print the usage as well and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
 def parse_seq_len(text: str) -> int:
     """Reads a length in tokens: `"4096"`, `"128K"` (K = 1024) or `"1M"` (M = 1024²).
 
@@ -216,15 +223,12 @@ def parse_train_config(argv: Sequence[str]) -> TrainConfig:
     """
     from transformers import HfArgumentParser
 
-    class Parser(HfArgumentParser):
+    class Parser(OneLineParser, HfArgumentParser):
         def add_argument(self, *names: Any, **kwargs: Any) -> argparse.Action:
             parse = kwargs.pop("parse", None)
             if parse is not None:
                 kwargs["type"] = _argument_type(parse)
             return super().add_argument(*names, **kwargs)
-
-        def error(self, message: str) -> NoReturn:
-            raise ValueError(message)  # in one line, where argparse would print the usage as well and exit
 
     def parse_flags(flags: Sequence[str]) -> TrainConfig:
         parser = Parser(cast(Any, TrainConfig), allow_abbrev=False)  # its own annotation admits no class

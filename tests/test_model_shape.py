@@ -1,6 +1,8 @@
 """Dimensions and parameter counts, held against the models themselves on the meta device."""
 
 import json
+import logging
+from contextlib import nullcontext
 from fractions import Fraction
 
 import pytest
@@ -246,9 +248,10 @@ def test_a_model_whose_layers_are_all_dense_has_no_experts():
     assert ModelShape.from_config(config).parameter_count == parameter_count(build(config))
 
 
-def test_more_experts_per_token_than_there_are_count_once():
-    shape = ModelShape.from_config(config_of("MixtralConfig", {"num_local_experts": 2, "num_experts_per_tok": 4}))
-    assert shape.active_parameter_count == shape.parameter_count
+def test_more_experts_per_token_than_there_are_is_refused():
+    config = config_of("MixtralConfig", {"num_local_experts": 2, "num_experts_per_tok": 4})
+    with pytest.raises(ValueError, match="'mixtral' is 4; allowed: 1 to its number of experts, 2"):
+        ModelShape.from_config(config)
 
 
 @pytest.mark.parametrize(
@@ -324,8 +327,32 @@ def test_a_model_that_is_nowhere_is_refused(monkeypatch):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("is_found", [True, False])
+def test_what_the_hub_logs_is_said_only_of_a_model_that_is_found(monkeypatch, is_found):
+    logger, said = logging.getLogger("huggingface_hub.utils._http"), []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+
+    def from_pretrained(name):
+        logger.warning("Retrying")
+        if not is_found:
+            raise OSError("no connection")
+        return name
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", from_pretrained)
+    logger.addHandler(handler)
+    try:
+        with nullcontext() if is_found else pytest.raises(ValueError, match="model 'a/b' was not found"):
+            load_model_config("a/b")
+    finally:
+        logger.removeHandler(handler)
+    assert said == ["Retrying"] * is_found
+
+
 # As the models' pages on the hub count them.
 KNOWN_PARAMETERS = {
+    "mistralai/Mistral-7B-Instruct-v0.2": 7_241_732_096,
+    "mistralai/Mistral-7B-v0.1": 7_241_732_096,
     "Qwen/Qwen3-32B": 32_762_123_264,
     "Qwen/Qwen3-8B": 8_190_735_360,
     "google/gemma-2-9b": 9_241_705_984,
@@ -337,8 +364,31 @@ KNOWN_PARAMETERS = {
 }
 
 
+SAME_SHAPE = {
+    "Qwen/Qwen3-8B-Base": "Qwen/Qwen3-8B",
+    "google/gemma-2-9b-it": "google/gemma-2-9b",
+    "meta-llama/Llama-3.1-70B-Instruct": "meta-llama/Llama-3.1-70B",
+    "meta-llama/Llama-3.1-8B-Instruct": "meta-llama/Llama-3.1-8B",
+    "meta-llama/Llama-3.2-1B-Instruct": "meta-llama/Llama-3.2-1B",
+    "meta-llama/Llama-3.2-3B-Instruct": "meta-llama/Llama-3.2-3B",
+    "meta-llama/Llama-3.3-70B-Instruct": "meta-llama/Llama-3.1-70B",
+    "mistralai/Mistral-7B-Instruct-v0.1": "mistralai/Mistral-7B-v0.1",
+    "mistralai/Mistral-7B-Instruct-v0.3": "mistralai/Mistral-7B-v0.3",
+}
+
+
 def test_known_models_have_their_published_size():
-    assert {name: load_model_shape(name).parameter_count for name in known_model_names()} == KNOWN_PARAMETERS
+    published = KNOWN_PARAMETERS | {name: KNOWN_PARAMETERS[other] for name, other in SAME_SHAPE.items()}
+    assert {name: load_model_shape(name).parameter_count for name in known_model_names()} == published
+
+
+def test_known_models_have_the_shape_of_the_model_they_were_made_from():
+    assert all(load_model_shape(name) == load_model_shape(other) for name, other in SAME_SHAPE.items())
+
+
+def test_only_the_first_mistral_has_a_window():
+    windows = {name: set(load_model_shape(name).sliding_windows) for name in known_model_names() if "Mistral" in name}
+    assert windows == {name: {4096} if name.endswith("v0.1") else set() for name in windows}
 
 
 @pytest.mark.parametrize("name", KNOWN_PARAMETERS)

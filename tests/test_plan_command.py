@@ -85,6 +85,7 @@ def test_the_longest_sequences_on_more_nodes():
 def test_a_picture(tmp_path):
     done = run(*LLAMA_8B, "--seq_len", "128K", "--plot", str(tmp_path / "plan.png"))
     assert done.returncode == 0
+    assert done.stdout.endswith(f"picture: {tmp_path / 'plan.png'}\n")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -124,8 +125,37 @@ REFUSED = {
     "no gpus": (["--seq_len", "1M", "--gpu", "H100", "--num_gpus", "0"], "num_gpus is 0; allowed"),
     "too many shards": ([*LLAMA_8B, "--num_nodes", "8", "--seq_len", "1M", "--sp_size", "64"], "sp_size is 64, but"),
     "no config": ([*LLAMA_8B, "--seq_len", "1M", "--ds_config", "none.json"], "allowed: an existing DeepSpeed JSON"),
+    "a folder as config": ([*LLAMA_8B, "--seq_len", "1M", "--ds_config", "/tmp"], "ds_config is '/tmp'; allowed"),
+    "config that is no JSON": ([*LLAMA_8B, "--seq_len", "1M", "--ds_config", "README.md"], "README.md is not JSON"),
+    "endless name": ([*LLAMA_8B, "--seq_len", "1M", "--ds_config", "a" * 5000], "File name too long"),
+    "no length at all": ([*LLAMA_8B, "--seq_len", "0"], "seq_len is 0; allowed: a whole number >= 1"),
+    "negative length": ([*LLAMA_8B, "--seq_len", "-5"], "seq_len is -5; allowed: a whole number >= 1"),
+    "absurd length": ([*LLAMA_8B, "--seq_len", "9" * 26], "tokens of a rank; allowed: at most 1099511627776"),
+    "absurd ranks": ([*LLAMA_8B, "--seq_len", "4K", "--num_nodes", "9" * 12], "allowed: at most 131072 ranks"),
+    "negative gpus": (["--seq_len", "1M", "--gpu", "H100", "--num_gpus", "-8"], "num_gpus is -8; allowed"),
+    "no nodes": ([*LLAMA_8B, "--seq_len", "1M", "--num_nodes", "0"], "num_nodes is 0; allowed"),
+    "half a node": ([*LLAMA_8B, "--seq_len", "1M", "--num_nodes", "1.5"], "--num_nodes: invalid int value: '1.5'"),
+    "no sp": ([*LLAMA_8B, "--seq_len", "1M", "--sp_size", "0"], "sp_size is 0, which does not divide"),
+    "negative sp": ([*LLAMA_8B, "--seq_len", "1M", "--sp_size", "-2"], "sp_size is -2, which does not divide"),
+    "uneven sp": ([*LLAMA_8B, "--seq_len", "1M", "--sp_size", "3"], "does not divide the world size 8; allowed: 1, 2"),
+    "memory that is no number": (
+        ["--seq_len", "1M", "--device_memory_gib", "nan"],
+        "device_memory_gib is nan; allowed",
+    ),
+    "infinite memory": (["--seq_len", "1M", "--device_memory_gib", "inf"], "device_memory_gib is inf; allowed"),
+    "negative host": ([*LLAMA_8B, "--seq_len", "1M", "--host_memory_gib", "-1"], "host_memory_gib is -1.0; allowed"),
+    "host that is no number": ([*LLAMA_8B, "--seq_len", "1M", "--host_memory_gib", "nan"], "host_memory_gib is nan"),
+    "gpu without a name": (["--seq_len", "1M", "--gpu", ""], "gpu is ''"),
+    "dry run of a table": ([*LLAMA_8B, "--table", "--trace"], "trace shows one plan, and table makes none"),
+    "table of a length": ([*LLAMA_8B, "--table", "--seq_len", "4K"], "not allowed with argument"),
+    "no adapters": ([*LLAMA_8B, "--seq_len", "4K", "--peft_config", "/none"], "peft_config is '/none'; allowed"),
+    "no model": (["--model", "/none/x", "--gpu", "H100", "--seq_len", "4K"], "model '/none/x' was not found"),
     "unknown flag": ([*LLAMA_8B, "--seq_len", "1M", "--seqlen", "3"], "unrecognized arguments: --seqlen 3"),
-    "unknown picture": ([*LLAMA_8B, "--seq_len", "4K", "--plot", "/tmp/plan.doc"], "Format 'doc' is not supported"),
+    "unknown picture": (
+        [*LLAMA_8B, "--seq_len", "4K", "--plot", "/tmp/plan.doc"],
+        "allowed: a file with one of the suffixes",
+    ),
+    "picture of no format": ([*LLAMA_8B, "--seq_len", "4K", "--plot", "/tmp/plan"], "plot is '/tmp/plan'; allowed"),
     "nowhere to write": ([*LLAMA_8B, "--seq_len", "4K", "--plot", "/none/x.png"], "plot '/none/x.png' cannot be"),
 }
 
@@ -133,6 +163,33 @@ REFUSED = {
 @pytest.mark.parametrize(("flags", "message"), REFUSED.values(), ids=REFUSED)
 def test_what_cannot_be_planned_is_refused_in_one_line(flags, message):
     done = run(*flags)
+    error, _ = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert error.startswith("plan.py: error: ")
+    assert message in error
+
+
+LLAMA = {"model_type": "llama", "hidden_size": 256, "num_attention_heads": 4}
+REFUSED_MODELS = {
+    "heads that do not divide": (LLAMA | {"num_attention_heads": 3}, "The hidden size (256) is not a multiple of the"),
+    "no heads": (LLAMA | {"num_attention_heads": 0}, "cannot be read: integer division or modulo by zero"),
+    "size that is no number": (LLAMA | {"hidden_size": "abc"}, "Field 'hidden_size' expected int, got str"),
+    "no layers": (LLAMA | {"num_hidden_layers": 0}, "num_hidden_layers in the config of model type 'llama' is 0"),
+    "unknown type": ({"model_type": "nope"}, "model type `nope`"),
+    "encoder": ({"model_type": "bert"}, "model type 'bert' is not a decoder"),
+    "encoder and decoder": ({"model_type": "t5"}, "model type 't5' is not a decoder"),
+    "speech": ({"model_type": "whisper"}, "model type 'whisper' is not a decoder"),
+    "too many experts": (
+        {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 8},
+        "num_experts_per_tok in the config of model type 'mixtral' is 8; allowed: 1 to its number of experts, 4",
+    ),
+}
+
+
+@pytest.mark.parametrize(("config", "message"), REFUSED_MODELS.values(), ids=REFUSED_MODELS)
+def test_a_model_that_cannot_be_planned_is_refused_in_one_line(tmp_path, config, message):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    done = run("--model", str(tmp_path), "--gpu", "H100", "--seq_len", "4K")
     error, _ = done.stderr.splitlines()
     assert (done.returncode, done.stdout) == (2, "")
     assert error.startswith("plan.py: error: ")

@@ -38,7 +38,7 @@ def read_experts(config: PreTrainedConfig, num_layers: int) -> ExpertShape | Non
     """None for a dense model.
 
     Raises:
-        ValueError: a mixture of experts that does not say how many experts a token goes to.
+        ValueError: a mixture of experts that does not say how many experts a token goes to, or says more than it has.
     """
     count = optional_size(config, *_COUNT)
     if count is None or getattr(config, "is_moe", True) is False:
@@ -46,11 +46,17 @@ def read_experts(config: PreTrainedConfig, num_layers: int) -> ExpertShape | Non
     sparse_layers = _count_sparse_layers(config, num_layers)
     if sparse_layers == 0:
         return None
+    per_token = size(config, *_PER_TOKEN)
+    if per_token > count:
+        raise ValueError(
+            f"num_experts_per_tok in the config of model type {config.model_type!r} is {per_token}; allowed: 1 to its "
+            f"number of experts, {count}"
+        )
     intermediate = size(config, *_INTERMEDIATE)
     shared = optional_size(config, *_SHARED_SIZE) or intermediate * (optional_size(config, *_SHARED_COUNT) or 0)
     return ExpertShape(
         num_experts=count,
-        num_experts_per_tok=min(count, size(config, *_PER_TOKEN)),
+        num_experts_per_tok=per_token,
         intermediate_size=intermediate,
         shared_intermediate_size=shared,
         num_sparse_layers=sparse_layers,

@@ -13,7 +13,8 @@ from mst_ds.model_shape.shape import ModelShape
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-# Hugging Face id -> of its config.json what decides shapes, with nothing left to a default of transformers.
+# Hugging Face id -> of its config.json what decides shapes, with nothing left to a default of transformers; or the id
+# of the model whose shape it has.
 _FILE = Path(__file__).with_name("known_models.json")
 
 
@@ -49,4 +50,6 @@ def load_model_shape(name_or_path: str) -> ModelShape:
 
 
 def _fields(name: str) -> dict[str, Any] | None:
-    return cast("dict[str, Any] | None", json.loads(_FILE.read_text(encoding="utf-8")).get(name))
+    models: dict[str, Any] = json.loads(_FILE.read_text(encoding="utf-8"))
+    found = models.get(name)
+    return cast("dict[str, Any] | None", models[found] if isinstance(found, str) else found)

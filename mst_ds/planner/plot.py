@@ -15,7 +15,7 @@ def plot_plan(plan: Plan, path: Path) -> None:
     """Writes stacked bars of what is on the device, in GiB, with the device's memory as a line.
 
     Args:
-        path: its ending, such as .png or .svg, says in which format.
+        path: its suffix, such as .png or .svg, says in which format.
 
     Raises:
         ValueError: matplotlib is not installed, it cannot write such a format, or the file cannot be written.
@@ -24,9 +24,15 @@ def plot_plan(plan: Plan, path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("a plot needs matplotlib, which is not installed: pip install 'mst_ds[plots]'") from None
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    formats = figure.canvas.get_supported_filetypes()
+    # To a name without a suffix matplotlib would add one, and write another file than the user names.
+    if path.suffix[1:].lower() not in formats:
+        raise ValueError(
+            f"plot is {str(path)!r}; allowed: a file with one of the suffixes .{', .'.join(sorted(formats))}"
+        )
     phases = [{term.name: term.bytes for term in phase.terms if term.place == "device"} for phase in plan.phases]
     names = [phase.name for phase in plan.phases]
-    figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.subplots()
     bottoms = [0.0] * len(phases)
     largest = _largest_terms(phases)

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
+# Of a rank; a search through more would leave the integers that ranges can have.
+_MOST_TOKENS = 2**40
+_MOST_GIB = 2**30
+
+
 @dataclass(frozen=True)
 class Request:
     """What `work` keeps and its groups of heads are still to be chosen.
@@ -105,6 +110,11 @@ def read_request(
         reserve=_reserve(reserve, mst),
         ranks_per_node=ranks_per_node or world_size,
     )
+    if work.tokens > _MOST_TOKENS:
+        raise ValueError(
+            f"seq_len {seq_len} with micro batch {zero.micro_batch_size} and sp_size {sp_size} is {work.tokens} tokens "
+            f"of a rank; allowed: at most {_MOST_TOKENS}"
+        )
     memory = _device_memory(device_memory, mst, world_size)
     return Request(topology, work, mst, memory, host_memory, gpu or DEFAULT_GPU, times_are_known=gpu is not None)
 
@@ -134,7 +144,7 @@ def _device_memory(given: int | Sequence[int] | None, mst: MstConfig, world_size
     if given is None:
         if mst.device_memory_gib == AUTO:
             raise ValueError("device_memory is not known; allowed: bytes, or a number in 'mst' for device_memory_gib")
-        given = int(mst.device_memory_gib * GIB)
+        given = _bytes_in_mst("device_memory_gib", mst.device_memory_gib)
     of_ranks = (given,) * world_size if isinstance(given, int) else tuple(given)
     if len(of_ranks) != world_size:
         raise ValueError(f"device_memory has {len(of_ranks)} numbers for {world_size} ranks; allowed: one for each")
@@ -145,7 +155,13 @@ def _device_memory(given: int | Sequence[int] | None, mst: MstConfig, world_size
 
 def _reserve(reserve: int, mst: MstConfig) -> int:
     if mst.reserve_gib != AUTO:
-        return int(mst.reserve_gib * GIB)
+        return _bytes_in_mst("reserve_gib", mst.reserve_gib)
     if reserve < 0:
         raise ValueError(f"reserve is {reserve}; allowed: a whole number of bytes >= 0")
     return reserve
+
+
+def _bytes_in_mst(name: str, gib: float) -> int:
+    if gib > _MOST_GIB:
+        raise ValueError(f"{name} in 'mst' is {gib}; allowed: at most {_MOST_GIB} GiB")
+    return int(gib * GIB)

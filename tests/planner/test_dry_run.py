@@ -1,10 +1,12 @@
 """The formulas against a dry run: the real, patched model on fake tensors, at real sizes."""
 
 import random
+from contextlib import nullcontext
 
 import pytest
-from transformers import GemmaConfig, LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config, Qwen3Config
+from transformers import Gemma2Config, GemmaConfig, LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config, Qwen3Config
 
+import mst_ds.dry_run
 from mst_ds.dry_run import dry_run, planned_activations
 from mst_ds.model_shape import load_config_of_shape
 from mst_ds.planner import make_plan
@@ -92,6 +94,27 @@ def test_formulas_give_each_phase_of_llama_8b(seq_len, sp_size, mst):
     planned, measured = plan_and_peaks(config, seq_len=seq_len, sp_size=sp_size, **mst)
     for phase, count in measured.items():
         assert planned[phase] == pytest.approx(count, rel=TOLERANCE), phase
+
+
+@pytest.mark.parametrize("seq_len", [2048, 2060])
+@pytest.mark.parametrize("layer_type", ["sliding_attention", "full_attention"])
+@pytest.mark.parametrize("mst", [OFF, AGAIN])
+def test_the_largest_blocks_of_attention_give_the_peak_of_all(monkeypatch, seq_len, layer_type, mst):
+    """Of scores with a softcap, where the last block has as many queries as the others, or fewer."""
+    config = Gemma2Config(
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=100,
+        sliding_window=512,
+        layer_types=[layer_type],
+    )
+    of_largest = plan_and_peaks(config, seq_len=seq_len, **mst)[1]
+    monkeypatch.setattr(mst_ds.dry_run, "only_the_largest_blocks", nullcontext)
+    assert of_largest == plan_and_peaks(config, seq_len=seq_len, **mst)[1]
 
 
 def test_what_depends_on_values_has_no_dry_run():
