@@ -28,6 +28,9 @@ _SIZES_OF_ITS_OWN = ("sequence_parallel_size", "data_parallel_size")
 _UNSUPPORTED = (
     (_ZERO, "zero_hpz_partition_size", 1),
     (_ZERO, "mics_shard_size", -1),
+    (_ZERO, "zero_quantized_weights", False),
+    (_ZERO, "zero_quantized_nontrainable_weights", False),
+    (_ZERO, "zero_quantized_gradients", False),
     ("torch_autocast", "enabled", False),
     ("amp", "enabled", False),
 )
@@ -94,7 +97,7 @@ def load_ds_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> DsConf
     Raises:
         ValueError: the file is missing or not JSON, it holds no object, or one of these is wrong: the ZeRO
             stage, the "mst" block, both bf16 and fp16 enabled, batch sizes that are not positive; or it asks for
-            secondary shards (hpZ, MiCS) or for autocast, which are not supported.
+            secondary shards (hpZ, MiCS), for quantized collectives (ZeRO++) or for autocast, which are not supported.
     """
     if isinstance(source, Mapping):
         config: Any = copy.deepcopy(dict(source))

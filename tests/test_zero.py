@@ -117,6 +117,10 @@ def test_a_missing_file_is_refused(tmp_path):
             {"zero_optimization": {"zero_hpz_partition_size": 8}},
             "zero_hpz_partition_size is 8; allowed: 1, or leave it",
         ),
+        *(
+            ({"zero_optimization": {key: True}}, f"{key} is True; allowed: false, or leave it out")
+            for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
+        ),
         ({"zero_optimization": {"mics_shard_size": 8}}, "mics_shard_size is 8; allowed: -1, or leave it out"),
         ({"torch_autocast": {"enabled": True}}, "torch_autocast.enabled is True; allowed: false, or leave it out"),
         ({"amp": {"enabled": True}}, "amp.enabled is True; allowed: false, or leave it out"),

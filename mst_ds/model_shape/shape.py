@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mst_ds.model_shape.counts import Dimensions, ParameterCounts, TrainedCounts, count_parameters
@@ -44,7 +44,10 @@ class ModelShape(Dimensions):
         has_logit_softcap: a tanh bounds the logits.
         has_attention_softcap: a tanh bounds the attention scores.
         has_fused_qkv: queries, keys and values are parts of one projection's output.
+        rotary_tables: pairs of cosines and sines; more than one where kinds of layers have their own.
+        has_sinks: each query head has a sink in its softmax's denominator.
         sliding_windows: the window of each layer that has one, in tokens.
+        window_layers: which layers these are, from 0 on.
         layer_parameter_count: of the largest layer.
         position_parameter_count: of learned position embeddings, 0 without.
         head_parameter_count: 0 where the head's weight is the embedding's (tie_word_embeddings).
@@ -61,7 +64,10 @@ class ModelShape(Dimensions):
     has_logit_softcap: bool
     has_attention_softcap: bool
     has_fused_qkv: bool
+    rotary_tables: int
+    has_sinks: bool
     sliding_windows: tuple[int, ...]
+    window_layers: tuple[int, ...]
     embedding_parameter_count: int
     position_parameter_count: int
     head_parameter_count: int
@@ -92,6 +98,7 @@ class ModelShape(Dimensions):
         dimensions = _dimensions(config)
         experts = read_experts(config, dimensions.num_hidden_layers)
         counts = count_parameters(config, family, dimensions, experts)
+        window, window_layers = _sliding_windows(config, dimensions.num_hidden_layers)
         return cls(
             **vars(dimensions),
             tie_word_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
@@ -102,7 +109,10 @@ class ModelShape(Dimensions):
             has_logit_softcap=bool(getattr(config, "final_logit_softcapping", None)),
             has_attention_softcap=bool(getattr(config, "attn_logit_softcapping", None)),
             has_fused_qkv=family.fused_qkv,
-            sliding_windows=_sliding_windows(config, dimensions.num_hidden_layers),
+            rotary_tables=_rotary_tables(config),
+            has_sinks=family.sinks,
+            sliding_windows=(window,) * len(window_layers),
+            window_layers=window_layers,
             embedding_parameter_count=counts.embedding,
             position_parameter_count=counts.positions,
             head_parameter_count=counts.head,
@@ -121,6 +131,22 @@ class ModelShape(Dimensions):
     @property
     def is_trained_whole(self) -> bool:
         return self.trained.all == self.parameter_count
+
+    def first_layers(self, count: int) -> ModelShape:
+        """The model of its first so many layers, with as few sparse ones as can be; its other counts stay."""
+        window_layers = tuple(layer for layer in self.window_layers if layer < count)
+        experts = self.experts
+        if experts is not None:
+            experts = replace(
+                experts, num_sparse_layers=max(1, experts.num_sparse_layers - self.num_hidden_layers + count)
+            )
+        return replace(
+            self,
+            num_hidden_layers=count,
+            sliding_windows=self.sliding_windows[: len(window_layers)],
+            window_layers=window_layers,
+            experts=experts,
+        )
 
     @property
     def num_dense_layers(self) -> int:
@@ -166,12 +192,18 @@ def _norms(config: PreTrainedConfig, family: Family, dimensions: Dimensions) -> 
     return NormShape(family.norm, family.pre_norms, family.post_norms, has_qk_norm * heads * dimensions.head_dim)
 
 
-def _sliding_windows(config: PreTrainedConfig, num_layers: int) -> tuple[int, ...]:
+def _sliding_windows(config: PreTrainedConfig, num_layers: int) -> tuple[int, tuple[int, ...]]:
+    """The window and the layers that have it; 0 and none without."""
     window = optional_size(config, "sliding_window")
     if window is None:
-        return ()
+        return 0, ()
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * num_layers
-    return (window,) * sum(kind == "sliding_attention" for kind in kinds[:num_layers])
+    return window, tuple(layer for layer, kind in enumerate(kinds[:num_layers]) if kind == "sliding_attention")
+
+
+def _rotary_tables(config: PreTrainedConfig) -> int:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return max(1, sum(isinstance(of_kind, dict) for of_kind in parameters.values()))
 
 
 def _check_is_decoder(config: PreTrainedConfig) -> None:

@@ -6,9 +6,17 @@ only the largest of them counts in a phase.
 
 from __future__ import annotations
 
-from mst_ds.planner.attention import gathered_step, local_term, log_sum_exp, output_width, query_key_value_width
+from mst_ds.planner.attention import (
+    gathered_step,
+    local_term,
+    log_sum_exp,
+    output_width,
+    query_key_value_width,
+    window_step,
+)
 from mst_ds.planner.kept import kept_by_recompute
 from mst_ds.planner.types import MemoryTerm, product_term, total_bytes
+from mst_ds.planner.windows import window_graphs, window_mask
 from mst_ds.planner.workload import Workload, ceil_divide
 
 Terms = tuple[MemoryTerm, ...]
@@ -33,7 +41,7 @@ def hidden_term(work: Workload, name: str, tensors: int) -> MemoryTerm:
 def kept_between_layers(work: Workload) -> Terms:
     """What layers leave for their backward and is kept for all of them until then: with recompute no activations but
     the layers' inputs, and attention's output where that is kept."""
-    every_setting = (*_rotary_tables(work), *_router_logits(work))
+    every_setting = (*_rotary_tables(work), *_router_logits(work), *window_mask(work))
     if work.recompute:
         return (*kept_by_recompute(work), *every_setting)
     return (hidden_term(work, "layer_inputs", work.shape.num_hidden_layers), *every_setting)
@@ -50,7 +58,7 @@ def layer_activations(work: Workload, *, of_attention: bool = True, after_attent
     """
     earlier = 0 if work.recompute else work.shape.num_hidden_layers - 1
     norms, first, last = work.shape.norms, earlier + of_attention, earlier + after_attention
-    keeps_output = work.attention_keeping_layers == work.shape.num_hidden_layers
+    with_window = 0 if work.recompute else len(work.shape.window_layers) - work.last_layer_has_window
     terms = [
         _hidden_of_layers(work, "attention_input", first, min(1, norms.pre_norms)),
         local_term(work, "query_key_value", query_key_value_width(work.shape), first),
@@ -68,9 +76,10 @@ def layer_activations(work: Workload, *, of_attention: bool = True, after_attent
         of_element = ("bytes with the mask's", work.zero.dtype_bytes + 1)
         factors = (("layers", first), ("tokens", work.tokens), ("width", width), of_element)
         terms.append(product_term("adapter_dropout", "device", *factors))
-    if not keeps_output:
+    if not work.last_layer_keeps_attention:
         terms.append(local_term(work, "attention_output", output_width(work.shape), first))
         terms.append(log_sum_exp(work, first))
+    terms += window_graphs(work, with_window + (of_attention and work.last_layer_has_window))
     return tuple(term for term in terms if term.bytes)
 
 
@@ -78,17 +87,20 @@ def attention_step(work: Workload, *, backward: bool) -> Terms:
     """Attention with its all-to-alls. In the backward the layer's activations count apart from this."""
     gathered = gathered_step(work, backward=backward)
     if backward:
-        gradients = query_key_value_width(work.shape) + output_width(work.shape)
-        return (*gathered, local_term(work, "attention_gradients", gradients))
+        inputs, output = query_key_value_width(work.shape), output_width(work.shape)
+        whole = (*gathered, local_term(work, "attention_gradients", inputs + output))
+        # Without sequence parallelism the gradients of blocks come before the whole ones.
+        width = output if work.sp_size == 1 else inputs + output
+        of_blocks = (*window_step(work), local_term(work, "attention_gradients", width))
+        return max(whole, of_blocks, key=total_bytes)
     # The output projection comes after it, while all that attention was given is still there.
     largest = max(gathered, (hidden_term(work, "attention_result", 1),), key=total_bytes)
     if not work.recompute:
         return largest
     # What is kept is among the kept.
-    is_kept = work.attention_keeping_layers == work.shape.num_hidden_layers
     return (
         *largest,
-        *(() if is_kept else (local_term(work, "attention_output", output_width(work.shape)),)),
+        *(() if work.last_layer_keeps_attention else (local_term(work, "attention_output", output_width(work.shape)),)),
         hidden_term(work, "attention_input", 1),
         local_term(work, "query_key_value", query_key_value_width(work.shape)),
     )
@@ -174,10 +186,10 @@ def _hidden_of_layers(work: Workload, name: str, layers: int, tensors: int) -> M
 
 
 def _rotary_tables(work: Workload) -> Terms:
-    """Cosines and sines, which all layers share."""
+    """Cosines and sines, which all layers of a kind share."""
     if work.shape.position_parameter_count:
         return ()
-    return (local_term(work, "rotary_tables", 2 * work.shape.head_dim),)
+    return (local_term(work, "rotary_tables", 2 * work.shape.rotary_tables * work.shape.head_dim),)
 
 
 def _has_shared_expert(work: Workload) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mst_ds.model_shape import ModelShape
 from mst_ds.planner.types import MemoryTerm, product_term, total_bytes
+from mst_ds.planner.windows import has_blocks, window_gradients
 from mst_ds.planner.workload import Workload
 
 Terms = tuple[MemoryTerm, ...]
@@ -12,7 +13,7 @@ _FP32_BYTES = 4
 
 
 def local_term(work: Workload, name: str, width: int, layers: int = 1) -> MemoryTerm:
-    """A tensor of this shard's tokens, in the model's dtype."""
+    """A tensor of this shard's tokens, in the model's dtype, of each of so many layers."""
     factors = (("tokens", work.tokens), ("width of all heads", width), ("bytes", work.zero.dtype_bytes))
     return product_term(name, "device", ("layers", layers), *factors)
 
@@ -48,7 +49,9 @@ def gathered_step(work: Workload, *, backward: bool) -> Terms:
     """
     kernel = (*_attention_scores(work, backward=backward), *_repeated_key_value(work, backward=backward))
     # The forward's kernel makes a tensor of its own, which goes into the output.
-    made = () if backward else (_gathered(work, "kernel_output", 1, _group_output(work)),)
+    # A window's is put together of parts, which stay with the layer's graph if it is not computed again.
+    outputs_made = 2 if work.recompute and has_blocks(work) and work.last_layer_has_window else 1
+    made = () if backward else (_gathered(work, "kernel_output", outputs_made, _group_output(work)),)
     if work.sp_size == 1:
         return (*kernel, *made)
     inputs = _gathered(work, "gathered_query_key_value", 1, _group_inputs(work))
@@ -69,6 +72,19 @@ def gathered_step(work: Workload, *, backward: bool) -> Terms:
         (inputs, outputs, gradients, *kernel),
         (gradients, _gathered(work, "all_to_all_buffers", 2, _group_inputs(work))),
         key=total_bytes,
+    )
+
+
+def window_step(work: Workload) -> Terms:
+    """In the backward of a last layer with a window: the gradients of one group's blocks, beside what is gathered."""
+    if not (has_blocks(work) and work.last_layer_has_window):
+        return ()
+    if work.sp_size == 1:
+        return window_gradients(work)
+    return (
+        _gathered(work, "gathered_query_key_value", 1, _group_inputs(work)),
+        _gathered(work, "gathered_output_and_gradient", 2, _group_output(work)),
+        *window_gradients(work),
     )
 
 
@@ -95,8 +111,8 @@ def _gathered(work: Workload, name: str, tensors: int, width: int) -> MemoryTerm
 
 def _repeated_key_value(work: Workload, *, backward: bool) -> Terms:
     """Keys and values with a copy for each query head; in the backward their gradients, too."""
-    if not work.repeats_key_value:
-        return ()
+    if not work.repeats_key_value or (has_blocks(work) and work.last_layer_has_window):
+        return ()  # blocks group heads themselves; of a window's first tokens the copies are small
     width = work.group_query_heads * work.shape.head_dim
     return (_gathered(work, "repeated_key_value", 4 if backward else 2, width),)
 

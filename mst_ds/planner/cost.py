@@ -7,6 +7,7 @@ from mst_ds.planner.attention import output_width, query_key_value_width
 from mst_ds.planner.flops import micro_batch_flops
 from mst_ds.planner.gpus import Gpu
 from mst_ds.planner.kept import copied_bytes
+from mst_ds.planner.persistent import persistent_counts
 from mst_ds.planner.workload import Workload
 
 # Of the data sheet's FLOP/s what matrix products and attention attain in long sequences. An assumption: 590 of an
@@ -75,11 +76,13 @@ def _collective_seconds(work: Workload, gpu: Gpu, moved: float) -> float:
 
 
 def _gathered_bytes(work: Workload) -> float:
-    """Of a micro-batch: at stage 3 all parameters, for the forward and for the backward; at stages 1 and 2 the trained
-    ones once a step, after the optimizer."""
+    """Of a micro-batch: at stage 3 all parameters, for the forward and for the backward, but persistent ones once a
+    step, after the optimizer; so are the trained ones at stages 1 and 2."""
     size = work.zero.dtype_bytes
     if work.zero.stage == 3:
-        return 2.0 * work.shape.parameter_count * size
+        persistent = persistent_counts(work).all
+        sharded = work.shape.parameter_count - persistent
+        return (2.0 * sharded + persistent / work.zero.gradient_accumulation_steps) * size
     return work.shape.trained.all * size / work.zero.gradient_accumulation_steps if work.zero.stage else 0.0
 
 

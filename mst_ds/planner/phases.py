@@ -59,25 +59,39 @@ def layer_phase(work: Workload, mlp_chunks: int, *, backward: bool) -> Phase:
         phases = (_backward_making_gradients(work, mlp_chunks), _after_backward(work))
         return max(phases, key=lambda phase: phase.device_bytes)
     name: Literal["forward", "backward"] = "backward" if backward else "forward"
-    largest = max(
-        _largest_mlp(work, mlp_chunks, backward=backward),
-        rest_of_layer_moment(work, backward=backward),
-        key=total_bytes,
+    standing = _standing_computing(work, name) + kept_on_host(work)
+    moments = (
+        Phase(name, standing + _on_device(_of_layers(layers, backward=backward) + largest))
+        for layers in _last_layers(work)
+        for largest in (
+            _largest_mlp(layers, mlp_chunks, backward=backward),
+            rest_of_layer_moment(layers, backward=backward),
+        )
     )
-    return Phase(name, _standing_computing(work, name) + _of_layers(work, backward=backward) + largest)
+    return max(moments, key=lambda phase: phase.device_bytes)
 
 
 def _backward_making_gradients(work: Workload, mlp_chunks: int) -> Phase:
     """With each layer there are more gradients and less of what layers keep. Both change by as much every time, so that
     the highest point is at the last layer or at the first."""
-    trained, first = work.shape.trained, _of_first_layer(work)
+    trained, num_layers = work.shape.trained, work.shape.num_hidden_layers
     after_layers = trained.all - trained.embedding
-    moments = (
-        (work, _largest_mlp(work, mlp_chunks, backward=True), trained.head),
-        (work, rest_of_layer_moment(work, backward=True), trained.head + trained.layer),
-        (first, _largest_mlp(first, mlp_chunks, backward=True), after_layers - trained.layer),
-        (first, rest_of_layer_moment(first, backward=True), after_layers),
-    )
+    # The layers after have their gradients already.
+    so_far = [
+        (layers, trained.head + (num_layers - layers.shape.num_hidden_layers) * trained.layer)
+        for layers in _last_layers(work)
+    ]
+    so_far += [
+        (layers, after_layers - layers.shape.num_hidden_layers * trained.layer) for layers in _first_layers(work)
+    ]
+    moments = [
+        moment
+        for layers, count in so_far
+        for moment in (
+            (layers, _largest_mlp(layers, mlp_chunks, backward=True), count),
+            (layers, rest_of_layer_moment(layers, backward=True), count + trained.layer),
+        )
+    ]
     standing = _standing(work, has_gradients=False) + states.reduce_bucket(work) + kept_on_host(work)
     phases = (
         Phase(
@@ -85,7 +99,7 @@ def _backward_making_gradients(work: Workload, mlp_chunks: int) -> Phase:
             (
                 *standing,
                 *states.gradients(work, so_far=so_far),
-                *(term for term in _of_layers(layers, backward=True) + largest if term.place == "device"),
+                *_on_device(_of_layers(layers, backward=True) + largest),
             ),
         )
         for layers, largest, so_far in moments
@@ -114,12 +128,28 @@ def _largest_mlp(work: Workload, mlp_chunks: int, *, backward: bool) -> Terms:
     return max((step.terms for step in mlp_moments(work, mlp_chunks, backward=backward)), key=total_bytes)
 
 
-def _of_first_layer(work: Workload) -> Workload:
-    """The model as its activations are when the backward has come to the first layer."""
-    shape = work.shape
-    windows = shape.sliding_windows[:1] if len(shape.sliding_windows) == shape.num_hidden_layers else ()
-    experts = shape.experts and replace(shape.experts, num_sparse_layers=1)
-    return replace(work, shape=replace(shape, num_hidden_layers=1, sliding_windows=windows, experts=experts))
+def _last_layers(work: Workload) -> list[Workload]:
+    """The model, and where some of its layers have a window and others not, up to the last one of the other kind: what
+    is there at that one may be more, though less is kept of those before it."""
+    shape, has_window = work.shape, work.last_layer_has_window
+    others = [layer for layer in range(shape.num_hidden_layers) if (layer in shape.window_layers) != has_window]
+    return [work, *(_with_layers(work, layer + 1) for layer in others[-1:])]
+
+
+def _first_layers(work: Workload) -> list[Workload]:
+    """The model as its activations are when the backward has come to the first layer, and to the first of the other
+    kind."""
+    shape, has_window = work.shape, 0 in work.shape.window_layers
+    others = [layer for layer in range(shape.num_hidden_layers) if (layer in shape.window_layers) != has_window]
+    return [_with_layers(work, layer + 1) for layer in (0, *others[:1])]
+
+
+def _with_layers(work: Workload, count: int) -> Workload:
+    return replace(work, shape=work.shape.first_layers(count))
+
+
+def _on_device(terms: Terms) -> Terms:
+    return tuple(term for term in terms if term.place == "device")
 
 
 def loss_phase(work: Workload, loss_chunks: int) -> Phase:
@@ -143,6 +173,7 @@ def rest_of_layer_moment(work: Workload, *, backward: bool) -> Terms:
     """The largest operator of a layer beside its MLP, with what the layer has saved by then."""
     attention = activations.attention_step(work, backward=backward)
     norm = activations.norm_step(work, backward=backward)
+    final_norm_input = activations.hidden_term(work, "final_norm_input", 1)
     moments = [attention + _saved(work, backward=backward, after_attention=False, of_mlp=False)]
     if work.recompute:
         # The norm of the MLP's output, or the one before it, or where there is neither the layer's first, the last in
@@ -156,10 +187,10 @@ def rest_of_layer_moment(work: Workload, *, backward: bool) -> Terms:
             after_attention=not is_first,
             of_mlp=norms.post_norms > 0,
         )
-        moments += [norm + saved, norm + kept_gate_up(work)]
+        moments += [norm + saved, (*norm, final_norm_input, *kept_gate_up(work))]
     else:
-        # The model's norm finds all that layers saved.
-        moments.append(norm + _saved(work, backward=backward))
+        # The model's norm finds all that layers saved. In the forward its input is counted with its output.
+        moments.append((*norm, *[final_norm_input] * backward, *_saved(work, backward=backward)))
     return max(moments, key=total_bytes)
 
 

@@ -84,9 +84,23 @@ class Workload:
 
     @property
     def attention_keeping_layers(self) -> int:
-        """Layers whose attention's output is kept: a window makes attention too cheap for it."""
+        """Layers whose attention's output is kept: a window makes attention too cheap for it, and with sinks kernels
+        work on copies, which would be kept, too."""
         layers = self.shape.num_hidden_layers - len(self.shape.sliding_windows)
-        return layers if self.recompute and self.keep_attention else 0
+        return layers if self.recompute and self.keep_attention and not self.shape.has_sinks else 0
+
+    @property
+    def last_layer_has_window(self) -> bool:
+        return self.shape.num_hidden_layers - 1 in self.shape.window_layers
+
+    @property
+    def last_layer_keeps_attention(self) -> bool:
+        return self.attention_keeping_layers > 0 and not self.last_layer_has_window
+
+    @property
+    def attention_length(self) -> int:
+        """S, padded to a multiple of sp_size."""
+        return self.sp_size * shard_length(self.seq_len, self.sp_size)
 
     @property
     def can_keep_mlp(self) -> bool:
@@ -98,7 +112,7 @@ class Workload:
     @property
     def block_scores(self) -> int:
         """Scores of one head that attention without a kernel computes at a time: 2^18, but 64 queries at least."""
-        length = self.sp_size * shard_length(self.seq_len, self.sp_size)
+        length = self.attention_length
         return length * max(64, min(2**18 // length, length))
 
     def chunk_tokens(self, chunks: int) -> int:

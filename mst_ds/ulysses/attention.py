@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from mst_ds.recompute import LayerRecompute
 
-from .backends import causal_backend
+from .backends import CausalAttention, causal_backend
 from .documents import DocumentAttention
 from .groups import SequenceGroup
 from .layout import HeadLayout
@@ -41,6 +42,11 @@ class UlyssesContext:
     document_starts: list[list[int]] | None
     head_groups: int = 1
     recompute: LayerRecompute | None = None
+
+    @cached_property
+    def attend(self) -> CausalAttention:
+        """One for all layers, which share a window's mask."""
+        return causal_backend(self.backend)
 
 
 def register_attention() -> None:
@@ -93,9 +99,7 @@ def ulysses_attention(
     group = ulysses.group
     sp_size, head_groups = (1, 1) if group is None else (group.size, ulysses.head_groups)
     layout = HeadLayout(query.shape[1], key.shape[1], sp_size, head_groups)
-    attention = SequenceAttention(
-        DocumentAttention(causal_backend(ulysses.backend), spec, ulysses.document_starts), group, layout
-    )
+    attention = SequenceAttention(DocumentAttention(ulysses.attend, spec, ulysses.document_starts), group, layout)
     return attention(query, key, value, kwargs.get("s_aux"), recompute=ulysses.recompute), None
 
 

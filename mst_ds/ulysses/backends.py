@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ _WIDEST_HEAD = 256
 
 
 def causal_backend(name: str) -> CausalAttention:
-    """The attention called `name`, for one call of one layer; query (B, n, S, D), key and value (B, k, S, D).
+    """The attention called `name`, for one forward of a model; query (B, n, S, D), key and value (B, k, S, D).
 
     Raises:
         ValueError: an unknown name, or flash attention without its package.
@@ -36,10 +37,10 @@ def causal_backend(name: str) -> CausalAttention:
 
 
 class _Sdpa:
-    """torch's kernels. A window's mask is made once, for all documents."""
+    """torch's kernels. A window's mask is made once, for all layers and documents."""
 
     def __init__(self) -> None:
-        self._mask: Tensor | None = None
+        self._masks: dict[tuple[Any, ...], Tensor] = {}
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Tensor:
         # On the CPU no kernel drops out, on CUDA none computes in fp64: torch would build the S x S scores.
@@ -51,9 +52,10 @@ class _Sdpa:
         if spec.window is None:
             return _sdpa_causal(query, key, value, spec)
         # Groups of heads may differ in how many query heads share a key.
-        if self._mask is None or len(self._mask) != query.shape[1] // key.shape[1]:
-            self._mask = window_mask(query, key, spec)
-        return attend_in_windows(_sdpa_causal, query, key, value, spec, self._mask)
+        kind = spec.window, spec.front, query.shape[1] // key.shape[1], query.dtype, query.device
+        if kind not in self._masks:
+            self._masks[kind] = window_mask(query, key, spec)
+        return attend_in_windows(_sdpa_causal, query, key, value, spec, self._masks[kind])
 
 
 def _sdpa_causal(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Tensor:

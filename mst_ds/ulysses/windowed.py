@@ -52,18 +52,32 @@ def attend_in_windows(
     Returns:
         (B, n, S, D).
     """
+    rows = [
+        _attend_sequence(attend, *row, spec, mask)
+        for row in zip(query.split(1), key.split(1), value.split(1), strict=True)
+    ]
+    return torch.cat(rows) if len(rows) > 1 else rows[0]
+
+
+def _attend_sequence(
+    attend: Callable[[Tensor, Tensor, Tensor, AttentionSpec], Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spec: AttentionSpec,
+    mask: Tensor,
+) -> Tensor:
+    """`attend_in_windows` of one sequence."""
     assert spec.window is not None
     block, length = mask.shape[1], query.shape[2]
     start = min(spec.front + spec.window, length)
     stop = length - (length - start) % block
-    rows = []
-    for q, k, v in zip(query.split(1), key.split(1), value.split(1), strict=True):
-        parts = [attend(q[:, :, :start], k[:, :, :start], v[:, :, :start], spec)]
-        for begin, end, size in ((start, stop, block), (stop, length, length - stop)):
-            if begin < end:
-                parts.append(_attend_blocks(q[:, :, begin:end], k[:, :, :end], v[:, :, :end], size, spec, mask))
-        rows.append(torch.cat(parts, dim=2))
-    return torch.cat(rows)
+    parts = {0: attend(query[:, :, :start], key[:, :, :start], value[:, :, :start], spec)}
+    # The many blocks last: autograd then begins with them, before it holds gradients of all queries and keys.
+    for begin, end, size in ((stop, length, length - stop), (start, stop, block)):
+        if begin < end:
+            parts[begin] = _attend_blocks(query[:, :, begin:end], key[:, :, :end], value[:, :, :end], size, spec, mask)
+    return torch.cat([parts[begin] for begin in sorted(parts)], dim=2)
 
 
 def _attend_blocks(query: Tensor, key: Tensor, value: Tensor, size: int, spec: AttentionSpec, mask: Tensor) -> Tensor:
@@ -76,6 +90,7 @@ def _attend_blocks(query: Tensor, key: Tensor, value: Tensor, size: int, spec: A
     output = scaled_dot_product_attention(
         queries, keys, values, mask.flatten(0, 1), dropout_p=spec.dropout, scale=spec.scaling
     )
+    del queries  # a copy, where heads are grouped
     return output.unflatten(2, (groups, size)).permute(1, 2, 0, 3, 4).reshape(query.shape)
 
 

@@ -24,8 +24,10 @@ LLAMA_8B = "meta-llama/Llama-3.1-8B"
 
 
 def workload(stage=3, *, model=MODEL, ranks=8, dtype="bf16", **settings):
-    of_zero = {"offload_param", "offload_optimizer", "overlap_comm"} & settings.keys()
-    zero_keys = {key: settings.pop(key) for key in of_zero}
+    of_zero = {"offload_param", "offload_optimizer", "overlap_comm", "stage3_param_persistence_threshold"}
+    # DeepSpeed's own threshold would leave all of such a small model whole on every rank.
+    zero_keys = {"stage3_param_persistence_threshold": 0}
+    zero_keys |= {key: settings.pop(key) for key in of_zero & settings.keys()}
     ds_config = {dtype: {"enabled": True}, "zero_optimization": {"stage": stage} | zero_keys}
     ds_config["gradient_accumulation_steps"] = settings.pop("accumulation", 1)
     arguments = {"sp_size": 1, "seq_len": 4096, "attention": "sdpa", "ranks_per_node": ranks} | settings
@@ -59,6 +61,15 @@ def test_collectives_of_zero_move_the_parameters(stage, overlap_comm, ranks_per_
         reduced = {0: 2, 1: 1, 2: 2, 3: 2}[stage]
         expected *= max(reduced, MOVED[stage] - reduced) / MOVED[stage]
     assert step_seconds(work, gpu) == pytest.approx(expected, rel=1e-12)
+
+
+def test_persistent_parameters_are_gathered_once_a_step():
+    gpu = replace(ENDLESS, flops=float("inf"), node_rate=450e9)
+    none, all_of_them = (workload(accumulation=4, stage3_param_persistence_threshold=n) for n in (0, 10**9))
+    of_parameters = 2 * none.shape.parameter_count * 7 / 8 / gpu.node_rate
+    # Gradients are reduced in each micro-batch beside that.
+    assert step_seconds(none, gpu) == pytest.approx(4 * (2 + 1) * of_parameters, rel=1e-12)
+    assert step_seconds(all_of_them, gpu) == pytest.approx((1 + 4) * of_parameters, rel=1e-12)
 
 
 def test_copies_hide_behind_what_is_computed():

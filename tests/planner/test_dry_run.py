@@ -4,7 +4,16 @@ import random
 from contextlib import nullcontext
 
 import pytest
-from transformers import Gemma2Config, GemmaConfig, LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 import mst_ds.dry_run
 from mst_ds.dry_run import dry_run, planned_activations
@@ -29,7 +38,7 @@ def plan_and_peaks(config, *, dtype="bf16", micro_batch_size=1, seq_len, sp_size
 
 
 def random_case(seed):
-    """A decoder of full attention: a window's blocks are not among the terms."""
+    """A decoder of full attention."""
     draw = random.Random(seed)
     head_dim, key_value_heads = draw.choice((64, 128)), draw.choice((2, 4, 8))
     heads = key_value_heads * draw.choice((1, 2, 4))
@@ -115,6 +124,49 @@ def test_the_largest_blocks_of_attention_give_the_peak_of_all(monkeypatch, seq_l
     of_largest = plan_and_peaks(config, seq_len=seq_len, **mst)[1]
     monkeypatch.setattr(mst_ds.dry_run, "only_the_largest_blocks", nullcontext)
     assert of_largest == plan_and_peaks(config, seq_len=seq_len, **mst)[1]
+
+
+SIZES = {
+    "hidden_size": 2048,
+    "num_attention_heads": 16,
+    "head_dim": 128,
+    "vocab_size": 16_000,
+    "num_hidden_layers": 2,
+}
+LAYER_TYPES = ["full_attention", "sliding_attention"]
+GROUPED, EACH = {"num_key_value_heads": 4}, {"num_key_value_heads": 16}
+WIDE = {"intermediate_size": 7168}
+MISTRAL, MIXED = {"sliding_window": 4096}, {"sliding_window": 2048}
+LAST_FEW = {"use_sliding_window": True, "max_window_layers": 1}
+WINDOW_CASES = (
+    *((MistralConfig, MISTRAL | heads, {"sp_size": n}) for heads in (GROUPED, EACH) for n in (1, 2)),
+    *((MistralConfig, MISTRAL | GROUPED | WIDE, {"sp_size": n} | OFF) for n in (1, 2)),
+    # Rows of a length that blocks do not divide.
+    (MistralConfig, MISTRAL | GROUPED, {"seq_len": 16_884, "micro_batch_size": 2}),
+    (MistralConfig, MISTRAL | EACH, {"dtype": "fp32"}),
+    # The last layer has a window, then not; the others the other way round.
+    *((Qwen2Config, MIXED | GROUPED | LAST_FEW | sizes, kept) for sizes, kept in (({}, KEPT), (WIDE, OFF))),
+    (Gemma3TextConfig, MIXED | GROUPED | {"layer_types": LAYER_TYPES}, {"sp_size": 2} | OFFLOADED),
+    (Gemma3TextConfig, MIXED | GROUPED | {"layer_types": LAYER_TYPES[::-1]}, KEPT),
+    # A softcap has no kernel at all.
+    (Gemma2Config, MIXED | GROUPED, {"seq_len": 16_384}),
+)
+
+
+@pytest.mark.parametrize(("family", "sizes", "settings"), WINDOW_CASES)
+def test_formulas_give_the_backward_of_layers_with_a_window(family, sizes, settings):
+    # MLPs are so small that attention makes the backward's peak, where they are not `WIDE`.
+    config = family(**{**SIZES, "intermediate_size": 1024, **sizes})
+    settings = ({} if settings.keys() & AGAIN.keys() else AGAIN) | settings
+    planned, measured = plan_and_peaks(config, **{"seq_len": 32_768, "loss_chunks": 64} | settings)
+    assert planned["backward"] == pytest.approx(measured["backward"], rel=TOLERANCE)
+    assert max(planned.values()) == pytest.approx(max(measured.values()), rel=TOLERANCE), (planned, measured)
+
+
+def test_the_forward_puts_a_windows_output_together_of_its_parts():
+    config = MistralConfig(**SIZES | MISTRAL | GROUPED | WIDE)
+    planned, measured = plan_and_peaks(config, seq_len=32_768, **AGAIN)
+    assert planned["forward"] == pytest.approx(measured["forward"], rel=TOLERANCE)
 
 
 def test_what_depends_on_values_has_no_dry_run():

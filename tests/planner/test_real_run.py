@@ -50,6 +50,8 @@ OFFLOADED: list[Case] = [(1, SEQ_LEN, OFFLOAD_OPTIMIZER, CHUNKS_4), (2, SEQ_LEN,
 OF_STAGE_3: list[Case] = [
     (1, SEQ_LEN, OFFLOAD_ALL, CHUNKS_4),
     (2, SEQ_LEN, OFFLOAD_ALL, CHUNKS_4),
+    # The weights of attention and of norms persist.
+    (1, 256, {"stage3_param_persistence_threshold": 256 * 256, "stage3_max_reuse_distance": 0}, CHUNKS_4),
     # Nothing stays from the forward to the backward; one layer and the head do.
     (1, SEQ_LEN, {"stage3_max_reuse_distance": 0}, CHUNKS_4),
     (1, SEQ_LEN, {"stage3_max_reuse_distance": 2 * 256 * VOCAB + 1}, CHUNKS_4),
