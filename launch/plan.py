@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import json
 import sys
@@ -226,9 +225,6 @@ def _bytes(options: argparse.Namespace, name: str, *, ranks: int = 1) -> int | N
 
 
 def _as_json(plan: Plan, longest: int, changes: tuple[Change, ...]) -> dict[str, Any]:
-    fields = dataclasses.asdict(plan)
-    for phase, described in zip(plan.phases, fields["phases"], strict=True):
-        described |= {"device_bytes": phase.device_bytes, "host_bytes": phase.host_bytes}
     return {
         "fits": plan.fits,
         "peak_bytes": plan.peak_bytes,
@@ -236,7 +232,7 @@ def _as_json(plan: Plan, longest: int, changes: tuple[Change, ...]) -> dict[str,
         "host_bytes": plan.host_bytes,
         "max_seq_len": longest,
         "changes_that_fit": [dict(change.settings) for change in changes],
-        **fields,
+        **plan.as_dict(),
     }
 
 

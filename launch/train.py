@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 import os
@@ -129,7 +128,7 @@ def _take_steps(run: Run, folder: Path, interruption: Interruption) -> bool:
         )
         if is_done:
             export_model(engine, data.tokenizer, folder / "model")
-            metrics.write_summary({"plan": dataclasses.asdict(plan), "ds_config": run.ds_config})
+            metrics.write_summary({"plan": plan.as_dict(), "ds_config": run.ds_config})
     if is_first and is_done:
         print(f"Done: {folder / 'metrics.jsonl'}, {folder / 'summary.json'} and the model in {folder / 'model'}")
     engine.destroy()

@@ -45,6 +45,9 @@ def test_json_is_the_plan():
     assert found["peak_phase"] == plan.peak_phase.name
     assert found["max_seq_len"] == longest_seq_len(LLAMA_8B[1], ROOT / DS_CONFIG, **arguments)
     assert [phase["name"] for phase in found["phases"]] == [phase.name for phase in plan.phases]
+    assert [[term["formula"] for term in phase["terms"]] for phase in found["phases"]] == [
+        [term.formula for term in phase.terms] for phase in plan.phases
+    ]
     for phase in found["phases"]:
         for place in ("device", "host"):
             terms = [term["bytes"] for term in phase["terms"] if term["place"] == place]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from mst_ds.topology import Topology
 
@@ -14,22 +15,22 @@ Place: TypeAlias = Literal["device", "host", "nvme"]
 
 @dataclass(frozen=True)
 class MemoryTerm:
-    """One thing that occupies memory: how many bytes, where, and the formula that gave them."""
+    """One thing that occupies memory: how many bytes, where, and the named factors that gave them."""
 
     name: str
     bytes: int
     place: Place
-    formula: str
+    factors: tuple[tuple[str, int], ...]
+
+    @property
+    def formula(self) -> str:
+        """As people read it; made on demand, because a search makes many more terms than are read."""
+        return " x ".join(f"{label} {value}" for label, value in self.factors if value != 1)
 
 
 def product_term(name: str, place: Place, *factors: tuple[str, int]) -> MemoryTerm:
     """A term that is the product of named factors, so that its formula cannot differ from its bytes."""
-    return MemoryTerm(
-        name,
-        bytes=math.prod(value for _, value in factors),
-        place=place,
-        formula=" x ".join(f"{label} {value}" for label, value in factors if value != 1),
-    )
+    return MemoryTerm(name, math.prod([value for _, value in factors]), place, factors)
 
 
 def total_bytes(terms: Iterable[MemoryTerm]) -> int:
@@ -144,6 +145,23 @@ class Plan:
     def host_bytes(self) -> int:
         """Host memory at its highest."""
         return max(phase.host_bytes for phase in self.phases)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as a JSON file holds it, of each phase its bytes, of each term its formula."""
+        fields = dataclasses.asdict(self)
+        fields["phases"] = [
+            {
+                "name": phase.name,
+                "terms": [
+                    {"name": term.name, "bytes": term.bytes, "place": term.place, "formula": term.formula}
+                    for term in phase.terms
+                ],
+                "device_bytes": phase.device_bytes,
+                "host_bytes": phase.host_bytes,
+            }
+            for phase in self.phases
+        ]
+        return fields
 
     @property
     def fits(self) -> bool:

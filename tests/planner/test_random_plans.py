@@ -17,8 +17,6 @@ from mst_ds.topology import Topology
 from mst_ds.zero import read_zero
 
 NUM_CASES = 1000
-# What only holds where a search runs takes longer.
-NUM_SEARCHES = 200
 FAMILIES = ("llama", "qwen3", "gemma2", "olmo2", "gpt_neox", "mixtral")
 
 
@@ -94,14 +92,12 @@ def test_more_chunks_never_need_more():
 
 
 def test_more_memory_never_gives_a_shorter_longest():
-    for seed in range(NUM_SEARCHES):
+    for seed in range(NUM_CASES):
         draw = random.Random(seed)
         work = random_workload(draw)
         topology = Topology(0, work.zero.dp_world_size, work.sp_size)
         memory = draw.randrange(2**30, 2**38)
         known = Request(topology, work, MstConfig(), (memory,), None, DEFAULT_GPU, times_are_known=False)
-        lengths = [
-            longest_of_request(replace(known, device_memory=(part,)))
-            for part in (memory, memory + 2**20, memory + memory // 3)
-        ]
-        assert lengths == sorted(lengths), seed
+        more = memory + draw.choice((2**20, memory // 3))
+        less, longest = (longest_of_request(replace(known, device_memory=(part,))) for part in (memory, more))
+        assert less <= longest, seed
