@@ -65,6 +65,7 @@ class ZeroConfig:
     dp_world_size: the ranks that ZeRO shards over. DeepSpeed sees every rank as data parallel, so this is the
     world size, also under sequence parallelism.
     optimizer_moments: values that the optimizer keeps for each trained parameter beside its master copy.
+    param_buffer_count, param_buffer_size, optimizer_buffer_count: of the buffers on the way to NVMe.
     """
 
     stage: int
@@ -74,6 +75,9 @@ class ZeroConfig:
     param_offload: OffloadDevice
     optimizer_offload: OffloadDevice
     optimizer_moments: int
+    param_buffer_count: int
+    param_buffer_size: int
+    optimizer_buffer_count: int
     overlap_comm: bool
     reduce_bucket_size: int
     allgather_bucket_size: int
@@ -162,6 +166,7 @@ def read_zero(ds_config: Mapping[str, Any], *, dp_world_size: int) -> ZeroConfig
     stage = _stage(ds_config)
     dtype = _dtype(ds_config)
     overlap_comm = zero.get("overlap_comm")
+    param, optimizer = (zero.get(key) or {} for key in ("offload_param", "offload_optimizer"))
     return ZeroConfig(
         stage=stage,
         dp_world_size=dp_world_size,
@@ -170,6 +175,9 @@ def read_zero(ds_config: Mapping[str, Any], *, dp_world_size: int) -> ZeroConfig
         param_offload=_offload(zero, "offload_param", "cpu_offload_param") if stage == 3 else "none",
         optimizer_offload=_offload(zero, "offload_optimizer", "cpu_offload") if stage >= 1 else "none",
         optimizer_moments=_optimizer_moments(ds_config),
+        param_buffer_count=_elements(param, "buffer_count", 5),
+        param_buffer_size=_elements(param, "buffer_size", 10**8),
+        optimizer_buffer_count=_elements(optimizer, "buffer_count", 4),
         overlap_comm=stage == 3 if overlap_comm is None else bool(overlap_comm),
         reduce_bucket_size=_elements(zero, "reduce_bucket_size", 5 * 10**8),
         allgather_bucket_size=_elements(zero, "allgather_bucket_size", 5 * 10**8),

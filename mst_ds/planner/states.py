@@ -24,10 +24,16 @@ def reserve(work: Workload) -> Terms:
 
 
 def parameters(work: Workload) -> Terms:
-    """The parameters in the model's dtype: a shard at stage 3, else all of them."""
+    """The parameters in the model's dtype: a shard at stage 3, else all of them. On NVMe there are the buffers, too,
+    through which they come (`AsyncPartitionedParameterSwapper`)."""
+    zero = work.zero
     count = work.sharded(work.shape.parameter_count, from_stage=3)
-    place = _OFFLOAD_PLACES[work.zero.param_offload]
-    return (product_term("parameters", place, ("parameters of this rank", count), ("bytes", work.zero.dtype_bytes)),)
+    place = _OFFLOAD_PLACES[zero.param_offload]
+    terms = (product_term("parameters", place, ("parameters of this rank", count), ("bytes", zero.dtype_bytes)),)
+    if place != "nvme":
+        return terms
+    buffers = ("buffer_count", zero.param_buffer_count), ("buffer_size", zero.param_buffer_size)
+    return (*terms, product_term("parameter_swap_buffers", "host", *buffers, ("bytes", zero.dtype_bytes)))
 
 
 def gathered_parameters(work: Workload, phase: Literal["forward", "loss", "backward"]) -> Terms:
@@ -152,6 +158,7 @@ def optimizer_states(work: Workload) -> Terms:
 
     On the host the fp32 gradient has its place from the start, and at stages 1 and 2 what the master parameters are
     copied through; there gradients go to the host by way of a buffer on either side, as large as the largest weight.
+    On NVMe the states come through buffers of a sub-group each (`OptimizerSwapper`).
     """
     zero = work.zero
     count = work.sharded(work.shape.trained.all, from_stage=1)
@@ -172,7 +179,11 @@ def optimizer_states(work: Workload) -> Terms:
         return (master, *moments)
     gradient = product_term("fp32_gradient", "host", of_rank, ("bytes", _FP32_BYTES))
     if zero.stage == 3:
-        return (master, *moments, gradient)
+        if place != "nvme":
+            return (master, *moments, gradient)
+        sub_group = ("trained parameters of a sub-group", min(count, zero.sub_group_size))
+        buffers = ("buffer_count", zero.optimizer_buffer_count), sub_group, ("bytes", _FP32_BYTES)
+        return (master, *moments, gradient, product_term("optimizer_swap_buffers", "host", *buffers))
     largest = ("largest weight", work.shape.trained.largest)
     return (
         master,

@@ -108,6 +108,24 @@ def test_offloading_moves_states_off_the_device():
     assert terms_of(nvme, "optimizer_step")["fp32_gradient"].place == "host"
 
 
+def test_what_comes_from_nvme_comes_through_buffers_of_the_host():
+    nvme = {"device": "nvme", "buffer_count": 6}
+    zero = {"offload_param": nvme | {"buffer_size": 10**6}, "offload_optimizer": nvme, "sub_group_size": 1000}
+    for phase in ("forward", "optimizer_step"):
+        terms = terms_of(plan_of(3, zero=zero), phase)
+        assert {terms[f"{name}_swap_buffers"].place for name in ("parameter", "optimizer")} == {"host"}
+        assert terms["parameter_swap_buffers"].bytes == 6 * 10**6 * 2
+        assert terms["optimizer_swap_buffers"].bytes == 6 * 1000 * 4
+    # DeepSpeed's own numbers, and a shard that is less than a sub-group.
+    terms = bytes_of(
+        plan_of(3, zero={name: {"device": "nvme"} for name in ("offload_param", "offload_optimizer")}), "loss"
+    )
+    assert terms["parameter_swap_buffers"] == 5 * 10**8 * 2
+    assert terms["optimizer_swap_buffers"] == 4 * terms["master_parameters"]
+    on_host = terms_of(plan_of(3, zero={"offload_param": {"device": "cpu"}}), "loss")
+    assert not [name for name in on_host if name.endswith("swap_buffers")]
+
+
 def test_gradients_stand_before_the_backward_only_where_they_must():
     assert "gradients" not in terms_of(plan_of(2), "forward")
     assert "gradients" in terms_of(plan_of(2, gradient_accumulation_steps=2), "forward")
