@@ -14,7 +14,13 @@ QWEN3 = Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8)
 
 
 LAYER_INPUT = 4000 * HIDDEN * 2
-RECOMPUTE_ONLY = {"recompute": True, "keep_attention": False, "offload_activations": False, "attention": "sdpa"}
+RECOMPUTE_ONLY = {
+    "recompute": True,
+    "keep_attention": False,
+    "offload_activations": False,
+    "attention": "sdpa",
+    "keep_mlp": False,
+}
 
 
 def test_recompute_keeps_layer_inputs_only():
