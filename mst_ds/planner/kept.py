@@ -34,28 +34,32 @@ def kept_by_recompute(work: Workload) -> Terms:
 
 def kept_gate_up(work: Workload, *, of_last_layer: bool = True) -> Terms:
     """Gate and up of the layers' MLPs, of an MLP without a gate what stands before its activation; with experts that of
-    the MLP beside them. On the host, those of the last layers, which are in flight.
+    the MLP beside them. On the host, those of two layers, which are in flight.
 
     of_last_layer: whether the last layer has its own. Where some layers have experts the last is one of these.
     """
-    in_flight = _is_on_host(work)
-    left = LAYERS_IN_FLIGHT if in_flight else work.shape.num_hidden_layers
+    kinds = _gate_up_layers(work)
     without = 0 if of_last_layer else 1
-    terms = []
-    for name, count, width in reversed(_gate_up_layers(work)):
-        counted = min(left, count)
-        left -= counted
-        terms.append(
-            product_term(
-                f"{name}_in_flight" if in_flight else name,
-                "device",
-                ("layers", counted - without),
-                ("tensors", _gate_up_tensors(work)),
-                *_gate_up_factors(work, width),
-            )
+    if _is_on_host(work):
+        # Layers of any kind follow each other somewhere: the widest stand for those that do.
+        left = min(LAYERS_IN_FLIGHT, work.shape.num_hidden_layers) - without
+        counts = []
+        for name, count, width in sorted(kinds, key=lambda kind: -kind[2]):
+            counts.append((f"{name}_in_flight", min(left, count), width))
+            left -= counts[-1][1]
+    else:
+        counts = [(name, count - (without if name == kinds[-1][0] else 0), width) for name, count, width in kinds]
+    terms = (
+        product_term(
+            name,
+            "device",
+            ("layers", count),
+            ("tensors", _gate_up_tensors(work)),
+            *_gate_up_factors(work, width),
         )
-        without = 0
-    return tuple(term for term in reversed(terms) if term.bytes)
+        for name, count, width in counts
+    )
+    return tuple(term for term in terms if term.bytes)
 
 
 def kept_on_host(work: Workload) -> Terms:
@@ -93,8 +97,8 @@ def _on_host(work: Workload) -> list[tuple[str, int, int, tuple[Factor, ...]]]:
     if layers:
         kept += [(name, layers, 1, factors[name]) for name in ("kept_attention", "kept_log_sum_exp")]
     tensors = _gate_up_tensors(work)
-    kept += [(name, count, tensors, _gate_up_factors(work, width)) for name, count, width in _gate_up_layers(work)]
-    return kept
+    kinds = [kind for kind in _gate_up_layers(work) if kind[2]]
+    return [*kept, *((name, count, tensors, _gate_up_factors(work, width)) for name, count, width in kinds)]
 
 
 def _gate_up_layers(work: Workload) -> list[tuple[str, int, int]]:

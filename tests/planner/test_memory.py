@@ -291,6 +291,20 @@ def test_the_mlp_beside_experts_keeps_its_gate_and_up():
     assert terms["kept_gate_up_beside_experts"] == (LAYERS - 1) * 2 * 4000 * 40 * 2
 
 
+def test_of_what_goes_to_the_host_the_widest_layers_are_in_flight():
+    """Two dense layers, then two with experts: the dense ones follow each other."""
+    kept = {"recompute": True, "keep_attention": True, "keep_mlp": True, "offload_activations": True}
+    layers = {"num_hidden_layers": 4, "layer_types": None, "mlp_only_layers": [0, 1]}
+    model = experts_with(**layers, shared_expert_intermediate_size=16)
+    for phase in ("forward", "loss", "backward"):
+        terms = bytes_of(plan_of(model=model, mst=kept), phase)
+        assert terms["kept_gate_up_in_flight"] == 2 * 2 * 4000 * INTERMEDIATE * 2
+        assert "kept_gate_up_beside_experts_in_flight" not in terms
+    # Experts alone keep nothing there.
+    model = experts_with(mlp_only_layers=[0], shared_expert_intermediate_size=0)
+    assert not [name for name in bytes_of(plan_of(model=model, mst=kept), "loss") if "beside_experts" in name]
+
+
 def test_the_loss_never_needs_less_than_its_scaled_gradients():
     terms = bytes_of(plan_of(mst={"loss_chunks": 4000}), "loss")
     assert "loss_logits" not in terms
