@@ -18,11 +18,7 @@ def kept_by_recompute(work: Workload) -> Terms:
 
     On the host a tensor has a block of its own; on the device those of two layers are in flight then.
     """
-    layers, attention_layers = work.shape.num_hidden_layers, work.attention_keeping_layers
-    factors = _factors(work)
-    kept = [("layer_inputs", layers, factors["layer_inputs"])]
-    if attention_layers:
-        kept += [(name, attention_layers, factors[name]) for name in ("kept_attention", "kept_log_sum_exp")]
+    kept = _inputs_and_attention(work)
     if not _is_on_host(work):
         return tuple(product_term(name, "device", ("layers", count), *sizes) for name, count, sizes in kept)
     in_flight = (
@@ -92,10 +88,7 @@ def _on_host(work: Workload) -> list[tuple[str, int, int, tuple[Factor, ...]]]:
     """Name, layers that keep it, tensors of a layer, and what each tensor is the product of."""
     if not _is_on_host(work):
         return []
-    factors, layers = _factors(work), work.attention_keeping_layers
-    kept = [("layer_inputs", work.shape.num_hidden_layers, 1, factors["layer_inputs"])]
-    if layers:
-        kept += [(name, layers, 1, factors[name]) for name in ("kept_attention", "kept_log_sum_exp")]
+    kept = [(name, layers, 1, sizes) for name, layers, sizes in _inputs_and_attention(work)]
     tensors = _gate_up_tensors(work)
     kinds = [kind for kind in _gate_up_layers(work) if kind[2]]
     return [*kept, *((name, count, tensors, _gate_up_factors(work, width)) for name, count, width in kinds)]
@@ -120,19 +113,24 @@ def _gate_up_factors(work: Workload, width: int) -> tuple[Factor, ...]:
     return ("tokens", work.tokens), ("intermediate_size", width), ("bytes", work.zero.dtype_bytes)
 
 
-def _factors(work: Workload) -> dict[str, tuple[Factor, ...]]:
-    """What each tensor of one layer is the product of."""
+def _inputs_and_attention(work: Workload) -> list[tuple[str, int, tuple[Factor, ...]]]:
+    """Name, layers that keep it, and what each tensor is the product of."""
     shape, size = work.shape, ("bytes", work.zero.dtype_bytes)
     output_width = shape.num_attention_heads * shape.value_head_dim
-    return {
-        "layer_inputs": (("tokens", work.tokens), ("hidden_size", shape.hidden_size), size),
-        "kept_attention": (("tokens", work.tokens), ("width of all heads", output_width), size),
-        "kept_log_sum_exp": (
+    kept: list[tuple[str, int, tuple[Factor, ...]]] = [
+        ("layer_inputs", shape.num_hidden_layers, (("tokens", work.tokens), ("hidden_size", shape.hidden_size), size))
+    ]
+    if layers := work.attention_keeping_layers:
+        log_sum_exp = (
             ("tokens of all shards", work.attention_tokens),
             ("query heads of this rank", work.query_heads),
             ("bytes", _FP32_BYTES),
-        ),
-    }
+        )
+        kept += [
+            ("kept_attention", layers, (("tokens", work.tokens), ("width of all heads", output_width), size)),
+            ("kept_log_sum_exp", layers, log_sum_exp),
+        ]
+    return kept
 
 
 def _power_of_two(count: int) -> int:
