@@ -181,26 +181,31 @@ def _print_lengths(options: argparse.Namespace) -> int:
     for name in ("plot", "trace"):
         if getattr(options, name):
             raise ValueError(f"{name} shows one plan, and table makes none; allowed: one of the two")
-    heads = load_model_shape(options.model).num_attention_heads
+    shape = load_model_shape(options.model)
     counts = sorted({2**power for power in range(options.num_nodes.bit_length())} | {options.num_nodes})
     found = []
     for num_nodes in counts:
         world_size = options.num_gpus * num_nodes
-        for sp_size in range(1, min(heads, world_size) + 1):
+        for sp_size in range(1, min(shape.max_sp_size, world_size) + 1):
             if world_size % sp_size == 0 and options.sp_size in (None, sp_size):
                 request = _request(options, num_nodes=num_nodes, sp_size=sp_size, seq_len=LENGTH_STEP)
                 longest = longest_of_request(request)
                 found.append({"num_nodes": num_nodes, "sp_size": sp_size, "max_seq_len": longest})
     if not found:
         raise ValueError(
-            f"sp_size is {options.sp_size}; allowed: a divisor of the ranks of 1, 2, 4 ... nodes, and at most {heads}, "
-            "the number of query heads"
+            f"sp_size is {options.sp_size}; allowed: a divisor of the ranks of 1, 2, 4 ... nodes, and at most "
+            f"{_most_ranks(shape)}"
         )
     if options.json:
         print(json.dumps(found, indent=2))
     else:
         _print_table(found)
     return 0 if any(point["max_seq_len"] for point in found) else 1
+
+
+def _most_ranks(shape: ModelShape) -> str:
+    others = ", ".join(shape.other_layers)
+    return f"1, for layers of type {others}" if others else f"{shape.num_attention_heads}, the number of query heads"
 
 
 def _print_table(found: list[dict[str, int]]) -> None:

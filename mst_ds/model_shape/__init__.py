@@ -6,7 +6,7 @@ from mst_ds.model_shape.experts import ExpertShape
 from mst_ds.model_shape.families import NormKind
 from mst_ds.model_shape.known_models import known_model_names, load_config_of_shape, load_model_shape
 from mst_ds.model_shape.model_flops import attended_pairs, flops_per_token
-from mst_ds.model_shape.shape import ModelShape, NormShape
+from mst_ds.model_shape.shape import ModelShape, NormShape, other_layers
 
 __all__ = [
     "ExpertShape",
@@ -20,5 +20,6 @@ __all__ = [
     "load_config_of_shape",
     "load_model_config",
     "load_model_shape",
+    "other_layers",
     "shipped_model_config",
 ]

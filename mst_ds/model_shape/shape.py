@@ -13,6 +13,7 @@ from mst_ds.model_shape.sizes import optional_size, size
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+_ATTENTION_LAYERS = frozenset({"full_attention", "attention", "sliding_attention"})
 _INTERMEDIATE_NAMES = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 
 
@@ -48,6 +49,7 @@ class ModelShape(Dimensions):
         has_sinks: each query head has a sink in its softmax's denominator.
         sliding_windows: the window of each layer that has one, in tokens.
         window_layers: which layers these are, from 0 on.
+        other_layers: kinds of layers that are not attention; counted as if they were.
         layer_parameter_count: of the largest layer.
         position_parameter_count: of learned position embeddings, 0 without.
         head_parameter_count: 0 where the head's weight is the embedding's (tie_word_embeddings).
@@ -68,6 +70,7 @@ class ModelShape(Dimensions):
     has_sinks: bool
     sliding_windows: tuple[int, ...]
     window_layers: tuple[int, ...]
+    other_layers: tuple[str, ...]
     embedding_parameter_count: int
     position_parameter_count: int
     head_parameter_count: int
@@ -113,6 +116,7 @@ class ModelShape(Dimensions):
             has_sinks=family.sinks,
             sliding_windows=(window,) * len(window_layers),
             window_layers=window_layers,
+            other_layers=other_layers(config),
             embedding_parameter_count=counts.embedding,
             position_parameter_count=counts.positions,
             head_parameter_count=counts.head,
@@ -127,6 +131,11 @@ class ModelShape(Dimensions):
     def head_weight_count(self) -> int:
         """Of the head's weight, which may be the embedding's."""
         return self.head_parameter_count or self.embedding_parameter_count
+
+    @property
+    def max_sp_size(self) -> int:
+        """The most ranks that can share a sequence: each needs a query head, and other layers need all tokens."""
+        return 1 if self.other_layers else self.num_attention_heads
 
     @property
     def is_trained_whole(self) -> bool:
@@ -152,6 +161,12 @@ class ModelShape(Dimensions):
     def num_dense_layers(self) -> int:
         """Layers with one MLP, which every token goes through."""
         return self.num_hidden_layers - (self.experts.num_sparse_layers if self.experts is not None else 0)
+
+
+def other_layers(config: Any) -> tuple[str, ...]:
+    """The kinds of layers that are not attention, such as linear attention, state spaces and convolutions."""
+    kinds = {*(getattr(config, "layer_types", None) or ()), *(getattr(config, "layers_block_type", None) or ())}
+    return tuple(sorted(kinds - _ATTENTION_LAYERS))
 
 
 def _dimensions(config: PreTrainedConfig) -> Dimensions:

@@ -86,5 +86,5 @@ def _shorter_sequence(request: Request) -> _Changes:
 
 
 def _sp_sizes(request: Request, world_size: int) -> list[int]:
-    heads = request.work.shape.num_attention_heads
-    return [size for size in range(1, min(heads, world_size) + 1) if world_size % size == 0]
+    most = request.work.shape.max_sp_size
+    return [size for size in range(1, min(most, world_size) + 1) if world_size % size == 0]

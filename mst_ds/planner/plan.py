@@ -117,6 +117,7 @@ def plan_of_request(request: Request) -> Plan:
         host_memory=request.host_memory,
         phases=step_phases(work, **chunks),
         counts_are_exact=work.shape.counts_are_exact,
+        other_layers=work.shape.other_layers,
         choices=describe_choices(work, **chunks, gpu=request.rates if request.times_are_known else None),
         flops=micro_batch_flops(work),
         predicted_step_seconds=seconds,

@@ -92,6 +92,11 @@ def read_request(
         num_attention_heads=shape.num_attention_heads,
         ranks_per_node=ranks_per_node,
     )
+    if shape.other_layers and sp_size > 1:
+        raise ValueError(
+            f"the model has layers of type {', '.join(shape.other_layers)}, which sequence parallelism does not "
+            "support: use sp_size 1 for this model"
+        )
     topology = Topology(rank, world_size, sp_size)
     resolved = resolve(
         raw,

@@ -86,7 +86,8 @@ class Plan:
     products and attention in a micro-batch of this rank.
 
     attention is the implementation that runs ("sdpa" or "flash_attention_2"), dtype the model's ("fp32",
-    "fp16" or "bf16"); phases are in the order in which they happen. counts_are_exact: see `ModelShape`.
+    "fp16" or "bf16"); phases are in the order in which they happen. counts_are_exact, other_layers: see
+    `ModelShape`.
 
     predicted_step_seconds and predicted_mfu (model FLOPs utilisation, a share of 1) are by the rates of the GPU that is
     planned for, None where that is not known.
@@ -111,6 +112,7 @@ class Plan:
     host_memory: int | None = None
     phases: tuple[Phase, ...]
     counts_are_exact: bool = True
+    other_layers: tuple[str, ...] = ()
     choices: tuple[Choice, ...] = ()
     flops: int = 0
     predicted_step_seconds: float | None = None

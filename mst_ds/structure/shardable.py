@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from mst_ds.model_shape import other_layers
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_ATTENTION_TYPES = frozenset({"full_attention", "attention", "sliding_attention"})
 
 
 def require_shardable(model: PreTrainedModel) -> None:
@@ -44,11 +44,8 @@ def why_own_attention(model: PreTrainedModel) -> str | None:
 
 def _other_mixing(model: PreTrainedModel) -> str | None:
     """What besides attention lets tokens meet; None where there is nothing."""
-    config = model.config.get_text_config()
-    types = {*(getattr(config, "layer_types", None) or ()), *(getattr(config, "layers_block_type", None) or ())}
-    others = ", ".join(sorted(types - _ATTENTION_TYPES))
-    if others:
-        return f"layers of type {others}"
+    if others := other_layers(model.config.get_text_config()):
+        return f"layers of type {', '.join(others)}"
     if any(isinstance(module, nn.Conv1d) for module in model.modules()):
         return "convolutions over the sequence"
     return None

@@ -1,5 +1,7 @@
 """The changes that are offered where a plan does not fit: each does fit, and nothing smaller of its kind does."""
 
+import dataclasses
+
 import pytest
 
 from mst_ds.config import GIB
@@ -65,6 +67,16 @@ def test_what_the_user_set_is_not_offered(mst):
 
 def test_where_nothing_helps_nothing_is_offered():
     assert offered(request(device_memory=1, seq_len=1024)) == []
+
+
+def test_more_ranks_to_a_sequence_are_not_offered_where_layers_are_not_attention():
+    asked = request(sp_size=1, seq_len=300 * 1024)
+    hybrid = dataclasses.replace(asked.work.shape, other_layers=("linear_attention",))
+    offers = [
+        {name for change in changes_that_fit(each) for name, _ in change.settings}
+        for each in (asked, dataclasses.replace(asked, work=dataclasses.replace(asked.work, shape=hybrid)))
+    ]
+    assert [("sp_size" in names, "offload_activations" in names) for names in offers] == [(True, True), (False, True)]
 
 
 def test_changes_read_as_settings():

@@ -360,6 +360,20 @@ def test_the_report_says_where_parameters_are_not_counted_exactly():
     assert ["an estimate" in " ".join(rendered(plan).split()) for plan in plans] == [False, True]
 
 
+def test_layers_that_are_not_attention_are_planned_on_one_rank_and_said_to_be_an_estimate():
+    kinds = ["full_attention", "linear_attention"]
+    hybrid = LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, layer_types=kinds
+    )
+    arguments = {"model_config": hybrid, "ds_config": {}, "world_size": 2, "seq_len": 64, "device_memory": GIB}
+    text = " ".join(rendered(make_plan(**arguments, sp_size=1)).split())
+    assert "layers of type linear_attention planned as if they were attention, an estimate" in text
+    with pytest.raises(
+        ValueError, match="layers of type linear_attention, which sequence parallelism does not support"
+    ):
+        make_plan(**arguments, sp_size=2)
+
+
 def rendered(plan):
     console = Console(file=io.StringIO(), width=250)
     console.print(plan_table(plan))
