@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 
 from mst_ds.recompute import Kept
 
@@ -277,46 +278,53 @@ def _backward_chunk(
 ) -> None:
     """Add one chunk's parameter gradients to `sums` and write its input gradient to `dx`.
 
-    The order below never has more than five tensors of intermediate size alive, four beside what is kept, and writes
-    over each as soon as its value is not needed again; but not over what is kept, which a retained graph reads again.
+    The order below never has more than four tensors of intermediate size alive, without a gate three, of which one is
+    made by the activation or its gradient, which make more where they are several operations; beside what is kept one
+    less. Each is written over as soon as its value is not needed again; but not what is kept, which a retained graph
+    reads again.
     """
     gate_weight, up_weight, down_weight, gate_bias, up_bias, _ = work.layout.split(parameters)
     d_down_weight, d_down_bias = sums[2], sums[5]
     assert up_weight is not None
     assert down_weight is not None
+    # Not there any more where two gradients are put together in one.
+    projections = Scratch() if work.layout.gate_in_up else scratch
 
     up: Tensor | None
     if kept:
         inner, up = kept[0], kept[1] if len(kept) == 2 else None
     elif gate_weight is None:
-        inner, up = _project(scratch, "inner", x, up_weight, up_bias), None
+        inner, up = _project(projections, "inner", x, up_weight, up_bias), None
     else:
-        inner = _project(scratch, "inner", x, gate_weight, gate_bias)
-        # Not in the scratch: its memory is free for the gate's gradient, which autograd allocates.
-        up = _linear(x, up_weight, up_bias)
+        inner = _project(projections, "inner", x, gate_weight, gate_bias)
+        up = _project(projections, "up", x, up_weight, up_bias)
     with torch.enable_grad():
         # Autograd is told of this chunk's tensor, not of the memory under it.
         inner = inner.detach().requires_grad_()
         activated = work.activation(inner)
-    product = activated.detach()
-    d_inner_out = scratch.empty("d_inner_out", (len(dy), down_weight.shape[1]), dy.dtype, dy.device)
-    torch.mm(dy, down_weight, out=d_inner_out)
-    d_up = None
-    if up is not None:
-        d_up = torch.mul(d_inner_out, product, out=scratch.empty("d_up", product.shape, dy.dtype, dy.device))
-        d_inner_out.mul_(up)
-        product = torch.mul(up, product, out=None if kept else up)
+        # The way back alone, without the value.
+        edge = get_gradient_edge(activated)
+    activated = activated.detach()
+    # First the product, if there is one, then its gradient, then that of up.
+    outer = scratch.empty("outer", activated.shape, x.dtype, x.device)
     if d_down_weight is not None:
-        add_outer_products(d_down_weight, dy, product)
+        add_outer_products(d_down_weight, dy, activated if up is None else torch.mul(up, activated, out=outer))
     if d_down_bias is not None:
         add_column_sums(d_down_bias, dy)
-    del product, up
-    (d_inner,) = torch.autograd.grad(activated, inner, d_inner_out)
-    del activated, inner, d_inner_out
+    torch.mm(dy, down_weight, out=outer)
+    d_activated, d_up, memory = outer, None, None
+    if up is not None:
+        memory = projections.empty("d_activated", up.shape, x.dtype, x.device) if kept else up
+        d_activated = torch.mul(outer, up, out=memory)
+        d_up = outer.mul_(activated)
+    del activated, up
+    (d_inner,) = torch.autograd.grad(edge, inner, d_activated)
+    del edge, inner, d_activated, memory, projections
 
     grads = [d_inner] if d_up is None else [d_inner, d_up]
     if work.layout.gate_in_up:
         grads = [torch.cat(grads, dim=1)]
+    del d_inner, d_up
     # By the stored weights, so that an input gradient that is one product is rounded once.
     stored = zip(*(tensors[2 - len(grads) : 2] for tensors in (parameters[:3], sums[:3], sums[3:])), strict=True)
     for index, (grad, (weight, d_weight, d_bias)) in enumerate(zip(grads, stored, strict=True)):

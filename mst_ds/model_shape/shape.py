@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _ATTENTION_LAYERS = frozenset({"full_attention", "attention", "sliding_attention"})
 _INTERMEDIATE_NAMES = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+_ACTIVATION_NAMES = ("hidden_activation", "hidden_act", "activation_function", "activation")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class ModelShape(Dimensions):
     Attributes:
         intermediate_size: of the layers that have a dense MLP.
         gated_mlp: an MLP has gate, up and down projections, not only up and down.
+        activation: of an MLP, by transformers' name; "" where the config names none.
         experts: None for a dense model.
         has_router_loss: the model adds a load-balancing loss, for which it keeps the router's logits of every layer.
         has_logit_softcap: a tanh bounds the logits.
@@ -60,6 +62,7 @@ class ModelShape(Dimensions):
 
     tie_word_embeddings: bool
     gated_mlp: bool
+    activation: str
     norms: NormShape
     experts: ExpertShape | None
     has_router_loss: bool
@@ -106,6 +109,7 @@ class ModelShape(Dimensions):
             **vars(dimensions),
             tie_word_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
             gated_mlp=family.gated_mlp,
+            activation=_activation(config),
             norms=_norms(config, family, dimensions),
             experts=experts,
             has_router_loss=experts is not None and bool(getattr(config, "output_router_logits", False)),
@@ -188,6 +192,11 @@ def _dimensions(config: PreTrainedConfig) -> Dimensions:
         value_head_dim=optional_size(config, "v_head_dim") or head_dim,
         vocab_size=size(config, "vocab_size"),
     )
+
+
+def _activation(config: PreTrainedConfig) -> str:
+    names = (getattr(config, name, None) for name in _ACTIVATION_NAMES)
+    return next((name for name in names if isinstance(name, str)), "")
 
 
 def _all_trained(counts: ParameterCounts) -> TrainedCounts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mst_ds.model_shape import ExpertShape
@@ -13,6 +14,25 @@ Terms = tuple[MemoryTerm, ...]
 Factor = tuple[str, int]
 
 _FP32_BYTES = 4
+# How many tensors of a chunk are alive that an activation has made, at most in its forward, its output among them, and
+# at most from there to the end of its backward, without an output that autograd does not keep. By transformers' names;
+# one of each where one kernel computes it from its input. Others keep their output, or are several operations, of
+# which autograd keeps what each needs. The tests count them.
+TENSORS_OF_ACTIVATION: Mapping[str, tuple[int, int]] = {
+    "gelu_10": (2, 3),
+    "gelu_accurate": (3, 6),
+    "gelu_fast": (4, 8),
+    "gelu_new": (3, 6),
+    "gelu_python": (3, 8),
+    "gelu_python_tanh": (3, 6),
+    "laplace": (3, 7),
+    "quick_gelu": (2, 4),
+    "relu": (1, 2),
+    "relu2": (2, 4),
+    "sigmoid": (1, 2),
+    "sqrtsoftplus": (2, 3),
+    "tanh": (1, 2),
+}
 
 
 @dataclass(frozen=True)
@@ -48,10 +68,12 @@ def mlp_steps(work: Workload, chunks: int, *, backward: bool) -> tuple[MlpStep, 
 
 
 def _dense_steps(work: Workload, chunks: int, intermediate_size: int, *, backward: bool) -> tuple[MlpStep, ...]:
-    """Forward: gate and up, the product written over the gate. Backward: gate, up, the product, two gradients; at its
-    end the weights' gradients in 16 bits beside their sums in fp32. One less in both where gate and up are kept."""
-    matrices, backward_tensors = (3, 5) if work.shape.gated_mlp else (2, 4)
-    tensors = (backward_tensors if backward else 2) - work.keep_mlp
+    """Forward: the gate, and what its activation makes, or up. Backward: gate, up, the product or its gradient, and
+    what the activation and its gradient make; at its end the weights' gradients in 16 bits beside their sums in fp32.
+    One less in both where gate and up are kept."""
+    matrices = 3 if work.shape.gated_mlp else 2
+    of_forward, of_backward = TENSORS_OF_ACTIVATION.get(work.shape.activation, (1, 1))
+    tensors = (matrices + of_backward if backward else 1 + of_forward) - work.keep_mlp
     chunk = product_term(
         "mlp_chunk",
         "device",

@@ -1,24 +1,33 @@
 """The formulas against a dry run: the real, patched model on fake tensors, at real sizes."""
 
+import math
 import random
 from contextlib import nullcontext
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
+    ArceeConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
+    GPT2Config,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.activations import ACT2FN
 
 import mst_ds.dry_run
-from mst_ds.dry_run import dry_run, planned_activations
+from mst_ds.dry_run import as_on_an_accelerator, dry_run, planned_activations
+from mst_ds.live_memory import LiveMemory
+from mst_ds.minisequence import chunked_mlp
 from mst_ds.model_shape import load_config_of_shape
 from mst_ds.planner import make_plan
+from mst_ds.planner.mlp import TENSORS_OF_ACTIVATION
 
 NUM_CASES = 60
 TOLERANCE = 0.02
@@ -167,6 +176,58 @@ def test_the_forward_puts_a_windows_output_together_of_its_parts():
     config = MistralConfig(**SIZES | MISTRAL | GROUPED | WIDE)
     planned, measured = plan_and_peaks(config, seq_len=32_768, **AGAIN)
     assert planned["forward"] == pytest.approx(measured["forward"], rel=TOLERANCE)
+
+
+NARROW = {"hidden_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8}
+WIDE_MLP = {"intermediate_size": 8192}
+GPT2 = {"n_inner": 8192, "n_positions": 16_384, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+MLP_CASES = (
+    # Without a gate, in one kernel and in several.
+    (ArceeConfig, WIDE_MLP | {"num_key_value_heads": 8, "hidden_act": "silu"}),
+    (ArceeConfig, WIDE_MLP | {"num_key_value_heads": 8}),
+    (GPT2Config, GPT2),
+    *((LlamaConfig, WIDE_MLP | {"hidden_act": name}) for name in ("silu", "gelu_new", "relu")),
+)
+
+
+@pytest.mark.parametrize("mst", [OFF, AGAIN, KEPT_MLP], ids=["off", "again", "kept"])
+@pytest.mark.parametrize(("family", "changes"), MLP_CASES, ids=lambda value: getattr(value, "model_type", None))
+def test_formulas_give_mlps_of_any_activation(family, changes, mst):
+    config = family(**NARROW | changes, vocab_size=16_000)
+    planned, measured = plan_and_peaks(config, seq_len=16_384, mlp_chunks=2, loss_chunks=64, **mst)
+    assert planned["backward"] == pytest.approx(measured["backward"], rel=TOLERANCE)
+    assert max(planned.values()) == planned["backward"]
+    if family is not GPT2Config:
+        assert planned["forward"] == pytest.approx(measured["forward"], rel=TOLERANCE)
+
+
+def peaks_of_mlp(activation):
+    """Of a gated MLP's forward and backward in 16 bits, in tensors of a chunk, to which hidden states add little."""
+    tokens, intermediate, chunks = 4096, 2**16, 4
+    with FakeTensorMode(), as_on_an_accelerator():
+        x, gate, up, down = (
+            torch.empty(sizes, dtype=torch.bfloat16, requires_grad=True)
+            for sizes in ((tokens, 8), (intermediate, 8), (intermediate, 8), (8, intermediate))
+        )
+        with LiveMemory() as memory:
+            output = chunked_mlp(x, gate, up, down, chunks=chunks, activation=activation)
+            forward = memory.peak
+            memory.reset_peak()
+            output.sum().backward()
+    return [count / (2 * tokens // chunks * intermediate) for count in (forward, memory.peak)]
+
+
+@pytest.mark.parametrize("name", ACT2FN)
+def test_every_activation_makes_the_tensors_that_are_planned(name):
+    activation = ACT2FN[name]
+    if name == "linear":
+        pytest.skip("returns what it is given, and makes nothing")
+    if [*activation.parameters(), *activation.buffers()]:
+        pytest.skip("an MLP with parameters in its activation is not chunked by this operator")
+    forward, backward = peaks_of_mlp(activation)
+    # Beside the gate, and beside gate, up and what is the product and then its gradient. A mask is half a tensor.
+    made = math.ceil(forward - 1 - 0.1), math.ceil(backward - 3 - 0.1)
+    assert made == TENSORS_OF_ACTIVATION.get(name, (1, 1))
 
 
 def test_what_depends_on_values_has_no_dry_run():
