@@ -6,7 +6,6 @@ import atexit
 import multiprocessing
 import os
 import pickle
-import socket
 import sys
 import time
 import traceback
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from processes import free_port
 
 
 def run_ranks(
@@ -50,14 +50,12 @@ class _Ranks:
 
     def __init__(self, world_size: int) -> None:
         context = multiprocessing.get_context("spawn")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = port = probe.getsockname()[1]
+        self.port = free_port()
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, port, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, world_size, self.port, theirs), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -99,14 +97,14 @@ def _kill_kept() -> None:
         ranks.kill()
 
 
-def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
+def _serve(rank: int, world_size: int, port: str, pipe: Connection) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "LOCAL_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": port,
     }
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from test_readme import free_port, run
+from processes import free_port
+from test_readme import run
 from tiny import tiny_llama
 from transformers import AutoModelForCausalLM
 

@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.launcher.runner import parse_args as parse_launcher_args
+from processes import free_port
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_imports import imported_parts, modules, name_parts, top
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -241,12 +241,6 @@ class FinishedRun:
     def records(self, key: str) -> list[dict[str, Any]]:
         lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return [record for record in map(json.loads, lines) if key in record]
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module", params=sorted(path.name for path in (ROOT / "ds_configs").glob("*.json")))

@@ -16,8 +16,9 @@ from typing import Any
 
 import psutil
 import pytest
+from processes import free_port
 from safetensors.torch import load_file
-from test_readme import ROOT, free_port
+from test_readme import ROOT
 from trainings import Training
 
 from mst_ds.checkpoint import newest_checkpoint
@@ -34,7 +35,7 @@ def command(output_dir: Path, *flags: str, ranks: int = 2, ds_config: str = "ds_
         "--num_gpus",
         str(ranks),
         "--master_port",
-        str(free_port()),
+        free_port(),
         "launch/train.py",
         "--ds_config",
         ds_config,

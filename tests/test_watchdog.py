@@ -8,13 +8,13 @@ import threading
 
 import pytest
 import torch.distributed as dist
-from test_readme import free_port
+from processes import free_port
 
 from mst_ds import watchdog
 from mst_ds.watchdog import Watchdog
 
 
-def rank_of_two(rank: int, port: int, ends_early: bool) -> None:
+def rank_of_two(rank: int, port: str, ends_early: bool) -> None:
     watchdog._LOOK_SECONDS, watchdog._GRACE_SECONDS = 0.05, 0.2
     dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"tcp://127.0.0.1:{port}")
     with Watchdog():

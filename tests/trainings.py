@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from test_readme import ROOT, free_port
+from processes import free_port
+from test_readme import ROOT
 
 _context = multiprocessing.get_context("forkserver")
 # What takes all the time of a start. The forkserver finds it where this process does.
