@@ -1,8 +1,12 @@
-"""Processes beside the test's own: where they can meet."""
+"""Processes beside the test's own: where they can meet, and whether they have ended."""
 
 from __future__ import annotations
 
 import socket
+import time
+from collections.abc import Iterable
+
+import psutil
 
 _held: list[socket.socket] = []
 
@@ -15,3 +19,19 @@ def free_port() -> str:
     holder.bind(("127.0.0.1", 0))
     _held.append(holder)
     return str(holder.getsockname()[1])
+
+
+def has_ended(process: psutil.Process) -> bool:
+    """Whether or not the parent that it has now has seen it: an orphan's, in a container, may never look."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def assert_ended(processes: Iterable[psutil.Process], *, limit: float = 60) -> None:
+    """Soon: who kills a process seldom waits for it."""
+    deadline = time.monotonic() + limit
+    while alive := [process for process in processes if not has_ended(process)]:
+        assert time.monotonic() < deadline, f"not ended within {limit} s: {alive}"
+        time.sleep(0.01)  # looks again, until they have

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
-from processes import free_port
+from processes import assert_ended, free_port
 from safetensors.torch import load_file
 from test_readme import ROOT
 from trainings import Training
@@ -152,11 +152,6 @@ def launched(output_dir: Path, *flags: str) -> Iterator[Launched]:
             if "launch/train.py" in each.cmdline():
                 each.kill()
         process.communicate()
-
-
-def assert_ended(ranks: list[psutil.Process]) -> None:
-    """Soon: the launcher kills what does not end by itself, and goes without waiting for it."""
-    assert psutil.wait_procs(ranks, timeout=60)[1] == []
 
 
 def first_error(output: str) -> str:

@@ -26,7 +26,13 @@ has_no_jobs() { [[ -z $(squeue --noheader 2>/dev/null) ]]; }
 
 end() {
   kill "$1" 2>/dev/null || return 0
-  within_limit is_dead "$1" || kill -KILL "$1" 2>/dev/null || true
+  within_limit is_dead "$1" || kill_now "$1"
+}
+
+# A kill only begins to end a process.
+kill_now() {
+  kill -KILL "$1" 2>/dev/null || return 0
+  within_limit is_dead "$1" || true
 }
 
 # Processes that jobs of this cluster started, wherever they went: the tracking by process group loses some.
@@ -48,6 +54,6 @@ for daemon in slurmd-n1 slurmd-n2 slurmctld munged; do
   if [[ -e $folder/$daemon.pid ]]; then end "$(<"$folder/$daemon.pid")"; fi
 done
 for pid in $(of_jobs); do
-  if ((pid != $$)); then kill -KILL "$pid" 2>/dev/null || true; fi
+  if ((pid != $$)); then kill_now "$pid"; fi
 done
 rm -rf "$folder"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from filelock import FileLock
+from processes import assert_ended
 from test_readme import ROOT, run
 
 from mst_ds.interruption import EXIT_CODE
@@ -65,9 +67,8 @@ def test_a_sweep_is_killed_and_goes_on(file: Path, tmp_path: Path) -> None:
     started = children_of(first)
     first.kill()
     first.communicate(timeout=60)
-    gone, alive = psutil.wait_procs(started, timeout=60)
-    assert len(gone) >= 5  # guard, DeepSpeed's two, the ranks
-    assert alive == []
+    assert len(started) >= 5  # guard, DeepSpeed's two, the ranks
+    assert_ended(started)
     assert not (folder / "result.json").exists()
     done = run([*COMMAND, *flags, "--sp_size", "2", "3"], limit=LIMIT)
     assert done.returncode == 0, done.stdout
@@ -108,12 +109,9 @@ def assert_only_the_report_is_written_again(flags: list[str], output_dir: Path) 
     assert len((output_dir / "results.csv").read_text(encoding="utf-8").splitlines()) == 1 + 4
 
 
-def is_gone(pid: str) -> bool:
-    """Ended, whether or not the parent that it has now has seen it."""
-    try:
-        return psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
+def assert_gone(pid: str) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        assert_ended([psutil.Process(int(pid))])
 
 
 class Shell:
@@ -146,7 +144,7 @@ def test_time_that_is_over_ends_all_that_was_started(sweep: Sweep, tmp_path: Pat
     assert (result.status, result.error, result.attempts) == (TIMED_OUT, "not done after 0.0166667 minutes", 1)
     pid, answer = (tmp_path / "points" / sweep.points[0].name / "log.txt").read_text(encoding="utf-8").split()
     assert answer == "42"
-    assert is_gone(pid)
+    assert_gone(pid)
 
 
 def test_a_rank_that_is_killed_is_started_once_more(sweep: Sweep, tmp_path: Path) -> None:
@@ -175,7 +173,7 @@ def test_a_signal_ends_the_point(tmp_path: Path, sweep: Sweep, number: signal.Si
     before = signal.getsignal(number)
     with pytest.raises(Interrupted, match=number.name):
         launch(Shell(f"echo $$; kill -{number} $PPID; sleep 12345"), sweep.points[0], [], log=log, limit=60)
-    assert is_gone(log.read_text(encoding="utf-8"))
+    assert_gone(log.read_text(encoding="utf-8"))
     assert signal.getsignal(number) is before
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 from cluster import START, STOP, Cluster, processes_of, wait_until
+from processes import has_ended
 
 ESCAPES = "setsid sleep 12345 & echo $! > {file}; sleep 12345"
 
@@ -28,7 +29,7 @@ def test_a_second_cluster_runs_beside_and_leaves_nothing(
         assert not cluster.run("squeue", "--noheader")
     finally:
         other.stop()
-    assert not sleeper.is_running() or sleeper.status() == psutil.STATUS_ZOMBIE
+    assert has_ended(sleeper)
     assert processes_of(cluster_folder) == []
     assert not cluster_folder.exists()
     assert len(cluster.run("sinfo", "--noheader", "--Node").splitlines()) == 2
