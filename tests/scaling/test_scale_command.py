@@ -135,13 +135,14 @@ class Shell:
 
 @pytest.fixture
 def sweep(file: Path) -> Sweep:
-    return read_sweep(file, {"time_limit": 1 / 60})
+    return read_sweep(file)
 
 
-def test_time_that_is_over_ends_all_that_was_started(sweep: Sweep, tmp_path: Path) -> None:
+def test_time_that_is_over_ends_all_that_was_started(file: Path, tmp_path: Path) -> None:
+    sweep = read_sweep(file, {"time_limit": 0.05})
     result = run_point(sweep, sweep.points[0], tmp_path, Shell("sleep 12345 & echo $! $ANSWER; wait"))
     assert result is not None
-    assert (result.status, result.error, result.attempts) == (TIMED_OUT, "not done after 0.0166667 minutes", 1)
+    assert (result.status, result.error, result.attempts) == (TIMED_OUT, "not done after 0.05 minutes", 1)
     pid, answer = (tmp_path / "points" / sweep.points[0].name / "log.txt").read_text(encoding="utf-8").split()
     assert answer == "42"
     assert_gone(pid)
