@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import signal
 from pathlib import Path
@@ -60,7 +61,11 @@ def kill_in_a_save(training: Training, rank: int) -> None:
     folder = training.output_dir / "checkpoints"
 
     def unfinished() -> set[tuple[str, int]]:
-        return {(path.name, path.stat().st_ctime_ns) for path in folder.glob("step-*.partial")}
+        found = set()
+        for path in folder.glob("step-*.partial"):
+            with contextlib.suppress(FileNotFoundError):  # which has just got its last name
+                found.add((path.name, path.stat().st_ctime_ns))
+        return found
 
     of_earlier_kills = unfinished()
     while True:
