@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -10,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +120,13 @@ class Launched:
 
     @property
     def ranks(self) -> list[psutil.Process]:
-        """The training processes, below the launcher's two."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in children if child.cmdline()[2:3] == ["launch/train.py"]]
+        """The training processes, below the launcher's two, by rank."""
+        found: dict[int, psutil.Process] = {}
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # one that was started for a moment
+                if child.cmdline()[2:3] == ["launch/train.py"]:
+                    found.setdefault(int(child.environ()["RANK"]), child)
+        return [found[rank] for rank in sorted(found)]
 
     def wait_for(self, path: Path) -> None:
         deadline = time.monotonic() + LIMIT
@@ -135,7 +139,7 @@ class Launched:
         return self.process.communicate(timeout=limit)[0]
 
 
-@contextmanager
+@contextlib.contextmanager
 def launched(output_dir: Path, *flags: str) -> Iterator[Launched]:
     process = subprocess.Popen(
         command(output_dir, *flags),
@@ -148,9 +152,10 @@ def launched(output_dir: Path, *flags: str) -> Iterator[Launched]:
     try:
         yield Launched(process)
     finally:
-        for each in [*psutil.Process().children(recursive=True)]:
-            if "launch/train.py" in each.cmdline():
-                each.kill()
+        for each in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "launch/train.py" in each.cmdline():
+                    each.kill()
         process.communicate()
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from cluster import Cluster, processes_of, wait_until
 from test_readme import ROOT, run
@@ -97,7 +98,10 @@ def write_model_and_data(folder: Path) -> None:
 
 def is_rank(process: Any) -> bool:
     """Not what is started before it, whose arguments are the same and more."""
-    return process.cmdline()[1:2] == [str(ROOT / "launch" / "train.py")]
+    try:
+        return process.cmdline()[1:2] == [str(ROOT / "launch" / "train.py")]
+    except psutil.NoSuchProcess:  # it has ended since it was found
+        return False
 
 
 def test_a_job_that_is_no_array_is_refused(cluster: Cluster, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 from collections.abc import Iterator
@@ -58,8 +59,12 @@ class Runs:
 
     def ranks(self) -> dict[int, psutil.Process]:
         """The training processes themselves, without what started them."""
-        training = [each for each in processes_of(self.output_dir) if each.cmdline()[2:3] == ["launch/train.py"]]
-        return {int(process.environ()["RANK"]): process for process in training}
+        found: dict[int, psutil.Process] = {}
+        for each in processes_of(self.output_dir):
+            with contextlib.suppress(psutil.NoSuchProcess):  # one that was started for a moment
+                if each.cmdline()[2:3] == ["launch/train.py"]:
+                    found.setdefault(int(each.environ()["RANK"]), each)
+        return found
 
     def cancel(self) -> None:
         for job in self._jobs:
