@@ -42,7 +42,9 @@ find_ports() {
 }
 
 write_config() {
-  local controller_port first_port second_port host=${HOSTNAME%%.*}
+  local controller_port first_port second_port host
+  host=$(uname -n) # $HOSTNAME may be inherited from elsewhere
+  host=${host%%.*}
   find_ports controller_port first_port second_port
   cat >"$SLURM_CONF" <<CONFIG
 ClusterName=local
