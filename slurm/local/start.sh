@@ -84,9 +84,18 @@ start_daemons() {
   mungekey --create --keyfile="$folder/munge.key" &&
     munged --force --key-file="$folder/munge.key" --socket="$folder/munge.socket" --pid-file="$folder/munged.pid" \
       --log-file="$folder/munged.log" --seed-file="$folder/munged.seed" 2>>"$folder/munged.log" &&
-    slurmctld -i &&
-    slurmd -N n1 &&
-    slurmd -N n2
+    slurmctld -i && has_begun slurmctld &&
+    slurmd -N n1 && has_begun slurmd-n1 &&
+    slurmd -N n2 && has_begun slurmd-n2
+}
+
+# SLURM's commands return before the daemon has left its number, by which stop.sh finds it.
+has_begun() {
+  local deadline=$((SECONDS + WAIT_SECONDS))
+  until [[ -s $folder/$1.pid ]]; do
+    if ((SECONDS >= deadline)); then return 1; fi
+    sleep 0.1
+  done
 }
 
 idle_nodes() { sinfo --noheader --Node --states=idle --format=%N 2>/dev/null | sort -u | wc -l; }
