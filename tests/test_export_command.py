@@ -24,7 +24,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of a run on two ranks: its last checkpoint is what its `model` was made of."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     training = Training(folder, *FLAGS)
-    assert training.end(limit=120) == [0, 0], training.output
+    assert training.end(limit=300) == [0, 0], training.output
     return folder
 
 

@@ -28,7 +28,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of a run with checkpoints of steps 2 and 4."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     training = Training(folder, *FLAGS, "--max_steps", "4", ranks=1)
-    assert training.end(limit=120) == [0], training.output
+    assert training.end(limit=300) == [0], training.output
     return folder
 
 

@@ -104,7 +104,7 @@ def test_python_commands() -> None:
     }
     assert {command[1] for command in commands("python")} == shown.keys()
     for _, script, *flags in commands("python"):
-        done = run([sys.executable, script, *flags], limit=270)
+        done = run([sys.executable, script, *flags], limit=540)
         code, text = shown[script]
         assert done.returncode == code, done.stdout
         assert text in done.stdout
@@ -250,7 +250,7 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     launcher = ["deepspeed", "--num_gpus", "2", "--master_port", free_port()]
     ds_config = f"ds_configs/{request.param}"
     # The first run on a machine compiles for a minute and tokenises for another.
-    done = run([*launcher, "launch/train.py", "--ds_config", ds_config, *FLAGS, "--output_dir", str(folder)], limit=270)
+    done = run([*launcher, "launch/train.py", "--ds_config", ds_config, *FLAGS, "--output_dir", str(folder)], limit=540)
     assert done.returncode == 0, done.stdout
     return FinishedRun(folder, done.stdout)
 

@@ -62,7 +62,7 @@ class Training:
         mask = next(line.split()[1] for line in status.splitlines() if line.startswith("SigBlk"))
         return bool(int(mask, 16) >> (number - 1) & 1)
 
-    def wait_for(self, happened: Callable[[], bool], *, limit: float = 120) -> bool:
+    def wait_for(self, happened: Callable[[], bool], *, limit: float = 200) -> bool:
         """Whether it happened while all ranks ran."""
         deadline = time.monotonic() + limit
         while not happened():
@@ -72,7 +72,7 @@ class Training:
             time.sleep(0.001)  # looks again, until it has happened
         return True
 
-    def end(self, *, limit: float = 60) -> list[int | None]:
+    def end(self, *, limit: float = 200) -> list[int | None]:
         """The exit codes, when all have ended by themselves; all are killed after the limit, which is a failure."""
         deadline = time.monotonic() + limit
         for process in self.processes:

@@ -35,7 +35,7 @@ LIMIT = 500.0
 
 
 # Eight jobs, each with imports of its own, on however few cores.
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_sweep_through_the_array(cluster: Cluster, tmp_path: Path) -> None:
     sweep, script, output_dir = tmp_path / "sweep.yaml", tmp_path / "limited.sh", tmp_path / "sweep"
     write_model_and_data(tmp_path)
