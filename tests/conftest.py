@@ -1,7 +1,9 @@
 """Settings that must stand before torch, deepspeed or transformers are imported."""
 
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["DS_ACCELERATOR"] = "cpu"
@@ -10,6 +12,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # DeepSpeed builds with the ninja that it finds first; another version than last time builds everything again.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _signals_arrive_as_before() -> Iterator[None]:
+    """launch/train.py's main has signals wait, which in this process would be for every test after it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
