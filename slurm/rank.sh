@@ -16,6 +16,14 @@ if ((RANK != SLURM_NODEID * LOCAL_WORLD_SIZE + LOCAL_RANK)); then
     "node after another (--distribution=block)" >&2
   exit 2
 fi
+# A rank takes the GPU of its number on the node. SLURM names those that it sees, where it hands out GPUs.
+gpus=${CUDA_VISIBLE_DEVICES:-${ROCR_VISIBLE_DEVICES:-}}
+IFS=, read -ra seen <<<"$gpus"
+if [[ $gpus =~ ^([0-9]|GPU|MIG) && ${#seen[@]} -lt $LOCAL_WORLD_SIZE ]]; then
+  echo "rank.sh: error: task $RANK sees the GPUs '$gpus', and its node has $LOCAL_WORLD_SIZE ranks; allowed: all of the" \
+    "node's GPUs for each (--gpus-per-node=$LOCAL_WORLD_SIZE, without --gpus-per-task and --gpu-bind)" >&2
+  exit 2
+fi
 # Where a log is appended to, also where this start begins.
 echo "rank $RANK of $WORLD_SIZE on $SLURMD_NODENAME" >&2
 exec "$@"

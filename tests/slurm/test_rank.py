@@ -32,8 +32,17 @@ def start(script: str = SHOW, **variables: str) -> subprocess.CompletedProcess[s
     )
 
 
-def test_a_task_becomes_a_rank() -> None:
-    done = start()
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"CUDA_VISIBLE_DEVICES": "0,1"},
+        {"ROCR_VISIBLE_DEVICES": "0,1,2"},
+        {"CUDA_VISIBLE_DEVICES": "NoDevFiles"},  # what SLURM says where a job has no GPUs
+    ],
+)
+def test_a_task_becomes_a_rank(variables: dict[str, str]) -> None:
+    done = start(**variables)
     assert (done.returncode, done.stdout, done.stderr) == (0, "5 8 1 2\n", "rank 5 of 8 on n3\n")
 
 
@@ -49,6 +58,15 @@ def test_a_task_becomes_a_rank() -> None:
             {"SLURM_NODEID": "1"},
             "task 5 is number 1 on node number 1; allowed: tasks that fill one node after another "
             "(--distribution=block)",
+        ),
+        # As --gpus-per-task=1 makes it.
+        *(
+            (
+                {name: "0"},
+                "task 5 sees the GPUs '0', and its node has 2 ranks; allowed: all of the node's GPUs for each "
+                "(--gpus-per-node=2, without --gpus-per-task and --gpu-bind)",
+            )
+            for name in ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
         ),
     ],
 )
