@@ -63,10 +63,10 @@ def main(argv: Sequence[str]) -> int:
             return _report(_output_dir(options))
         sizes = ("sp_size", "seq_len", "num_nodes", "num_gpus", "settings", "time_limit")
         sweep = read_sweep(options.sweep, {name: getattr(options, name) for name in sizes}, train_flags(rest))
+        sweep.check()
         if options.count:
             print(len(sweep.points))
             return 0
-        sweep.check()
         output_dir = _output_dir(options)
         if options.predict:
             return _predict(sweep, output_dir, options)

@@ -201,6 +201,9 @@ def test_a_point_that_another_process_runs_is_left_to_it(sweep: Sweep, tmp_path:
         (["--seq_len", "1K", "--output_dir", "OUT", "--predict", "--gpu", "H10"], "gpu is 'H10'; nearest: 'H100'"),
         (["--seq_len", "1K", "--output_dir", "OUT", "--point", "0", "--count"], "not allowed with argument --point"),
         (["--seq_len", "1K", "--output_dir", "/proc/no"], "No such file or directory"),
+        # Before there is a job array of so many tasks.
+        (["--seq_len", "1K", "--count", "--max_steps", "1"], "max_steps is 1"),
+        (["--seq_len", "1K", "--count", "--ds_config", "no.json"], "ds_config is 'no.json'"),
     ],
 )
 def test_a_sweep_that_cannot_run_is_refused_in_one_line(tmp_path: Path, flags: list[str], message: str) -> None:
