@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mst_ds.config import TrainConfig, parse_train_config
+from mst_ds.model_shape import load_model_shape
 from mst_ds.topology import choose_sp_size
 from mst_ds.zero import DsConfig, load_ds_config
 
@@ -79,18 +80,19 @@ class Sweep:
         """Refuses what would be wrong in every point of a setting, before any runs.
 
         Raises:
-            ValueError: a train flag, a key of the "mst" block or the DeepSpeed JSON is wrong, or there are too few
-                steps to measure one.
+            ValueError: a train flag, a key of the "mst" block or the DeepSpeed JSON is wrong, the model is not found or
+                none that can be trained, or there are too few steps to measure one.
         """
         for setting in self.settings:
             # Any point stands for all: they differ in numbers that have been checked.
             point = next(point for point in self.points if point.setting is setting)
-            steps = self.train_config(point).max_steps
-            if steps < _LEAST_STEPS:
+            config = self.train_config(point)
+            if config.max_steps < _LEAST_STEPS:
                 raise ValueError(
-                    f"max_steps is {steps}, and the first is not measured; allowed: {_LEAST_STEPS} or more"
+                    f"max_steps is {config.max_steps}, and the first is not measured; allowed: {_LEAST_STEPS} or more"
                 )
             self.ds_config(point)
+            load_model_shape(config.model)
 
     def flags(self, point: Point) -> dict[str, str]:
         """The train flags of a point, as text, without those that every point has its own of."""

@@ -112,6 +112,7 @@ def test_a_file_that_is_wrong(tmp_path: Path, text: str, message: str) -> None:
         ("ds_config: {zero_optimization: {stage: 7}}", "stage"),
         ("train: {max_steps: 1}", "max_steps is 1, and the first is not measured"),
         ("train: {packing: some}", "packing"),
+        ("train: {model: ./nowhere}", "model './nowhere' was not found"),
     ],
 )
 def test_a_mistake_of_a_setting_is_found_before_anything_runs(tmp_path: Path, setting: str, message: str) -> None:
