@@ -20,6 +20,7 @@ from mst_ds.scaling import (
     Interrupted,
     Result,
     Sweep,
+    check_results,
     launcher_here,
     predict_sweep,
     read_sweep,
@@ -90,6 +91,7 @@ def _run(sweep: Sweep, output_dir: Path, number: int | None) -> int:
     chosen = range(len(sweep.points)) if number is None else [number]
     launcher = launcher_here(sweep)
     launcher.check(sweep.points[index] for index in chosen)
+    check_results(sweep, (sweep.points[index] for index in chosen), output_dir)
     elsewhere = 0
     for index in chosen:
         point = sweep.points[index]

@@ -4,7 +4,7 @@ from mst_ds.scaling.launchers import Interrupted, Launcher, launcher_here
 from mst_ds.scaling.predict import predict_sweep
 from mst_ds.scaling.report import write_report
 from mst_ds.scaling.result import Result, read_results
-from mst_ds.scaling.runner import run_point
+from mst_ds.scaling.runner import check_results, run_point
 from mst_ds.scaling.sweep import Point, Setting, Sweep
 from mst_ds.scaling.sweep_file import read_sweep
 
@@ -15,6 +15,7 @@ __all__ = [
     "Result",
     "Setting",
     "Sweep",
+    "check_results",
     "launcher_here",
     "predict_sweep",
     "read_results",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,19 @@ _ATTEMPTS = 2
 _METRICS = "metrics.jsonl"
 
 
+def check_results(sweep: Sweep, points: Iterable[Point], output_dir: Path) -> None:
+    """Looks at results that are there already, before any point runs.
+
+    Raises:
+        ValueError: one is of another request, or none of ours.
+    """
+    for point in points:
+        folder = output_dir / POINTS / point.name
+        found = read_result(folder)
+        if found is not None:
+            _require_same(found, _request(sweep, point), folder)
+
+
 def run_point(sweep: Sweep, point: Point, output_dir: Path, launcher: Launcher) -> Result | None:
     """Runs the point, unless it has a result already, and writes its result; None while another process is at it.
 
@@ -32,7 +46,7 @@ def run_point(sweep: Sweep, point: Point, output_dir: Path, launcher: Launcher) 
     """
     folder = output_dir / POINTS / point.name
     folder.mkdir(parents=True, exist_ok=True)
-    request = {"train": _without_ds_config(sweep.flags(point)), "ds_config": sweep.ds_config(point)}
+    request = _request(sweep, point)
     try:
         # A lock of the kernel's, which dies with its holder.
         with FileLock(folder / "lock", timeout=0):
@@ -42,17 +56,22 @@ def run_point(sweep: Sweep, point: Point, output_dir: Path, launcher: Launcher) 
                 write_result(folder, found)
     except Timeout:
         return None
+    _require_same(found, request, folder)
+    return found
+
+
+def _request(sweep: Sweep, point: Point) -> dict[str, Any]:
+    """What the DeepSpeed JSON holds, not where it lies."""
+    flags = {name: value for name, value in sweep.flags(point).items() if name != "ds_config"}
+    return {"train": flags, "ds_config": sweep.ds_config(point)}
+
+
+def _require_same(found: Result, request: dict[str, Any], folder: Path) -> None:
     if found.request != request:
         raise ValueError(
             f"{folder} has the result of other flags or another DeepSpeed JSON; allowed: another output_dir, or to "
             "remove that folder"
         )
-    return found
-
-
-def _without_ds_config(flags: dict[str, str]) -> dict[str, str]:
-    """What the file holds is compared, not where it lies."""
-    return {name: value for name, value in flags.items() if name != "ds_config"}
 
 
 def _run(sweep: Sweep, point: Point, folder: Path, request: dict[str, Any], launcher: Launcher) -> Result:

@@ -168,6 +168,22 @@ def test_ranks_that_are_asked_to_stop_are_no_result(sweep: Sweep, tmp_path: Path
     assert result.status == DONE
 
 
+def test_results_of_other_flags_are_found_before_any_point_runs(
+    file: Path, sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import launch.scale
+
+    run_point(sweep, sweep.points[-1], tmp_path, Shell("true"))
+    monkeypatch.setattr(launch.scale, "launcher_here", lambda _: Shell("true"))
+    flags = ["--sweep", str(file), "--output_dir", str(tmp_path)]
+    assert launch.scale.main([*flags, "--max_steps", "4"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"points/{sweep.points[-1].name} has the result of other flags" in line
+    assert not (tmp_path / "points" / sweep.points[0].name).exists()
+    assert launch.scale.main(flags) == 0
+    assert len(read_results(tmp_path)) == 2
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_ends_the_point(tmp_path: Path, sweep: Sweep, number: signal.Signals) -> None:
     log = tmp_path / "log.txt"
