@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -81,29 +83,27 @@ class DeepSpeedLauncher:
 
 @dataclass(frozen=True)
 class SrunLauncher:
-    """The first of this job's nodes, `hosts`, each with at most `tasks` ranks. slurm/setup.sh has set the rest."""
+    """The first of this job's nodes, `hosts`, each with at most `tasks` ranks. slurm/setup.sh has set the rest.
+
+    `minutes` are those that the job has left.
+    """
 
     hosts: tuple[str, ...]
     tasks: int
+    minutes: float = math.inf
 
     @classmethod
     def of_job(cls, environment: Mapping[str, str]) -> SrunLauncher:
         """The job that `environment` tells of.
 
         Raises:
-            ValueError: slurm/setup.sh was not sourced.
+            ValueError: slurm/setup.sh was not sourced, or SLURM does not answer.
         """
         if "MASTER_ADDR" not in environment:
             raise ValueError("MASTER_ADDR is not set in this job; allowed: sbatch slurm/scaling.sbatch")
-        listed = subprocess.run(
-            ["scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        # 8(x4): eight tasks on each of four nodes.
-        tasks = int(environment["SLURM_TASKS_PER_NODE"].split("(")[0].split(",")[0])
-        return cls(tuple(listed.stdout.split()), tasks)
+        hosts = _said("scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]).split()
+        left = _said("squeue", "--noheader", f"--jobs={environment['SLURM_JOB_ID']}", "--format=%L")
+        return cls(tuple(hosts), _fewest(environment["SLURM_TASKS_PER_NODE"]), _minutes(left))
 
     def check(self, points: Iterable[Point]) -> None:
         for point in points:
@@ -143,14 +143,42 @@ class SrunLauncher:
         kill_tree(process)
 
 
+def _said(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise ValueError(f"{' '.join(command)} failed: {done.stderr.strip() or f'exit code {done.returncode}'}")
+    return done.stdout
+
+
+def _fewest(tasks_per_node: str) -> int:
+    """4 of "8(x3),4": eight tasks on each of three nodes, and four on the next."""
+    return min(int(tasks.split("(")[0]) for tasks in tasks_per_node.split(","))
+
+
+def _minutes(left: str) -> float:
+    """Of "2-03:04:05", days first, or "4:05"; infinitely many where it is no time, as for a job without a limit."""
+    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", left.strip())
+    if found is None:
+        return math.inf
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return days * 24 * 60 + hours * 60 + minutes + seconds / 60
+
+
 def launcher_here(sweep: Sweep, environment: Mapping[str, str] = os.environ) -> Launcher:
     """srun inside a job of SLURM, else DeepSpeed's launcher.
 
     Raises:
-        ValueError: a job without the environment that slurm/scaling.sbatch makes.
+        ValueError: a job without the environment that slurm/scaling.sbatch makes, or that ends before a point may.
     """
     if "SLURM_JOB_ID" in environment:
-        return SrunLauncher.of_job(environment)
+        launcher = SrunLauncher.of_job(environment)
+        if launcher.minutes <= sweep.time_limit:
+            raise ValueError(
+                f"time_limit is {sweep.time_limit:g} minutes, but this job ends in {launcher.minutes:.2f}, and a point "
+                f"that is cut off has no result; allowed: sbatch --time={math.ceil(sweep.time_limit) + 5}, or a "
+                "smaller time_limit"
+            )
+        return launcher
     return DeepSpeedLauncher(threads=max(1, len(os.sched_getaffinity(0)) // max(sweep.num_gpus)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -258,6 +259,46 @@ def test_the_launcher_is_what_there_is(sweep: Sweep) -> None:
     assert isinstance(launcher_here(sweep, {}), DeepSpeedLauncher)
     with pytest.raises(ValueError, match=r"MASTER_ADDR is not set in this job; allowed: sbatch slurm/scaling\.sbatch"):
         launcher_here(sweep, JOB)
+
+
+def with_slurm(folder: Path, monkeypatch: pytest.MonkeyPatch, *, left: str) -> dict[str, str]:
+    """The environment of a job, with commands of SLURM's that answer."""
+    for name, answer in (("scontrol", "n1\nn2"), ("squeue", left)):
+        (folder / name).write_text(f'#!/bin/sh\nprintf "%s\\n" "{answer}"\n', encoding="utf-8")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    return {**JOB, "MASTER_ADDR": "n1"}
+
+
+@pytest.mark.parametrize(
+    ("left", "minutes"),
+    [("UNLIMITED", None), ("", None), ("4:30", 4.5), ("59:00", 59), ("1:00:30", 60.5), ("2-03:00:00", 51 * 60)],
+)
+def test_what_a_job_has_left(
+    sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str, minutes: float | None
+) -> None:
+    found = launcher_here(sweep, with_slurm(tmp_path, monkeypatch, left=left))
+    assert found == SrunLauncher(("n1", "n2"), 4, math.inf if minutes is None else minutes)
+
+
+def test_a_job_that_ends_before_its_point_may_is_refused(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = with_slurm(tmp_path, monkeypatch, left="2:59")
+    with pytest.raises(ValueError, match=r"time_limit is 3 minutes, but this job ends in 2\.98, .* sbatch --time=8"):
+        launcher_here(read_sweep(file), environment)
+
+
+def test_the_node_with_the_fewest_tasks_counts(sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = with_slurm(tmp_path, monkeypatch, left="9:00") | {"SLURM_TASKS_PER_NODE": "4(x3),2"}
+    assert launcher_here(sweep, environment) == SrunLauncher(("n1", "n2"), 2, 9)
+
+
+def test_slurm_that_does_not_answer(sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = with_slurm(tmp_path, monkeypatch, left="9:00")
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho 'scontrol: error: no' >&2; exit 1\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"^scontrol show hostnames n\[1-2\] failed: scontrol: error: no$"):
+        launcher_here(sweep, environment)
 
 
 def test_srun_takes_the_first_nodes_of_a_job(sweep: Sweep, tmp_path: Path) -> None:
