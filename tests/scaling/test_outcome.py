@@ -60,6 +60,11 @@ def test_a_refusal_is_that_of_all_ranks_before_the_first_step(exit_code: int) ->
     assert judged("train.py: error: rank 0: No space left\n", has_begun=False).status == FAILED
 
 
+def test_a_task_that_becomes_no_rank_is_refused_with_its_reason() -> None:
+    log = "rank.sh: error: tasks per node are 2,1; allowed: as many\nsrun: error: n1: task 0: Exited with exit code 2\n"
+    assert judged(log, 2, has_begun=False) == Outcome(REFUSED, "tasks per node are 2,1; allowed: as many")
+
+
 def test_the_time_is_over() -> None:
     assert judged("step 1/3\n", None) == Outcome(TIMED_OUT, "not done after 2.5 minutes")
     found = judged("train.py: error: rank 1: ValueError: no\n", None)
