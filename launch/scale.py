@@ -10,6 +10,7 @@ cannot run; 75 where it was stopped, or another process is at a point: the same 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,10 +61,13 @@ def main(argv: Sequence[str]) -> int:
     """Returns the exit code."""
     try:
         options, rest = _parser().parse_known_args(argv)
+        flags = train_flags(rest)
         if options.report:
             return _report(_output_dir(options))
+        if options.gpu is not None and not options.predict:
+            raise ValueError("--gpu is what --predict is for; allowed: both, or neither")
         sizes = ("sp_size", "seq_len", "num_nodes", "num_gpus", "settings", "time_limit")
-        sweep = read_sweep(options.sweep, {name: getattr(options, name) for name in sizes}, train_flags(rest))
+        sweep = read_sweep(options.sweep, {name: getattr(options, name) for name in sizes}, flags)
         sweep.check()
         if options.count:
             print(len(sweep.points))
@@ -81,6 +85,8 @@ def _output_dir(options: argparse.Namespace) -> Path:
     if options.output_dir is None:
         raise ValueError("no output_dir is given; allowed: --output_dir, the folder that results are in or go to")
     folder: Path = options.output_dir.expanduser()
+    if options.report and not folder.is_dir():
+        raise ValueError(f"output_dir is {str(folder)!r}, but no such folder is here; allowed: that of a sweep")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -110,7 +116,10 @@ def _run(sweep: Sweep, output_dir: Path, number: int | None) -> int:
 def _predict(sweep: Sweep, output_dir: Path, options: argparse.Namespace) -> int:
     if options.gpu is None:
         raise ValueError("predict needs --gpu, whose memory and rates it is for")
-    host_memory = None if options.host_memory_gib is None else int(options.host_memory_gib * GIB)
+    gib = options.host_memory_gib
+    if gib is not None and not 0 < gib < math.inf:
+        raise ValueError(f"host_memory_gib is {gib:g}; allowed: a number > 0")
+    host_memory = None if gib is None else int(gib * GIB)
     for result in predict_sweep(sweep, output_dir, gpu_by_name(options.gpu), host_memory):
         print(f"{result.name}: {_describe(result)}")
     return _report(output_dir)

@@ -218,6 +218,13 @@ def test_a_point_that_another_process_runs_is_left_to_it(sweep: Sweep, tmp_path:
         (["--seq_len", "1K", "--output_dir", "OUT", "--predict", "--gpu", "H10"], "gpu is 'H10'; nearest: 'H100'"),
         (["--seq_len", "1K", "--output_dir", "OUT", "--point", "0", "--count"], "not allowed with argument --point"),
         (["--seq_len", "1K", "--output_dir", "/proc/no"], "No such file or directory"),
+        (["--seq_len", "1K", "--output_dir", "OUT", "--gpu", "H100"], "--gpu is what --predict is for"),
+        (
+            ["--seq_len", "1K", "--output_dir", "OUT", "--predict", "--gpu", "H100", "--host_memory_gib", "inf"],
+            "host_memory_gib is inf; allowed: a number > 0",
+        ),
+        (["--report", "--output_dir", "/proc/no"], "output_dir is '/proc/no', but no such folder is here"),
+        (["--report", "--output_dir", "OUT", "--point_", "1"], "unknown flag '--point_'"),
         # Before there is a job array of so many tasks.
         (["--seq_len", "1K", "--count", "--max_steps", "1"], "max_steps is 1"),
         (["--seq_len", "1K", "--count", "--ds_config", "no.json"], "ds_config is 'no.json'"),
