@@ -6,10 +6,13 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mst_ds.config import TrainConfig, nearest, parse_seq_len
 from mst_ds.scaling.sweep import Setting, Sweep
+
+if TYPE_CHECKING:
+    from yaml import Node
 
 _SIZES = ("sp_size", "seq_len", "num_nodes", "num_gpus")
 _KEYS = (*_SIZES, "settings", "train", "time_limit")
@@ -83,10 +86,27 @@ def _load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"sweep is {str(path)!r}; allowed: an existing YAML file")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        values = yaml.safe_load(text)
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"sweep {path} is not YAML: {' '.join(str(error).split())}") from None
+    _refuse_repetitions(path, tree)
     return _object(f"sweep {path}", values, _KEYS)
+
+
+def _refuse_repetitions(path: Path, node: Node | None) -> None:
+    """YAML takes the last of equal keys, and what stands under the others is lost without a word."""
+    from yaml import MappingNode
+
+    if not isinstance(node, MappingNode):
+        return
+    seen: set[str] = set()
+    for key, value in node.value:
+        if key.value in seen:
+            raise ValueError(f"sweep {path} has {key.value!r} twice (line {key.start_mark.line + 1}); allowed: once")
+        seen.add(key.value)
+        _refuse_repetitions(path, value)
 
 
 def _object(what: str, value: Any, allowed: Iterable[str]) -> dict[str, Any]:

@@ -94,6 +94,9 @@ def test_a_setting_of_an_own_json(file: Path, tmp_path: Path) -> None:
         ("seq_len: 1K\nsettings: {a: {mtl: {}}}", "unknown key 'mtl'; nearest: 'mst'"),
         ("seq_len: 1K\nsettings: {a: {mst: {sp_size: 2}}}", "sp_size of the sweep"),
         ("seq_len: [1K", "is not YAML"),
+        ("seq_len: 1K\nseq_len: 2K", "sweep.yaml has 'seq_len' twice (line 2); allowed: once"),
+        ("seq_len: 1K\nsettings:\n  a: {}\n  a: {train: {max_steps: 7}}", "has 'a' twice (line 4)"),
+        ("seq_len: 1K\nsettings: {1: {}, '1': {}}", "has '1' twice (line 2)"),
         ("[1, 2]", "allowed: a mapping"),
     ],
 )
