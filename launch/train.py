@@ -99,6 +99,7 @@ def _take_steps(run: Run, folder: Path, interruption: Interruption) -> bool:
     from mst_ds.engine import build_engine, checkpoints_folder, training_batches
     from mst_ds.export import export_model
     from mst_ds.loop import train
+    from mst_ds.metrics import device_name
     from mst_ds.planner import plan_table
     from mst_ds.saver import Saver
 
@@ -128,7 +129,8 @@ def _take_steps(run: Run, folder: Path, interruption: Interruption) -> bool:
         )
         if is_done:
             export_model(engine, data.tokenizer, folder / "model")
-            metrics.write_summary({"plan": plan.as_dict(), "ds_config": run.ds_config})
+            of_run = {"device": device_name(engine.device), "plan": plan.as_dict(), "ds_config": run.ds_config}
+            metrics.write_summary(of_run)
     if is_first and is_done:
         print(f"Done: {folder / 'metrics.jsonl'}, {folder / 'summary.json'} and the model in {folder / 'model'}")
     engine.destroy()

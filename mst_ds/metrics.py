@@ -95,6 +95,11 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return next((flops for pattern, flops in _PEAK_FLOPS if re.search(pattern, name)), None)
 
 
+def device_name(device: torch.device) -> str:
+    """What it is called: a GPU by its maker's name, else its type."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the installed packages that decide what a run computes."""
     versions = {"python": platform.python_version()}

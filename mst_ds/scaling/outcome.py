@@ -87,3 +87,11 @@ def read_metrics(path: Path) -> dict[str, Any]:
         fields["tokens_per_second"] = median(step["tokens_per_second"] for step in steps[1:])
         fields["step_seconds"] = median(step["seconds"] for step in steps[1:])
     return fields
+
+
+def read_environment(path: Path) -> dict[str, str]:
+    """What `summary.json` says of where the run was; nothing where there is no such file."""
+    if not path.is_file():
+        return {}
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    return {"device": summary["device"], **summary["versions"]}

@@ -36,6 +36,7 @@ _COLUMNS = (
     "measured_peak_bytes",
     "loss",
     "attempts",
+    "device",
     "error",
 )
 
@@ -82,7 +83,13 @@ def _summary(results: Sequence[Result]) -> str:
     counts = Counter(result.status for result in results if result.is_measured)
     text = ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status]) or "none"
     predicted = sum(not result.is_measured for result in results)
-    return f"Points that ran: {text}." + (f" Predicted: {predicted}." if predicted else "")
+    lines = [f"Points that ran: {text}." + (f" Predicted: {predicted}." if predicted else "")]
+    # More than one where the points of a folder do not compare.
+    environments = Counter(tuple(result.environment.items()) for result in results if result.environment)
+    for environment, count in environments.items():
+        versions = ", ".join(f"{name} {value}" for name, value in environment if name != "device")
+        lines.append(f"Measured on {dict(environment)['device']}, with {versions}: {count}.")
+    return "\n\n".join(lines)
 
 
 def _against_length(results: Sequence[Result]) -> list[str]:

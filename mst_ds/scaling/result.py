@@ -36,6 +36,7 @@ class Result:
         error: one line on what went wrong.
         attempts: launches; a second one where a rank of the first was killed.
         request: train flags and DeepSpeed JSON of the point.
+        environment: "device", by its name, and the versions of "python" and of packages; of a run that is done.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Result:
     error: str | None = None
     attempts: int = 0
     request: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def planned_peak_bytes(self) -> int | None:
@@ -72,6 +74,10 @@ class Result:
     def peak_bytes(self) -> int | None:
         """Measured, where it was."""
         return self.planned_peak_bytes if self.measured_peak_bytes is None else self.measured_peak_bytes
+
+    @property
+    def device(self) -> str | None:
+        return self.environment.get("device")
 
     @property
     def is_measured(self) -> bool:

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from mst_ds.model_shape import flops_per_token, load_model_shape
 from mst_ds.scaling.launchers import Launcher, launch
-from mst_ds.scaling.outcome import Outcome, judge, read_metrics
+from mst_ds.scaling.outcome import Outcome, judge, read_environment, read_metrics
 from mst_ds.scaling.result import MEASURED, POINTS, REFUSED, Result, read_result, write_result, write_text
 from mst_ds.scaling.sweep import Point, Sweep
 
@@ -94,6 +94,7 @@ def _run(sweep: Sweep, point: Point, folder: Path, request: dict[str, Any], laun
         attempts=attempts,
         request=request,
         flops_per_token=flops_per_token(shape, point.seq_len),
+        environment=read_environment(output / "summary.json"),
         **read_metrics(output / _METRICS),
     )
 

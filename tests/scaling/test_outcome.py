@@ -12,7 +12,7 @@ from mst_ds.config import GIB
 from mst_ds.failure import explain
 from mst_ds.out_of_memory import OutOfMemoryError, explanation
 from mst_ds.planner import make_plan
-from mst_ds.scaling.outcome import Outcome, judge, read_metrics
+from mst_ds.scaling.outcome import Outcome, judge, read_environment, read_metrics
 from mst_ds.scaling.result import DONE, FAILED, OUT_OF_MEMORY, REFUSED, TIMED_OUT
 
 PLAN = make_plan("small_llama", {}, world_size=1, seq_len=1024, device_memory=GIB)
@@ -108,3 +108,11 @@ def test_figures_leave_the_first_step_out(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("", encoding="utf-8")
     assert read_metrics(tmp_path / "metrics.jsonl") == {"steps": 0}
     assert read_metrics(tmp_path / "none.jsonl") == {}
+
+
+def test_where_a_run_was(tmp_path: Path) -> None:
+    summary = {"steps": 3, "device": "NVIDIA H100", "versions": {"python": "3.11", "torch": "2.9"}}
+    (tmp_path / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    found = read_environment(tmp_path / "summary.json")
+    assert found == {"device": "NVIDIA H100", "python": "3.11", "torch": "2.9"}
+    assert read_environment(tmp_path / "none.json") == {}

@@ -83,6 +83,8 @@ def test_a_sweep_is_killed_and_goes_on(file: Path, tmp_path: Path) -> None:
     trained, failed = by_name["nodes1-gpus2-sp2-256-planned"], by_name["nodes1-gpus2-sp2-256-nowhere"]
     assert (trained.steps, trained.tokens_per_step, trained.dp_size, trained.attempts) == (3, 256, 1, 1)
     assert trained.planned_bytes.keys() == trained.measured_bytes.keys() > {"forward", "backward"}
+    assert trained.environment.keys() > {"device", "python", "torch", "deepspeed"}
+    assert failed.device is None
     assert failed.error is not None
     assert failed.error.startswith("dataset is '/nowhere.txt', but no such file")
     assert (failed.steps, by_name["nodes1-gpus2-sp3-256-planned"].attempts) == (None, 0)

@@ -38,13 +38,14 @@ def write(output_dir: Path, *results: Result) -> None:
 def output_dir(tmp_path: Path) -> Path:
     memory = {"planned_bytes": {"forward": GIB, "backward": 2 * GIB}}
     small = done(point(), 1234.5, **memory, measured_bytes={"forward": 2 * GIB, "backward": 3 * GIB})
+    environment = {"device": "NVIDIA H100", "python": "3.11", "torch": "2.9"}
     large = done(point(seq_len=4096), 900.0, **memory, measured_bytes={"forward": GIB, "backward": GIB})
     write(
         tmp_path,
         replace(large, status=OUT_OF_MEMORY, tokens_per_second=None, error="rank 0 ran out | of memory"),
         small,
         point_result(point(2), source="measured", status=REFUSED, error="sp_size is 2"),
-        done(point(num_gpus=2), 2000.0),
+        done(point(num_gpus=2), 2000.0, environment=environment),
         done(point(num_gpus=8, num_nodes=2), 9e4, source="predicted for H100", steps=None, **memory),
     )
     return tmp_path
@@ -63,6 +64,7 @@ def test_the_csv_has_every_point(output_dir: Path) -> None:
         ("predicted for H100", "done", "1", "1024", "8"),
     ]
     assert rows[0]["tokens_per_second"] == "1234.5"
+    assert [row["device"] for row in rows] == ["", "", "", "NVIDIA H100", ""]
     assert (rows[0]["planned_peak_bytes"], rows[0]["measured_peak_bytes"]) == (str(2 * GIB), str(3 * GIB))
     assert (rows[1]["tokens_per_second"], rows[1]["error"]) == ("", "rank 0 ran out | of memory")
     assert (rows[2]["dp_size"], rows[3]["dp_size"]) == ("", "2")
@@ -73,6 +75,7 @@ def test_the_report(output_dir: Path) -> None:
     lines = (output_dir / "report.md").read_text(encoding="utf-8").splitlines()
     for line in (
         "Points that ran: 2 done, 1 out of memory, 1 refused. Predicted: 1.",
+        "Measured on NVIDIA H100, with python 3.11, torch 2.9: 1.",
         "![against length](plots/against_length.png)",
         "### a, 1 × 1 ranks",
         "| length (tokens/s) | sp 1 | sp 2 |",
