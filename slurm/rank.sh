@@ -10,6 +10,8 @@ if ! [[ $SLURM_STEP_TASKS_PER_NODE =~ ^([0-9]+)(\(x[0-9]+\))?$ ]]; then
 fi
 export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_STEP_NUM_TASKS
 export LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=${BASH_REMATCH[1]}
+# By its own name DeepSpeed sees that all ranks are on one node, and takes its faster collective on CPUs.
+export LOCAL_SIZE=$LOCAL_WORLD_SIZE
 # Ranks that share a sequence have numbers next to each other, and belong on one node.
 if ((RANK != SLURM_NODEID * LOCAL_WORLD_SIZE + LOCAL_RANK)); then
   echo "rank.sh: error: task $RANK is number $LOCAL_RANK on node number $SLURM_NODEID; allowed: tasks that fill one" \

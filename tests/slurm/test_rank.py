@@ -6,6 +6,7 @@ import os
 import subprocess
 
 import pytest
+from cluster import Cluster
 from test_readme import ROOT
 
 # Of task 5, as srun sets them for four nodes with two tasks each.
@@ -17,7 +18,7 @@ TASK = {
     "SLURM_LOCALID": "1",
     "SLURMD_NODENAME": "n3",
 }
-SHOW = 'echo "$RANK $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE"'
+SHOW = 'echo "$RANK $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE $LOCAL_SIZE"'
 
 
 def start(script: str = SHOW, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -43,7 +44,12 @@ def start(script: str = SHOW, **variables: str) -> subprocess.CompletedProcess[s
 )
 def test_a_task_becomes_a_rank(variables: dict[str, str]) -> None:
     done = start(**variables)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "5 8 1 2\n", "rank 5 of 8 on n3\n")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "5 8 1 2 2\n", "rank 5 of 8 on n3\n")
+
+
+def test_tasks_of_two_nodes(cluster: Cluster) -> None:
+    output = cluster.run("srun", "--nodes=2", "--ntasks-per-node=2", "slurm/rank.sh", "bash", "-c", SHOW)
+    assert sorted(output.splitlines()) == ["0 4 0 2 2", "1 4 1 2 2", "2 4 0 2 2", "3 4 1 2 2"]
 
 
 @pytest.mark.parametrize(
