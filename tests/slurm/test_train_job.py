@@ -40,7 +40,7 @@ class Runs:
     def __init__(self, cluster: Cluster, ds_config: str, folder: Path) -> None:
         self._cluster, self._ds_config, self._folder = cluster, ds_config, folder
         self._jobs: list[Job] = []
-        self.output_dir = folder / "run"
+        self.output_dir = folder / "a run of 50%t"  # what srun would fill in
 
     def submit(self, *flags: str, options: tuple[str, ...] = ("--nodes=2",)) -> Job:
         words = [*options, SCRIPT, "--ds_config", self._ds_config, "--output_dir", str(self.output_dir)]
@@ -91,6 +91,14 @@ def test_two_nodes_train_one_model(runs: Runs, local: Path) -> None:
     for rank in range(2):
         assert f"rank {rank} of 2 on n{rank + 1}\n" in runs.rank_log(rank)
     assert "rank 0 of 2: sp 2, dp 1" in runs.rank_log(0)
+    assert_same_run(runs.output_dir, local)
+
+
+def test_ranks_of_one_node_train_one_model(runs: Runs, local: Path) -> None:
+    job = runs.submit(options=("--nodes=1", "--ntasks-per-node=2"))
+    assert job.end() == "COMPLETED", job.output()
+    for rank in range(2):
+        assert f"rank {rank} of 2 on n1\n" in runs.rank_log(rank)
     assert_same_run(runs.output_dir, local)
 
 
