@@ -173,6 +173,17 @@ def test_nodes_of_unlike_size_are_refused(runs: Runs) -> None:
     assert "rank.sh: error: tasks per node are 2,1; allowed: as many on each" in runs.rank_log(0)
 
 
+def test_one_task_for_a_node_with_many_gpus_is_refused(cluster: Cluster, tmp_path: Path) -> None:
+    """This cluster has no GPUs, so that what SLURM says of them is handed through from here."""
+    environment = {"SLURM_GPUS_ON_NODE": "8"}
+    job = cluster.submit("--nodes=2", SCRIPT, log=tmp_path / "log", environment=environment)
+    assert job.end() == "FAILED"
+    assert job.output() == (
+        "train.sbatch: error: one task on each node with 8 GPUs would use one GPU of them; allowed: a task for each "
+        "(--ntasks-per-node=8)\n"
+    )
+
+
 def test_another_folder_and_another_environment_are_refused(cluster: Cluster, tmp_path: Path) -> None:
     elsewhere = cluster.submit(str(ROOT / SCRIPT), log=tmp_path / "elsewhere.log", cwd=tmp_path)
     # An environment with a python that has nothing installed.
