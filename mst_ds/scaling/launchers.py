@@ -102,7 +102,11 @@ class SrunLauncher:
         if "MASTER_ADDR" not in environment:
             raise ValueError("MASTER_ADDR is not set in this job; allowed: sbatch slurm/scaling.sbatch")
         hosts = _said("scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]).split()
-        left = _said("squeue", "--noheader", f"--jobs={environment['SLURM_JOB_ID']}", "--format=%L")
+        job = environment["SLURM_JOB_ID"]
+        if "SLURM_ARRAY_JOB_ID" in environment:
+            # The last task's number is that of the whole array.
+            job = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
+        left = _said("squeue", "--noheader", f"--jobs={job}", "--format=%L")
         return cls(tuple(hosts), _fewest(environment["SLURM_TASKS_PER_NODE"]), _minutes(left))
 
     def check(self, points: Iterable[Point]) -> None:

@@ -298,6 +298,15 @@ def test_a_job_that_ends_before_its_point_may_is_refused(
         launcher_here(read_sweep(file), environment)
 
 
+def test_a_task_of_an_array_asks_for_its_own_time(
+    sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = with_slurm(tmp_path, monkeypatch, left="9:00")
+    (tmp_path / "squeue").write_text('#!/bin/sh\ncase "$*" in *jobs=7_3*) echo 9:00;; esac\n', encoding="utf-8")
+    environment |= {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
+    assert launcher_here(sweep, environment) == SrunLauncher(("n1", "n2"), 4, 9)
+
+
 def test_the_node_with_the_fewest_tasks_counts(sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     environment = with_slurm(tmp_path, monkeypatch, left="9:00") | {"SLURM_TASKS_PER_NODE": "4(x3),2"}
     assert launcher_here(sweep, environment) == SrunLauncher(("n1", "n2"), 2, 9)
