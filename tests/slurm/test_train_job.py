@@ -139,6 +139,29 @@ def test_the_time_limit_brings_a_job_back_and_cancelling_does_not(cluster: Clust
     assert processes_of(runs.output_dir) == []
 
 
+def test_a_task_of_an_array_comes_back_alone(cluster: Cluster, tmp_path: Path) -> None:
+    script = tmp_path / "task.sh"
+    script.write_text(
+        f'#!/bin/bash\nexec bash {SCRIPT} "$@" --output_dir {tmp_path}/$SLURM_ARRAY_TASK_ID\n', encoding="utf-8"
+    )
+    flags = [*FLAGS, "--max_steps", "100000", "--save_steps", "0"]
+    words = ["--nodes=1", "--exclusive", "--array=0-1", "--requeue", str(script), *flags]
+    job = cluster.submit(*words, log=tmp_path / "task-%a.log")
+    tasks = [Job(cluster, f"{job.number}_{index}", tmp_path / f"task-{index}.log") for index in range(2)]
+    try:
+        for index in range(2):
+            metrics = tmp_path / str(index) / "metrics.jsonl"
+            wait_until(lambda file=metrics: file.exists() and losses(file.parent) != [], "a step of each task")
+        # The last one, whose own number is the array's.
+        assert tasks[1].field("JobId") == job.number
+        cluster.run("scancel", "--signal=USR1", tasks[1].number)
+        wait_until(lambda: tasks[1].field("Restarts") == "1", "the task went back to the queue")
+        assert (tasks[0].field("Restarts"), tasks[0].field("JobState")) == ("0", "RUNNING")
+    finally:
+        cluster.run("scancel", job.number)
+        wait_until(lambda: job.number not in cluster.run("squeue", "--noheader", "--format=%F").split(), "the end")
+
+
 def test_a_rank_that_dies_fails_the_job(cluster: Cluster, runs: Runs) -> None:
     job = runs.submit("--max_steps", "100000")
     job.wait_for(lambda: runs.has_saved(3), "step 3 saved")
