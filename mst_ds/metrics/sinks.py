@@ -1,0 +1,89 @@
+"""Files that the metrics of a run go to, while it runs: `metrics.jsonl` and `tensorboard/`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch.utils.tensorboard import SummaryWriter
+
+from mst_ds.metrics.records import PlannedMemory, Value, by_phase, finite
+
+
+class Sink(Protocol):
+    """One place that metrics go to."""
+
+    def log_step(self, step: int, values: Mapping[str, Value]) -> None: ...
+
+    def log_eval(self, step: int, loss: float) -> None: ...
+
+    def log_memory(self, step: int, phases: Sequence[PlannedMemory]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """A JSON object a line. Line-buffered: a run that dies leaves every step that it finished."""
+
+    def __init__(self, path: Path, earlier: Sequence[Mapping[str, Any]]) -> None:
+        # At once or not at all: a kill in here loses nothing of what an earlier part of the run has logged.
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(json.dumps(record) + "\n" for record in earlier), encoding="utf-8")
+        partial.replace(path)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def log_step(self, step: int, values: Mapping[str, Value]) -> None:
+        self._write({"step": step, **values})
+
+    def log_eval(self, step: int, loss: float) -> None:
+        self._write({"step": step, "eval_loss": loss})
+
+    def log_memory(self, step: int, phases: Sequence[PlannedMemory]) -> None:
+        self._write({"step": step, **by_phase(phases)})
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(finite(record), allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def records_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl` up to this step; a last line that was cut off by a kill is none."""
+    if step == 0 or not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if record["step"] <= step:
+            records.append(record)
+    return records
+
+
+class TensorBoard:
+    """TensorBoard event files, with the tags train/…, eval/loss, planned_bytes/… and measured_bytes/…."""
+
+    def __init__(self, folder: Path, steps_done: int) -> None:
+        # purge_step hides the events of later steps that are in this folder.
+        self._writer = SummaryWriter(str(folder), purge_step=steps_done + 1 if steps_done else 0)
+
+    def log_step(self, step: int, values: Mapping[str, Value]) -> None:
+        for name, value in values.items():
+            if value is not None:
+                self._writer.add_scalar(f"train/{name}", value, step)
+
+    def log_eval(self, step: int, loss: float) -> None:
+        self._writer.add_scalar("eval/loss", loss, step)
+
+    def log_memory(self, step: int, phases: Sequence[PlannedMemory]) -> None:
+        for name, of_phases in by_phase(phases).items():
+            for phase, count in of_phases.items():
+                self._writer.add_scalar(f"{name}/{phase}", count, step)
+
+    def close(self) -> None:
+        self._writer.close()
