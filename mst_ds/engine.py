@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import deepspeed
-import psutil
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
@@ -31,6 +30,7 @@ from mst_ds.checkpoint import (
 )
 from mst_ds.config import AUTO, TrainConfig
 from mst_ds.data import ShardedLoader, TrainingData, load_training_data
+from mst_ds.host_memory import host_memory
 from mst_ds.jit_build import build_shared_memory_collective, unlink_shared_memory
 from mst_ds.model_shape import ModelShape, load_model_config, shipped_model_config
 from mst_ds.patch import apply_plan, find_parts
@@ -336,7 +336,7 @@ def _device_memory(launch: Launch) -> int:
     """Bytes of this rank's device; without an accelerator the ranks of a node share its memory."""
     if _has_accelerator():
         return int(get_accelerator().total_memory(launch.local_rank))
-    return psutil.virtual_memory().total // launch.local_world_size
+    return host_memory() // launch.local_world_size
 
 
 def _gpu(launch: Launch) -> Gpu | None:
@@ -351,7 +351,7 @@ def _host_memory(launch: Launch) -> int | None:
     if not _has_accelerator():
         return None
     # Not what is free now: that differs from rank to rank, but all have to keep the same. A quarter is for others.
-    return psutil.virtual_memory().total * 3 // 4 // launch.local_world_size
+    return host_memory() * 3 // 4 // launch.local_world_size
 
 
 def _load_model(run: Run) -> nn.Module:

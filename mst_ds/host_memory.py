@@ -1,0 +1,36 @@
+"""The memory of this node that its ranks may use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import psutil
+
+_PROCESS = Path("/proc/self/cgroup")
+_MOUNT = Path("/sys/fs/cgroup")
+
+
+def host_memory() -> int:
+    """Bytes that the ranks of this node share: all it has, or the least that a container or a batch job leaves them."""
+    return min([psutil.virtual_memory().total, *_limits(_PROCESS, _MOUNT)])
+
+
+def _limits(process: Path, mount: Path) -> Iterator[int]:
+    """Of this process' control group and of each that this one is in, in version 2 or 1 (cgroups(7))."""
+    if not process.is_file():
+        return
+    for line in process.read_text(encoding="ascii").splitlines():
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":
+            folder, name = mount, "memory.max"
+        elif "memory" in controllers.split(","):
+            folder, name = mount / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        # A container may see its own group as the root, under a path that only its host has.
+        inside = PurePosixPath(group).relative_to("/")
+        for each in (inside, *inside.parents):
+            file = folder / each / name
+            if file.is_file() and (limit := file.read_text(encoding="ascii").strip()).isdecimal():
+                yield int(limit)
