@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -67,18 +66,8 @@ class Totals:
 
 
 def by_phase(phases: Sequence[PlannedMemory]) -> dict[str, dict[str, int]]:
+    """Bytes of each phase, as files hold them."""
     return {
         "planned_bytes": {each.phase: each.planned for each in phases},
         "measured_bytes": {each.phase: each.measured for each in phases},
     }
-
-
-def finite(value: Any) -> Any:
-    """`value` with null for each NaN and infinity, which JSON cannot hold."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return value

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 
-from mst_ds.metrics.records import PlannedMemory, Value, by_phase, finite
+from mst_ds.metrics.records import PlannedMemory, Value, by_phase
+from mst_ds.metrics.strict_json import replace_file, to_json
 
 
 class Sink(Protocol):
@@ -28,10 +29,8 @@ class JsonLines:
     """A JSON object a line. Line-buffered: a run that dies leaves every step that it finished."""
 
     def __init__(self, path: Path, earlier: Sequence[Mapping[str, Any]]) -> None:
-        # At once or not at all: a kill in here loses nothing of what an earlier part of the run has logged.
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in earlier), encoding="utf-8")
-        partial.replace(path)
+        # A kill in here loses nothing of what an earlier part of the run has logged.
+        replace_file(path, "".join(to_json(record) + "\n" for record in earlier))
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def log_step(self, step: int, values: Mapping[str, Value]) -> None:
@@ -44,7 +43,7 @@ class JsonLines:
         self._write({"step": step, **by_phase(phases)})
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(finite(record), allow_nan=False) + "\n")
+        self._file.write(to_json(record) + "\n")
 
     def close(self) -> None:
         self._file.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,8 +12,9 @@ from rich.console import Console
 
 from mst_ds.metrics.display import Display
 from mst_ds.metrics.environment import package_versions
-from mst_ds.metrics.records import PlannedMemory, Totals, Value, by_phase, finite
+from mst_ds.metrics.records import PlannedMemory, Totals, Value, by_phase
 from mst_ds.metrics.sinks import JsonLines, Sink, TensorBoard, records_until
+from mst_ds.metrics.strict_json import replace_file, to_json
 
 
 class MetricsWriter:
@@ -132,10 +132,11 @@ class MetricsWriter:
         """Writes `summary.json` at once or not at all: totals of the logged steps, memory, versions and `fields`.
 
         `fields` (such as the plan) may hold what JSON can; a name that the totals have too takes its place.
+
+        Raises:
+            TypeError: `fields` holds what JSON cannot.
+            OSError: it cannot be written. An earlier summary stays.
         """
         if self._sinks:
             summary = {**self._totals.summary(), **self._memory, "versions": package_versions(), **fields}
-            text = json.dumps(finite(summary), indent=2, allow_nan=False)
-            partial = self._folder / "summary.json.partial"
-            partial.write_text(text + "\n", encoding="utf-8")
-            partial.replace(self._folder / "summary.json")
+            replace_file(self._folder / "summary.json", to_json(summary, indent=2) + "\n")
