@@ -1,0 +1,108 @@
+"""Writes a checkpoint beside its place, and renames it into that when all of it is on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from mst_ds.checkpoint.checksums import checksum, shared_by_ranks
+from mst_ds.checkpoint.folder import (
+    MODEL_FOLDER,
+    STATE_FILE,
+    STATES_FOLDER,
+    complete_names,
+    folder_name,
+    remove_checkpoint,
+    remove_unfinished,
+    unfinished,
+)
+from mst_ds.checkpoint.identity import Identity
+from mst_ds.checkpoint.random_states import random_file, random_states
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+    from transformers import PreTrainedTokenizerBase
+
+
+def save_checkpoint(
+    engine: DeepSpeedEngine,
+    folder: Path,
+    *,
+    step: int,
+    keep: int,
+    identity: Identity,
+    data: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+) -> Path:
+    """Writes the checkpoint of `step` into `folder`, and then removes all but the `keep` newest. A collective call.
+
+    Raises:
+        OSError: a file could not be written, on the rank that raises it. Earlier checkpoints are as they were; the
+            other ranks wait, so that this rank must end the job.
+    """
+    target = folder / folder_name(step)
+    partial = unfinished(target)
+    rank = dist.get_rank()
+    if rank == 0:
+        remove_unfinished(folder)
+        (partial / MODEL_FOLDER).mkdir(parents=True)
+    dist.barrier()
+    try:
+        engine.save_checkpoint(str(partial), tag=STATES_FOLDER, save_latest=False)
+        torch.save(random_states(engine.device), partial / random_file(rank))
+        if rank == 0:
+            _write_model_folder(engine, tokenizer, partial / MODEL_FOLDER)
+    except RuntimeError as error:  # how torch says that a disk is full
+        raise OSError(f"the checkpoint {target} could not be written: {' '.join(str(error).split())}") from error
+    dist.barrier()
+    names = [str(path.relative_to(partial)) for path in sorted(partial.rglob("*")) if path.is_file()]
+    checksums = shared_by_ranks(names, lambda name: _flush_and_checksum(partial / name))
+    if rank == 0:
+        state = {
+            "step": step,
+            "world_size": dist.get_world_size(),
+            "identity": asdict(identity),
+            "data": dict(data),
+            "sizes": {name: (partial / name).stat().st_size for name in names},
+            "checksums": checksums,
+        }
+        (partial / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        _flush_to_disk(partial / STATE_FILE)
+        if target.is_dir():
+            remove_checkpoint(target)
+        partial.replace(target)
+        _flush_to_disk(folder)
+        for old in complete_names(folder)[:-keep]:
+            remove_checkpoint(folder / old)
+    dist.barrier()
+    return target
+
+
+def _write_model_folder(engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """What an export needs beside the weights."""
+    model: Any = engine.module
+    peft_configs = getattr(model, "peft_config", None)
+    if peft_configs:
+        model.active_peft_config.save_pretrained(str(folder))
+    model.config.save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
+
+
+def _flush_and_checksum(path: Path) -> int:
+    _flush_to_disk(path)
+    return checksum(path)
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
