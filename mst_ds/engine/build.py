@@ -1,0 +1,78 @@
+"""From a run to DeepSpeed's engine: the model's weights, its plan, its optimizer, and what a checkpoint holds."""
+
+from __future__ import annotations
+
+import functools
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import deepspeed
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, set_seed
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+from mst_ds.adapters import add_adapters
+from mst_ds.checkpoint import load_checkpoint, universal_setting
+from mst_ds.engine.optimizer import adamw, schedule
+from mst_ds.engine.run import Run
+from mst_ds.model_shape import shipped_model_config
+from mst_ds.patch import apply_plan
+from mst_ds.zero import has_block
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+    from torch import nn
+
+
+def build_engine(run: Run) -> DeepSpeedEngine:
+    """Build the model under its plan and hand it to DeepSpeed, after `meet`. A collective call."""
+    set_seed(run.config.seed)
+    model = _load_model(run)
+    # Dropout must not repeat from rank to rank; the weights above must.
+    set_seed((run.config.seed + run.launch.rank) % 2**32)
+    apply_plan(model, run.plan)
+    has_own_optimizer, has_own_schedule = (has_block(run.ds_config, name) for name in ("optimizer", "scheduler"))
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
+        optimizer=None if has_own_optimizer else adamw(model, run.config, run.ds_config),
+        lr_scheduler=None if has_own_schedule else functools.partial(schedule, run.config),
+        config=run.ds_config | universal_setting(run.checkpoint, run.launch.world_size),
+    )
+    _limit_waiting(run.config.hang_timeout)
+    if run.checkpoint is not None:
+        load_checkpoint(engine, run.checkpoint, seed=run.config.seed)
+    return engine
+
+
+def _load_model(run: Run) -> nn.Module:
+    # transformers looks for this object, by a weak reference, to build the weights sharded from the start.
+    zero3 = HfDeepSpeedConfig(run.ds_config) if run.plan.zero_stage == 3 else None
+    if _has_weights(run.config.model):
+        model = AutoModelForCausalLM.from_pretrained(
+            run.config.model, dtype=run.dtype, attn_implementation=run.own_attention
+        )
+    else:
+        model = AutoModelForCausalLM.from_config(
+            run.model_config, dtype=run.dtype, attn_implementation=run.own_attention
+        )
+    trained: nn.Module = model if run.peft_config is None else add_adapters(model, run.peft_config)
+    del zero3
+    return trained.train()
+
+
+def _has_weights(name_or_path: str) -> bool:
+    """Whether there are weights to load: a shipped config has none, a folder may, a Hugging Face id does."""
+    if shipped_model_config(name_or_path) is not None:
+        return False
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        return True
+    return any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "pytorch_model*.bin"))
+
+
+def _limit_waiting(seconds: float) -> None:
+    """A process group does not take over the timeout of the world, and DeepSpeed gives its own none."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)

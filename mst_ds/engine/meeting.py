@@ -1,0 +1,52 @@
+"""The processes of a run meet, and agree on what they do."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from datetime import timedelta
+
+import deepspeed
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from mst_ds.engine.launch import stand_alone
+from mst_ds.engine.run import Run
+from mst_ds.jit_build import build_shared_memory_collective, unlink_shared_memory
+
+
+class RanksDisagreeError(ValueError):
+    """The ranks were given, or see, what does not go together. Every rank raises it."""
+
+
+def meet(run: Run) -> Run:
+    """Let the processes meet, and plan again where their devices differ in memory. A collective call.
+
+    Raises:
+        RanksDisagreeError: they would go on from different checkpoints.
+    """
+    get_accelerator().set_device(run.launch.local_rank)
+    if "MASTER_ADDR" not in os.environ:
+        stand_alone()
+    build_shared_memory_collective()
+    deepspeed.init_distributed(timeout=timedelta(seconds=run.config.hang_timeout))
+    # When all ranks have opened each other's.
+    dist.barrier()
+    unlink_shared_memory(run.launch.rank)
+    _require_same_checkpoint(run)
+    of_ranks: list[int] = [0] * run.launch.world_size
+    dist.all_gather_object(of_ranks, run.plan.device_memory)
+    if len(set(of_ranks)) == 1:
+        return run
+    return replace(run, plan=run.planned(device_memory=of_ranks))
+
+
+def _require_same_checkpoint(run: Run) -> None:
+    found = [None if run.checkpoint is None else (run.checkpoint.step, str(run.checkpoint.folder))]
+    steps = found * run.launch.world_size
+    dist.all_gather_object(steps, found[0])
+    for rank, step in enumerate(steps):
+        if step != steps[0]:
+            raise RanksDisagreeError(
+                f"rank 0 goes on from {steps[0]}, but rank {rank} from {step}; allowed: a folder that all ranks see"
+            )
