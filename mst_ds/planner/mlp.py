@@ -72,12 +72,10 @@ def _dense_steps(work: Workload, chunks: int, intermediate_size: int, *, backwar
     what the activation and its gradient make; at its end the weights' gradients in 16 bits beside their sums in fp32.
     One less in both where gate and up are kept."""
     matrices = 3 if work.shape.gated_mlp else 2
-    of_forward, of_backward = TENSORS_OF_ACTIVATION.get(work.shape.activation, (1, 1))
-    tensors = (matrices + of_backward if backward else 1 + of_forward) - work.keep_mlp
     chunk = product_term(
         "mlp_chunk",
         "device",
-        ("tensors", tensors),
+        ("tensors", _chunk_tensors(work, matrices, backward=backward)),
         ("chunk tokens", work.chunk_tokens(chunks)),
         ("intermediate_size", intermediate_size),
         ("bytes", work.zero.dtype_bytes),
@@ -94,6 +92,16 @@ def _dense_steps(work: Workload, chunks: int, intermediate_size: int, *, backwar
         return (step,)
     rounded = product_term("rounded_weight_gradients", "device", *weights, ("bytes", work.zero.dtype_bytes))
     return (step, MlpStep((), (input_gradient, sums, rounded)))
+
+
+def _chunk_tensors(work: Workload, matrices: int, *, backward: bool) -> int:
+    """Of intermediate size. An MLP with adapters is differentiated by autograd. Forward: the gate, and of a projection
+    its output, what its adapter adds, and their sum. Backward: what autograd keeps, which is gate, activation, up and
+    product, and two gradients."""
+    of_forward, of_backward = TENSORS_OF_ACTIVATION.get(work.shape.activation, (1, 1))
+    if work.shape.trained.mlp:
+        return 2 * matrices - 1 + of_backward if backward else matrices + of_forward
+    return (matrices + of_backward if backward else 1 + of_forward) - work.keep_mlp
 
 
 def _expert_step(work: Workload, chunks: int, experts: ExpertShape, *, backward: bool) -> MlpStep:

@@ -95,7 +95,7 @@ def test_dropout_of_adapters_is_kept_with_its_mask() -> None:
         (ATTENTION, {"keep_attention": True, "keep_mlp": False}, 0.02),
         (ATTENTION, {"keep_attention": True, "keep_mlp": True}, 0.02),
         # An MLP with adapters is differentiated by autograd, chunk by chunk, for which no term is exact.
-        ([*ATTENTION, *MLP], {"keep_attention": True}, 0.1),
+        *(([*ATTENTION, *MLP], {"keep_attention": True, "mlp_chunks": chunks}, 0.05) for chunks in ("auto", 1, 2)),
     ],
 )
 def test_the_plan_is_that_of_a_dry_run(targets: list[str], mst: dict[str, Any], tolerance: float) -> None:
