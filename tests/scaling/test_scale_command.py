@@ -284,8 +284,9 @@ def with_slurm(folder: Path, monkeypatch: pytest.MonkeyPatch, *, left: str) -> d
     [("UNLIMITED", None), ("", None), ("4:30", 4.5), ("59:00", 59), ("1:00:30", 60.5), ("2-03:00:00", 51 * 60)],
 )
 def test_what_a_job_has_left(
-    sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str, minutes: float | None
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str, minutes: float | None
 ) -> None:
+    sweep = read_sweep(file, {"time_limit": 4})
     found = launcher_here(sweep, with_slurm(tmp_path, monkeypatch, left=left))
     assert found == SrunLauncher(("n1", "n2"), 4, math.inf if minutes is None else minutes)
 
@@ -295,7 +296,7 @@ def test_a_job_that_ends_before_its_point_may_is_refused(
 ) -> None:
     environment = with_slurm(tmp_path, monkeypatch, left="2:59")
     with pytest.raises(ValueError, match=r"time_limit is 3 minutes, but this job ends in 2\.98, .* sbatch --time=8"):
-        launcher_here(read_sweep(file), environment)
+        launcher_here(read_sweep(file, {"time_limit": 3}), environment)
 
 
 def test_a_task_of_an_array_asks_for_its_own_time(
