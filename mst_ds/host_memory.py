@@ -20,7 +20,7 @@ def _limits(process: Path, mount: Path) -> Iterator[int]:
     """Of this process' control group and of each that this one is in, in version 2 or 1 (cgroups(7))."""
     if not process.is_file():
         return
-    for line in process.read_text(encoding="ascii").splitlines():
+    for line in process.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
         _, controllers, group = line.split(":", 2)
         if controllers == "":
             folder, name = mount, "memory.max"

@@ -17,7 +17,7 @@ def limited(monkeypatch: pytest.MonkeyPatch, folder: Path, process: str, files: 
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text + "\n", encoding="ascii")
-    (folder / "cgroup").write_text(process, encoding="ascii")
+    (folder / "cgroup").write_text(process, encoding="utf-8")
     monkeypatch.setattr(host_memory, "_PROCESS", folder / "cgroup")
     monkeypatch.setattr(host_memory, "_MOUNT", folder)
     return host_memory.host_memory()
@@ -38,6 +38,7 @@ VERSION_2 = f"0::{GROUP}\n"
         (VERSION_1, {"memory/memory.limit_in_bytes": "8192"}, 8192),
         (VERSION_2, {"memory.max": "8192"}, 8192),
         ("0::/../outside\n", {"memory.max": "8192"}, 8192),
+        ("0::/gr\u00fcn\n", {"memory.max": "8192"}, 8192),
         # None.
         (VERSION_2, {"memory.max": "max"}, NODE),
         (VERSION_2, {}, NODE),
