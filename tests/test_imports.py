@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "mst_ds"
 
 # From the bottom up. Modules of one line may import each other; each may import any line above this one.
 LAYERS = [
-    {"config", "host_memory", "live_memory"},
+    {"config", "host_memory", "live_memory", "whole_file"},
     {"zero", "model_shape", "topology", "adapters", "recompute"},
     {"planner", "minisequence", "router_loss", "ulysses", "metrics", "data"},
     {"structure"},

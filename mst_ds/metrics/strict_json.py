@@ -1,11 +1,10 @@
-"""JSON that any reader takes, in files that are whole or not there."""
+"""JSON that any reader takes."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 
@@ -16,17 +15,6 @@ def to_json(value: Any, *, indent: int | None = None) -> str:
         TypeError: it holds what JSON cannot.
     """
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Writes `text` to `path` at once or not at all: what was there stays until all of it is written.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def _finite(value: Any) -> Any:

@@ -14,7 +14,8 @@ from mst_ds.metrics.display import Display
 from mst_ds.metrics.environment import package_versions
 from mst_ds.metrics.records import PlannedMemory, Totals, Value, by_phase
 from mst_ds.metrics.sinks import JsonLines, Sink, TensorBoard, records_until
-from mst_ds.metrics.strict_json import replace_file, to_json
+from mst_ds.metrics.strict_json import to_json
+from mst_ds.whole_file import replace_file
 
 
 class MetricsWriter:

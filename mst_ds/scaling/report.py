@@ -13,8 +13,9 @@ from filelock import FileLock
 from mst_ds.config import GIB
 from mst_ds.scaling.curves import Curve, strong_curves, weak_curves
 from mst_ds.scaling.plot import plot_results
-from mst_ds.scaling.result import DONE, STATUSES, Result, read_results, write_text
+from mst_ds.scaling.result import DONE, STATUSES, Result, read_results
 from mst_ds.scaling.sweep import short_length
+from mst_ds.whole_file import replace_file
 
 _COLUMNS = (
     "name",
@@ -50,9 +51,9 @@ def write_report(output_dir: Path) -> list[Result]:
     # Tasks of a job array end together; the last one to get the lock sees all results.
     with FileLock(output_dir / "report.lock"):
         results = read_results(output_dir)
-        write_text(output_dir / "results.csv", as_csv(results))
+        replace_file(output_dir / "results.csv", as_csv(results))
         plots = plot_results(results, output_dir / "plots")
-        write_text(output_dir / "report.md", as_markdown(results, [path.relative_to(output_dir) for path in plots]))
+        replace_file(output_dir / "report.md", as_markdown(results, [path.relative_to(output_dir) for path in plots]))
     return results
 
 

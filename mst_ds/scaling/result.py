@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from mst_ds.whole_file import replace_file
 
 DONE, OUT_OF_MEMORY, FAILED, TIMED_OUT, REFUSED = "done", "out of memory", "failed", "timed out", "refused"
 STATUSES = (DONE, OUT_OF_MEMORY, FAILED, TIMED_OUT, REFUSED)
@@ -87,17 +88,7 @@ class Result:
 def write_result(folder: Path, result: Result) -> None:
     """At once or not at all, also for a machine that fails."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / FILE_NAME, json.dumps(dataclasses.asdict(result), indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """At once or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    replace_file(folder / FILE_NAME, json.dumps(dataclasses.asdict(result), indent=2) + "\n")
 
 
 def read_result(folder: Path) -> Result | None:

@@ -14,8 +14,9 @@ from filelock import FileLock, Timeout
 from mst_ds.model_shape import flops_per_token, load_model_shape
 from mst_ds.scaling.launchers import Launcher, launch
 from mst_ds.scaling.outcome import Outcome, judge, read_environment, read_metrics
-from mst_ds.scaling.result import MEASURED, POINTS, REFUSED, Result, read_result, write_result, write_text
+from mst_ds.scaling.result import MEASURED, POINTS, REFUSED, Result, read_result, write_result
 from mst_ds.scaling.sweep import Point, Sweep
+from mst_ds.whole_file import replace_file
 
 # A rank that is killed by someone else's doing says nothing of the point. Twice is no accident.
 _ATTEMPTS = 2
@@ -81,7 +82,7 @@ def _run(sweep: Sweep, point: Point, folder: Path, request: dict[str, Any], laun
     except ValueError as error:
         return point_result(point, source=MEASURED, status=REFUSED, error=str(error), request=request)
     ds_config = folder / "ds_config.json"
-    write_text(ds_config, json.dumps(request["ds_config"], indent=2) + "\n")
+    replace_file(ds_config, json.dumps(request["ds_config"], indent=2) + "\n")
     output = folder / "run"
     outcome, attempts = _launch(sweep, point, folder, output, ds_config, launcher)
     # Measured once, and of the size of the model.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -94,11 +94,11 @@ def test_a_summary_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: py
         with pytest.raises(TypeError, match="not JSON serializable"):
             metrics.write_summary({"attempt": object()})
 
-        def disk_full(path: Path, text: str, **_: Any) -> int:
-            path.write_bytes(text[: len(text) // 2].encode())
+        def disk_full(file: int) -> None:
+            os.ftruncate(file, os.fstat(file).st_size // 2)
             raise OSError("No space left on device")
 
-        monkeypatch.setattr(Path, "write_text", disk_full)
+        monkeypatch.setattr(os, "fsync", disk_full)
         with pytest.raises(OSError, match="No space"):
             metrics.write_summary({"attempt": 2})
     assert json.loads((tmp_path / "summary.json").read_text())["attempt"] == 1
