@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from launch import plan as plan_command
 from mst_ds.config import GIB
 from mst_ds.planner import longest_seq_len, make_plan
 
@@ -26,6 +27,16 @@ def run(*flags):
     )
     command = [sys.executable, "-c", f"import sys\nsys.argv = {['launch/plan.py', *flags]!r}\n{program}"]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+
+def refuse(capsys, *flags):
+    """The one line of a refusal, in this process: what is imported is told apart by `run`."""
+    assert plan_command.main(flags) == 2
+    done = capsys.readouterr()
+    (error,) = done.err.splitlines()
+    assert done.out == ""
+    assert error.startswith("plan.py: error: ")
+    return error
 
 
 def test_a_known_model_is_planned_without_torch_and_transformers():
@@ -164,12 +175,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("flags", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_planned_is_refused_in_one_line(flags, message):
-    done = run(*flags)
-    error, _ = done.stderr.splitlines()
-    assert (done.returncode, done.stdout) == (2, "")
-    assert error.startswith("plan.py: error: ")
-    assert message in error
+def test_what_cannot_be_planned_is_refused_in_one_line(capsys, monkeypatch, flags, message):
+    monkeypatch.chdir(ROOT)
+    assert message in refuse(capsys, *flags)
 
 
 LLAMA = {"model_type": "llama", "hidden_size": 256, "num_attention_heads": 4}
@@ -190,10 +198,13 @@ REFUSED_MODELS = {
 
 
 @pytest.mark.parametrize(("config", "message"), REFUSED_MODELS.values(), ids=REFUSED_MODELS)
-def test_a_model_that_cannot_be_planned_is_refused_in_one_line(tmp_path, config, message):
+def test_a_model_that_cannot_be_planned_is_refused_in_one_line(tmp_path, capsys, config, message):
     (tmp_path / "config.json").write_text(json.dumps(config))
-    done = run("--model", str(tmp_path), "--gpu", "H100", "--seq_len", "4K")
-    error, _ = done.stderr.splitlines()
-    assert (done.returncode, done.stdout) == (2, "")
-    assert error.startswith("plan.py: error: ")
-    assert message in error
+    assert message in refuse(capsys, "--model", str(tmp_path), "--gpu", "H100", "--seq_len", "4K")
+
+
+def test_a_refusal_is_the_command_s_exit_code_and_its_only_line():
+    done = run(*LLAMA_8B, "--seq_len", "0")
+    error, imported = done.stderr.splitlines()
+    assert (done.returncode, done.stdout, imported) == (2, "", "[]")
+    assert error == "plan.py: error: seq_len is 0; allowed: a whole number >= 1"
