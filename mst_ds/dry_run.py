@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from mst_ds import model_forward
 from mst_ds.adapters import model_on_meta
 from mst_ds.live_memory import LiveMemory
 from mst_ds.minisequence import chunks
-from mst_ds.patch import apply_plan, find_parts
+from mst_ds.patching import apply_plan, decoder, find_parts
 from mst_ds.planner import Plan, activation_bytes
 from mst_ds.recompute import stores
 from mst_ds.ulysses import blockwise
@@ -98,7 +97,7 @@ def dry_run(model_config: PreTrainedConfig, plan: Plan, peft_config: PeftConfig 
 def as_on_an_accelerator() -> Iterator[None]:
     """Products of 16 bits are summed in fp32 without copies, elementwise work takes chunks as large as there; and
     positions, which have no values, begin no documents."""
-    no_documents = patch.object(model_forward, "find_document_starts", lambda *_: None)
+    no_documents = patch.object(decoder, "find_document_starts", lambda *_: None)
     no_copies = patch.object(chunks, "_gemm_accumulates_in_fp32", lambda *_: True)
     with no_documents, no_copies, patch.object(chunks, "_ELEMENTS_IN_CACHE", {}):
         yield

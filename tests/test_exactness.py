@@ -40,7 +40,7 @@ def make_engine(
     import deepspeed
 
     from mst_ds.jit_build import build_shared_memory_collective
-    from mst_ds.patch import apply_plan
+    from mst_ds.patching import apply_plan
 
     build_shared_memory_collective()
     model = tiny_llama(**dimensions)

@@ -21,7 +21,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
-import mst_ds.patch
+import mst_ds.patching.operators
 import mst_ds.structure.mlps
 from mst_ds import apply_plan, remove_plan
 from mst_ds.topology import Topology
@@ -100,7 +100,10 @@ def test_kept_gate_and_up_change_no_bit(name, recompute):
 @pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
 def test_the_plan_is_what_runs(count_calls, recompute):
     model = apply_plan(tiny_model("llama"), tiny_plan(mlp_chunks=5, loss_chunks=6, recompute=recompute))
-    mlps, losses = count_calls(mst_ds.structure.mlps, "chunked_mlp"), count_calls(mst_ds.patch, "chunked_loss")
+    mlps, losses = (
+        count_calls(mst_ds.structure.mlps, "chunked_mlp"),
+        count_calls(mst_ds.patching.operators, "chunked_loss"),
+    )
     attentions = []
     for layer in model.model.layers:
         layer.self_attn.register_forward_hook(lambda *_: attentions.append(1))

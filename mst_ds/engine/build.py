@@ -17,7 +17,7 @@ from mst_ds.checkpoint import load_checkpoint, universal_setting
 from mst_ds.engine.optimizer import adamw, schedule
 from mst_ds.engine.run import Run
 from mst_ds.model_shape import shipped_model_config
-from mst_ds.patch import apply_plan
+from mst_ds.patching import apply_plan
 from mst_ds.zero import has_block
 
 if TYPE_CHECKING:

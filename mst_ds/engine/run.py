@@ -19,7 +19,7 @@ from mst_ds.data import ShardedLoader, TrainingData, load_training_data
 from mst_ds.engine.hardware import has_accelerator, rank_device_memory, rank_gpu, rank_host_memory
 from mst_ds.engine.launch import Launch
 from mst_ds.model_shape import ModelShape, load_model_config
-from mst_ds.patch import find_parts
+from mst_ds.patching import find_parts
 from mst_ds.planner import DEFAULT_RESERVE, Plan, make_plan
 from mst_ds.preflight import require_exact
 from mst_ds.structure import why_own_attention

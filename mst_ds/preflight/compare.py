@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mst_ds.patch import apply_plan
+from mst_ds.patching import apply_plan
 from mst_ds.preflight.documents import Documents
 from mst_ds.preflight.errors import relative_error
 from mst_ds.preflight.float64 import Float64

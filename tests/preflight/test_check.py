@@ -16,7 +16,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 import mst_ds.minisequence.experts
 import mst_ds.minisequence.loss
 import mst_ds.minisequence.mlp
-import mst_ds.model_forward
+import mst_ds.patching.causal_lm
+import mst_ds.patching.decoder
 import mst_ds.ulysses.all_to_all
 from mst_ds.config import MstConfig
 from mst_ds.planner import make_plan
@@ -82,13 +83,13 @@ def unwritten_memory_shows() -> Iterator[None]:
 
 def merge_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the second document of each row see the first."""
-    original = mst_ds.model_forward.find_document_starts
+    original = mst_ds.patching.decoder.find_document_starts
 
     def starts(*args: Any) -> list[list[int]] | None:
         found = original(*args)
         return found and [[first, *rest[1:]] for first, *rest in found]
 
-    monkeypatch.setattr(mst_ds.model_forward, "find_document_starts", starts)
+    monkeypatch.setattr(mst_ds.patching.decoder, "find_document_starts", starts)
 
 
 @pytest.mark.parametrize(("setting", "factor"), [(ONE_RANK, 1.001), (PACKED, 1.001), (PACKED, 1 + 1e-8)], ids=str)
@@ -152,8 +153,10 @@ def test_gradient_that_arises_on_padding(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_scaled_loss_of_a_router(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = mst_ds.model_forward.router_loss
-    monkeypatch.setattr(mst_ds.model_forward, "router_loss", lambda *args, **kwargs: 1.001 * original(*args, **kwargs))
+    original = mst_ds.patching.causal_lm.router_loss
+    monkeypatch.setattr(
+        mst_ds.patching.causal_lm, "router_loss", lambda *args, **kwargs: 1.001 * original(*args, **kwargs)
+    )
     assert defect(PACKED, "qwen3_moe", output_router_logits=True).startswith("router: its part of the loss is off by ")
     assert check(PACKED, "qwen3_moe").is_exact, "a router loss that is off counts"
 
@@ -169,7 +172,7 @@ def test_a_crash_is_a_defect_not_a_refusal(monkeypatch: pytest.MonkeyPatch) -> N
     def crash(*args: Any) -> None:
         raise RuntimeError("two\nlines")
 
-    monkeypatch.setattr(mst_ds.model_forward, "find_document_starts", crash)
+    monkeypatch.setattr(mst_ds.patching.decoder, "find_document_starts", crash)
     assert defect(PACKED) == "it fails with RuntimeError: two lines"
 
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mst_ds.data import IGNORE_INDEX, Batch, shard, shift_labels
 from mst_ds.live_memory import LiveMemory
-from mst_ds.patch import apply_plan
+from mst_ds.patching import apply_plan
 from mst_ds.topology import Topology
 
 SEQ_LEN = 37

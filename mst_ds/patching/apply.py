@@ -1,0 +1,232 @@
+"""Applies a plan to one model instance, and takes it off again."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mst_ds.patching.adapters import base_model, without_adapters
+from mst_ds.patching.causal_lm import causal_lm_forward, generate
+from mst_ds.patching.decoder import decoder_forward, known_arguments
+from mst_ds.patching.guards import keep_recompute, require_unwrapped
+from mst_ds.patching.operators import chunk_head, chunk_mlp, chunk_norm, require_input_gradient
+from mst_ds.patching.patched import OwnConfig, PatchedModel
+from mst_ds.patching.undo import Undo
+from mst_ds.planner import Plan
+from mst_ds.recompute import DeviceStore, HostStore, LayerRecompute
+from mst_ds.structure import (
+    Chunkable,
+    LossStructure,
+    NormStructure,
+    RotaryStructure,
+    decoder_layers,
+    find_mlps,
+    find_norms,
+    find_rotary,
+    loss_structure,
+    require_shardable,
+    why_own_attention,
+)
+from mst_ds.ulysses import (
+    ATTENTION_NAME,
+    ProcessSequenceGroup,
+    SequenceGroup,
+    new_sequence_group,
+    register_attention,
+)
+from mst_ds.ulysses.backends import causal_backend
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_UNDO = "_mst_undo"
+# Their frequencies follow from the longest position, of which a shard sees only its own part.
+_LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """What of a model a plan replaces; `mlps` is empty where the model keeps its own."""
+
+    layers: list[nn.Module]
+    mlps: list[Chunkable]
+    norms: list[NormStructure]
+    rotary: list[RotaryStructure]
+    loss: LossStructure
+
+
+def find_parts(model: nn.Module, plan: Plan) -> ModelParts:
+    """Find what `plan` replaces, changing nothing. A model on the meta device will do.
+
+    Raises:
+        ValueError: the model is patched already, or is built in a way for which the patched model would not be exact.
+    """
+    model = without_adapters(model, plan)
+    if hasattr(model, _UNDO):
+        raise ValueError("the model has a plan already: call mst_ds.remove_plan(model) first")
+    require_unwrapped(model)
+    layers = decoder_layers(model)
+    if plan.recompute and not layers:
+        raise ValueError(
+            f'{type(model).__name__} does not support recompute: set "recompute": false in the "mst" block'
+        )
+    causal_backend(plan.attention)
+    if plan.sp_size > 1:
+        require_shardable(model)
+    mlps = find_mlps(model, required=plan.mlp_chunks > 1)
+    # What is in an MLP is chunked with it.
+    inside = {module for mlp in mlps for module in mlp.module.modules()}
+    norms = [norm for norm in find_norms(model) if norm.module not in inside]
+    return ModelParts(layers, mlps, norms, find_rotary(model), loss_structure(model))
+
+
+def apply_plan(model: Model, plan: Plan, *, sequence_group: dist.ProcessGroup | SequenceGroup | None = None) -> Model:
+    """Patch this instance so that it computes what `plan` says; no class and no other instance is touched.
+
+    Afterwards `model(input_ids=..., labels=...).loss` is the loss as before, its logits None. With sp_size > 1 every
+    rank passes its own shard, with `shift_labels` and `num_items_in_batch` in place of `labels`; the losses of the
+    sequence group then add up to the sequence's loss. See `mst_ds.patching.decoder` for packed documents and padding.
+
+    A model with adapters of peft (LoRA) is patched below them, and returned as it was given.
+
+    Under ZeRO-3 call it before `deepspeed.initialize`: it marks each chunked MLP as a leaf module, so that the chunk
+    loop runs inside one gather.
+
+    Args:
+        sequence_group: the ranks that share a sequence; None creates them when sp_size > 1. Among processes both are
+            collective calls: plans are compared.
+
+    Raises:
+        ValueError: the model is patched already, or is built in a way for which the patched model would not be exact;
+            or ranks of a sequence have plans under which they would wait for each other.
+    """
+    # Everything that can be refused is refused before anything is changed.
+    parts = find_parts(model, plan)
+    base = without_adapters(model, plan)
+    group = _sequence_group(plan, sequence_group)
+    if isinstance(group, ProcessSequenceGroup):
+        _require_agreement(plan, group)
+    undo = Undo()
+    base.__dict__[_UNDO] = undo
+    store = HostStore() if plan.offload_activations else DeviceStore()
+    recompute = LayerRecompute(keep_attention=plan.keep_attention, store=store)
+    for mlp in parts.mlps:
+        chunk_mlp(mlp, plan, recompute, undo)
+    for norm in parts.norms:
+        chunk_norm(norm, undo)
+    for rotary in parts.rotary:
+        undo.set_attribute(rotary.module, "forward", rotary.forward())
+    chunk_head(parts.loss, plan, undo)
+    if plan.zero_stage == 3:
+        for module in (*parts.layers, parts.loss.head):
+            undo.hooks.append(module.register_forward_pre_hook(require_input_gradient))
+    reason = why_own_attention(base)
+    configs = _use_attention(base, undo) if reason is None else []
+    if group is not None:
+        _share_longest_position(base, group, undo)
+    keep_recompute([base, parts.loss.decoder], parts.layers, plan, recompute, undo)
+    patched = PatchedModel(
+        model=base,
+        mlps=parts.mlps,
+        loss=parts.loss,
+        layers=parts.layers,
+        plan=plan,
+        group=group,
+        recompute=recompute,
+        configs=configs,
+        why_own_attention=reason,
+        arguments=known_arguments(base.forward, parts.loss.decoder.forward),
+    )
+    for module, forward in ((parts.loss.decoder, decoder_forward), (base, causal_lm_forward)):
+        planned = functools.partial(forward, module.forward, patched)
+        undo.set_attribute(module, "forward", functools.update_wrapper(planned, module.forward))
+    own_generate: Any = getattr(base, "generate", None)
+    if own_generate is not None:
+        undo.set_attribute(base, "generate", functools.partial(generate, own_generate, patched))
+    return model
+
+
+def remove_plan(model: Model) -> Model:
+    """Take the plan off again: the model computes what it computed before, bit for bit.
+
+    Raises:
+        ValueError: the model has no plan.
+    """
+    undo = base_model(model).__dict__.pop(_UNDO, None)
+    if undo is None:
+        raise ValueError("the model has no plan: mst_ds.apply_plan was not called on it")
+    undo.run()
+    return model
+
+
+def _sequence_group(plan: Plan, given: dist.ProcessGroup | SequenceGroup | None) -> SequenceGroup | None:
+    if plan.sp_size == 1:
+        return None
+    if given is None:
+        return new_sequence_group(plan.topology)
+    return ProcessSequenceGroup(given) if isinstance(given, dist.ProcessGroup) else given
+
+
+def _require_agreement(plan: Plan, group: ProcessSequenceGroup) -> None:
+    """Refuse plans under which the ranks of a sequence would exchange different things, and wait for each other."""
+    values = {name: getattr(plan, name) for name in ("recompute", "keep_attention", "head_groups")}
+    mine = torch.tensor([int(value) for value in values.values()])
+    if dist.get_backend(group.process_group) != "gloo":
+        mine = mine.to(torch.accelerator.current_accelerator())
+    for rank, theirs in enumerate(group.all_gather(mine)):
+        for (name, value), other in zip(values.items(), theirs.tolist(), strict=True):
+            if int(value) != other:
+                raise ValueError(
+                    f"{name} is {value} on rank {group.rank} of the sequence group and {type(value)(other)} on rank "
+                    f'{rank}, which would wait for each other: set {name} in the "mst" block'
+                )
+
+
+def _use_attention(model: PreTrainedModel, undo: Undo) -> list[OwnConfig]:
+    """Name this project's attention in this instance's configs, and return these."""
+    register_attention()
+    # Configs are shared between a model's modules, and often between models: each is copied once for this instance.
+    copies: dict[int, Any] = {}
+    own_configs = []
+    for module in model.modules():
+        config: Any = module.__dict__.get("config")
+        if not hasattr(config, "_attn_implementation_internal"):
+            continue
+        if id(config) not in copies:
+            copies[id(config)] = copy.copy(config)
+            copies[id(config)]._attn_implementation_internal = ATTENTION_NAME
+        own = OwnConfig(module, copies[id(config)], config._attn_implementation_internal)
+        undo.set_attribute(module, "config", own.config)
+        own_configs.append(own)
+    return own_configs
+
+
+def _share_longest_position(model: nn.Module, group: SequenceGroup, undo: Undo) -> None:
+    """Let rotary embeddings that depend on the sequence's length see its longest position on every shard."""
+    for module in model.modules():
+        rope_type = getattr(module, "rope_type", None)
+        types = rope_type.values() if isinstance(rope_type, dict) else [rope_type]
+        if _LENGTH_DEPENDENT_ROPE.intersection(types):
+            undo.set_attribute(module, "forward", functools.partial(_rotary_forward, module.forward, group))
+
+
+def _rotary_forward(
+    original: Callable[..., tuple[Tensor, ...]],
+    group: SequenceGroup,
+    x: Tensor,
+    position_ids: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, ...]:
+    longest = torch.stack(group.all_gather(position_ids.max())).max()
+    extended = torch.cat([position_ids, longest.expand(len(position_ids), 1)], dim=1)
+    return tuple(tensor[:, :-1] for tensor in original(x, extended, *args, **kwargs))

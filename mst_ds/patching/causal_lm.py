@@ -1,0 +1,167 @@
+"""The forward of a patched causal language model: its decoder, then the loss in chunks, or logits."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mst_ds.patching.decoder import check_known, named_arguments, padding_mask, uses_cache
+from mst_ds.patching.guards import CHANGED
+from mst_ds.patching.patched import PatchedModel, own_attention
+from mst_ds.router_loss import router_loss
+
+_IGNORE_INDEX = -100  # transformers' and torch's default
+
+
+def causal_lm_forward(original: Callable[..., Any], patched: PatchedModel, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a causal language model under its plan, with transformers' arguments.
+
+    With `labels` or `shift_labels` the loss without logits, else the logits. Padding in `attention_mask` is not
+    predicted from. For all else see `mst_ds.patching.decoder`.
+
+    Raises:
+        ValueError: arguments for which the result would not be exact.
+    """
+    kwargs = named_arguments(original, args, kwargs)
+    targets = {name: kwargs.pop(name, None) for name in ("labels", "shift_labels", "num_items_in_batch")}
+    ignore_index = kwargs.pop("ignore_index", _IGNORE_INDEX)
+    return_dict = kwargs.pop("return_dict", None)
+    wants_loss = targets["labels"] is not None or targets["shift_labels"] is not None
+    if not wants_loss and (uses_cache(kwargs) or patched.running.is_generating):
+        with own_attention(patched):
+            return original(return_dict=return_dict, **kwargs)
+    check_known(patched, kwargs)
+    if kwargs.get("past_key_values") is not None:
+        raise ValueError(
+            "past_key_values, such as a learned prefix, cannot be trained with a plan: tokens attend to each other only"
+        )
+    if patched.group is not None:
+        _check_targets_of_a_shard(**targets)
+    mask = padding_mask(kwargs["attention_mask"])
+    kwargs["use_cache"] = False
+    if not wants_loss:
+        return original(return_dict=return_dict, **kwargs)
+    labels = _shifted_labels(targets["labels"], targets["shift_labels"], mask, ignore_index)
+    output = _loss_forward(patched, labels, targets["num_items_in_batch"], ignore_index, mask, kwargs)
+    return output.to_tuple() if return_dict is False else output
+
+
+def generate(original: Callable[..., Any], patched: PatchedModel, *args: Any, **kwargs: Any) -> Any:
+    """The `generate` of a patched model, which makes masks for transformers' attention before it calls the forward.
+
+    Raises:
+        ValueError: the sequence is sharded.
+    """
+    with own_attention(patched):
+        return original(*args, **kwargs)
+
+
+def _check_targets_of_a_shard(
+    labels: Tensor | None, shift_labels: Tensor | None, num_items_in_batch: int | Tensor | None
+) -> None:
+    if labels is not None and shift_labels is None:
+        raise ValueError(
+            "with sp_size > 1 pass shift_labels in place of labels: a shard's last target is on the next rank, so "
+            "labels are shifted before the sequence is sharded"
+        )
+    if shift_labels is not None and num_items_in_batch is None:
+        raise ValueError(
+            "with sp_size > 1 pass num_items_in_batch, the number of valid labels of the whole step over all ranks: "
+            "one token, one weight"
+        )
+
+
+def _shifted_labels(
+    labels: Tensor | None, shift_labels: Tensor | None, mask: Tensor | None, ignore_index: int
+) -> Tensor:
+    given = shift_labels if shift_labels is not None else labels
+    assert given is not None
+    if mask is not None and bool(((mask == 0) & (given != ignore_index)).any()):
+        which = "labels" if shift_labels is None else "shift_labels"
+        raise ValueError(
+            f"{which} must be {ignore_index} where attention_mask is 0: padding is no target, and sees nothing"
+        )
+    if shift_labels is not None:
+        return shift_labels
+    shifted = nn.functional.pad(given[..., 1:], (0, 1), value=ignore_index)
+    # The first token after padding on the left has nothing that it could be predicted from.
+    return shifted if mask is None else shifted.masked_fill(mask == 0, ignore_index)
+
+
+def _loss_forward(
+    patched: PatchedModel,
+    labels: Tensor,
+    num_items_in_batch: int | Tensor | None,
+    ignore_index: int,
+    mask: Tensor | None,
+    kwargs: dict[str, Any],
+) -> Any:
+    from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+
+    structure, model = patched.loss, patched.model
+    if model.get_output_embeddings() is not structure.head:
+        raise ValueError(CHANGED.format("the LM head", "an adapter or new tokens"))
+    routes = kwargs.get("output_router_logits")
+    routes = structure.router_is_on if routes is None else routes
+    if structure.router is not None:
+        kwargs["output_router_logits"] = routes
+    elif routes:
+        raise ValueError(f"{patched.name} has no router loss that mst_ds knows: set output_router_logits to false")
+    outputs = structure.decoder(**kwargs)
+    loss = structure.head(
+        outputs.last_hidden_state, labels=labels, num_items_in_batch=num_items_in_batch, ignore_index=ignore_index
+    )
+    aux_loss = None
+    if routes:
+        valid = labels != ignore_index
+        aux_loss, weight = _router_loss(patched, outputs.router_logits, valid, num_items_in_batch, mask)
+        loss = loss + (weight * aux_loss).to(loss.device)
+    if loss.requires_grad:
+        loss.register_hook(functools.partial(_check_trained, model, _trained(model)))
+    return MoeCausalLMOutputWithPast(
+        loss=loss,
+        aux_loss=aux_loss,
+        hidden_states=outputs.get("hidden_states"),
+        attentions=outputs.get("attentions"),
+        router_logits=outputs.get("router_logits"),
+    )
+
+
+def _trained(model: nn.Module) -> list[bool]:
+    return [parameter.requires_grad for parameter in model.parameters()]
+
+
+def _check_trained(model: nn.Module, trained: list[bool], grad: Tensor) -> None:
+    """When a backward begins: what it computes again has to be what the forward computed."""
+    if _trained(model) != trained:
+        raise ValueError(
+            "which parameters are trained was changed between forward and backward, such as by another adapter: "
+            "call backward first"
+        )
+
+
+def _router_loss(
+    patched: PatchedModel,
+    router_logits: Sequence[Tensor],
+    valid: Tensor,
+    num_items_in_batch: int | Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor | float]:
+    """This rank's part of the router loss, and its weight: the coefficient times the sequence's share of the labels."""
+    group, router = patched.group, patched.loss.router
+    assert router is not None
+    all_reduce = None if group is None else group.all_reduce
+    aux_loss = router_loss(
+        router_logits, router.top_k, mask=None if mask is None else mask.flatten(), sum_over_ranks=all_reduce
+    )
+    if num_items_in_batch is None:
+        return aux_loss, router.coefficient
+    num_valid = valid.sum()
+    if all_reduce is not None:
+        all_reduce(num_valid)
+    num_items = torch.as_tensor(num_items_in_batch, device=num_valid.device).clamp(min=1)
+    return aux_loss, router.coefficient * num_valid / num_items

@@ -1,0 +1,148 @@
+"""The forward of a patched model's decoder, whoever calls it: positions, documents and padding for its attention."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mst_ds.config import nearest
+from mst_ds.patching.document_arguments import take_document_starts
+from mst_ds.patching.guards import check_unchanged
+from mst_ds.patching.patched import PatchedModel, own_attention
+from mst_ds.ulysses import UlyssesContext, find_document_starts
+
+# Of a causal language model, beside those that its class and transformers name.
+_TARGETS = {"labels", "shift_labels", "num_items_in_batch", "ignore_index"}
+
+
+def decoder_forward(original: Callable[..., Any], patched: PatchedModel, *args: Any, **kwargs: Any) -> Any:
+    """The decoder's own forward, with transformers' arguments, which tells attention what the plan says.
+
+    Where `position_ids` do not go on by one, another document begins, which sees no other. Padding in `attention_mask`
+    is not seen, and what stands before it and after it are documents of their own.
+
+    Raises:
+        ValueError: arguments for which the result would not be exact, or a model that was changed after its plan.
+    """
+    kwargs = named_arguments(original, args, kwargs)
+    check_unchanged(patched)
+    if patched.running.is_generating:
+        return original(**kwargs)
+    if uses_cache(kwargs):
+        with own_attention(patched):
+            return original(**kwargs)
+    check_known(patched, kwargs)
+    patched.recompute.begin_forward()
+    kwargs |= {**_planned_arguments(patched, kwargs), "use_cache": False}
+    running = patched.running
+    running.context = kwargs.get("ulysses")
+    try:
+        return original(**kwargs)
+    finally:
+        running.context = None
+
+
+def named_arguments(original: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All of them by name, `input_ids` and `attention_mask` always."""
+    positional = dict(zip(inspect.signature(original).parameters, args, strict=False)) if args else {}
+    return {"input_ids": None, "attention_mask": None, **positional, **kwargs}
+
+
+def uses_cache(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a forward is a step of generation, which transformers' attention does."""
+    return bool(kwargs.get("use_cache")) or kwargs.get("past_key_values") is not None
+
+
+def padding_mask(attention_mask: Any) -> Tensor | None:
+    """The mask, None where nothing is padding.
+
+    Raises:
+        ValueError: a mask of another kind.
+    """
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        raise ValueError(
+            "attention_mask must be (batch, length), 1 for tokens and 0 for padding; documents are told apart by "
+            "position_ids that start again at 0"
+        )
+    return attention_mask
+
+
+@functools.cache
+def _names_of_transformers() -> frozenset[str]:
+    from transformers.utils.generic import TransformersKwargs
+
+    return frozenset(TransformersKwargs.__annotations__)
+
+
+def known_arguments(*forwards: Callable[..., Any]) -> frozenset[str]:
+    """The arguments that these forwards name, and those that transformers' models all take."""
+    named: set[str] = set()
+    for forward in forwards:
+        parameters = inspect.signature(forward).parameters.values()
+        named |= {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
+    return _names_of_transformers() | named | _TARGETS | {"return_dict", "output_attentions", "cache_position"}
+
+
+def check_known(patched: PatchedModel, kwargs: Mapping[str, Any]) -> None:
+    """Refuse what transformers' models would swallow, and whoever passed it believe in.
+
+    Raises:
+        ValueError: an argument that no forward of the model knows.
+    """
+    for name, value in kwargs.items():
+        if value is not None and name not in patched.arguments:
+            raise ValueError(
+                f"{patched.name} has no argument {name!r}, which would be ignored: leave it out"
+                f"{nearest(name, patched.arguments)}"
+            )
+
+
+def _planned_arguments(patched: PatchedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that differ: positions in the whole sequence, and what attention has to know."""
+    group, plan = patched.group, patched.plan
+    mask, positions = padding_mask(kwargs["attention_mask"]), kwargs.get("position_ids")
+    inputs = kwargs["input_ids"] if kwargs["input_ids"] is not None else kwargs.get("inputs_embeds")
+    if inputs is None:
+        raise ValueError(f"{patched.name} needs input_ids or inputs_embeds")
+    batch, length = inputs.shape[:2]
+    told = take_document_starts(kwargs, batch, length, plan.sp_size)
+    if patched.why_own_attention is not None:
+        if (told is not None and told.is_packed) or (positions is not None and _has_documents(positions, mask)):
+            raise ValueError(f"{patched.name} {patched.why_own_attention}: pass one document a row (--packing none)")
+        return {}
+    if _wants(patched, kwargs, "output_attentions"):
+        raise ValueError(
+            "output_attentions: attention with a plan has no matrix of weights that it could give: set it to false"
+        )
+    if told is not None:
+        if positions is not None:
+            told.check(find_document_starts(positions, None, None))
+        else:
+            positions = told.positions(inputs.device)
+    if positions is None and (group is not None or mask is not None):
+        positions = (torch.arange(length, device=inputs.device) + plan.sp_rank * length).expand(batch, -1)
+    # On a shard always: another rank may have padding, and this is a collective call.
+    starts = None if positions is None else find_document_starts(positions, mask, group)
+    context = UlyssesContext(group, plan.attention, starts, plan.head_groups, patched.recompute)
+    return {"attention_mask": None, "position_ids": positions, "ulysses": context}
+
+
+def _wants(patched: PatchedModel, kwargs: Mapping[str, Any], name: str) -> bool:
+    """Whether a flag is set, by an argument or else by the config."""
+    given = kwargs.get(name)
+    return bool(getattr(patched.model.config, name, False) if given is None else given)
+
+
+def _has_documents(positions: Tensor, mask: Tensor | None) -> bool:
+    """Whether a row holds more than one document; padding is none."""
+    is_token = torch.ones_like(positions, dtype=torch.bool) if mask is None else (mask == 1)
+    goes_on = is_token[:, :-1] & (positions[:, 1:] == positions[:, :-1] + 1)
+    begins = (is_token[:, 1:] & ~goes_on).sum(dim=1) + is_token[:, 0]
+    return bool((begins > 1).any())

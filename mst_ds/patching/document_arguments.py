@@ -1,0 +1,114 @@
+"""The arguments with which collators of batches without padding say where documents begin, beside `position_ids`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k")
+_LONGEST = ("max_length_q", "max_length_k")
+
+
+@dataclass(frozen=True)
+class ToldDocuments:
+    """What such an argument says; starts: for each row of `length` tokens the first index of each document."""
+
+    argument: str
+    starts: list[list[int]]
+    length: int
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether a row holds more than one document."""
+        return any(len(row) > 1 for row in self.starts)
+
+    def check(self, found: list[list[int]] | None) -> None:
+        """Compare them with what `position_ids` say: starts as `find_document_starts` gives them.
+
+        Raises:
+            ValueError: they differ.
+        """
+        rows = [[0]] if found is None else found
+        rows = rows * len(self.starts) if len(rows) == 1 else rows
+        for row, (said, in_positions) in enumerate(zip(self.starts, rows, strict=True)):
+            if said != in_positions:
+                index = min(set(said) ^ set(in_positions))
+                which = (self.argument, "position_ids") if index in said else ("position_ids", self.argument)
+                raise ValueError(
+                    f"{self.argument} and position_ids differ: in row {row} a document begins at token {index} by "
+                    f"{which[0]}, and none by {which[1]}: leave {self.argument} out"
+                )
+
+    def positions(self, device: torch.device) -> Tensor:
+        """(B, length): from 0 in each document."""
+        rows = []
+        for starts in self.starts:
+            first = torch.tensor(starts, device=device)
+            lengths = torch.diff(first, append=first.new_tensor([self.length]))
+            rows.append(torch.arange(self.length, device=device) - first.repeat_interleave(lengths))
+        return torch.stack(rows)
+
+
+def take_document_starts(kwargs: dict[str, Any], batch: int, length: int, sp_size: int) -> ToldDocuments | None:
+    """Take them out of `kwargs`; None where there are none.
+
+    Args:
+        kwargs: of the decoder. `cu_seq_lens_q`: (documents + 1,), where each begins in all B x L tokens, with the end.
+            `max_length_q`: at least the longest. `seq_idx`: (B, L), a number that changes from document to document.
+        batch: B, length: L, sp_size: ranks of the sequence.
+
+    Raises:
+        ValueError: they contradict each other or the batch, or the sequence is sharded.
+    """
+    taken = {name: kwargs.pop(name, None) for name in (*_LENGTHS, *_LONGEST, "seq_idx")}
+    taken = {name: value for name, value in taken.items() if value is not None}
+    told = [_from_lengths(name, taken[name], batch, length) for name in _LENGTHS if name in taken]
+    if "seq_idx" in taken:
+        told.append(_from_indices(taken["seq_idx"], batch, length))
+    if told and sp_size > 1:
+        raise ValueError(
+            f"with sp_size > 1 documents are told apart by position_ids alone: leave {told[0].argument} out"
+        )
+    for other in told[1:]:
+        if other.starts != told[0].starts:
+            raise ValueError(f"{told[0].argument} and {other.argument} differ: pass position_ids in place of both")
+    for name in _LONGEST:
+        if told and name in taken:
+            longest = max(
+                stop - start for row in told[0].starts for start, stop in zip(row, [*row[1:], length], strict=True)
+            )
+            if int(taken[name]) < longest:
+                raise ValueError(
+                    f"{name} is {int(taken[name])}, but a document of {told[0].argument} has {longest} tokens"
+                )
+    return told[0] if told else None
+
+
+def _from_lengths(name: str, given: Any, batch: int, length: int) -> ToldDocuments:
+    tokens = batch * length
+    borders = torch.as_tensor(given).flatten().tolist()
+    if borders[:1] != [0] or borders[-1] != tokens or borders != sorted(borders):
+        raise ValueError(f"{name} must rise from 0 to the number of tokens, {tokens}; got {_shortened(borders)}")
+    starts = sorted(set(borders[:-1]) - {tokens})
+    rows = [[start - row * length for start in starts if start // length == row] for row in range(batch)]
+    if any(row[:1] != [0] for row in rows):
+        raise ValueError(f"{name} has a document that goes on from one row into the next: pass one row")
+    return ToldDocuments(name, rows, length)
+
+
+def _from_indices(given: Any, batch: int, length: int) -> ToldDocuments:
+    indices = torch.as_tensor(given)
+    if indices.shape not in {(batch, length), (1, length)}:
+        raise ValueError(f"seq_idx must be (batch, length), that is {(batch, length)}; got {tuple(indices.shape)}")
+    rows = []
+    for row in indices.expand(batch, -1):
+        begins = (row[1:] != row[:-1]).nonzero().flatten() + 1
+        rows.append([0, *begins.tolist()])
+    return ToldDocuments("seq_idx", rows, length)
+
+
+def _shortened(values: list[int]) -> str:
+    return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:4]))}, ..., {values[-1]}]"

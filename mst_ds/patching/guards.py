@@ -1,0 +1,111 @@
+"""What outside code may change on a model that has a plan: kept as the plan says, or refused."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from mst_ds.patching.patched import PatchedModel
+from mst_ds.patching.undo import Undo
+from mst_ds.planner import Plan
+from mst_ds.structure import MlpStructure
+from mst_ds.ulysses import ATTENTION_NAME
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CHANGED = (
+    "{} was changed after mst_ds.apply_plan, such as by {}: call mst_ds.remove_plan(model), "
+    "then mst_ds.apply_plan again"
+)
+
+# Of transformers' models; a version has the one pair, the other, or both.
+_SWITCHES_OF_RECOMPUTE = (
+    "gradient_checkpointing_enable",
+    "gradient_checkpointing_disable",
+    "activation_checkpointing_enable",
+    "activation_checkpointing_disable",
+)
+
+
+def check_unchanged(patched: PatchedModel) -> None:
+    """Refuse a model that would compute something else than its plan, or than itself.
+
+    Raises:
+        ValueError: a part of it was changed since.
+    """
+    for mlp in patched.mlps:
+        # An adapter added later would do nothing.
+        if isinstance(mlp, MlpStructure) and not {mlp.gate, mlp.up, mlp.down} <= {None, *mlp.module.children()}:
+            raise ValueError(CHANGED.format(type(mlp.module).__name__, "an adapter"))
+    if not patched.running.is_generating:
+        _check_attention(patched)
+        _check_recompute(patched)
+
+
+def require_unwrapped(model: PreTrainedModel) -> None:
+    """Refuse a model whose forward was wrapped: its plan calls the parts of the model, and would pass the wrapper by.
+
+    Raises:
+        ValueError: it was.
+    """
+    if "forward" in model.__dict__:
+        raise ValueError(
+            f"the forward of {type(model).__name__} was replaced on this instance, such as by accelerate's mixed "
+            "precision, whose work a plan would pass by: call mst_ds.apply_plan first, then accelerator.prepare"
+        )
+
+
+def _check_attention(patched: PatchedModel) -> None:
+    for own in patched.configs:
+        config: Any = own.module.__dict__.get("config")
+        if config is not own.config:
+            raise ValueError(CHANGED.format(f"the config of {type(own.module).__name__}", "setting another"))
+        name = config._attn_implementation_internal
+        if name != ATTENTION_NAME:
+            raise ValueError(
+                f"the attention of {type(own.module).__name__} was set to {name!r} after mst_ds.apply_plan, whose own "
+                f"knows documents and padding: call model.set_attn_implementation({ATTENTION_NAME!r}), or "
+                "mst_ds.remove_plan(model) first"
+            )
+
+
+def _check_recompute(patched: PatchedModel) -> None:
+    for layer in patched.layers:
+        is_on = bool(layer.gradient_checkpointing)
+        is_ours = not is_on or layer.__dict__.get("_gradient_checkpointing_func") == patched.recompute.run_layer
+        if is_on != patched.plan.recompute or not is_ours:
+            raise ValueError(
+                f'the recompute of {type(layer).__name__} was changed after mst_ds.apply_plan: set "recompute" in the '
+                '"mst" block, and call mst_ds.remove_plan(model), then mst_ds.apply_plan again'
+            )
+
+
+def keep_recompute(modules: list[Any], layers: list[nn.Module], plan: Plan, recompute: Any, undo: Undo) -> None:
+    """Let the layers be computed again as the plan says, also after calls of transformers' own switches, which its
+    Trainer makes.
+
+    Args:
+        modules: that have such switches: the model and its decoder.
+    """
+    for layer in layers:
+        undo.set_attribute(layer, "gradient_checkpointing", plan.recompute)
+        if plan.recompute:
+            undo.set_attribute(layer, "_gradient_checkpointing_func", recompute.run_layer)
+    for module in modules if layers else []:
+        for name in _SWITCHES_OF_RECOMPUTE:
+            original = getattr(module, name, None)
+            if original is not None:
+                switch = functools.partial(_leave_recompute, name, plan.recompute)
+                undo.set_attribute(module, name, functools.update_wrapper(switch, original))
+
+
+def _leave_recompute(name: str, is_on: bool, *args: Any, **kwargs: Any) -> None:
+    warnings.warn(
+        f'{name}() changes nothing on a model with a plan of mst_ds: "recompute" in the "mst" block decides, and is '
+        f"{str(is_on).lower()}",
+        stacklevel=2,
+    )

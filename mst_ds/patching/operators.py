@@ -1,0 +1,149 @@
+"""What the chunked modules of a patched model compute in place of their own forwards."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mst_ds.minisequence import KeptProjections, chunked_loss, chunked_loss_of_head, chunked_tokenwise
+from mst_ds.patching.undo import UNSET, Undo
+from mst_ds.planner import Plan
+from mst_ds.recompute import LayerRecompute
+from mst_ds.structure import (
+    Chunkable,
+    ExpertsStructure,
+    LossStructure,
+    MlpStructure,
+    NormStructure,
+    TokenwiseStructure,
+)
+
+
+def chunk_mlp(mlp: Chunkable, plan: Plan, recompute: LayerRecompute, undo: Undo) -> None:
+    if isinstance(mlp, MlpStructure):
+        chunked: Callable[..., Tensor] = functools.partial(_mlp_forward, mlp, recompute, plan.keep_mlp)
+    elif isinstance(mlp, ExpertsStructure):
+        chunked = functools.partial(_experts_forward, mlp, recompute)
+    else:
+        chunked = functools.partial(_tokenwise_forward, mlp, recompute)
+    undo.set_attribute(mlp.module, "forward", functools.partial(chunked, mlp.module.forward, plan.mlp_chunks))
+    if plan.zero_stage == 3:
+        _mark_as_leaf(mlp.module, undo)
+
+
+def chunk_norm(norm: NormStructure, undo: Undo) -> None:
+    undo.set_attribute(norm.module, "forward", functools.partial(_norm_forward, norm, norm.module.forward))
+
+
+def chunk_head(loss: LossStructure, plan: Plan, undo: Undo) -> None:
+    head = loss.head
+    undo.set_attribute(head, "forward", functools.partial(_head_forward, loss, head.forward, plan.loss_chunks))
+    if plan.zero_stage == 3 and not loss.is_linear:
+        _mark_as_leaf(head, undo)
+
+
+def _mark_as_leaf(module: nn.Module, undo: Undo) -> None:
+    from deepspeed.utils import set_z3_leaf_module
+
+    before = dict(module.__dict__)
+    set_z3_leaf_module(module, True)
+    for name, value in module.__dict__.items():
+        if before.get(name, UNSET) is not value:
+            undo.changes.append((module, name, before.get(name, UNSET)))
+
+
+def require_input_gradient(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """DeepSpeed reduces a leaf module's gradients once its inputs have theirs: too early, if these need none."""
+    hidden_states, *others = inputs
+    if hidden_states.requires_grad or not torch.is_grad_enabled():
+        return inputs
+    if any(parameter.requires_grad for parameter in module.parameters()):
+        hidden_states = hidden_states.detach().requires_grad_()
+    return hidden_states, *others
+
+
+def _mlp_forward(
+    mlp: MlpStructure,
+    recompute: LayerRecompute,
+    keep: bool,
+    original: Callable[..., Tensor],
+    chunks: int,
+    *args: Tensor,
+    **kwargs: Tensor,
+) -> Tensor:
+    (hidden_states,) = _inputs(mlp.module, original, 1, args, kwargs)
+    call = recompute.call
+    if call is None:
+        return mlp.run(chunks, hidden_states, keep=keep)
+    store = call.store
+    kept = call.note(lambda: KeptProjections(store.keep)) if keep else False
+    return mlp.run(chunks, hidden_states, keep=kept, is_recomputing=call.is_recomputing)
+
+
+def _experts_forward(
+    experts: ExpertsStructure,
+    recompute: LayerRecompute,
+    original: Callable[..., Tensor],
+    chunks: int,
+    *args: Tensor,
+    **kwargs: Tensor,
+) -> Tensor:
+    inputs = _inputs(experts.module, original, 3, args, kwargs)
+    return experts.run(chunks, *inputs, is_recomputing=recompute.is_recomputing)
+
+
+def _norm_forward(norm: NormStructure, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    # With more than the tensor that it was tried with, such as a gate, it may do something else.
+    if len(args) != 1 or kwargs:
+        return original(*args, **kwargs)
+    return norm.run(*args)
+
+
+def _tokenwise_forward(
+    tokenwise: TokenwiseStructure,
+    recompute: LayerRecompute,
+    original: Callable[..., Tensor],
+    chunks: int,
+    *args: Tensor,
+    **kwargs: Tensor,
+) -> Tensor:
+    module = tokenwise.module
+    inputs = _inputs(module, original, tokenwise.num_inputs, args, kwargs)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return chunked_tokenwise(original, inputs, trained, chunks=chunks, is_recomputing=recompute.is_recomputing)
+
+
+def _inputs(
+    module: nn.Module, original: Callable[..., Tensor], count: int, args: Sequence[Tensor], kwargs: dict[str, Tensor]
+) -> Sequence[Tensor]:
+    bound = inspect.signature(original).bind(*args, **kwargs)
+    if len(bound.args) != count or bound.kwargs:
+        raise ValueError(
+            f"{type(module).__name__} is called with arguments with which mst_ds has not seen it work token by token: "
+            f"{', '.join(bound.arguments)}"
+        )
+    return bound.args
+
+
+def _head_forward(
+    loss: LossStructure,
+    original: Callable[[Tensor], Tensor],
+    chunks: int,
+    hidden_states: Tensor,
+    labels: Tensor | None = None,
+    **arguments: Any,
+) -> Tensor:
+    # The loss is computed inside the head's own call: that is where ZeRO-3 gathers its weight, once.
+    if labels is None:
+        return original(hidden_states)
+    arguments |= {"chunks": chunks, "logit_scale": loss.logit_scale, "logit_softcap": loss.logit_softcap}
+    head: Any = loss.head
+    if loss.is_linear:
+        return chunked_loss(hidden_states, head.weight, labels, bias=head.bias, **arguments)
+    trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    return chunked_loss_of_head(original, hidden_states, trained, labels, **arguments)

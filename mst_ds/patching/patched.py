@@ -1,0 +1,106 @@
+"""A patched model: what its forwards need to know, and the forward that runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from mst_ds.planner import Plan
+from mst_ds.recompute import LayerRecompute
+from mst_ds.structure import Chunkable, LossStructure
+from mst_ds.ulysses import ATTENTION_NAME, SequenceGroup, UlyssesContext
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass
+class RunningForward:
+    """The forward of the decoder that runs, for the modules inside that are handed tensors alone.
+
+    Attributes:
+        context: what attention knows of it; None outside a forward, and where the model keeps its own attention.
+        is_generating: whether the model runs with transformers' attention, which knows caches.
+    """
+
+    context: UlyssesContext | None = None
+    is_generating: bool = False
+
+
+@dataclass(frozen=True)
+class OwnConfig:
+    """A config that `module` of this instance has for itself; attention_before is what it named before the plan."""
+
+    module: nn.Module
+    config: Any
+    attention_before: str
+
+
+@dataclass(frozen=True)
+class PatchedModel:
+    """What the forwards of a patched model need to know.
+
+    Args:
+        model: the causal language model.
+        mlps: what of it is chunked.
+        loss: its decoder, head, and the way to its loss.
+        layers: the decoder layers that can be computed again.
+        plan: this rank's.
+        group: the sequence group; None at sp_size 1.
+        recompute: of its layers.
+        configs: which name this project's attention; empty where the model keeps its own.
+        why_own_attention: see `mst_ds.structure`.
+        arguments: the names that its forward and its decoder's know.
+        running: the forward that runs.
+    """
+
+    model: PreTrainedModel
+    mlps: Sequence[Chunkable]
+    loss: LossStructure
+    layers: Sequence[nn.Module]
+    plan: Plan
+    group: SequenceGroup | None
+    recompute: LayerRecompute
+    configs: Sequence[OwnConfig]
+    why_own_attention: str | None
+    arguments: frozenset[str]
+    running: RunningForward = field(default_factory=RunningForward)
+
+    @property
+    def name(self) -> str:
+        """Of the model's class, for errors."""
+        return type(self.model).__name__
+
+
+@contextmanager
+def own_attention(patched: PatchedModel) -> Iterator[None]:
+    """Within, a model generates with transformers' attention, which knows caches.
+
+    Raises:
+        ValueError: the sequence is sharded.
+    """
+    if patched.group is not None:
+        raise ValueError("a model with sp_size > 1 cannot generate: call mst_ds.remove_plan(model) first")
+    running = patched.running
+    if running.is_generating:
+        yield
+        return
+    # A layer that is computed again takes the cache out of its arguments.
+    recomputed = [layer for layer in patched.layers if layer.gradient_checkpointing]
+    running.is_generating = True
+    for own in patched.configs:
+        own.config._attn_implementation_internal = own.attention_before
+    for layer in recomputed:
+        layer.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        running.is_generating = False
+        for own in patched.configs:
+            own.config._attn_implementation_internal = ATTENTION_NAME
+        for layer in recomputed:
+            layer.gradient_checkpointing = True  # type: ignore[assignment]
