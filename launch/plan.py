@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mst_ds.config import DEFAULT_DS_CONFIG, DEFAULT_MODEL, GIB, OneLineParser, parse_seq_len
+from mst_ds.config import DEFAULT_DS_CONFIG, DEFAULT_MODEL, GIB, parse_seq_len
+from mst_ds.flags import OneLineParser
 from mst_ds.model_shape import ModelShape, load_config_of_shape, load_model_shape
 from mst_ds.planner import (
     DEFAULT_RESERVE,

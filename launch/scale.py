@@ -15,7 +15,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mst_ds.config import GIB, OneLineParser
+from mst_ds.config import GIB
+from mst_ds.flags import OneLineParser
 from mst_ds.planner import gpu_by_name
 from mst_ds.scaling import (
     Interrupted,

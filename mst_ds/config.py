@@ -9,12 +9,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeAlias, cast, get_args
+from typing import Any, Literal, TypeAlias, cast, get_args
+
+from mst_ds.flags import OneLineParser, unknown_flag
+from mst_ds.read_file import existing_file, expanded, read_yaml
 
 GIB = 2**30
 DEFAULT_MODEL = "small_llama"
@@ -40,18 +44,43 @@ _SCHEDULES = (
 
 _LENGTH_SUFFIXES = {"": 1, "K": 1024, "M": 1024**2}
 
+# Above every number that has a use: what is larger is a mistake, or would overflow in fp32.
+MOST = 1e30
+MOST_RATE = 1e3
+# More memory than any machine has; its bytes fit into 64 bits.
+_MOST_GIB = 2**30
+MOST_TOKENS = 2**36
+_MOST_STEPS = 2**40
+_MOST_MINUTES = 60 * 24 * 366
+# Ranks meet, load weights and write checkpoints while others wait: what is shorter kills runs that are well.
+_LEAST_TIMEOUT = 1.0
+# torch keeps milliseconds and gloo adds them to the time of day; a year is longer than any wait.
+_MOST_TIMEOUT = 366 * 24 * 3600.0
+
+# The least and the most of each flag with a number, and what is said to be allowed.
+_RANGES: Mapping[str, tuple[float, float, str]] = {
+    "seq_len": (1, MOST_TOKENS, f"a whole number >= 1 and at most {MOST_TOKENS}"),
+    "max_steps": (1, _MOST_STEPS, f"a whole number >= 1 and at most {_MOST_STEPS}"),
+    "save_total_limit": (1, _MOST_STEPS, f"a whole number >= 1 and at most {_MOST_STEPS}"),
+    "seed": (0, 2**32 - 1, "0 to 2**32 - 1"),
+    "eval_steps": (0, _MOST_STEPS, f"a number >= 0 and at most {_MOST_STEPS}"),
+    "eval_samples": (0, _MOST_STEPS, f"a number >= 0 and at most {_MOST_STEPS}"),
+    "save_steps": (0, _MOST_STEPS, f"a number >= 0 and at most {_MOST_STEPS}"),
+    "save_minutes": (0, _MOST_MINUTES, f"a number >= 0 and at most {_MOST_MINUTES}, a year"),
+    "weight_decay": (0, MOST_RATE, f"a number >= 0 and at most {MOST_RATE:g}"),
+    "max_grad_norm": (0, MOST, f"a number >= 0 and at most {MOST:g}"),
+    "hang_timeout": (_LEAST_TIMEOUT, _MOST_TIMEOUT, f"seconds, {_LEAST_TIMEOUT:g} to {_MOST_TIMEOUT:.0f}, a year"),
+    "adam_beta1": (0, math.nextafter(1, 0), "a number from 0 up to, not including, 1"),
+    "adam_beta2": (0, math.nextafter(1, 0), "a number from 0 up to, not including, 1"),
+    # The smallest number of fp32 above 0 that is not denormal: AdamW divides by it where a gradient is 0.
+    "adam_epsilon": (1.2e-38, 1.0, "a number > 0 and at most 1"),
+}
+
 
 def nearest(given: str, allowed: Iterable[str]) -> str:
     """`"; nearest: 'x'"` for the allowed word most like `given`, or `""` when none is alike."""
     matches = difflib.get_close_matches(given, list(allowed), n=1)
     return f"; nearest: {matches[0]!r}" if matches else ""
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Raises a ValueError for flags that it refuses, where argparse would print the usage as well and exit."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
 
 
 def parse_seq_len(text: str) -> int:
@@ -132,6 +161,10 @@ class TrainConfig:
     )
     local_rank: int = _flag(-1, "Set by the DeepSpeed launcher: this process's rank on its node.")
 
+    def __post_init__(self) -> None:
+        # Names of the flags that the user gave, in the file too. No field, because it is no flag.
+        self.given: frozenset[str] = frozenset()
+
     @property
     def peak_learning_rate(self) -> float:
         """The user's, or a default: what a model of half a million parameters needs would ruin a pretrained one."""
@@ -155,21 +188,14 @@ class TrainConfig:
         Raises:
             ValueError: one line with what was given and what is allowed.
         """
-        for name in ("seq_len", "max_steps", "save_total_limit"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number >= 1")
-        _require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2**32 - 1")
-        for name in ("eval_steps", "eval_samples", "save_steps", "save_minutes", "weight_decay", "max_grad_norm"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "a number >= 0")
-        _require(self.hang_timeout > 0, "hang_timeout", self.hang_timeout, "a number > 0")
-        _require(self.peak_learning_rate > 0, "learning_rate", self.learning_rate, "a number > 0")
-        _require(self.adam_epsilon > 0, "adam_epsilon", self.adam_epsilon, "a number > 0")
-        for name in ("adam_beta1", "adam_beta2"):
-            _require(
-                0 <= getattr(self, name) < 1,
-                name,
-                getattr(self, name),
-                "a number from 0 up to, not including, 1",
-            )
+        for name, (least, most, allowed) in _RANGES.items():
+            _require(least <= getattr(self, name) <= most, name, getattr(self, name), allowed)
+        _require(
+            0 < self.peak_learning_rate <= MOST_RATE,
+            "learning_rate",
+            self.learning_rate,
+            f"a number > 0 and at most {MOST_RATE:g}",
+        )
         _require(
             self.warmup_steps is None or 0 <= self.warmup_steps <= self.max_steps,
             "warmup_steps",
@@ -187,11 +213,11 @@ class TrainConfig:
             _require(getattr(self, name) in words, name, getattr(self, name), " or ".join(words))
         if self.resume == AUTO and self.output_dir is None:
             raise ValueError("resume is 'auto', but no output_dir says where to look; allowed: give --output_dir too")
-        if self.resume not in (None, AUTO) and not Path(str(self.resume)).expanduser().is_dir():
+        if self.resume not in (None, AUTO) and not expanded(str(self.resume), "resume").is_dir():
             raise ValueError(f"resume is {self.resume!r}; allowed: 'auto', or the folder of a checkpoint")
         _check_scheduler(self.lr_scheduler_type)
         if self.output_dir is not None:
-            _check_writable(Path(self.output_dir).expanduser())
+            _check_writable(expanded(self.output_dir, "output_dir"))
 
 
 def _require(condition: bool, name: str, given: object, allowed: str) -> None:
@@ -236,14 +262,18 @@ def parse_train_config(argv: Sequence[str]) -> TrainConfig:
             list(flags), look_for_args_file=False, return_remaining_strings=True
         )
         if unknown:
-            allowed = [f"--{flag.name}" for flag in dataclasses.fields(TrainConfig)]
-            raise ValueError(f"unknown flag {unknown[0]!r}{nearest(unknown[0], allowed)}; --help lists the flags")
+            raise unknown_flag(unknown[0], (flag.name for flag in dataclasses.fields(TrainConfig)))
         return cast(TrainConfig, parsed)
 
-    config = parse_flags(argv)
+    flags = list(argv)
+    config = parse_flags(flags)
     if config.config is not None:
         # argparse keeps the last of repeated flags: the file's values go first, so that the user's flags win.
-        config = parse_flags([*_yaml_flags(Path(config.config)), *argv])
+        flags = [*_yaml_flags(config.config), *flags]
+        config = parse_flags(flags)
+    # The parser takes dashes in names, too.
+    words = {flag.partition("=")[0][2:].replace("-", "_") for flag in flags if flag.startswith("--")}
+    config.given = frozenset(words & {flag.name for flag in dataclasses.fields(TrainConfig)})
     config.validate()
     return config
 
@@ -259,15 +289,9 @@ def _argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return convert
 
 
-def _yaml_flags(path: Path) -> list[str]:
-    import yaml
-
-    if not path.is_file():
-        raise ValueError(f"config is {str(path)!r}; allowed: an existing YAML file")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
+def _yaml_flags(given: str) -> list[str]:
+    path = existing_file(given, "config", "an existing YAML file")
+    values = read_yaml(path)
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ValueError(f"config {path} holds a {type(values).__name__}; allowed: a mapping from flag to value")
@@ -340,7 +364,7 @@ def _is_bool(value: object) -> bool:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST_TOKENS
 
 
 def _is_number_from_0(value: object) -> bool:
@@ -348,7 +372,7 @@ def _is_number_from_0(value: object) -> bool:
 
 
 def _is_positive_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= _MOST_GIB
 
 
 _MST_CHECKS: Mapping[str, tuple[Callable[[object], bool], str]] = {

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,33 @@ def test_a_missing_file_is_refused(tmp_path):
         ({"amp": {"enabled": True}}, "amp.enabled is True; allowed: false, or leave it out"),
         ({"gradient_accumulation_steps": 1.5}, "gradient_accumulation_steps is 1.5"),
         ({"train_batch_size": "8"}, "train_batch_size is '8'"),
+        ({"train_micro_batch_size_per_gpu": 10**9}, "is 1000000000; allowed: 'auto' or a whole number from 1 to"),
+        ({"zero_optimization": {"reduce_bucket_size": math.inf}}, "reduce_bucket_size is inf; allowed: a finite"),
+        ({"tensorboard": {"x": [1, {"y": math.nan}]}}, r"tensorboard.x\[1\].y is nan; allowed: a finite number"),
+        ({"steps_per_print": 10**4400}, "steps_per_print is a number of 14617 bits; allowed: at most 63"),
+        ({"zero_optimization": {"stage": 3, "overlap_com": True}}, "unknown key 'overlap_com'; nearest: 'overlap_co"),
+        ({"zero_optimization": {"overlap_comm": "yes"}}, "overlap_comm is 'yes'; allowed: true or false"),
+        ({"zero_optimization": {"max_live_parameters": 1}}, "allowed: 'stage3_max_live_parameters', as"),
+        *(({"gradient_clipping": x}, f"gradient_clipping is {x!r}; allowed: 'auto' or") for x in (-1, "x", None, True)),
+        ({"bf16": {"enabled": "yes"}}, "bf16.enabled is 'yes'; allowed: 'auto', true or false"),
+        ({"bfloat16": {"enabled": True}}, "the key 'bfloat16'; allowed: 'bf16'"),
+        ({"optimizer": "AdamW"}, "optimizer is 'AdamW'; allowed: an object"),
+        ({"optimizer": {"params": {}}}, "optimizer.type is None; allowed: the name of an optimizer, such as 'AdamW'"),
+        ({"scheduler": {"params": {}}}, "scheduler.type is None; allowed: the name of a scheduler"),
+        *(
+            ({"optimizer": {"type": "AdamW", "params": {key: value}}}, f"optimizer.params.{key} is")
+            for key, value in (("lr", -1e-4), ("lr", 0), ("lr", "x"), ("eps", -1), ("weight_decay", True))
+        ),
+        *(
+            ({"optimizer": {"type": "Adam", "params": {"betas": x}}}, "betas is .* two numbers")
+            for x in ([0.9], [0, 1])
+        ),
+        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 1.5}}}, "num_steps is 1.5; allowed: 'auto'"),
+        ({"sequence_parallel": {"size": 4}}, "sequence_parallel stands in the JSON; allowed: sp_size"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size is 2; allowed: 0"),
+        ({"activation_checkpointing": {"cpu_checkpointing": True}}, "allowed: recompute and offload_activations in"),
+        ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op is 'sum'; allowed: \"mean\", or leave it out"),
+        ({"pipeline": {"stages": 2}}, "pipeline stands in the JSON, which training here has no use for"),
         ({"mst": {"spsize": 2}}, "'mst' has the unknown key 'spsize'; nearest: 'sp_size'"),
     ],
 )
@@ -136,7 +164,7 @@ def test_bad_values_are_refused_on_loading(ds_config, message):
 
 
 def test_keys_that_only_deepspeed_knows_pass():
-    ds_config = {"wall_clock_breakdown": True, "some_future_block": {"x": 1}, "amp": {"enabled": False}}
+    ds_config = {"wall_clock_breakdown": True, "tensorboard": {"enabled": False}, "amp": {"enabled": False}}
     assert resolved(load_ds_config(ds_config)).items() >= ds_config.items()
 
 

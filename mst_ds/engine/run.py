@@ -16,6 +16,7 @@ from mst_ds.adapters import load_peft_config, model_on_meta
 from mst_ds.checkpoint import Checkpoint, Identity, newest_checkpoint, read_checkpoint
 from mst_ds.config import AUTO, TrainConfig
 from mst_ds.data import ShardedLoader, TrainingData, load_training_data
+from mst_ds.engine.deepspeed_config import require_accepted
 from mst_ds.engine.hardware import has_accelerator, rank_device_memory, rank_gpu, rank_host_memory
 from mst_ds.engine.launch import Launch
 from mst_ds.model_shape import ModelShape, load_model_config
@@ -89,6 +90,7 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
         has_accelerator=has_accelerator(),
         dp_size=launch.world_size // sp_size,
     )
+    require_accepted(split_mst(resolved)[0])
     peft_config = None if config.peft_config is None else load_peft_config(config.peft_config)
     model, adapted = model_on_meta(model_config, peft_config)
     planned = _planner(config, launch, trained_shape(shape, model), resolved, sp_size)
