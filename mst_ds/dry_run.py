@@ -98,8 +98,9 @@ def as_on_an_accelerator() -> Iterator[None]:
     """Products of 16 bits are summed in fp32 without copies, elementwise work takes chunks as large as there; and
     positions, which have no values, begin no documents."""
     no_documents = patch.object(decoder, "find_document_starts", lambda *_: None)
+    no_lengths = patch.object(decoder, "document_lengths", lambda *_: None)
     no_copies = patch.object(chunks, "_gemm_accumulates_in_fp32", lambda *_: True)
-    with no_documents, no_copies, patch.object(chunks, "_ELEMENTS_IN_CACHE", {}):
+    with no_documents, no_lengths, no_copies, patch.object(chunks, "_ELEMENTS_IN_CACHE", {}):
         yield
 
 

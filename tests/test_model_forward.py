@@ -15,8 +15,8 @@ from mst_ds import apply_plan, remove_plan
 from mst_ds.topology import Topology
 
 LENGTH = 30
-# Documents of each row. The second shard of two begins inside the second and the third; none is longer than a
-# longrope's original length, beyond which a document trained alone has other frequencies than a packed one.
+# Documents of each row. The second shard of two begins inside the second and the third; some are longer than a
+# longrope's original length, 10, beyond which a document has other frequencies.
 DOCUMENTS = [[12, 8, 10], [3, 17, 2, 8]]
 # The tokens of the second row that are padding.
 PADDING = {"left": [(0, 6)], "right": [(21, 30)], "middle": [(9, 16)], "everywhere": [(0, 2), (12, 18), (29, 30)]}

@@ -72,7 +72,7 @@ LONGROPE = {
     "rope_theta": 10000.0,
     "short_factor": [1.0, 1.1, 1.2, 1.3],
     "long_factor": [1.5, 2.0, 3.0, 4.0],
-    "original_max_position_embeddings": 20,
+    "original_max_position_embeddings": 10,
 }
 
 ARCHITECTURES = {

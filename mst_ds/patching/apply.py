@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from mst_ds.patching.adapters import base_model, without_adapters
 from mst_ds.patching.causal_lm import causal_lm_forward, generate
@@ -23,10 +22,13 @@ from mst_ds.planner import Plan
 from mst_ds.recompute import DeviceStore, HostStore, LayerRecompute
 from mst_ds.structure import (
     Chunkable,
+    DocumentLengths,
+    DocumentRotary,
     LossStructure,
     NormStructure,
     RotaryStructure,
     decoder_layers,
+    find_document_rotary,
     find_mlps,
     find_norms,
     find_rotary,
@@ -49,8 +51,6 @@ if TYPE_CHECKING:
 Model = TypeVar("Model", bound=nn.Module)
 
 _UNDO = "_mst_undo"
-# Their frequencies follow from the longest position, of which a shard sees only its own part.
-_LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class ModelParts:
     mlps: list[Chunkable]
     norms: list[NormStructure]
     rotary: list[RotaryStructure]
+    document_rotary: list[DocumentRotary]
     loss: LossStructure
 
 
@@ -86,7 +87,7 @@ def find_parts(model: nn.Module, plan: Plan) -> ModelParts:
     # What is in an MLP is chunked with it.
     inside = {module for mlp in mlps for module in mlp.module.modules()}
     norms = [norm for norm in find_norms(model) if norm.module not in inside]
-    return ModelParts(layers, mlps, norms, find_rotary(model), loss_structure(model))
+    return ModelParts(layers, mlps, norms, find_rotary(model), find_document_rotary(model), loss_structure(model))
 
 
 def apply_plan(model: Model, plan: Plan, *, sequence_group: dist.ProcessGroup | SequenceGroup | None = None) -> Model:
@@ -131,8 +132,10 @@ def apply_plan(model: Model, plan: Plan, *, sequence_group: dist.ProcessGroup | 
             undo.hooks.append(module.register_forward_pre_hook(require_input_gradient))
     reason = why_own_attention(base)
     configs = _use_attention(base, undo) if reason is None else []
-    if group is not None:
-        _share_longest_position(base, group, undo)
+    lengths = DocumentLengths()
+    for of_documents in parts.document_rotary:
+        by_document = functools.partial(of_documents.forward, lengths, of_documents.module.forward)
+        undo.set_attribute(of_documents.module, "forward", by_document)
     keep_recompute([base, parts.loss.decoder], parts.layers, plan, recompute, undo)
     patched = PatchedModel(
         model=base,
@@ -145,6 +148,7 @@ def apply_plan(model: Model, plan: Plan, *, sequence_group: dist.ProcessGroup | 
         configs=configs,
         why_own_attention=reason,
         arguments=known_arguments(base.forward, parts.loss.decoder.forward),
+        document_lengths=lengths if parts.document_rotary else None,
     )
     for module, forward in ((parts.loss.decoder, decoder_forward), (base, causal_lm_forward)):
         planned = functools.partial(forward, module.forward, patched)
@@ -208,25 +212,3 @@ def _use_attention(model: PreTrainedModel, undo: Undo) -> list[OwnConfig]:
         undo.set_attribute(module, "config", own.config)
         own_configs.append(own)
     return own_configs
-
-
-def _share_longest_position(model: nn.Module, group: SequenceGroup, undo: Undo) -> None:
-    """Let rotary embeddings that depend on the sequence's length see its longest position on every shard."""
-    for module in model.modules():
-        rope_type = getattr(module, "rope_type", None)
-        types = rope_type.values() if isinstance(rope_type, dict) else [rope_type]
-        if _LENGTH_DEPENDENT_ROPE.intersection(types):
-            undo.set_attribute(module, "forward", functools.partial(_rotary_forward, module.forward, group))
-
-
-def _rotary_forward(
-    original: Callable[..., tuple[Tensor, ...]],
-    group: SequenceGroup,
-    x: Tensor,
-    position_ids: Tensor,
-    *args: Any,
-    **kwargs: Any,
-) -> tuple[Tensor, ...]:
-    longest = torch.stack(group.all_gather(position_ids.max())).max()
-    extended = torch.cat([position_ids, longest.expand(len(position_ids), 1)], dim=1)
-    return tuple(tensor[:, :-1] for tensor in original(x, extended, *args, **kwargs))

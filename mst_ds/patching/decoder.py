@@ -14,7 +14,7 @@ from mst_ds.config import nearest
 from mst_ds.patching.document_arguments import take_document_starts
 from mst_ds.patching.guards import check_unchanged
 from mst_ds.patching.patched import PatchedModel, own_attention
-from mst_ds.ulysses import UlyssesContext, find_document_starts
+from mst_ds.ulysses import UlyssesContext, document_lengths, find_document_starts, positions_in_documents
 
 # Of a causal language model, beside those that its class and transformers name.
 _TARGETS = {"labels", "shift_labels", "num_items_in_batch", "ignore_index"}
@@ -45,6 +45,8 @@ def decoder_forward(original: Callable[..., Any], patched: PatchedModel, *args: 
         return original(**kwargs)
     finally:
         running.context = None
+        if patched.document_lengths is not None:
+            patched.document_lengths.of_tokens = None
 
 
 def named_arguments(original: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,7 +118,12 @@ def _planned_arguments(patched: PatchedModel, kwargs: dict[str, Any]) -> dict[st
     if patched.why_own_attention is not None:
         if (told is not None and told.is_packed) or (positions is not None and _has_documents(positions, mask)):
             raise ValueError(f"{patched.name} {patched.why_own_attention}: pass one document a row (--packing none)")
-        return {}
+        if patched.document_lengths is None:
+            return {}
+        positions, _ = _find_documents(patched, positions, mask, inputs)
+        if _has_documents(positions, mask):
+            raise ValueError(f"{patched.name} {patched.why_own_attention}: pass rows with padding on one side")
+        return {"position_ids": positions}
     if _wants(patched, kwargs, "output_attentions"):
         raise ValueError(
             "output_attentions: attention with a plan has no matrix of weights that it could give: set it to false"
@@ -126,12 +133,28 @@ def _planned_arguments(patched: PatchedModel, kwargs: dict[str, Any]) -> dict[st
             told.check(find_document_starts(positions, None, None))
         else:
             positions = told.positions(inputs.device)
-    if positions is None and (group is not None or mask is not None):
-        positions = (torch.arange(length, device=inputs.device) + plan.sp_rank * length).expand(batch, -1)
-    # On a shard always: another rank may have padding, and this is a collective call.
-    starts = None if positions is None else find_document_starts(positions, mask, group)
+    positions, starts = _find_documents(patched, positions, mask, inputs)
     context = UlyssesContext(group, plan.attention, starts, plan.head_groups, patched.recompute)
     return {"attention_mask": None, "position_ids": positions, "ulysses": context}
+
+
+def _find_documents(
+    patched: PatchedModel, positions: Any, mask: Tensor | None, inputs: Tensor
+) -> tuple[Any, list[list[int]] | None]:
+    """Positions in the whole sequence, None where they tell nothing new, and where documents begin. Rotary embeddings
+    that depend on how long these are get to know it."""
+    group, lengths, are_given = patched.group, patched.document_lengths, positions is not None
+    if not are_given and (group is not None or mask is not None or lengths is not None):
+        batch, length = inputs.shape[:2]
+        positions = (torch.arange(length, device=inputs.device) + patched.plan.sp_rank * length).expand(batch, -1)
+    # On a shard always: another rank may have padding, and this is a collective call.
+    starts = None if positions is None else find_document_starts(positions, mask, group)
+    if lengths is not None:
+        if not are_given:
+            # A document is no longer for padding before it.
+            positions = positions_in_documents(positions, starts, group)
+        lengths.of_tokens = document_lengths(positions, mask, starts, group)
+    return positions, starts
 
 
 def _wants(patched: PatchedModel, kwargs: Mapping[str, Any], name: str) -> bool:

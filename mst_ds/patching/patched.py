@@ -11,7 +11,7 @@ from torch import nn
 
 from mst_ds.planner import Plan
 from mst_ds.recompute import LayerRecompute
-from mst_ds.structure import Chunkable, LossStructure
+from mst_ds.structure import Chunkable, DocumentLengths, LossStructure
 from mst_ds.ulysses import ATTENTION_NAME, SequenceGroup, UlyssesContext
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class PatchedModel:
         configs: which name this project's attention; empty where the model keeps its own.
         why_own_attention: see `mst_ds.structure`.
         arguments: the names that its forward and its decoder's know.
+        document_lengths: what its rotary embeddings have to know of a forward; None where none depends on it.
         running: the forward that runs.
     """
 
@@ -68,6 +69,7 @@ class PatchedModel:
     configs: Sequence[OwnConfig]
     why_own_attention: str | None
     arguments: frozenset[str]
+    document_lengths: DocumentLengths | None
     running: RunningForward = field(default_factory=RunningForward)
 
     @property

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from mst_ds.patching import apply_plan
 from mst_ds.preflight.documents import Documents
@@ -55,21 +58,52 @@ class Outcome:
 
 
 def run_plain(model: PreTrainedModel, documents: Documents, *, traced: bool = False) -> Outcome:
-    """The truth: transformers' own forward and loss, each document alone in its row."""
-    model, rows = copy.deepcopy(model), documents.as_rows()
-    tracer = Tracer(model, *rows["input_ids"].shape) if traced else None
+    """The truth: transformers' own forward and loss, whose decoder gets each document by itself, without padding."""
+    whole, rows = copy.deepcopy(model), documents.as_rows()
+    # Of each document a copy with the same parameters: a module may remember what it has seen.
+    shared: list[object] = [*whole.parameters(), whole.config]
+    alone = [copy.deepcopy(whole, {id(value): value for value in shared}) for _ in documents.lengths]
+    decoder, of_documents = whole.base_model, [replica.base_model for replica in alone]
+    if decoder is not whole:  # else no plan can be applied to it
+        forward = functools.partial(_each_alone, inspect.signature(decoder.forward), of_documents, documents.lengths)
+        decoder.__dict__["forward"] = forward
+    tracers = [Tracer(replica, 1, length) for replica, length in zip(alone, documents.lengths, strict=True) if traced]
+    around = Tracer(whole, *rows["input_ids"].shape) if traced else None
     with Float64():
-        output = model(**rows)
+        output = whole(**rows)
         output.loss.backward()
-        outcome = Outcome(output.loss.detach(), _gradients([model]))
-        if tracer is None:
+        outcome = Outcome(output.loss.detach(), _gradients([whole]))
+        if around is None:
             return outcome
         # Shifted by one, as transformers' own loss does it.
         cross_entropy = torch.nn.functional.cross_entropy(
             output.logits.detach()[:, :-1].flatten(0, 1), rows["labels"][:, 1:].flatten()
         )
-    trace = join_shards([tracer.trace], documents.tokens_of_rows)
+    trace = join_shards([around.trace], documents.tokens_of_rows)
+    trace = {**join_shards([tracer.trace for tracer in tracers], lambda values: values[0]), **trace}
     return Outcome(outcome.loss, outcome.gradients, cross_entropy, trace)
+
+
+def _each_alone(
+    signature: inspect.Signature, decoders: Sequence[nn.Module], lengths: Sequence[int], *args: Any, **kwargs: Any
+) -> Any:
+    """What a decoder gives for documents in the rows of a batch, each computed by a decoder of its own."""
+    arguments = dict(zip(signature.parameters, args, strict=False)) | kwargs
+    ids, _ = arguments.pop("input_ids"), arguments.pop("attention_mask")
+    outputs = [
+        decoder(input_ids=ids[row : row + 1, :length], **arguments)
+        for row, (decoder, length) in enumerate(zip(decoders, lengths, strict=True))
+    ]
+    merged: dict[str, Any] = {"last_hidden_state": _in_rows(output.last_hidden_state[0] for output in outputs)}
+    if outputs[0].get("router_logits") is not None:
+        of_layers = zip(*(output.router_logits for output in outputs), strict=True)
+        merged["router_logits"] = tuple(_in_rows(of_layer).flatten(0, 1) for of_layer in of_layers)
+    return type(outputs[0])(**merged)
+
+
+def _in_rows(of_documents: Iterable[Tensor]) -> Tensor:
+    """(length, C) of each document -> (documents, longest, C)."""
+    return pad_sequence(list(of_documents), batch_first=True)
 
 
 def run_planned(model: PreTrainedModel, documents: Documents, setting: Setting, *, traced: bool = False) -> Outcome:

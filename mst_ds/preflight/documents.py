@@ -39,12 +39,17 @@ class Documents:
 
     @classmethod
     def padded(cls, seq_len: int, vocab_size: int) -> Documents:
-        """One document a row, the second shorter than the row."""
-        return cls(((seq_len,), (seq_len - _PADDING,)), seq_len, vocab_size)
+        """One document a row, the second shorter than the row, the third than any length that changes anything."""
+        return cls(((seq_len,), (seq_len - _PADDING,), (_PADDING,)), seq_len, vocab_size)
 
     @property
     def batch_size(self) -> int:
         return len(self.rows)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of each document."""
+        return [length for _, _, length in self._spans()]
 
     @property
     def num_items(self) -> int:

@@ -219,8 +219,10 @@ def _head_dim(fields: _Fields, old: int) -> int:
     factors = [entry.get("partial_rotary_factor", 1.0) for entry in fields.rope_entries()]
     factors += [factor for name in ("partial_rotary_factor", "rotary_pct") if (factor := fields.get(name)) is not None]
     factors += [rotary_dim / old] if rotary_dim is not None else []
+    # Dynamic frequencies of a single pair are a division by zero.
+    least = 4 if any(entry.get("rope_type") == "dynamic" for entry in fields.rope_entries()) else 2
     head_dim = 4
-    while any(int(head_dim * factor) % 2 or int(head_dim * factor) < 2 for factor in factors):
+    while any(int(head_dim * factor) % 2 or int(head_dim * factor) < least for factor in factors):
         head_dim *= 2
         if head_dim >= old:
             return old
@@ -244,6 +246,8 @@ def _shrink_positions(fields: _Fields, seq_len: int) -> None:
         if entry.get("rope_type") not in _LENGTH_DEPENDENT_ROPE:
             continue
         original = fields.size("original_max_position_embeddings") or entry.get("original_max_position_embeddings")
+        if entry["rope_type"] == "dynamic":
+            original = None  # what the model has positions for
         for name in lengths:
             fields.put(name, round(_ORIGINAL_POSITIONS * fields.get(name) / (original or fields.get(name))))
         entry["original_max_position_embeddings"] = _ORIGINAL_POSITIONS

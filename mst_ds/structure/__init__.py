@@ -1,5 +1,6 @@
 """Finds the parts of a decoder that can be chunked, by what they compute and not by what they are called."""
 
+from mst_ds.structure.document_rotary import DocumentLengths, DocumentRotary, find_document_rotary
 from mst_ds.structure.layers import decoder_layers
 from mst_ds.structure.loss import LossStructure, RouterLoss, loss_structure
 from mst_ds.structure.mlps import Chunkable, ExpertsStructure, MlpStructure, TokenwiseStructure, find_mlps
@@ -9,6 +10,8 @@ from mst_ds.structure.shardable import require_shardable, why_own_attention
 
 __all__ = [
     "Chunkable",
+    "DocumentLengths",
+    "DocumentRotary",
     "ExpertsStructure",
     "LossStructure",
     "MlpStructure",
@@ -17,6 +20,7 @@ __all__ = [
     "RouterLoss",
     "TokenwiseStructure",
     "decoder_layers",
+    "find_document_rotary",
     "find_mlps",
     "find_norms",
     "find_rotary",

@@ -1,6 +1,7 @@
 """Ulysses sequence parallelism (arXiv 2309.14509): sequence shards outside attention, head shards inside it."""
 
 from .attention import ATTENTION_NAME, UlyssesContext, find_document_starts, register_attention, ulysses_attention
+from .document_lengths import document_lengths, positions_in_documents
 from .groups import ProcessSequenceGroup, SequenceGroup, new_sequence_group
 from .simulated import run_simulated
 
@@ -9,8 +10,10 @@ __all__ = [
     "ProcessSequenceGroup",
     "SequenceGroup",
     "UlyssesContext",
+    "document_lengths",
     "find_document_starts",
     "new_sequence_group",
+    "positions_in_documents",
     "register_attention",
     "run_simulated",
     "ulysses_attention",

@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 import mst_ds.minisequence.experts
 import mst_ds.minisequence.loss
 import mst_ds.minisequence.mlp
+import mst_ds.patching.apply
 import mst_ds.patching.causal_lm
 import mst_ds.patching.decoder
 import mst_ds.ulysses.all_to_all
@@ -68,7 +69,7 @@ def drop_last_token(monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
     def slices(num_tokens: int, chunks: int) -> Iterator[slice]:
         *first, last = original(num_tokens, chunks)
         yield from first
-        yield slice(last.start, last.stop - (num_tokens < 100))
+        yield slice(last.start, last.stop - (num_tokens != 129))
 
     monkeypatch.setattr(module, "chunk_slices", slices)
 
@@ -161,6 +162,29 @@ def test_scaled_loss_of_a_router(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check(PACKED, "qwen3_moe").is_exact, "a router loss that is off counts"
 
 
+LONGROPE: dict[str, Any] = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 1024,
+    "short_factor": [1.0 + index for index in range(256)],
+    "long_factor": [9.0 + index for index in range(256)],
+}
+DYNAMIC: dict[str, Any] = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("rope", [LONGROPE, DYNAMIC], ids=["longrope", "dynamic"])
+def test_frequencies_of_the_longest_document(
+    rope: dict[str, Any], packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers' own rotary embedding takes one length for the whole batch."""
+    setting, values = replace(ONE_RANK, packed=packed), {"rope_parameters": rope, "max_position_embeddings": 4096}
+    assert check(setting, **values).is_exact
+    monkeypatch.setattr(mst_ds.patching.apply, "find_document_rotary", lambda model: [])
+    assert defect(setting, **values).startswith("model.rotary_emb: its output is off by ")
+
+
 def test_not_a_number_is_a_defect(monkeypatch: pytest.MonkeyPatch) -> None:
     scale_gradient(monkeypatch, mst_ds.minisequence.mlp._ChunkedMLP, 32, 40, factor=float("nan"))
     found = check(PACKED)
@@ -180,7 +204,7 @@ EXACT: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", LLAMA),
     "llama-of-dynamic-length": (
         "llama",
-        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}},
+        {"rope_parameters": DYNAMIC},
     ),
     "gemma2": ("gemma2", {}),
     "gpt2-with-dropout": ("gpt2", {"attn_pdrop": 0.1}),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mst_ds.preflight.documents import Documents
+from mst_ds.preflight.shrink import _ORIGINAL_POSITIONS
 from mst_ds.topology import Topology
 
 KINDS = {"packed": Documents.packed(41, 50), "padded": Documents.padded(41, 50)}
@@ -22,7 +23,7 @@ def whole(documents: Documents, sp_size: int = 1) -> dict[str, torch.Tensor]:
 def test_the_same_tokens_and_targets(kind: str, sp_size: int) -> None:
     documents = KINDS[kind]
     batch, rows = whole(documents, sp_size), documents.as_rows()
-    assert batch["input_ids"].shape == (2, -(-41 // sp_size) * sp_size)
+    assert batch["input_ids"].shape == (documents.batch_size, -(-41 // sp_size) * sp_size)
     assert torch.equal(documents.tokens_of_batch(batch["input_ids"]), documents.tokens_of_rows(rows["input_ids"]))
     # transformers predicts label t + 1 from token t.
     shifted = torch.nn.functional.pad(rows["labels"][:, 1:], (0, 1), value=-100)
@@ -61,3 +62,10 @@ def test_what_a_preflight_has_to_meet() -> None:
     targets = whole(packed)["shift_labels"]
     assert targets[1, -1] != -100, "the last token of all counts for nothing"
     assert (targets == -100).any(), "no target is ignored"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_frequencies_that_depend_on_the_length_are_met_on_both_sides_of_the_original(kind: str) -> None:
+    lengths = KINDS[kind].lengths
+    assert min(lengths) < _ORIGINAL_POSITIONS < max(lengths)
+    assert len({length for length in lengths if length > _ORIGINAL_POSITIONS}) > 1, "dynamic ones differ by length"

@@ -159,6 +159,17 @@ KEPT: dict[str, tuple[str, dict[str, Any], Any]] = {
     "sinks": ("gpt_oss", {}, lambda c, m: layers(m)[0].self_attn.sinks.shape == (8,)),
     "longrope": ("phi3", LONGROPE, lambda c, m: is_long(c)),
     "dynamic-rope": ("llama", rope("dynamic", factor=4.0), lambda c, m: c.max_position_embeddings < SEQ_LEN // 4),
+    "dynamic-rope-beyond-its-training": (
+        "llama",
+        rope("dynamic", factor=4.0, original_max_position_embeddings=128),
+        lambda c, m: c.max_position_embeddings < SEQ_LEN // 4,
+    ),
+    # Of one pair dynamic frequencies are a division by zero.
+    "dynamic-rope-of-a-part": (
+        "glm",
+        rope("dynamic", factor=4.0, partial_rotary_factor=0.5),
+        lambda c, m: m.model.rotary_emb.inv_freq.shape == (2,),
+    ),
     "learned-positions": ("gpt2", {}, lambda c, m: m.transformer.wpe.weight.shape[0] == SEQ_LEN),
     "experts": (
         "mixtral",

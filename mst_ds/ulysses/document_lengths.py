@@ -1,0 +1,64 @@
+"""Where a token stands in its document and how long that is, for rotary embeddings whose frequencies depend on it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mst_ds.topology import shard_slice
+
+from .documents import DocumentStarts
+from .groups import SequenceGroup
+
+
+def positions_in_documents(position_ids: Tensor, starts: DocumentStarts | None, group: SequenceGroup | None) -> Tensor:
+    """Positions that begin with 0 at each document, for those that begin with 0 at each row.
+
+    Args:
+        position_ids: (B, L) of this rank's shard.
+        starts: what `find_document_starts` found for them.
+        group: the sequence group; None where the sequence is not sharded.
+    """
+    length = position_ids.shape[1] * (1 if group is None else group.size)
+    firsts = [
+        first.repeat_interleave(after - first, output_size=length)
+        for first, after in _documents(starts, length, position_ids.device)
+    ]
+    return position_ids - _shard(torch.stack(firsts), group)
+
+
+def document_lengths(
+    position_ids: Tensor, attention_mask: Tensor | None, starts: DocumentStarts | None, group: SequenceGroup | None
+) -> Tensor:
+    """How long each token's document is, with one all-gather: its last position and 1, as transformers has it.
+
+    Args:
+        position_ids: (B, L) of this rank's shard; one row may stand for all.
+        attention_mask: (B, L) of this rank's shard, 1 for a token and 0 for padding; None where all are tokens.
+        starts: what `find_document_starts` found for them.
+        group: the sequence group; None where the sequence is not sharded.
+
+    Returns:
+        (B, L), 1 on padding, which decides nothing.
+    """
+    whole = position_ids if group is None else torch.cat(group.all_gather(position_ids), dim=1)
+    length = whole.shape[1]
+    documents = _documents(starts, length, whole.device)
+    batch = max(len(documents), len(whole))
+    lengths = [
+        (row[after - 1] + 1).repeat_interleave(after - first, output_size=length)
+        for row, (first, after) in zip(whole.expand(batch, -1), documents * (batch // len(documents)), strict=True)
+    ]
+    of_tokens = _shard(torch.stack(lengths), group)
+    return of_tokens if attention_mask is None else of_tokens.masked_fill(attention_mask == 0, 1)
+
+
+def _documents(starts: DocumentStarts | None, length: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """For each row, or for all alike, the first token of each document and the one after its last."""
+    firsts = [torch.tensor(row, device=device) for row in starts or [[0]]]
+    return [(first, torch.cat([first[1:], first.new_tensor([length])])) for first in firsts]
+
+
+def _shard(whole: Tensor, group: SequenceGroup | None) -> Tensor:
+    """This rank's part of (B, S)."""
+    return whole if group is None else whole[:, shard_slice(whole.shape[1], group.size, group.rank)]
