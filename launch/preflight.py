@@ -37,7 +37,8 @@ def _check(argv: Sequence[str]) -> Report:
     from mst_ds.preflight import check_model, settings_to_try
 
     packed = config.packing == "documents"
-    return check_model(load_model_config(config.model), settings_to_try(mst, packed=packed))
+    model_config = load_model_config(config.model, trust_remote_code=config.trust_remote_code)
+    return check_model(model_config, settings_to_try(mst, packed=packed))
 
 
 if __name__ == "__main__":

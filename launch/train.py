@@ -107,6 +107,8 @@ def _take_steps(run: Run, folder: Path, interruption: Interruption) -> bool:
     is_first = run.launch.rank == 0
     if is_first:
         Console().print(plan_table(plan))
+        for note in run.notes:
+            print(note)
         if run.checkpoint is not None:
             print(f"goes on after step {run.steps_done}, from {run.checkpoint.folder}")
     engine = build_engine(run)

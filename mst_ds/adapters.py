@@ -13,17 +13,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 ADAPTER_FILE = "adapter_config.json"
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def load_peft_config(path: str) -> PeftConfig:
-    """Read an `adapter_config.json`, as peft writes it, from the file or its folder; weights beside it are not read.
+    """Read an `adapter_config.json`, as peft writes it, from the file or its folder.
 
     Raises:
-        ValueError: no such file, not a config of peft, an adapter that learns a prompt, or peft is not installed.
+        ValueError: no such file, not a config of peft, trained weights beside it, an adapter that learns a prompt, or
+            peft is not installed.
     """
     file = Path(path) / ADAPTER_FILE if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise ValueError(f"peft_config is {path!r}; allowed: an existing {ADAPTER_FILE}, or a folder with one")
+    if trained := [name for name in _ADAPTER_WEIGHTS if (file.parent / name).is_file()]:
+        raise ValueError(
+            f"peft_config {str(file)!r} is of an adapter that has been trained, {trained[0]}, which mst_ds does not "
+            f"continue; allowed: its {ADAPTER_FILE} in a folder of its own, for new adapters like it, or --resume for "
+            "the checkpoint of a run"
+        )
     if find_spec("peft") is None:
         raise ValueError("peft_config needs the package peft: install it with pip install 'mst_ds[peft]'")
     from peft import PeftConfig

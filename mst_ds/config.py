@@ -107,17 +107,26 @@ def _flag(default: Any, help: str, parse: Callable[[str], Any] | None = None) ->
 class TrainConfig:
     """The flags of a training run. Lengths are in tokens, `weight_decay` and the rates as AdamW has them."""
 
-    config: str | None = _flag(None, "YAML file with values for any of these flags; a flag given beside it wins.")
-    ds_config: str = _flag(DEFAULT_DS_CONFIG, "DeepSpeed JSON with an optional 'mst' block.")
+    config: str | None = _flag(
+        None, "YAML file with values for any of these flags; a flag given beside it wins.", os.path.expanduser
+    )
+    ds_config: str = _flag(DEFAULT_DS_CONFIG, "DeepSpeed JSON with an optional 'mst' block.", os.path.expanduser)
     model: str = _flag(
         DEFAULT_MODEL,
         "Shipped config, Hugging Face id, or folder. A folder with only a config starts from random weights.",
+        os.path.expanduser,
     )
+    trust_remote_code: bool = _flag(
+        False, "Run the code that a model or tokenizer brings itself; without it such a model is refused."
+    )
+    new_lm_head: bool = _flag(False, "Start the LM head, which the weights must lack, from random values.")
     peft_config: str | None = _flag(
-        None, "adapter_config.json of peft, or its folder: trains new adapters, and not the model's own weights."
+        None,
+        "adapter_config.json of peft, or its folder: trains new adapters, and not the model's own weights.",
+        os.path.expanduser,
     )
     tokenizer: str | None = _flag(
-        None, "Hugging Face id or folder; default: the model's own, bytes for shipped configs."
+        None, "Hugging Face id or folder; default: the model's own, bytes for shipped configs.", os.path.expanduser
     )
     dataset: str = _flag(
         "python_stdlib",

@@ -16,7 +16,7 @@ LAYERS = [
     {"owners"},
     {"zero", "model_shape", "topology", "adapters", "recompute"},
     {"planner", "minisequence", "router_loss", "ulysses", "metrics", "data"},
-    {"structure"},
+    {"structure", "model_folder"},
     {"patching", "trained"},
     {"preflight"},
     {"checkpoint", "interruption", "jit_build", "dry_run", "out_of_memory", "phase_memory", "scaling", "watchdog"},

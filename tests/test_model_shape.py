@@ -333,11 +333,11 @@ def test_what_the_hub_logs_is_said_only_of_a_model_that_is_found(monkeypatch, is
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
 
-    def from_pretrained(name):
+    def from_pretrained(name, **_):
         logger.warning("Retrying")
         if not is_found:
             raise OSError("no connection")
-        return name
+        return transformers.LlamaConfig(**SMALL)
 
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", from_pretrained)
     logger.addHandler(handler)

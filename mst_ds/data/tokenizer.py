@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from itertools import count
+from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mst_ds.config import TrainConfig
-from mst_ds.model_shape import shipped_model_config
+from mst_ds.model_shape import require_no_pointers, shipped_model_config
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -43,7 +44,7 @@ def load_tokenizer(config: TrainConfig, model_config: PreTrainedConfig) -> PreTr
         tokenizer: PreTrainedTokenizerBase = byte_tokenizer()
     else:
         name = config.tokenizer or config.model
-        tokenizer = _pretrained(name)
+        tokenizer = _pretrained(name, trust_remote_code=config.trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer {name!r} has no EOS token to end a document with; allowed: one with eos_token")
     # The highest id counts, not the number of tokens: ids may have gaps.
@@ -57,11 +58,18 @@ def load_tokenizer(config: TrainConfig, model_config: PreTrainedConfig) -> PreTr
     return tokenizer
 
 
-def _pretrained(name: str) -> PreTrainedTokenizerBase:
+def _pretrained(name: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     fix = "allowed: --tokenizer with the Hugging Face id or folder of a tokenizer"
+    if Path(name).is_dir():
+        require_no_pointers(Path(name))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"tokenizer {name!r} needs code that it brings itself, which is not run; allowed: --trust_remote_code "
+                "true, where you trust that code, or another --tokenizer"
+            ) from None
         reason = " ".join(str(error).split())
         raise ValueError(f"no tokenizer found at {name!r} ({reason}); {fix}") from error
     # For some architectures a folder without tokenizer files gives one that has only special tokens.

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import functools
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import deepspeed
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, set_seed
+from transformers import set_seed
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from mst_ds.adapters import add_adapters
 from mst_ds.checkpoint import load_checkpoint, universal_setting
 from mst_ds.engine.optimizer import adamw, schedule
 from mst_ds.engine.run import Run
-from mst_ds.model_shape import shipped_model_config
+from mst_ds.model_folder import ModelLayout, load_model
 from mst_ds.patching import apply_plan
 from mst_ds.zero import has_block
 
@@ -49,27 +48,18 @@ def build_engine(run: Run) -> DeepSpeedEngine:
 def _load_model(run: Run) -> nn.Module:
     # transformers looks for this object, by a weak reference, to build the weights sharded from the start.
     zero3 = HfDeepSpeedConfig(run.ds_config) if run.plan.zero_stage == 3 else None
-    if _has_weights(run.config.model):
-        model = AutoModelForCausalLM.from_pretrained(
-            run.config.model, dtype=run.dtype, attn_implementation=run.own_attention
-        )
-    else:
-        model = AutoModelForCausalLM.from_config(
-            run.model_config, dtype=run.dtype, attn_implementation=run.own_attention
-        )
+    model = load_model(
+        run.weights,
+        run.model_config,
+        run.model_class,
+        dtype=run.dtype,
+        attention=run.own_attention,
+        new_lm_head=run.config.new_lm_head,
+    )
     trained: nn.Module = model if run.peft_config is None else add_adapters(model, run.peft_config)
     del zero3
+    run.layout.require_same(ModelLayout.of(trained))
     return trained.train()
-
-
-def _has_weights(name_or_path: str) -> bool:
-    """Whether there are weights to load: a shipped config has none, a folder may, a Hugging Face id does."""
-    if shipped_model_config(name_or_path) is not None:
-        return False
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        return True
-    return any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "pytorch_model*.bin"))
 
 
 def _limit_waiting(seconds: float) -> None:

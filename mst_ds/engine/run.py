@@ -19,6 +19,7 @@ from mst_ds.data import ShardedLoader, TrainingData, load_training_data
 from mst_ds.engine.deepspeed_config import require_accepted
 from mst_ds.engine.hardware import has_accelerator, rank_device_memory, rank_gpu, rank_host_memory
 from mst_ds.engine.launch import Launch
+from mst_ds.model_folder import ModelLayout, Weights, find_weights, require_match
 from mst_ds.model_shape import ModelShape, load_model_config
 from mst_ds.patching import find_parts
 from mst_ds.planner import DEFAULT_RESERVE, Plan, make_plan
@@ -41,7 +42,8 @@ class Run:
 
     `ds_config` is what DeepSpeed gets: every "auto" filled in, without the "mst" block. `planned` makes the plan again
     for the device memory of each rank. `own_attention` is the implementation that transformers loads the model with;
-    None leaves that to transformers. `checkpoint` is what the run goes on from.
+    None leaves that to transformers. `weights` is None where they start from random ones; `layout` is of the model that
+    was checked, and `notes` what a user should know of what is loaded. `checkpoint` is what the run goes on from.
     """
 
     config: TrainConfig
@@ -50,6 +52,10 @@ class Run:
     model_config: PreTrainedConfig
     peft_config: PeftConfig | None
     own_attention: str | None
+    model_class: type[PreTrainedModel]
+    layout: ModelLayout
+    weights: Weights | None
+    notes: tuple[str, ...]
     plan: Plan
     planned: Callable[..., Plan]
     data: TrainingData
@@ -73,7 +79,7 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
         ValueError: anything in the flags, the DeepSpeed JSON, the model's config or the dataset that cannot run, in one
             line. Every rank finds the same, so all ranks stop.
     """
-    model_config = load_model_config(config.model)
+    model_config = load_model_config(config.model, trust_remote_code=config.trust_remote_code)
     shape = ModelShape.from_config(model_config)
     raw = load_ds_config(config.ds_config)
     mst = split_mst(raw)[1]
@@ -98,6 +104,7 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
     _require_right_training(plan)
     find_parts(adapted, plan)
     own_attention = _own_attention(config, plan, model)
+    weights, notes = _weights(config, model, _DTYPES[plan.dtype])
     data = load_training_data(config, model_config)
     identity = Identity.of(
         model_config,
@@ -115,6 +122,10 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
         model_config=model_config,
         peft_config=peft_config,
         own_attention=own_attention,
+        model_class=type(model),
+        layout=ModelLayout.of(adapted),
+        weights=weights,
+        notes=notes,
         plan=plan,
         planned=planned,
         data=data,
@@ -171,6 +182,20 @@ def _own_attention(config: TrainConfig, plan: Plan, model: PreTrainedModel) -> s
         raise ValueError(f"packing is 'documents', but {type(model).__name__} {reason}; allowed: 'none'")
     # Any other model gets the attention of its plan from apply_plan.
     return plan.attention if plan.attention != "sdpa" and reason is not None else None
+
+
+def _weights(config: TrainConfig, model: PreTrainedModel, dtype: torch.dtype) -> tuple[Weights | None, tuple[str, ...]]:
+    """What the model starts from, and what a user should know of it.
+
+    Raises:
+        ValueError: a weight file is missing or damaged, or the weights are not those of the model.
+    """
+    weights = find_weights(config.model)
+    if weights is not None:
+        return weights, require_match(weights, model, dtype=dtype, new_lm_head=config.new_lm_head)
+    if config.new_lm_head:
+        raise ValueError(f"new_lm_head is true, but model {config.model!r} has no weights; allowed: no --new_lm_head")
+    return None, (f"model {config.model!r} has no weights: it starts from random ones",)
 
 
 def _kept_settings(config: TrainConfig, plan: Plan) -> dict[str, Any]:

@@ -1,6 +1,12 @@
 """Dimensions and parameter counts of a decoder, from its Hugging Face config alone: no weights, no torch."""
 
-from mst_ds.model_shape.configs import load_model_config, shipped_model_config
+from mst_ds.model_shape.configs import (
+    load_model_config,
+    quantization_fields,
+    raw_model_config,
+    require_no_pointers,
+    shipped_model_config,
+)
 from mst_ds.model_shape.counts import TrainedCounts
 from mst_ds.model_shape.experts import ExpertShape
 from mst_ds.model_shape.families import NormKind
@@ -21,5 +27,8 @@ __all__ = [
     "load_model_config",
     "load_model_shape",
     "other_layers",
+    "quantization_fields",
+    "raw_model_config",
+    "require_no_pointers",
     "shipped_model_config",
 ]

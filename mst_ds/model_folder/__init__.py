@@ -1,0 +1,8 @@
+"""A model folder: what it holds, whether that is what the model needs, and the model loaded from it."""
+
+from mst_ds.model_folder.contents import Weights, find_weights
+from mst_ds.model_folder.layout import ModelLayout
+from mst_ds.model_folder.load import load_model
+from mst_ds.model_folder.match import require_match
+
+__all__ = ["ModelLayout", "Weights", "find_weights", "load_model", "require_match"]

@@ -1,0 +1,66 @@
+"""A model with its weights, or with random ones where there are none."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from mst_ds.model_folder.contents import Weights
+from mst_ds.model_folder.match import Difference, head_names
+from mst_ds.model_folder.tensors import StoredTensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def load_model(
+    weights: Weights | None,
+    config: PreTrainedConfig,
+    model_class: type[PreTrainedModel],
+    *,
+    dtype: torch.dtype,
+    attention: str | None = None,
+    new_lm_head: bool = False,
+) -> PreTrainedModel:
+    """A model of `config` in `dtype`. Under ZeRO-3 sharded from the start, which is a collective call.
+
+    Args:
+        weights: as `require_match` has found them right; None: random ones.
+        config: without quantisation, which the model does not have once it is loaded.
+        model_class: what transformers makes of the config.
+        attention: the implementation; None leaves it to transformers.
+        new_lm_head: whether the LM head starts from random values.
+
+    Raises:
+        ValueError: what was loaded is not all that the model needs, or more than that.
+    """
+    settings: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
+    if weights is None:
+        random: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **settings)
+        return random
+    settings |= {"config": config, "output_loading_info": True}
+    load: Any = model_class.from_pretrained  # a pair, with its loading_info, which its annotation does not know
+    if weights.quantization is None:
+        model, info = load(weights.source, **settings)
+    else:
+        with StoredTensors(weights.files) as stored:
+            # Sharded, the others get their values from the first rank.
+            has_values = not is_deepspeed_zero3_enabled() or dist.get_rank() == 0
+            plain = weights.quantization.dequantize(stored if has_values else weights.headers, dtype)
+            # From no folder: transformers would remember how they were quantised, and quantise them when it saves.
+            model, info = load(None, state_dict=plain, generation_config=_generation_config(weights.source), **settings)
+        model.name_or_path = model.config.name_or_path = weights.source
+    Difference.of(info).require_none(weights.source, head=head_names(model), new_lm_head=new_lm_head)
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _generation_config(source: str) -> GenerationConfig | None:
+    try:
+        return GenerationConfig.from_pretrained(source)
+    except OSError:
+        return None  # it has none
