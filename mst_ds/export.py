@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from mst_ds.adapters import ADAPTER_FILE, load_peft_config, model_on_meta
-from mst_ds.checkpoint import MODEL_FOLDER, STATES_FOLDER, Checkpoint, require_intact
+from mst_ds.checkpoint import MODEL_FOLDER, STATES_FOLDER, Checkpoint, only_states, require_intact
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -50,12 +50,13 @@ def export_checkpoint(checkpoint: Checkpoint, folder: str | os.PathLike[str]) ->
 
 def _load_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     if checkpoint.identity.zero_stage == 0:
-        states = torch.load(checkpoint.folder / STATES_FOLDER / "mp_rank_00_model_states.pt", weights_only=False)
+        with only_states(checkpoint.folder):
+            states = torch.load(checkpoint.folder / STATES_FOLDER / "mp_rank_00_model_states.pt", weights_only=True)
         weights: dict[str, torch.Tensor] = states["module"]
         return weights
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+    with only_states(checkpoint.folder), open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
         return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.folder), tag=STATES_FOLDER)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -17,10 +18,11 @@ import torch
 from distributed import run_ranks
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_llama
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, get_scheduler
 
 from mst_ds.checkpoint import (
     STATE_FILE,
+    Checkpoint,
     Identity,
     load_checkpoint,
     newest_checkpoint,
@@ -28,6 +30,8 @@ from mst_ds.checkpoint import (
     save_checkpoint,
     universal_setting,
 )
+from mst_ds.checkpoint.checksums import checksum
+from mst_ds.checkpoint.state import from_text, to_text
 from mst_ds.data.tokenizer import byte_tokenizer
 from mst_ds.export import export_checkpoint
 
@@ -39,17 +43,20 @@ def identity_of(config: Any, stage: int, **changes: Any) -> Identity:
     return Identity.of(config, None, byte_tokenizer(), **given | changes)
 
 
-def make_engine(model: Any, stage: int, checkpoint: Any = None, world_size: int = 1) -> Any:
+def make_engine(model: Any, stage: int, checkpoint: Any = None, world_size: int = 1, **settings: Any) -> Any:
+    """`settings` are of DeepSpeed's JSON, but for `schedule`."""
     import deepspeed
 
     from mst_ds.jit_build import build_shared_memory_collective
 
     build_shared_memory_collective()
+    schedule = settings.pop("schedule", None)
     ds_config = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": stage},
         **universal_setting(checkpoint, world_size),
+        **settings,
     }
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -58,7 +65,9 @@ def make_engine(model: Any, stage: int, checkpoint: Any = None, world_size: int 
     ]
     groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=1e-2, fused=True)
-    return deepspeed.initialize(model=model, model_parameters=trained, optimizer=optimizer, config=ds_config)[0]
+    return deepspeed.initialize(
+        model=model, model_parameters=trained, optimizer=optimizer, lr_scheduler=schedule, config=ds_config
+    )[0]
 
 
 def step(engine: Any, seed: int) -> float:
@@ -130,6 +139,43 @@ def test_training_goes_on(tmp_path: Path, stage: int) -> None:
     assert alone[:2] == pytest.approx(expected[0][:2], abs=1e-5)
 
 
+def resume_with_another_schedule(rank: int, folder: Path, stage: int, is_deepspeeds: bool) -> None:
+    """What four steps were planned for goes on to six of eight, with the rates that eight have from the start."""
+
+    def engine_for(steps: int) -> Any:
+        if is_deepspeeds:
+            params = {"total_num_steps": steps, "warmup_max_lr": 1e-2, "warmup_num_steps": 2}
+            kind: dict[str, Any] = {"scheduler": {"type": "WarmupDecayLR", "params": params}}
+        else:
+            kind = {
+                "schedule": functools.partial(get_scheduler, "linear", num_training_steps=steps, num_warmup_steps=1)
+            }
+        return make_engine(tiny_llama(), stage, gradient_clipping=1.0 / steps, **kind)
+
+    def rates(engine: Any, numbers: range) -> list[list[float]]:
+        found = []
+        for number in numbers:
+            found.append(engine.get_lr())
+            step(engine, number)
+        return found
+
+    expected = rates(engine_for(8), range(1, 7))
+    first = engine_for(4)
+    rates(first, range(1, 5))
+    _save(first, folder, 4, stage)
+    checkpoint = newest_checkpoint(folder)
+    assert checkpoint is not None
+    second = engine_for(8)
+    load_checkpoint(second, checkpoint, seed=0)
+    assert rates(second, range(5, 7)) == expected[4:]
+    assert stage == 0 or second.optimizer.clip_grad == 1.0 / 8
+
+
+@pytest.mark.parametrize(("stage", "is_deepspeeds"), [(0, False), (1, True), (3, False)])
+def test_another_schedule_is_that_from_the_first_step_on(tmp_path: Path, stage: int, is_deepspeeds: bool) -> None:
+    run_ranks(resume_with_another_schedule, 1, tmp_path / "checkpoints", stage, is_deepspeeds)
+
+
 def test_the_newest_are_kept(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     run_ranks(save_many, 1, folder)
@@ -138,10 +184,17 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
 
 def save_many(rank: int, folder: Path) -> None:
     engine = make_engine(tiny_llama(), 1)
+    moved = folder.with_name("moved")
     for number in (1, 2, 3, 4):
         # What a save that was killed has left is removed by the next.
         (folder / f"step-{number:08d}.partial").mkdir(parents=True)
         _save(engine, folder, number, 1)
+        if number == 1:
+            # Of a checkpoint that was moved to another disk the link goes, and one that leads nowhere is no obstacle.
+            (folder / "step-00000001").replace(moved)
+            (folder / "step-00000001").symlink_to(moved)
+            (folder / "step-00000002").symlink_to(moved / "missing")
+    assert read_checkpoint(moved).step == 1
 
 
 def damage_size(folder: Path) -> None:
@@ -165,9 +218,27 @@ def damage_all(folder: Path) -> None:
     (folder / STATE_FILE).unlink()
 
 
+def damage_another(folder: Path) -> None:
+    """DeepSpeed takes its files by a pattern."""
+    (folder / "states" / "zero_pp_rank_2_mp_rank_00_optim_states.pt").touch()
+
+
+def damage_link(folder: Path) -> None:
+    (folder / "states").rename(folder.parent / "states")
+    (folder / "states").symlink_to(folder.parent / "states")
+
+
+def damage_number(folder: Path) -> None:
+    text = (folder / STATE_FILE).read_text(encoding="utf-8")
+    (folder / STATE_FILE).write_text(text.replace('"samples_seen": 7', '"samples_seen": 77'), encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
+        (damage_another, r"rank_2_mp_rank_00_optim_states\.pt is not of the checkpoint"),
+        (damage_link, r"lacks its file states/"),
+        (damage_number, "it is not as it was written"),
         (damage_size, r"optim_states\.pt has 100 of its \d+ bytes"),
         (damage_rank, r"lacks its file states/.*optim_states\.pt"),
         (damage_state, "is damaged or not of mst_ds"),
@@ -182,6 +253,102 @@ def test_a_damaged_checkpoint_is_refused(copied: Path, damage: Callable[[Path], 
     assert "\n" not in str(error.value)
     assert "allowed: " in str(error.value)
     assert read_checkpoint(copied / "step-00000001").step == 1
+
+
+def rewrite_state(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes `state.json` as someone does who knows of its checksum."""
+    file = folder / STATE_FILE
+    state = from_text(file.read_text(encoding="utf-8"))
+    change(state)
+    file.write_text(to_text(state), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda state: state.update(step="2"), "step is '2'"),
+        (lambda state: state.update(step=True), "step is True"),
+        (lambda state: state.update(world_size=0), "world_size is 0"),
+        (lambda state: state.update(data=[7, 3]), r"data is \[7, 3\]"),
+        (lambda state: state.update(sizes=list(state["sizes"])), r"sizes is \['"),
+        (lambda state: state["sizes"].update({"../../passwd": 5}), r"sizes is {.*"),
+        (lambda state: state["sizes"].update({"/etc/passwd": 5}), "sizes is {"),
+        (lambda state: state["checksums"].popitem(), "sizes and checksums are not of the same files"),
+        (lambda state: state["identity"].update(dtype="fp8"), r"identity\.dtype is 'fp8'"),
+        (lambda state: state["identity"].update(dtype=["fp32"]), r"identity\.dtype is \['fp32'\]"),
+        (lambda state: state["identity"].update(zero_stage=4), r"identity\.zero_stage is 4"),
+        (lambda state: state["identity"].pop("peft"), "identity is {"),
+        (lambda state: state.pop("data"), "it has no data"),
+    ],
+)
+def test_a_state_that_cannot_be_is_refused(copied: Path, change: Callable[[dict[str, Any]], object], says: str) -> None:
+    rewrite_state(copied / "step-00000002", change)
+    with pytest.raises(ValueError, match=says) as error:
+        newest_checkpoint(copied)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("text", ["[" * 10**5, "[]", "7", '{"step": 2}', "\0", '{"checksum": 1e999}'])
+def test_a_state_that_is_none_is_refused(copied: Path, text: str) -> None:
+    (copied / "step-00000002" / STATE_FILE).write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match="is damaged or not of mst_ds"):
+        newest_checkpoint(copied)
+
+
+class Bomb:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (exec, (f"import os; os.mkdir({str(self.marker)!r})",))
+
+
+def plant(folder: Path, name: str, marker: Path, world_size: int) -> Checkpoint:
+    """Hides a bomb in one of a checkpoint's files, and makes everything else fit."""
+    file = folder / name
+    torch.save({**torch.load(file, weights_only=False), "planted": Bomb(marker)}, file)
+
+    def fit(state: dict[str, Any]) -> None:
+        state["sizes"][name], state["checksums"][name] = file.stat().st_size, checksum(file)
+        state["world_size"] = world_size
+
+    rewrite_state(folder, fit)
+    return read_checkpoint(folder)
+
+
+def load_what_is_planted(rank: int, folder: Path, stage: int) -> dict[str, list[str]]:
+    """What resuming, from one rank and by the universal form, and exporting say, by file."""
+    engine = make_engine(tiny_llama(), stage)
+    step(engine, 1)
+    original = _save(engine, folder, 1, stage)
+    said: dict[str, list[str]] = {}
+    for file in sorted(original.rglob("*.pt")):
+        name = str(file.relative_to(original))
+        said[name] = []
+        for world_size in (1, 2):
+            copy = Path(shutil.copytree(original, folder / "copies" / name / str(world_size)))
+            checkpoint = plant(copy, name, folder / "ran", world_size)
+            load = functools.partial(load_checkpoint, engine, seed=0)
+            for use in (load, functools.partial(export_checkpoint, folder=copy)):
+                try:
+                    use(checkpoint=checkpoint)
+                except (OSError, ValueError) as error:
+                    said[name].append(str(error))
+    assert not (folder / "ran").exists()
+    return said
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_planted_pickle_runs_no_code(tmp_path: Path, stage: int) -> None:
+    (said,) = run_ranks(load_what_is_planted, 1, tmp_path, stage)
+    assert len(said) == (2 if stage == 0 else 3)
+    for name, lines in said.items():
+        refused = [line for line in lines if f"{name} holds exec, which is no state of a run" in line]
+        # Neither the universal form nor an export opens random states.
+        assert len(refused) == (1 if "random_states" in name else 4), lines
 
 
 def test_a_folder_that_is_no_checkpoint(tmp_path: Path) -> None:

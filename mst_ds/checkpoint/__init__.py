@@ -19,6 +19,7 @@ from mst_ds.checkpoint.identity import Identity
 from mst_ds.checkpoint.load import load_checkpoint
 from mst_ds.checkpoint.save import save_checkpoint
 from mst_ds.checkpoint.universal import universal_setting
+from mst_ds.checkpoint.unpickling import only_states
 
 __all__ = [
     "MODEL_FOLDER",
@@ -28,6 +29,7 @@ __all__ = [
     "Identity",
     "load_checkpoint",
     "newest_checkpoint",
+    "only_states",
     "read_checkpoint",
     "require_intact",
     "save_checkpoint",

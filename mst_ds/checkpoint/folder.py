@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mst_ds.checkpoint.checksums import checksum
 from mst_ds.checkpoint.identity import Identity
+from mst_ds.checkpoint.state import from_text
 
 STATE_FILE = "state.json"
 MODEL_FOLDER = "model"
 STATES_FOLDER = "states"
+UNIVERSAL_FOLDER = "universal"
 _PARTIAL = ".partial"
 _PREFIX = "step-"
 _ALLOWED = "allowed: an earlier checkpoint, which --resume auto takes where this one is removed"
@@ -37,35 +39,49 @@ class Checkpoint:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Reads what `folder` holds, and makes sure that all of it is there.
+    """Reads what `folder` holds, and makes sure that all of it is there and nothing else.
 
     Raises:
-        ValueError: no checkpoint, one of another version, or a file of it is missing or has another size.
+        ValueError: no checkpoint, one of another version, a file of it is missing or has another size, or a file is
+            there that is none of it.
     """
     file = folder / STATE_FILE
     if not file.is_file():
         raise ValueError(f"{folder} is no checkpoint: it has no {STATE_FILE}; allowed: a folder {_PREFIX}... of a run")
     try:
-        state = json.loads(file.read_text(encoding="utf-8"))
-        sizes: dict[str, int] = state["sizes"]
-        checkpoint = Checkpoint(
-            folder=folder,
-            step=int(state["step"]),
-            world_size=int(state["world_size"]),
-            identity=Identity(**state["identity"]),
-            data=dict(state["data"]),
-            checksums=dict(state["checksums"]),
-        )
-    except (ValueError, TypeError, KeyError) as error:
+        state = from_text(file.read_text(encoding="utf-8"))
+    except ValueError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{file} is damaged or not of mst_ds ({reason}); {_ALLOWED}") from None
+    sizes: dict[str, int] = state["sizes"]
+    found = set(_files(folder))
     for name, size in sizes.items():
         path = folder / name
-        if not path.is_file():
+        if name not in found or not path.is_file():
             raise ValueError(f"the checkpoint {folder} lacks its file {name}; {_ALLOWED}")
         if path.stat().st_size != size:
             raise ValueError(f"the checkpoint's file {path} has {path.stat().st_size} of its {size} bytes; {_ALLOWED}")
-    return checkpoint
+    # Who reads a folder may take whatever lies in it: DeepSpeed looks for states by a pattern.
+    for name in sorted(found - sizes.keys() - {STATE_FILE}):
+        raise ValueError(f"{folder / name} is not of the checkpoint that it lies in; allowed: the folder without it")
+    return Checkpoint(
+        folder=folder,
+        step=state["step"],
+        world_size=state["world_size"],
+        identity=Identity(**state["identity"]),
+        data=state["data"],
+        checksums=state["checksums"],
+    )
+
+
+def _files(folder: Path) -> Iterator[str]:
+    """Names of all that is no folder, a link to one included; not of the universal form, which is made anew."""
+    for root, folders, files in os.walk(folder):
+        inside = Path(root).relative_to(folder)
+        if not inside.parts and UNIVERSAL_FOLDER in folders:
+            folders.remove(UNIVERSAL_FOLDER)
+        links = [name for name in folders if (Path(root) / name).is_symlink()]
+        yield from ((inside / name).as_posix() for name in files + links)
 
 
 def require_intact(checkpoint: Checkpoint) -> None:
@@ -103,7 +119,7 @@ def remove_unfinished(folder: Path) -> None:
     """Removes what a run that was killed during a save has left."""
     for path in folder.glob(f"{_PREFIX}*{_PARTIAL}"):
         if re.fullmatch(rf"{_PREFIX}\d{{8,}}{re.escape(_PARTIAL)}", path.name):
-            shutil.rmtree(path)
+            remove(path)
 
 
 def complete_names(folder: Path) -> list[str]:
@@ -119,7 +135,15 @@ def remove_checkpoint(folder: Path) -> None:
     """Removes one checkpoint; a kill in the middle leaves an unfinished one, not a damaged one."""
     going = unfinished(folder)
     folder.replace(going)
-    shutil.rmtree(going)
+    remove(going)
+
+
+def remove(path: Path) -> None:
+    """Removes a folder with all that is in it, or a file; of a link the link, not what it leads to."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path)
 
 
 def require_checksum(checkpoint: Checkpoint, name: str) -> int:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import pickle
-import shutil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch.optim.lr_scheduler import LambdaLR
 
 from mst_ds.checkpoint.checksums import shared_by_ranks
-from mst_ds.checkpoint.folder import STATES_FOLDER, Checkpoint, require_checksum
+from mst_ds.checkpoint.folder import STATES_FOLDER, UNIVERSAL_FOLDER, Checkpoint, remove, require_checksum
 from mst_ds.checkpoint.random_states import random_file, seed_generators, set_random_states
-from mst_ds.checkpoint.universal import UNIVERSAL_FOLDER, make_universal, mend_optimizer, without_schedule
+from mst_ds.checkpoint.universal import make_universal, mend_optimizer, without_schedule
+from mst_ds.checkpoint.unpickling import only_states
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -25,31 +25,49 @@ def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Checkpoint, *, seed: in
     `universal_setting`, and random states begin anew, from `seed`, the step and the rank.
 
     Raises:
-        OSError: a file is damaged, on the rank that raises it.
+        OSError: a file is damaged or holds what could run code, on the rank that raises it.
     """
     folder, rank = checkpoint.folder, dist.get_rank()
     shared_by_ranks(sorted(checkpoint.checksums), lambda name: require_checksum(checkpoint, name))
     is_same_world = checkpoint.world_size == dist.get_world_size()
     if not is_same_world and checkpoint.identity.zero_stage > 0:
         if rank == 0:
-            make_universal(folder)
+            with only_states(folder):
+                make_universal(folder)
         dist.barrier()
         tag = UNIVERSAL_FOLDER
     else:
         tag = STATES_FOLDER
     settings = [without_schedule(group) for group in engine.optimizer.param_groups]
-    try:
+    with only_states(folder):
         path, _ = engine.load_checkpoint(str(folder), tag=tag)
         assert path is not None, f"DeepSpeed found nothing in {folder}, whose files are all there"
-        states = torch.load(folder / random_file(rank), weights_only=False) if is_same_world else None
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:  # how torch says that a file is damaged
-        raise OSError(f"the checkpoint {folder} could not be read: {' '.join(str(error).split())}") from error
+        states = torch.load(folder / random_file(rank), weights_only=True) if is_same_world else None
     if tag == UNIVERSAL_FOLDER:
         mend_optimizer(engine.optimizer, settings)
         dist.barrier()
         if rank == 0:
-            shutil.rmtree(folder / UNIVERSAL_FOLDER)
+            remove(folder / UNIVERSAL_FOLDER)
+    _apply_schedule(engine.lr_scheduler)
+    if hasattr(engine.optimizer, "clip_grad"):
+        # DeepSpeed takes it from the checkpoint at stages 1 and 2, but not at 0 and 3.
+        engine.optimizer.clip_grad = engine.gradient_clipping()
     if states is not None:
         set_random_states(states, engine.device)
     else:
         seed_generators(seed, checkpoint.step, rank)
+
+
+def _apply_schedule(scheduler: Any) -> None:
+    """Sets the rates of the next step by the schedule that the run has now; the checkpoint's are of the one it had."""
+    if isinstance(scheduler, LambdaLR):
+        rates = [
+            base * factor(scheduler.last_epoch)
+            for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        scheduler._last_lr = rates
+    elif scheduler is not None:
+        # DeepSpeed's own evaluate themselves at the step that they are told.
+        scheduler.step(scheduler.last_batch_iteration)

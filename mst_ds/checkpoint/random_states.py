@@ -15,7 +15,10 @@ def random_file(rank: int) -> str:
 
 
 def random_states(device: torch.device) -> dict[str, Any]:
-    states = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    """In numbers, text and tensors only, which are read without running code."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    numpy_states = (name, np.asarray(keys).tolist(), *rest)
+    states = {"python": random.getstate(), "numpy": numpy_states, "torch": torch.get_rng_state()}
     if device.type != "cpu":
         states["device"] = torch.get_device_module(device).get_rng_state(device)
     return states
@@ -23,7 +26,8 @@ def random_states(device: torch.device) -> dict[str, Any]:
 
 def set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
     random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(states["torch"])
     if device.type != "cpu":
         torch.get_device_module(device).set_rng_state(states["device"], device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -19,12 +18,14 @@ from mst_ds.checkpoint.folder import (
     STATES_FOLDER,
     complete_names,
     folder_name,
+    remove,
     remove_checkpoint,
     remove_unfinished,
     unfinished,
 )
 from mst_ds.checkpoint.identity import Identity
 from mst_ds.checkpoint.random_states import random_file, random_states
+from mst_ds.checkpoint.state import to_text
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -73,10 +74,10 @@ def save_checkpoint(
             "sizes": {name: (partial / name).stat().st_size for name in names},
             "checksums": checksums,
         }
-        (partial / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        (partial / STATE_FILE).write_text(to_text(state), encoding="utf-8")
         _flush_to_disk(partial / STATE_FILE)
-        if target.is_dir():
-            remove_checkpoint(target)
+        if os.path.lexists(target):  # no complete one: a run goes on from the newest
+            remove(target)
         partial.replace(target)
         _flush_to_disk(folder)
         for old in complete_names(folder)[:-keep]:

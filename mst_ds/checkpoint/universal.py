@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mst_ds.checkpoint.folder import STATES_FOLDER, Checkpoint
-
-UNIVERSAL_FOLDER = "universal"
+from mst_ds.checkpoint.folder import STATES_FOLDER, UNIVERSAL_FOLDER, Checkpoint, remove
 
 
 def universal_setting(checkpoint: Checkpoint | None, world_size: int) -> dict[str, Any]:
@@ -30,7 +27,7 @@ def make_universal(folder: Path) -> None:
     from deepspeed.checkpoint import ds_to_universal
 
     done = folder / UNIVERSAL_FOLDER
-    shutil.rmtree(done, ignore_errors=True)
+    remove(done)
     options = Namespace(
         input_folder=str(folder / STATES_FOLDER),
         output_folder=str(done),
