@@ -164,6 +164,12 @@ def has_block(ds_config: Mapping[str, Any], name: Literal["optimizer", "schedule
     return name in ds_config
 
 
+def kept_blocks(ds_config: Mapping[str, Any]) -> DsConfig:
+    """What a checkpoint holds of a resolved JSON: its optimizer's settings, and those of the loss scale of fp16."""
+    names = ["optimizer", *(["fp16"] if _dtype(ds_config) == "fp16" else [])]
+    return {name: ds_config[name] for name in names if name in ds_config}
+
+
 def offloads_optimizer(ds_config: Mapping[str, Any]) -> bool:
     """Whether the optimizer's states lie on the host, where its step runs too."""
     return read_zero(ds_config, dp_world_size=1).optimizer_offload != "none"

@@ -31,7 +31,7 @@ from mst_ds.checkpoint import (
     universal_setting,
 )
 from mst_ds.checkpoint.checksums import checksum
-from mst_ds.checkpoint.state import from_text, to_text
+from mst_ds.checkpoint.state import checked, to_text
 from mst_ds.data.tokenizer import byte_tokenizer
 from mst_ds.export import export_checkpoint
 
@@ -258,7 +258,7 @@ def test_a_damaged_checkpoint_is_refused(copied: Path, damage: Callable[[Path], 
 def rewrite_state(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Changes `state.json` as someone does who knows of its checksum."""
     file = folder / STATE_FILE
-    state = from_text(file.read_text(encoding="utf-8"))
+    state = checked(json.loads(file.read_text(encoding="utf-8")))
     change(state)
     file.write_text(to_text(state), encoding="utf-8")
 
@@ -367,6 +367,10 @@ def test_a_folder_that_is_no_checkpoint(tmp_path: Path) -> None:
         ({"model": {"hidden_size": 128}}, r"model\.hidden_size 48, but this run has 128"),
         ({"peft": LoraConfig(r=4)}, r"peft\."),
         ({"training": {"seed": 4}}, r"training\.seed 3, but this run has 4"),
+        (
+            {"training": {"seed": 3, "optimizer": {"params": {"lr": 1e-3}}}},
+            r"training\.optimizer\.params\.lr None, but this run has 0\.001",
+        ),
         ({"tokenizer": "<extra>"}, "another tokenizer"),
     ],
 )

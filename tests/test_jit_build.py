@@ -2,37 +2,71 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from deepspeed.ops.op_builder.builder import OpBuilder
 
 from mst_ds import jit_build
 
 
-class Builder:
-    NAME = "shm_comm"
-    name = "shm_comm"
+class Builder(OpBuilder):
+    """Any operator of DeepSpeed's: they differ in what is compiled only."""
+
+    NAME = "fused_adam"
 
     def __init__(self, folder: Path) -> None:
+        super().__init__(f"an operator of {folder}")
         self.folder = folder
         self.loads = 0
 
-    def load(self, verbose: bool) -> None:
-        # What torch does: it waits for as long as this file is there.
-        assert not (self.folder / "lock").exists(), "this would hang"
-        self.loads += 1
+    def absolute_name(self) -> str:
+        return "deepspeed.ops.test"
+
+    def sources(self) -> list[str]:
+        return []
+
+    def is_compatible(self, verbose: bool = False) -> bool:
+        return True
+
+
+def build_as_torch_does(builder: Builder, verbose: bool = True) -> None:
+    # It waits for as long as this file is there.
+    assert not (builder.folder / "lock").exists(), "this would hang"
+    builder.loads += 1
+
+
+@pytest.fixture
+def builder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Builder:
+    monkeypatch.setattr(OpBuilder, "jit_load", build_as_torch_does)
+    monkeypatch.setattr(jit_build, "_get_build_directory", lambda name, verbose: str(tmp_path))
+    jit_build.guard_builds()
+    jit_build.guard_builds()  # changes nothing more: the lock, taken twice, would not be got
+    return Builder(tmp_path)
 
 
 @pytest.mark.parametrize("left_behind", [True, False])
-def test_the_lock_of_a_killed_build_does_not_stop_the_next(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, left_behind: bool
-) -> None:
+def test_the_lock_of_a_killed_build_does_not_stop_the_next(builder: Builder, left_behind: bool) -> None:
     if left_behind:
-        (tmp_path / "lock").touch()
-    builder = Builder(tmp_path)
+        (builder.folder / "lock").touch()
+    builder.load(verbose=False)
+    assert builder.loads == 1
+
+
+def test_a_build_says_so_once(builder: Builder, capsys: pytest.CaptureFixture[str]) -> None:
+    builder.load(verbose=False)
+    assert f"DeepSpeed's {builder.name} is compiled" in capsys.readouterr().out
+    (builder.folder / "built.so").touch()
+    builder.load(verbose=False)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_collective_of_the_cpu_is_built_so(monkeypatch: pytest.MonkeyPatch, builder: Builder) -> None:
+    (builder.folder / "lock").touch()
     accelerator = SimpleNamespace(create_op_builder=lambda name: builder)
     monkeypatch.setattr(jit_build, "get_accelerator", lambda: accelerator)
-    monkeypatch.setattr(jit_build, "_get_build_directory", lambda name, verbose: str(tmp_path))
-    monkeypatch.setattr(jit_build.deepspeed.ops, "__compatible_ops__", {"shm_comm": True})
+    compatible: dict[str, Any] = {builder.NAME: True}
+    monkeypatch.setattr(jit_build.deepspeed.ops, "__compatible_ops__", compatible)
     jit_build.build_shared_memory_collective()
     assert builder.loads == 1
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from mst_ds.checkpoint.checksums import checksum
 from mst_ds.checkpoint.identity import Identity
-from mst_ds.checkpoint.state import from_text
+from mst_ds.checkpoint.state import checked
+from mst_ds.read_file import read_json
 
 STATE_FILE = "state.json"
 MODEL_FOLDER = "model"
@@ -49,7 +50,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if not file.is_file():
         raise ValueError(f"{folder} is no checkpoint: it has no {STATE_FILE}; allowed: a folder {_PREFIX}... of a run")
     try:
-        state = from_text(file.read_text(encoding="utf-8"))
+        state = checked(read_json(file, is_finite=False))
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{file} is damaged or not of mst_ds ({reason}); {_ALLOWED}") from None

@@ -75,11 +75,11 @@ class Identity:
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of fields as "model.hidden_size"."""
+    """Fields of fields, of any depth, as "model.rope_parameters.factor"."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        inner = value if isinstance(value, dict) else None
-        flat |= {key: value} if inner is None else {f"{key}.{name}": each for name, each in inner.items()}
+        inner = _flat(value) if isinstance(value, dict) else {}
+        flat |= {f"{key}.{name}": each for name, each in inner.items()} or {key: value}
     return flat
 
 

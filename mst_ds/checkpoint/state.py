@@ -18,23 +18,19 @@ def to_text(state: Mapping[str, Any]) -> str:
     return json.dumps({**rest, _CHECKSUM: _checksum(rest)}, indent=2) + "\n"
 
 
-def from_text(text: str) -> dict[str, Any]:
-    """What `to_text` was given.
+def checked(state: Any) -> dict[str, Any]:
+    """What `to_text` was given, of what the file's JSON holds.
 
     Raises:
         ValueError: it was changed, or a field has a value that it cannot have; what has been changed together with its
             checksum must do no harm either.
     """
-    try:
-        state = json.loads(text)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
     if not isinstance(state, dict):
         raise ValueError(f"it holds a {type(state).__name__} in place of an object")
     if _CHECKSUM not in state:
         raise ValueError(f"it has no {_CHECKSUM} of its own: an earlier version wrote it, or it was changed")
-    checksum = state.pop(_CHECKSUM)
-    if checksum != _checksum(state):
+    state = dict(state)
+    if state.pop(_CHECKSUM) != _checksum(state):
         raise ValueError("it is not as it was written")
     _require(state, _FIELDS, "")
     _require(state["identity"], _FIELDS_OF_IDENTITY, "identity.")

@@ -27,7 +27,7 @@ from mst_ds.preflight import require_exact
 from mst_ds.structure import why_own_attention
 from mst_ds.topology import choose_sp_size
 from mst_ds.trained import trained_shape
-from mst_ds.zero import DsConfig, load_ds_config, resolve, split_mst
+from mst_ds.zero import DsConfig, has_block, kept_blocks, load_ds_config, resolve, split_mst
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -112,7 +112,7 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
         data.tokenizer,
         dtype=plan.dtype,
         zero_stage=plan.zero_stage,
-        training=_kept_settings(config, plan),
+        training=_kept_settings(config, plan, resolved),
     )
     checkpoint = _checkpoint(config, identity)
     run = Run(
@@ -198,12 +198,14 @@ def _weights(config: TrainConfig, model: PreTrainedModel, dtype: torch.dtype) ->
     return None, (f"model {config.model!r} has no weights: it starts from random ones",)
 
 
-def _kept_settings(config: TrainConfig, plan: Plan) -> dict[str, Any]:
-    """Settings of the optimizer and of the data whose values come from a checkpoint."""
-    names = ("seed", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+def _kept_settings(config: TrainConfig, plan: Plan, ds_config: DsConfig) -> dict[str, Any]:
+    """Settings of the optimizer and of the data whose values come from a checkpoint, by who owns them."""
     samples = plan.micro_batch_size * plan.gradient_accumulation_steps * plan.dp_size
-    kept = {name: getattr(config, name) for name in names}
-    return kept | {"learning_rate": config.peak_learning_rate, "samples of a step": samples}
+    kept: dict[str, Any] = {"seed": config.seed, "samples of a step": samples} | kept_blocks(ds_config)
+    if has_block(ds_config, "optimizer"):
+        return kept
+    names = ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+    return kept | {name: getattr(config, name) for name in names} | {"learning_rate": config.peak_learning_rate}
 
 
 def _checkpoint(config: TrainConfig, identity: Identity) -> Checkpoint | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,18 +52,37 @@ class JsonLines:
 
 
 def records_until(path: Path, step: int) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl` up to this step; a last line that was cut off by a kill is none."""
+    """The lines of `metrics.jsonl` up to this step; a last line that was cut off by a kill is none.
+
+    What else is no record is left out and said so, and the file as it was is kept beside it: a run does not end for
+    the sake of a line about steps that it has taken.
+    """
     if step == 0 or not path.is_file():
         return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if record["step"] <= step:
-            records.append(record)
-    return records
+    *lines, _ = path.read_bytes().split(b"\n")
+    read = [_record(line) for line in lines]
+    damaged = [number for number, record in enumerate(read, start=1) if record is None]
+    if damaged:
+        kept = path.with_name(path.name + ".damaged")
+        shutil.copyfile(path, kept)
+        print(
+            f"{path} has {len(damaged)} damaged lines, the first is line {damaged[0]}; they stay in {kept}", flush=True
+        )
+    return [record for record in read if record is not None and record["step"] <= step]
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """What `JsonLines` has written, None of anything else."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return None
+    numbers = ("tokens", "seconds", "memory_bytes", "skipped_steps")
+    if "loss" in record and any(type(record.get(name)) not in (int, float) for name in numbers):
+        return None
+    return record
 
 
 class TensorBoard:

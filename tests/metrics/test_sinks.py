@@ -69,3 +69,24 @@ def test_tensorboard_reads_the_events_back(tmp_path: Path) -> None:
     assert read_events(tmp_path, "train/grad_norm") == [(1, 1.5)]
     assert read_events(tmp_path, "train/lr") == [(1, pytest.approx(1e-3)), (2, pytest.approx(1e-3))]
     assert read_events(tmp_path, "eval/loss") == [(2, 1.5)]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b"\xff\x00\x10", b"7", b"[1]", b'{"loss": 1.0}', b'{"step": "2"}', b'{"step": 2, "loss": 1.0}', b"[" * 9999],
+)
+def test_a_damaged_line_costs_no_other(tmp_path: Path, damage: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    with writer(tmp_path) as metrics:
+        for step in (1, 2, 3):
+            metrics.log_step(step, **STEP)
+    file = tmp_path / "metrics.jsonl"
+    first, *others = file.read_bytes().splitlines(keepends=True)
+    before = b"".join([first, damage + b"\n", *others, b'{"step": 3, "lo'])
+    file.write_bytes(before)
+    with writer(tmp_path, steps_done=2) as metrics:
+        metrics.log_step(3, **STEP)
+        metrics.write_summary({})
+    assert [line["step"] for line in read_lines(tmp_path)] == [1, 2, 3]
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 3
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == before
+    assert "has 1 damaged lines, first line 2" in capsys.readouterr().out
