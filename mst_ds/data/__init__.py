@@ -2,8 +2,9 @@
 
 from mst_ds.data.documents import PYTHON_STDLIB, load_documents
 from mst_ds.data.loader import ShardedLoader, eval_batches
-from mst_ds.data.packing import PackedDataset, split_documents, tokenise
+from mst_ds.data.packing import PackedDataset, split_documents
 from mst_ds.data.sharding import IGNORE_INDEX, Batch, shard, shift_labels
+from mst_ds.data.tokenising import tokenise
 from mst_ds.data.tokenizer import byte_tokenizer, load_tokenizer
 from mst_ds.data.training_data import TrainingData, load_training_data
 

@@ -1,74 +1,19 @@
-"""Documents to tokens to samples of equal length, without ever holding all tokens in memory."""
+"""Documents of tokens to samples of equal length, without ever holding all tokens in memory."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 import torch.utils.data
-from datasets import Dataset, Features, Sequence, Value
-from filelock import FileLock
+from datasets import Dataset
 from numpy.typing import NDArray
 from torch.nn.functional import pad
-from transformers import PreTrainedTokenizerBase
 
 from mst_ds.config import Packing
-from mst_ds.data.documents import TEXT
 from mst_ds.data.order import permutation
 from mst_ds.data.sharding import IGNORE_INDEX, Batch
-
-# Documents per call of the tokenizer. Its Python lists of ids take some 36 bytes a token, and a document can
-# have a million tokens.
-_DOCUMENTS_PER_CALL = 32
-
-
-def tokenise(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Token ids, one row per document in the one column "input_ids" (int32), each ended by the EOS token.
-
-    Rows without text are left out. The result is an Arrow file in the cache of `datasets`, found again by the
-    fingerprints of the documents and of the tokenizer.
-
-    Raises:
-        ValueError: text that is not UTF-8.
-    """
-    try:
-        with _one_process_at_a_time(documents):
-            return documents.map(
-                _encode,
-                batched=True,
-                batch_size=_DOCUMENTS_PER_CALL,
-                fn_kwargs={"tokenizer": tokenizer},
-                remove_columns=documents.column_names,
-                features=Features({"input_ids": Sequence(Value("int32"))}),
-                desc="Tokenising",
-            )
-    except UnicodeDecodeError as error:
-        raise ValueError(f"a document of the dataset is not UTF-8 text ({error}); allowed: UTF-8") from error
-
-
-def _encode(rows: dict[str, list[str | None]], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Any]]:
-    texts = [text for text in rows[TEXT] if text]
-    if not texts:
-        return {"input_ids": []}
-    # verbose=False: a document longer than the model's longest input is no mistake, it is cut into samples.
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    return {"input_ids": [np.array([*ids, tokenizer.eos_token_id], dtype=np.int32) for ids in encoded["input_ids"]]}
-
-
-@contextmanager
-def _one_process_at_a_time(documents: Dataset) -> Iterator[None]:
-    """The first rank to come does the work, the others find it in the cache; no process group is needed."""
-    if not documents.cache_files:  # in memory: nothing to share
-        yield
-        return
-    with FileLock(Path(documents.cache_files[0]["filename"]).with_name("tokenise.lock")):
-        yield
 
 
 def document_lengths(tokens: Dataset) -> NDArray[np.int64]:
@@ -127,9 +72,9 @@ class PackedDataset(torch.utils.data.Dataset[Batch]):
     memory-mapped Arrow file as they are asked for; only document lengths are held.
 
     Where a sample cuts a document, the next sample takes the rest of it as a document of its own, at positions from 0
-    and without sight of what came before. The first token of a document, also of such a rest, is no label, since
-    nothing predicts it; each other token, EOS included, is one. So a sample has the loss and the gradients of its
-    documents one by one.
+    and without sight of what came before; it goes on in the middle of a text, so no BOS is put before it. The first
+    token of a document, also of such a rest, is no label, since nothing predicts it; each other token, EOS included, is
+    one. So a sample has the loss and the gradients of its documents one by one.
 
     Args:
         tokens: the result of `tokenise`.

@@ -9,7 +9,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from mst_ds.config import TrainConfig
 from mst_ds.data.documents import load_documents
-from mst_ds.data.packing import PackedDataset, split_documents, tokenise
+from mst_ds.data.packing import PackedDataset, split_documents
+from mst_ds.data.tokenising import tokenise
 from mst_ds.data.tokenizer import load_tokenizer
 
 

@@ -18,10 +18,10 @@ from mst_ds.data import (
     PackedDataset,
     byte_tokenizer,
     load_documents,
-    packing,
     shard,
     split_documents,
     tokenise,
+    tokenising,
 )
 from mst_ds.topology import Topology
 
@@ -91,7 +91,7 @@ def test_rows_without_text_give_no_tokens() -> None:
 def test_tokens_are_cached_by_text_and_by_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("a text")
     calls = []
-    encode = packing._encode
+    encode = tokenising._encode
 
     def counted(rows: dict[str, list[str | None]], tokenizer: object) -> object:
         calls.append(rows)
@@ -99,7 +99,7 @@ def test_tokens_are_cached_by_text_and_by_tokenizer(tmp_path: Path, monkeypatch:
 
     # The same function in the eyes of the cache, which knows a function by its name.
     counted.__module__, counted.__qualname__ = encode.__module__, encode.__qualname__
-    monkeypatch.setattr(packing, "_encode", counted)
+    monkeypatch.setattr(tokenising, "_encode", counted)
 
     def run(tokenizer: object) -> Dataset:
         return tokenise(load_documents(TrainConfig(dataset=str(tmp_path / "a.txt"))), tokenizer)
@@ -121,14 +121,14 @@ def test_other_ranks_wait_for_the_one_that_tokenises(tmp_path: Path, monkeypatch
     (tmp_path / "a.txt").write_text("a text")
     documents = load_documents(TrainConfig(dataset=str(tmp_path / "a.txt")))
     lock = Path(documents.cache_files[0]["filename"]).with_name("tokenise.lock")
-    encode = packing._encode
+    encode = tokenising._encode
 
     def encode_beside_another_rank(rows: dict[str, list[str | None]], tokenizer: object) -> object:
         with pytest.raises(Timeout):
             FileLock(lock).acquire(timeout=0)
         return encode(rows, tokenizer)
 
-    monkeypatch.setattr(packing, "_encode", encode_beside_another_rank)
+    monkeypatch.setattr(tokenising, "_encode", encode_beside_another_rank)
 
     tokenise(documents, byte_tokenizer())
 

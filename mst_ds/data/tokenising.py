@@ -1,0 +1,93 @@
+"""Documents to token ids, in a file that every rank finds again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, Features, Sequence, Value
+from filelock import FileLock
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from mst_ds.data.documents import TEXT
+from mst_ds.data.long_texts import Text
+from mst_ds.data.text_encoder import TextEncoder
+
+# Of text whose ids are held at once, save a longer document, which is alone with that much of others.
+_BYTES_AT_ONCE = 2**25
+_MOST_DOCUMENTS_AT_ONCE = 2**10
+
+
+def tokenise(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Token ids, one row per document in the one column "input_ids" (int32), as `TextEncoder` makes them.
+
+    Rows without text are left out. The result is an Arrow file in the cache of `datasets`, found again by the
+    fingerprints of the documents and of the tokenizer. Memory is that of the ids of the longest document and of some
+    hundred MiB more, if the tokenizer can be used on parts of a text (see `long_texts`).
+
+    Raises:
+        ValueError: text that is not UTF-8, or that the tokenizer cannot but take for control tokens.
+    """
+    table = documents.with_format("arrow")
+    try:
+        with _one_process_at_a_time(documents):
+            tokens = table.map(
+                _encode,
+                batched=True,
+                batch_size=_documents_at_once(pc.binary_length(table[:][TEXT]).fill_null(0).to_numpy()),
+                fn_kwargs={"tokenizer": tokenizer},
+                remove_columns=documents.column_names,
+                features=Features({"input_ids": Sequence(Value("int32"))}),
+                desc="Tokenising",
+            )
+    except UnicodeDecodeError as error:
+        raise ValueError(f"a document of the dataset is not UTF-8 text ({error}); allowed: UTF-8") from error
+    return tokens.with_format(None)
+
+
+def _encode(rows: pa.Table, tokenizer: PreTrainedTokenizerBase) -> pa.Table:
+    ids, lengths = _text_encoder(tokenizer).encode(_texts(rows))
+    offsets = np.cumsum([0, *lengths], dtype=np.int32)
+    values = pa.Array.from_buffers(pa.int32(), len(ids), [None, pa.py_buffer(ids)])
+    return pa.table({"input_ids": pa.ListArray.from_arrays(pa.array(offsets), values)})
+
+
+def _texts(rows: pa.Table) -> Iterator[Text]:
+    for row in rows[TEXT]:
+        text = row.as_buffer()
+        if text is not None and len(text) > 0:
+            yield memoryview(text)
+
+
+@lru_cache(maxsize=1)
+def _text_encoder(tokenizer: PreTrainedTokenizerBase) -> TextEncoder:
+    return TextEncoder(tokenizer)
+
+
+def _documents_at_once(lengths: NDArray[np.int64]) -> int:
+    """As many that beside the longest of them there is never more than `_BYTES_AT_ONCE`."""
+    number = _MOST_DOCUMENTS_AT_ONCE
+    while number > 1:
+        starts = np.arange(0, len(lengths), number)
+        if not len(starts):
+            break
+        if (np.add.reduceat(lengths, starts) - np.maximum.reduceat(lengths, starts)).max() <= _BYTES_AT_ONCE:
+            break
+        number //= 2
+    return number
+
+
+@contextmanager
+def _one_process_at_a_time(documents: Dataset) -> Iterator[None]:
+    """The first rank to come does the work, the others find it in the cache; no process group is needed."""
+    if not documents.cache_files:  # in memory: nothing to share
+        yield
+        return
+    with FileLock(Path(documents.cache_files[0]["filename"]).with_name("tokenise.lock")):
+        yield

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import random
+from array import array
+from collections.abc import Callable
+
+import pytest
+from small_tokenizers import DEEPSEEK, KINDS, LLAMA_3, small_tokenizer
+from tokenizers import Regex, normalizers, pre_tokenizers
+
+from mst_ds.data import long_texts
+from mst_ds.data.long_texts import Windows, _repeated
+
+WINDOW, OVERLAP = 1024, 256
+LETTERS = "etaoin shrdlu ,.\n"
+
+
+@pytest.fixture(autouse=True)
+def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(long_texts, "WINDOW", WINDOW)
+    monkeypatch.setattr(long_texts, "OVERLAP", OVERLAP)
+
+
+def hostile(seed: int) -> str:
+    """Stretches longer and shorter than an overlap of what tokenizers treat each in a way of its own."""
+    pick = random.Random(seed)
+    kinds: list[Callable[[int], str]] = [
+        lambda length: "".join(pick.choices(LETTERS, k=4 * length)),
+        lambda length: "".join(pick.choices(LETTERS, k=4 * length)),
+        lambda length: " " * length,
+        lambda length: "a" * length,
+        lambda length: "".join(pick.choices("abc", k=2 * length)),
+        lambda length: "1234567890"[: length % 10] * (length // 10),
+        lambda length: "=-" * (length // 2),
+        lambda length: "\r\n" * (length // 8) + "\t \n\n" * (length // 8),
+        lambda length: "ab  ba" * (length // 12) + "<eos> <bos><think></s>" * 3,
+        lambda length: "e\u0301\u0323\ufb01" * (length // 8) + "\u1112\u1161\u11ab\ud55c\u11a8" * (length // 16),
+        lambda length: "🎉👩‍👩‍👧" * (length // 32) + "你好世界。" * (length // 8),
+        lambda length: "".join(chr(pick.choice([pick.randrange(32, 0x3000), 0x1F600])) for _ in range(length // 4)),
+    ]
+    return "".join(pick.choice(kinds)(pick.randrange(2 * OVERLAP)) for _ in range(60))
+
+
+def joined(kind: str, text: str, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int], int]:
+    """The ids by windows and of the whole text, and how often windows were parted."""
+    backend = small_tokenizer(kind).backend_tokenizer
+    windows = Windows(backend)
+    assert windows.can_cut
+    cut, parted = Windows._cut, []
+
+    def counted(*args: object) -> int | None:
+        place = cut(*args)
+        parted.append(place is not None)
+        return place
+
+    monkeypatch.setattr(Windows, "_cut", counted)
+    ids = array("i", [7])
+    windows.encode(ids, text.encode())
+    monkeypatch.setattr(Windows, "_cut", cut)
+    assert ids[0] == 7
+    return list(ids[1:]), backend.encode(text, add_special_tokens=False).ids, sum(parted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_windows_give_the_ids_of_the_whole_text(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    times_parted = 0
+    for seed in range(6):
+        ids, whole, parted = joined(kind, hostile(seed), monkeypatch)
+        assert ids == whole
+        times_parted += parted
+
+    assert times_parted > 10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", ["a", " ", "1", "=", "🎉", "ab", "e\u0301", "\n"])
+def test_text_of_nothing_but_repetition_is_encoded_right(kind: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # An odd length, so that each window begins at another place in what is repeated.
+    ids, whole, _ = joined(kind, ("x" + text * 5001)[:5001], monkeypatch)
+
+    assert ids == whole
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ordinary_text_is_parted_at_every_window(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(long_texts, "OVERLAP", 768)
+    text = "".join(random.Random(0).choices(LETTERS, k=10 * WINDOW))
+
+    ids, whole, parted = joined(kind, text, monkeypatch)
+
+    assert ids == whole
+    assert parted == 9
+
+
+@pytest.mark.parametrize(
+    ("pattern", "repeated"),
+    [
+        (LLAMA_3, [r"\p{L}", r"[^\s\p{L}\p{N}]", r"[\r\n]", r"\s", r"[\r\n]", r"\s", r"\s"]),
+        (DEEPSEEK[0], []),
+        (DEEPSEEK[1], ["[一-龥぀-ゟ゠-ヿ]"]),
+        (r" ?[^(\s|[.,!?…。，、।۔،])]+", [r"[^(\s|[.,!?…。，、।۔،])]"]),
+        (r"'(?i:[sdmt]|ll)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+|\s++$", [r"\p{L}", r"\p{N}", r"\s"]),
+        (r"a{2,}b{3}c{1,99}.*", ["a", "c", "."]),
+    ],
+)
+def test_classes_that_a_pattern_repeats_are_found(pattern: str, repeated: list[str]) -> None:
+    assert _repeated(pattern) == repeated
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"(?<=a)b", r"(?<!a)b", r"\bword", r"^a", r"(a|b)+", r"(?:ab){3}", r"(a)\1", r"\Ga", r"(?x) a", r"[a"]
+)
+def test_pattern_that_may_look_elsewhere_is_not_understood(pattern: str) -> None:
+    assert _repeated(pattern) is None
+
+
+def test_greedy_class_that_ends_nowhere_keeps_windows_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A match up to the last semicolon: what is before a window's end depends on what comes after it."""
+    tokenizer = small_tokenizer("llama3")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"[^#]*;|\p{L}+|\s+|[^\s\p{L}]+"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    monkeypatch.setattr("test_long_texts.small_tokenizer", lambda kind: tokenizer)
+    text = "".join(random.Random(0).choices(LETTERS, k=5 * WINDOW)) + ";"
+
+    ids, whole, parted = joined("llama3", text, monkeypatch)
+
+    assert ids == whole
+    assert parted == 0
+
+
+def test_tokenizer_of_unknown_parts_is_not_cut() -> None:
+    def can_cut(**parts: object) -> bool:
+        backend = small_tokenizer("llama3").backend_tokenizer
+        for name, part in parts.items():
+            setattr(backend, name, part)
+        return Windows(backend).can_cut
+
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    assert can_cut()
+    assert not can_cut(pre_tokenizer=pre_tokenizers.FixedLength(5))
+    assert not can_cut(pre_tokenizer=pre_tokenizers.UnicodeScripts())
+    assert not can_cut(pre_tokenizer=pre_tokenizers.Split(Regex(r"(?<=a)b"), "isolated"))
+    assert not can_cut(pre_tokenizer=pre_tokenizers.Sequence([byte_level, byte_level]))
+    assert not can_cut(normalizer=normalizers.Replace(Regex(r"\ba"), "b"))
