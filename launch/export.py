@@ -12,28 +12,31 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mst_ds.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
+from mst_ds.command import REQUEST_ERRORS, refuse, run_command
+from mst_ds.flags import OneLineParser
+from mst_ds.read_file import expanded
 
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = OneLineParser(
+        prog="export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("source", type=Path, help="Folder of a checkpoint, or output_dir of a run.")
     parser.add_argument("folder", type=Path, help="Where the model goes: a folder that is not there yet, or empty.")
-    options = parser.parse_args(argv)
     try:
-        checkpoint = _find(options.source)
-        if options.folder.exists() and (not options.folder.is_dir() or any(options.folder.iterdir())):
-            raise ValueError(f"{options.folder} is not empty; allowed: a new folder")
+        options = parser.parse_args(argv)
+        folder = expanded(options.folder, "folder")
+        checkpoint = _find(expanded(options.source, "source"))
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"{folder} is not empty; allowed: a new folder")
         # From here on imports take seconds.
         from mst_ds.export import export_checkpoint
 
-        export_checkpoint(checkpoint, options.folder)
-    except (ValueError, OSError) as error:
-        print(f"export.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    print(f"step {checkpoint.step} of {checkpoint.folder} is the model in {options.folder}")
+        export_checkpoint(checkpoint, folder)
+    except REQUEST_ERRORS as error:
+        return refuse("export.py", error)
+    print(f"step {checkpoint.step} of {checkpoint.folder} is the model in {folder}")
     return 0
 
 
@@ -43,4 +46,4 @@ def _find(source: Path) -> Checkpoint:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command("export.py", main))

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mst_ds.command import REQUEST_ERRORS, console, refuse, run_command
 from mst_ds.config import DEFAULT_DS_CONFIG, DEFAULT_MODEL, GIB, parse_seq_len
 from mst_ds.flags import OneLineParser
 from mst_ds.model_shape import ModelShape, load_config_of_shape, load_model_shape
@@ -32,6 +33,7 @@ from mst_ds.planner import (
     plot_plan,
     read_request,
 )
+from mst_ds.read_file import expanded
 
 _GPU_OF_RATES = "H100"
 _MOST_BYTES = 2**60
@@ -90,11 +92,10 @@ def main(argv: Sequence[str]) -> int:
             return _print_lengths(options)
         plan, longest, changes = _plan(options)
         if options.plot is not None:
-            plot_plan(plan, options.plot)
+            plot_plan(plan, expanded(options.plot, "plot"))
         traced = _trace(options, plan) if options.trace else None
-    except (ValueError, OSError) as error:
-        print(f"plan.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    except REQUEST_ERRORS as error:
+        return refuse("plan.py", error)
     if options.json:
         print(json.dumps(_as_json(plan, longest, changes) | ({"trace": traced} if traced else {}), indent=2))
     else:
@@ -138,14 +139,13 @@ def _trace(options: argparse.Namespace, plan: Plan) -> dict[str, dict[str, int]]
 
 
 def _print_trace(traced: dict[str, dict[str, int]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("phase", "planned GiB", "dry run GiB", "difference", title="activations on the device")
     for name, found in traced.items():
         planned, measured = found["planned_bytes"], found["dry_run_bytes"]
         table.add_row(name, f"{planned / GIB:.3f}", f"{measured / GIB:.3f}", f"{planned / measured - 1:+.1%}")
-    Console().print(table)
+    console().print(table)
 
 
 def _request(options: argparse.Namespace, *, num_nodes: int, sp_size: int | None, seq_len: int) -> Request:
@@ -210,7 +210,6 @@ def _most_ranks(shape: ModelShape) -> str:
 
 
 def _print_table(found: list[dict[str, int]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     sp_sizes = sorted({point["sp_size"] for point in found})
@@ -218,7 +217,7 @@ def _print_table(found: list[dict[str, int]]) -> None:
     lengths = {(point["num_nodes"], point["sp_size"]): f"{point['max_seq_len'] // LENGTH_STEP}" for point in found}
     for num_nodes in sorted({point["num_nodes"] for point in found}):
         table.add_row(str(num_nodes), *(lengths.get((num_nodes, sp_size), "-") for sp_size in sp_sizes))
-    Console().print(table)
+    console().print(table)
 
 
 def _bytes(options: argparse.Namespace, name: str, *, ranks: int = 1) -> int | None:
@@ -243,9 +242,7 @@ def _as_json(plan: Plan, longest: int, changes: tuple[Change, ...]) -> dict[str,
 
 
 def _print_plan(plan: Plan, longest: int, changes: tuple[Change, ...], gpu: str | None) -> None:
-    from rich.console import Console
-
-    Console().print(plan_table(plan))
+    console().print(plan_table(plan))
     if gpu is None:
         print(f"times are by the rates of a {_GPU_OF_RATES}, as no --gpu is named")
     print(
@@ -256,4 +253,4 @@ def _print_plan(plan: Plan, longest: int, changes: tuple[Change, ...], gpu: str 
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command("plan.py", main))

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from mst_ds.command import REQUEST_ERRORS, console, refuse, run_command
 from mst_ds.config import parse_train_config
 from mst_ds.zero import load_ds_config, split_mst
 
@@ -17,14 +18,11 @@ def main(argv: Sequence[str]) -> int:
     """Returns the exit code: 0 exact, 1 not exact or refused, 2 (and one line on stderr) a request that cannot run."""
     try:
         report = _check(argv)
-    except ValueError as error:
-        print(f"preflight.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    from rich.console import Console
-
+    except REQUEST_ERRORS as error:
+        return refuse("preflight.py", error)
     from mst_ds.preflight import report_table
 
-    Console().print(report_table(report))
+    console().print(report_table(report))
     print(report.verdict)
     return 0 if report.is_exact else 1
 
@@ -42,4 +40,4 @@ def _check(argv: Sequence[str]) -> Report:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command("preflight.py", main))

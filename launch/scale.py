@@ -15,9 +15,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mst_ds.command import REQUEST_ERRORS, refuse, run_command
 from mst_ds.config import GIB
 from mst_ds.flags import OneLineParser
 from mst_ds.planner import gpu_by_name
+from mst_ds.read_file import expanded
 from mst_ds.scaling import (
     Interrupted,
     Result,
@@ -77,15 +79,14 @@ def main(argv: Sequence[str]) -> int:
         if options.predict:
             return _predict(sweep, output_dir, options)
         return _run(sweep, output_dir, options.point)
-    except (ValueError, OSError) as error:
-        print(f"scale.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    except REQUEST_ERRORS as error:
+        return refuse("scale.py", error)
 
 
 def _output_dir(options: argparse.Namespace) -> Path:
     if options.output_dir is None:
         raise ValueError("no output_dir is given; allowed: --output_dir, the folder that results are in or go to")
-    folder: Path = options.output_dir.expanduser()
+    folder = expanded(options.output_dir, "output_dir")
     if options.report and not folder.is_dir():
         raise ValueError(f"output_dir is {str(folder)!r}, but no such folder is here; allowed: that of a sweep")
     folder.mkdir(parents=True, exist_ok=True)
@@ -141,4 +142,4 @@ def _describe(result: Result) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command("scale.py", main))

@@ -14,6 +14,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mst_ds.command import (
+    EXIT_REFUSED,
+    REQUEST_ERRORS,
+    RequestError,
+    console,
+    one_line,
+    run_command,
+    run_on_without_output,
+    say,
+)
 from mst_ds.config import TrainConfig, parse_train_config
 
 if TYPE_CHECKING:
@@ -40,22 +50,21 @@ def main(argv: Sequence[str]) -> int:
         run = prepare(config, Launch.from_environment())
         folder = _output_dir(config)
         lock = _claim(folder) if run.launch.rank == 0 else None
-    except ValueError as error:
+    except REQUEST_ERRORS as error:
         _say_once(error)
-        return 2
-    from mst_ds.engine import RanksDisagreeError
+        return EXIT_REFUSED
     from mst_ds.failure import explain
 
     try:
         return _train(run, folder)
     except Exception as error:
-        if isinstance(error, (FloatingPointError, RanksDisagreeError)):
+        if isinstance(error, (FloatingPointError, RequestError)):
             _say_once(error)
         else:
             if not isinstance(error, (OSError, MemoryError)):
                 traceback.print_exc()
             message = explain(error, run.plan, config.hang_timeout)
-            print(f"train.py: error: rank {run.launch.rank}: {message}", file=sys.stderr, flush=True)
+            say(f"train.py: error: rank {run.launch.rank}: {message}")
         # Not after another collective: the others wait in theirs until the launcher ends them, because this rank ended.
         os._exit(1)
     finally:
@@ -69,7 +78,7 @@ def _say_once(error: Exception) -> None:
         # The launcher ends this process when the first rank has spoken. Ending sooner would have the first rank killed
         # before it could; still here, the error is this rank's alone.
         time.sleep(_SECONDS_FOR_THE_FIRST_RANK)
-    print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    say(f"train.py: error: {one_line(error)}")
 
 
 def _train(run: Run, folder: Path) -> int:
@@ -81,6 +90,7 @@ def _train(run: Run, folder: Path) -> int:
     from mst_ds.interruption import EXIT_CODE, Interruption
     from mst_ds.watchdog import Watchdog
 
+    run_on_without_output()
     run = meet(run)
     # A name made of the time may be another on each rank.
     folders = [folder]
@@ -93,8 +103,6 @@ def _train(run: Run, folder: Path) -> int:
 
 def _take_steps(run: Run, folder: Path, interruption: Interruption) -> bool:
     """Returns whether the last step was reached; then the model is written, too."""
-    from rich.console import Console
-
     from mst_ds.data import eval_batches
     from mst_ds.engine import build_engine, checkpoints_folder, training_batches
     from mst_ds.export import export_model
@@ -106,7 +114,7 @@ def _take_steps(run: Run, folder: Path, interruption: Interruption) -> bool:
     config, plan, data = run.config, run.plan, run.data
     is_first = run.launch.rank == 0
     if is_first:
-        Console().print(plan_table(plan))
+        console().print(plan_table(plan))
         for note in run.notes:
             print(note)
         if run.checkpoint is not None:
@@ -176,4 +184,4 @@ def _claim(folder: Path) -> FileLock:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command("train.py", main))

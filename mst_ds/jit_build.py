@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder.builder import OpBuilder
 from filelock import FileLock
 from torch.utils.cpp_extension import _get_build_directory
+
+from mst_ds.command import RequestError
 
 _SHARED_MEMORY = Path("/dev/shm")
 
@@ -30,6 +34,7 @@ def guard_builds() -> None:
 
     @functools.wraps(build)
     def guarded(builder: OpBuilder, *args: Any, **kwargs: Any) -> Any:
+        _find_ninja()
         folder = Path(_get_build_directory(builder.name, verbose=False))
         with FileLock(folder / "mst_ds.lock"):
             (folder / "lock").unlink(missing_ok=True)
@@ -49,6 +54,23 @@ def build_shared_memory_collective() -> None:
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if builder is not None and deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
         builder.load(verbose=False)
+
+
+def _find_ninja() -> None:
+    """torch looks for it on the PATH, which has not the environment's programs where that was not activated.
+
+    Raises:
+        RequestError: it is nowhere.
+    """
+    if shutil.which("ninja") is not None:
+        return
+    programs = Path(sys.executable).parent
+    if not os.access(programs / "ninja", os.X_OK):
+        raise RequestError(
+            f"ninja, with which DeepSpeed compiles its collective for CPUs, is neither on the PATH nor in {programs}; "
+            "allowed: pip install ninja"
+        )
+    os.environ["PATH"] = f"{os.environ.get('PATH', '')}{os.pathsep}{programs}".lstrip(os.pathsep)
 
 
 def unlink_shared_memory(rank: int) -> None:

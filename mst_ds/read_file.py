@@ -175,13 +175,13 @@ def _check_tree(path: Path, tree: Node) -> None:
         below: list[Node] = []
         for node in level:
             if isinstance(node, MappingNode):
-                seen: set[tuple[str, str]] = set()
+                seen: set[str] = set()
                 for key, value in node.value:
-                    mark = (key.tag, key.value) if isinstance(key.value, str) else (key.tag, str(id(key)))
-                    if mark in seen:
+                    # By its text: a number and the same digits in quotes would become one name.
+                    if isinstance(key.value, str) and key.value in seen:
                         line = key.start_mark.line + 1
                         raise ValueError(f"{path} has {key.value!r} twice (line {line}); allowed: once")
-                    seen.add(mark)
+                    seen.add(str(key.value))
                     below += [key, value]
             elif isinstance(node, SequenceNode):
                 below += node.value

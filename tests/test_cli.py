@@ -61,7 +61,7 @@ def nothing_has_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iter
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", too_late("from_pretrained"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
     monkeypatch.chdir(ROOT)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     datasets.disable_progress_bars()
     yield
@@ -75,7 +75,8 @@ def refused(
     """Run the command, on one of `world_size` ranks; return its one line, without "train.py: error: "."""
 
     def run(*flags: str, world_size: int | str = 1) -> str:
-        for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": world_size}.items():
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500} if world_size != 1 else {}
+        for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": world_size, **place}.items():
             monkeypatch.setenv(name, str(value))
         assert train.main(flags) == 2
         output = capsys.readouterr()
@@ -131,6 +132,7 @@ def model_folder(path: Path, config: dict[str, Any]) -> str:
             ["sp_size is 8", "4 query heads", "allowed: 1, 2, 4", "nearest: 4"],
         ),
         ({"train_batch_size": 3}, 2, ["train_batch_size is 3", "allowed: 1 = "]),
+        ({"bf16": {"enabled": True, "extra": 1}}, 1, ["unknown key 'bf16.extra'", "allowed: bf16_master"]),
         (
             {"mst": {"sp_size": 1}, "train_batch_size": 3},
             2,
@@ -269,9 +271,30 @@ def test_as_a_command() -> None:
         (("--max_steps", "x"), "argument --max_steps/--max-steps: invalid int value: 'x'"),
         (("--seq_len", "x"), "seq_len is 'x'"),
         (("--sqe_len", "5"), "unknown flag '--sqe_len'; nearest: '--seq_len'"),
+        (
+            ("--use_peft", "true"),
+            "unknown flag '--use_peft'; here it is --peft_config with an adapter_config.json; --help",
+        ),
+        (
+            ("--per-device-train-batch-size=2",),
+            "here it is train_micro_batch_size_per_gpu in the DeepSpeed JSON; --help",
+        ),
+        (("--bananas", "1"), "unknown flag '--bananas'; --help lists the flags"),
+        (("--learning_rate", "inf"), "learning_rate is inf; allowed: a number > 0 and at most 1000"),
+        (("--weight_decay", "inf"), "weight_decay is inf; allowed: a number >= 0 and at most 1000"),
+        (("--adam_epsilon", "inf"), "adam_epsilon is inf; allowed: a number > 0 and at most 1"),
+        (("--hang_timeout", "1e10"), "hang_timeout is 10000000000.0; allowed: seconds, 1 to 31622400, a year"),
+        (("--hang_timeout", "1e-3"), "hang_timeout is 0.001; allowed: seconds, 1 to 31622400, a year"),
+        (("--max_steps", "1" + "0" * 30), "allowed: a whole number >= 1 and at most 1099511627776"),
+        (("--seq_len", "1099511627776"), "seq_len is 1099511627776; allowed: a whole number >= 1 and at most"),
+        (("--ds_config", "n" * 300), "File name too long; allowed: a path that can be"),
+        (
+            ("--output_dir", "~nobody_of_this_name/x"),
+            "output_dir is '~nobody_of_this_name/x', but there is no such user",
+        ),
     ],
 )
-def test_flags_that_argparse_refuses(refused: Callable[..., str], flags: tuple[str, str], says: str) -> None:
+def test_flags_that_argparse_refuses(refused: Callable[..., str], flags: tuple[str, ...], says: str) -> None:
     assert says in refused(*flags)
 
 

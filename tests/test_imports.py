@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "mst_ds"
 
 # From the bottom up. Modules of one line may import each other; each may import any line above this one.
 LAYERS = [
-    {"config", "flags", "host_memory", "live_memory", "read_file", "whole_file"},
+    {"command", "config", "flags", "host_memory", "live_memory", "read_file", "whole_file"},
     {"zero_checks"},
     {"owners"},
     {"zero", "model_shape", "topology", "adapters", "recompute"},
@@ -25,7 +25,8 @@ LAYERS = [
     {"loop", "saver"},
 ]
 # These are read before a process group or an accelerator exists, also on a laptop without either.
-PURE = {"config", "flags", "read_file", "zero_checks", "owners", "zero", "model_shape", "topology", "planner"}
+PURE = {"command", "config", "flags", "owners", "read_file", "zero_checks"}
+PURE |= {"zero", "model_shape", "topology", "planner"}
 # Within a layer these have nothing to do with each other.
 APART = {"planner", "minisequence", "router_loss", "ulysses", "metrics", "data"}
 

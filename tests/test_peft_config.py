@@ -33,7 +33,7 @@ def write(folder: Path, content: str | dict[str, Any]) -> Path:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("{", "is not a config of peft"),
+        ("{", "is not JSON"),
         ({"r": 4}, "is not a config of peft"),
         ({"peft_type": "LOTA", "r": 4}, "is not a config of peft"),
         ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}, "learns a prompt"),

@@ -7,6 +7,8 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+_MOST_RANKS = 2**20
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -22,24 +24,40 @@ class Launch:
         """Read the variables of DeepSpeed's launcher or torchrun; without any, a single process.
 
         Raises:
-            ValueError: a variable is not a number.
+            ValueError: a variable is missing, is not a number, or does not go with the others.
         """
 
-        def read(*names: str, default: int) -> int:
+        def read(*names: str, default: int, least: int, most: int) -> int:
             name = next((name for name in names if name in environment), None)
             if name is None:
                 return default
-            if not environment[name].isdecimal():
-                raise ValueError(f"the environment variable {name} is {environment[name]!r}; allowed: a whole number")
-            return int(environment[name])
+            text = environment[name]
+            if not (text.isascii() and text.isdecimal() and len(text) < 10 and least <= int(text) <= most):
+                raise ValueError(
+                    f"the environment variable {name} is {text!r}; allowed: a whole number from {least} to {most}"
+                )
+            return int(text)
 
-        world_size = read("WORLD_SIZE", default=1)
-        return cls(
-            rank=read("RANK", default=0),
+        world_size = read("WORLD_SIZE", default=1, least=1, most=_MOST_RANKS)
+        local_world_size = world_size
+        if "WORLD_SIZE" in environment:
+            names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+            local_world_size = read(*names, default=world_size, least=1, most=world_size)
+        launch = cls(
+            rank=read("RANK", default=0, least=0, most=world_size - 1),
             world_size=world_size,
-            local_rank=read("LOCAL_RANK", default=0),
-            local_world_size=read("LOCAL_WORLD_SIZE", "LOCAL_SIZE", default=world_size),
+            local_rank=read("LOCAL_RANK", default=0, least=0, most=local_world_size - 1),
+            local_world_size=local_world_size,
         )
+        if "MASTER_ADDR" in environment or world_size > 1:
+            for name in ("MASTER_ADDR", "MASTER_PORT"):
+                if not environment.get(name):
+                    raise ValueError(
+                        f"the environment variable {name} is not set for {world_size} ranks; allowed: the place where "
+                        "they meet, as the deepspeed launcher, torchrun or slurm/setup.sh sets it"
+                    )
+            read("MASTER_PORT", default=0, least=1, most=2**16 - 1)
+        return launch
 
 
 def stand_alone() -> None:

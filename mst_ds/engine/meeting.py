@@ -10,12 +10,13 @@ import deepspeed
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from mst_ds.command import RequestError
 from mst_ds.engine.launch import stand_alone
 from mst_ds.engine.run import Run
 from mst_ds.jit_build import build_shared_memory_collective, unlink_shared_memory
 
 
-class RanksDisagreeError(ValueError):
+class RanksDisagreeError(RequestError):
     """The ranks were given, or see, what does not go together. Every rank raises it."""
 
 
@@ -24,12 +25,16 @@ def meet(run: Run) -> Run:
 
     Raises:
         RanksDisagreeError: they would go on from different checkpoints.
+        RequestError: the place where they should meet is in use, or not reached.
     """
     get_accelerator().set_device(run.launch.local_rank)
     if "MASTER_ADDR" not in os.environ:
         stand_alone()
     build_shared_memory_collective()
-    deepspeed.init_distributed(timeout=timedelta(seconds=run.config.hang_timeout))
+    try:
+        deepspeed.init_distributed(timeout=timedelta(seconds=run.config.hang_timeout))
+    except dist.DistNetworkError as error:
+        raise RequestError(_why_no_meeting(error)) from None
     # When all ranks have opened each other's.
     dist.barrier()
     unlink_shared_memory(run.launch.rank)
@@ -39,6 +44,16 @@ def meet(run: Run) -> Run:
     if len(set(of_ranks)) == 1:
         return run
     return replace(run, plan=run.planned(device_memory=of_ranks))
+
+
+def _why_no_meeting(error: dist.DistNetworkError) -> str:
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    if "EADDRINUSE" in str(error):
+        return f"MASTER_PORT is that of {place}, which is in use; allowed: another (deepspeed --master_port 29501)"
+    return (
+        f"rank {os.environ['RANK']} does not reach {place}, where the ranks should meet: {error}; allowed: the "
+        "MASTER_ADDR and MASTER_PORT of rank 0's node, for all ranks"
+    )
 
 
 def _require_same_checkpoint(run: Run) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from mst_ds.command import console as wide_console
 from mst_ds.metrics.display import Display
 from mst_ds.metrics.environment import package_versions
 from mst_ds.metrics.records import PlannedMemory, Totals, Value, by_phase
@@ -60,7 +61,7 @@ class MetricsWriter:
             for record in earlier:
                 self._totals.add_record(record)
             self._sinks = (
-                Display(console or Console(), max_steps),
+                Display(console or wide_console(), max_steps),
                 JsonLines(lines, earlier),
                 TensorBoard(self._folder / "tensorboard", steps_done),
             )

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mst_ds.config import nearest
+from mst_ds.read_file import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+# What transformers raises for words and numbers that it does not expect.
+_OF_A_CONFIG = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
 _SHIPPED_CONFIGS = Path(__file__).parents[1] / "model_configs"
 _CONFIG_FILE = "config.json"
 _MODEL_CLASS = "AutoModelForCausalLM"
@@ -45,13 +48,14 @@ def load_model_config(name_or_path: str, *, trust_remote_code: bool = False) -> 
     folder = shipped or Path(name_or_path)
     if folder.is_dir():
         _require_config(folder, name_or_path)
+        read_json(folder / _CONFIG_FILE, is_finite=False)
     try:
         with _logged_if_found():
             config = AutoConfig.from_pretrained(
                 str(folder) if folder.is_dir() else name_or_path, trust_remote_code=trust_remote_code
             )
         _require_code(config, name_or_path, trust_remote_code)
-    except (OSError, ValueError, KeyError, ZeroDivisionError, StrictDataclassError) as error:
+    except (*_OF_A_CONFIG, StrictDataclassError) as error:
         if "trust_remote_code" in str(error):
             raise ValueError(
                 f"model {name_or_path!r} needs code that it brings itself, which is not run; allowed: "

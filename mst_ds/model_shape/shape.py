@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from mst_ds.model_shape.config_checks import check_numbers, check_parameter_count
 from mst_ds.model_shape.counts import Dimensions, ParameterCounts, TrainedCounts, count_parameters
 from mst_ds.model_shape.experts import ExpertShape, read_experts
 from mst_ds.model_shape.families import FAMILIES, LLAMA, Family, NormKind, is_on
@@ -88,10 +89,13 @@ class ModelShape(Dimensions):
         """Reads a Hugging Face config.
 
         Raises:
-            ValueError: not a decoder-only causal language model, or without a size.
+            ValueError: not a decoder-only causal language model, without a size, or with numbers that none can have.
         """
         _check_is_decoder(config)
-        return cls.from_fields(config)
+        check_numbers(config)
+        shape = cls.from_fields(config)
+        check_parameter_count(config.model_type, shape.parameter_count)
+        return shape
 
     @classmethod
     def from_fields(cls, config: Any) -> ModelShape:

@@ -6,13 +6,12 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mst_ds.config import TrainConfig, nearest, parse_seq_len
+from mst_ds.config import MOST_TOKENS, TrainConfig, nearest, parse_seq_len
+from mst_ds.flags import unknown_flag
+from mst_ds.read_file import existing_file, read_yaml
 from mst_ds.scaling.sweep import Setting, Sweep
-
-if TYPE_CHECKING:
-    from yaml import Node
 
 _SIZES = ("sp_size", "seq_len", "num_nodes", "num_gpus")
 _KEYS = (*_SIZES, "settings", "train", "time_limit")
@@ -71,8 +70,7 @@ def train_flags(words: Iterable[str]) -> dict[str, str]:
     for word in rest:
         name, is_given, value = word.partition("=")
         if not name.startswith("--") or name[2:] not in _TRAIN_FLAGS:
-            allowed = [f"--{flag}" for flag in (*_KEYS, *_TRAIN_FLAGS)]
-            raise ValueError(f"unknown flag {word!r}{nearest(name, allowed)}; --help lists the flags")
+            raise unknown_flag(word, (*_KEYS, *_TRAIN_FLAGS))
         found = value if is_given else next(rest, None)
         if found is None or (not is_given and found.startswith("--")):
             raise ValueError(f"{name} has no value; allowed: {name} followed by one")
@@ -81,32 +79,7 @@ def train_flags(words: Iterable[str]) -> dict[str, str]:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    import yaml
-
-    if not path.is_file():
-        raise ValueError(f"sweep is {str(path)!r}; allowed: an existing YAML file")
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = yaml.safe_load(text)
-        tree = yaml.compose(text, Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"sweep {path} is not YAML: {' '.join(str(error).split())}") from None
-    _refuse_repetitions(path, tree)
-    return _object(f"sweep {path}", values, _KEYS)
-
-
-def _refuse_repetitions(path: Path, node: Node | None) -> None:
-    """YAML takes the last of equal keys, and what stands under the others is lost without a word."""
-    from yaml import MappingNode
-
-    if not isinstance(node, MappingNode):
-        return
-    seen: set[str] = set()
-    for key, value in node.value:
-        if key.value in seen:
-            raise ValueError(f"sweep {path} has {key.value!r} twice (line {key.start_mark.line + 1}); allowed: once")
-        seen.add(key.value)
-        _refuse_repetitions(path, value)
+    return _object(f"sweep {path}", read_yaml(existing_file(path, "sweep", "an existing YAML file")), _KEYS)
 
 
 def _object(what: str, value: Any, allowed: Iterable[str]) -> dict[str, Any]:
@@ -126,8 +99,8 @@ def _numbers(key: str, value: Any) -> tuple[int, ...]:
     found = []
     for each in value if isinstance(value, list | tuple) else [value]:
         number = parse_seq_len(each) if key == "seq_len" and isinstance(each, str) else each
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise ValueError(f"{key} is {each!r}; allowed: whole numbers >= 1")
+        if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= MOST_TOKENS:
+            raise ValueError(f"{key} is {each!r}; allowed: whole numbers >= 1, at most {MOST_TOKENS}")
         found.append(number)
     if not found:
         raise ValueError(f"{key} is an empty list; allowed: whole numbers >= 1")

@@ -1,0 +1,73 @@
+"""Numbers of a model's config that no model can have, or with which one would train on something else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+# Far above every model there is: what is larger is a mistake, and would take hours to build or overflow.
+_MOST_OF_A_SIZE = 2**31
+_MOST_LAYERS = 10**4
+_MOST_EXPERTS = 2**16
+_MOST_PARAMETERS = 10**15
+
+
+def check_numbers(config: PreTrainedConfig) -> None:
+    """Look at every number of a config that transformers has read.
+
+    Raises:
+        ValueError: one is NaN, a size is larger than any model's, a dropout or a norm's epsilon is out of its range, or
+            the padding id is no token.
+    """
+    kind = config.model_type
+    for name, value in _numbers(config.to_dict()):
+        if isinstance(value, float) and math.isnan(value):
+            _refuse(kind, name, value, "a number")
+        if isinstance(value, int) and value > _MOST_OF_A_SIZE:
+            _refuse(kind, name, value, f"a whole number of at most {_MOST_OF_A_SIZE}")
+        last = name.rpartition(".")[2]
+        if ("dropout" in last or last.endswith("pdrop")) and not 0 <= value < 1:
+            _refuse(kind, name, value, "a number from 0 up to, not including, 1")
+        if last.endswith(("_eps", "epsilon")) and not 0 < value <= 1:
+            _refuse(kind, name, value, "a number > 0 and at most 1")
+        if last in ("rope_theta", "rotary_emb_base") and not 0 < value < math.inf:
+            _refuse(kind, name, value, "a number > 0")
+        if last == "max_position_embeddings" and value < 1:
+            _refuse(kind, name, value, "a whole number >= 1")
+        if "experts" in last and last.startswith(("num_", "n_")) and value > _MOST_EXPERTS:
+            _refuse(kind, name, value, f"a whole number of at most {_MOST_EXPERTS}")
+    layers = getattr(config, "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > _MOST_LAYERS:
+        _refuse(kind, "num_hidden_layers", layers, f"a whole number of at most {_MOST_LAYERS}")
+    padding, vocabulary = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
+    if isinstance(padding, int) and isinstance(vocabulary, int) and not -1 <= padding < vocabulary:
+        _refuse(kind, "pad_token_id", padding, f"null, or a token of the vocabulary, 0 to {vocabulary - 1}")
+
+
+def check_parameter_count(kind: str, count: int) -> None:
+    """Make sure that some machine can hold the model.
+
+    Raises:
+        ValueError: it has more parameters than any.
+    """
+    if count > _MOST_PARAMETERS:
+        raise ValueError(
+            f"the config of model type {kind!r} has the sizes of {count:.1e} parameters; allowed: at most "
+            f"{_MOST_PARAMETERS:.0e}"
+        )
+
+
+def _numbers(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, int | float]]:
+    for key, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{key}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{prefix}{key}", value
+
+
+def _refuse(kind: str, name: str, value: object, allowed: str) -> None:
+    raise ValueError(f"{name} in the config of model type {kind!r} is {value!r}; allowed: {allowed}")
