@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import functools
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model",
         default=DEFAULT_MODEL,
+        type=os.path.expanduser,
         help="Shipped config, Hugging Face id, or folder with a config.json; well-known ids need no network.",
     )
     parser.add_argument("--ds_config", default=DEFAULT_DS_CONFIG, help="DeepSpeed JSON with an optional 'mst' block.")

@@ -23,6 +23,15 @@ def test_seq_len_that_is_no_length_is_refused(text):
         parse_seq_len(text)
 
 
+def test_the_home_folder_of_a_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("tokenizer: ~/words", encoding="utf-8")
+    flags = ["--config=~/run.yaml", "--model=~/m", "--peft_config=~/a", "--ds_config=~/d.json"]
+    config = parse_train_config(flags)
+    found = [config.model, config.peft_config, config.ds_config, config.tokenizer]
+    assert found == [str(tmp_path / name) for name in ("m", "a", "d.json", "words")]
+
+
 def test_every_flag_has_help_and_reaches_the_config():
     texts = {int: "7", int | None: "7", float: "0.5", float | None: "0.5", bool: "False"}
     texts |= {Packing: "none", NonFinite: "skip"}

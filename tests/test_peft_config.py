@@ -92,3 +92,12 @@ def test_a_run_trains_adapters_that_peft_loads(tmp_path: Path) -> None:
     adapted = PeftModel.from_pretrained(base, str(tmp_path / "run" / "model"))
     assert loss(adapted) == pytest.approx(evaluated, rel=1e-5)
     assert evaluated < before - 0.01
+
+
+@pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_a_trained_adapter_is_not_begun_anew(tmp_path: Path, weights: str) -> None:
+    file = write(tmp_path, LORA)
+    (tmp_path / weights).touch()
+    for path in (tmp_path, file):
+        with pytest.raises(ValueError, match=rf"has been trained, {weights}, .*; allowed: its adapter_config\.json in"):
+            load_peft_config(str(path))
