@@ -30,6 +30,9 @@ def main(argv: Sequence[str]) -> int:
         checkpoint = _find(expanded(options.source, "source"))
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"{folder} is not empty; allowed: a new folder")
+        if folder.is_mount():
+            # The model is renamed into its place.
+            raise ValueError(f"{folder} is where a disk is mounted; allowed: a new folder below it")
         # From here on imports take seconds.
         from mst_ds.export import export_checkpoint
 

@@ -28,6 +28,7 @@ from mst_ds.config import TrainConfig, parse_train_config
 
 if TYPE_CHECKING:
     import torch
+    from deepspeed import DeepSpeedEngine
     from filelock import FileLock
 
     from mst_ds.engine import Run
@@ -105,7 +106,6 @@ def _take_steps(run: Run, folder: Path, interruption: Interruption) -> bool:
     """Returns whether the last step was reached; then the model is written, too."""
     from mst_ds.data import eval_batches
     from mst_ds.engine import build_engine, checkpoints_folder, training_batches
-    from mst_ds.export import export_model
     from mst_ds.loop import train
     from mst_ds.metrics import device_name
     from mst_ds.planner import plan_table
@@ -138,13 +138,30 @@ def _take_steps(run: Run, folder: Path, interruption: Interruption) -> bool:
             after_step=Saver(run, engine, batches, checkpoints_folder(folder), interruption).after_step,
         )
         if is_done:
-            export_model(engine, data.tokenizer, folder / "model")
+            _write_model(run, engine, folder)
             of_run = {"device": device_name(engine.device), "plan": plan.as_dict(), "ds_config": run.ds_config}
             metrics.write_summary(of_run)
     if is_first and is_done:
         print(f"Done: {folder / 'metrics.jsonl'}, {folder / 'summary.json'} and the model in {folder / 'model'}")
     engine.destroy()
     return is_done
+
+
+def _write_model(run: Run, engine: DeepSpeedEngine, folder: Path) -> None:
+    """Raises OSError, with where the run's work is, for a model that could not be written."""
+    from mst_ds.checkpoint import newest_checkpoint
+    from mst_ds.engine import checkpoints_folder
+    from mst_ds.export import export_model
+
+    try:
+        export_model(engine, run.data.tokenizer, folder / "model", source=run.config.model)
+    except OSError as error:
+        newest = newest_checkpoint(checkpoints_folder(folder))
+        if newest is None:
+            work = "the run made no checkpoints, so that its work is lost; --save_steps makes them"
+        else:
+            work = f"the run's work is in {newest.folder}, of which launch/export.py makes the model"
+        raise OSError(f"{error}; {work}") from error
 
 
 def _metrics(run: Run, folder: Path, device: torch.device) -> MetricsWriter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,30 +11,53 @@ from typing import TYPE_CHECKING, Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from mst_ds.adapters import ADAPTER_FILE, load_peft_config, model_on_meta
-from mst_ds.checkpoint import MODEL_FOLDER, STATES_FOLDER, Checkpoint, only_states, require_intact
+from mst_ds.checkpoint import EXACT_FILE, MODEL_FOLDER, STATES_FOLDER, Checkpoint, only_states, require_intact
+from mst_ds.kept_in_fp32 import fp32_parameters, persistent_buffers
+from mst_ds.model_folder.write import write_files_of, write_model
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
+# What a checkpoint's `model/` has for an export, and a model folder has not or of its own.
+_OF_CHECKPOINT = ("config.json", ADAPTER_FILE, EXACT_FILE)
 
-def export_model(engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike[str]) -> None:
+
+def export_model(
+    engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike[str], *, source: str
+) -> None:
     """Write a folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` load.
 
-    A collective call; rank 0 writes, in the dtype the model was trained in. Under ZeRO-3 one parameter at a time is
-    gathered, so no device ever holds more than its own model states and one parameter; rank 0's host holds the model.
+    A collective call; rank 0 writes, in the dtype the model was trained in, and in fp32 what is kept so. Under ZeRO-3
+    one parameter at a time is gathered, so no device ever holds more than its own model states and one parameter;
+    rank 0's host holds the model.
+
+    Args:
+        source: see `write_files_of`.
+
+    Raises:
+        OSError: it could not be written, on rank 0. What was in `folder` is as it was.
     """
-    state = _gather_parameters(engine.module)
+    model: Any = engine.module
+    state = _gather_parameters(model)
     if dist.get_rank() == 0:
-        engine.module.save_pretrained(Path(folder), state_dict=state)
-        tokenizer.save_pretrained(Path(folder))
+
+        def write_files(partial: Path) -> None:
+            write_files_of(model, tokenizer, source, partial)
+
+        write_model(model, state, Path(folder), write_files=write_files)
 
 
 def export_checkpoint(checkpoint: Checkpoint, folder: str | os.PathLike[str]) -> None:
-    """Write what `export_model` writes, from a checkpoint; in one process, whose memory holds the weights in fp32."""
+    """Write what `export_model` writes, from a checkpoint; in one process, whose memory holds the weights in fp32.
+
+    Raises:
+        OSError: it could not be written, or a file of the checkpoint is not as it was written.
+    """
     require_intact(checkpoint)
     source = checkpoint.folder / MODEL_FOLDER
     peft_config = load_peft_config(str(source)) if (source / ADAPTER_FILE).is_file() else None
@@ -43,16 +67,22 @@ def export_checkpoint(checkpoint: Checkpoint, folder: str | os.PathLike[str]) ->
     if peft_config is not None:
         # peft takes it from the config's own place, which has no weights.
         model.active_peft_config.base_model_name_or_path = base_model
-    state = {name: tensor.to(dtype) for name, tensor in _load_weights(checkpoint).items()}
-    model.save_pretrained(Path(folder), state_dict=state)
-    AutoTokenizer.from_pretrained(source).save_pretrained(Path(folder))
+    # Tied ones once.
+    names = dict(model.named_parameters()).keys()
+    state = {name: tensor.to(dtype) for name, tensor in _load_weights(checkpoint).items() if name in names}
+    state |= load_file(source / EXACT_FILE)
+
+    def write_files(partial: Path) -> None:
+        shutil.copytree(source, partial, ignore=shutil.ignore_patterns(*_OF_CHECKPOINT), dirs_exist_ok=True)
+
+    write_model(model, state, Path(folder), write_files=write_files)
 
 
-def _load_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+def _load_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     if checkpoint.identity.zero_stage == 0:
         with only_states(checkpoint.folder):
             states = torch.load(checkpoint.folder / STATES_FOLDER / "mp_rank_00_model_states.pt", weights_only=True)
-        weights: dict[str, torch.Tensor] = states["module"]
+        weights: dict[str, Tensor] = states["module"]
         return weights
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
@@ -60,16 +90,16 @@ def _load_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
         return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.folder), tag=STATES_FOLDER)
 
 
-def _gather_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+def _gather_parameters(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and persistent buffer by name, on rank 0's host; empty elsewhere. Tied ones appear once."""
     writes = dist.get_rank() == 0
+    in_fp32 = fp32_parameters(model)
     state = {}
     for name, parameter in model.named_parameters():
         # Without ZeRO-3 this context does nothing.
         with deepspeed.zero.GatheredParameters([parameter]):
             if writes:
-                state[name] = parameter.detach().cpu().clone()
+                state[name] = in_fp32.get(name, parameter).detach().cpu().clone()
     if writes:
-        persistent = model.state_dict().keys()
-        state |= {name: buffer.cpu() for name, buffer in model.named_buffers() if name in persistent}
+        state |= {name: buffer.cpu() for name, buffer in persistent_buffers(model).items()}
     return state

@@ -55,5 +55,6 @@ class Saver:
             identity=self._run.identity,
             data=self._batches.state_dict(),
             tokenizer=self._run.data.tokenizer,
+            source=self._run.config.model,
         )
         self._last_save = time.monotonic()

@@ -28,6 +28,9 @@ _UNSUPPORTED: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     (ZERO, "zero_quantized_weights", (False,)),
     (ZERO, "zero_quantized_nontrainable_weights", (False,)),
     (ZERO, "zero_quantized_gradients", (False,)),
+    # What is kept in fp32 is the model's to say.
+    ("data_types", "keep_in_fp32_modules", ("auto",)),
+    ("data_types", "buffer_dtype", (None,)),
     ("torch_autocast", "enabled", (False,)),
     ("amp", "enabled", (False,)),
     ("tensor_parallel", "autotp_size", (0, 1)),

@@ -101,6 +101,7 @@ def _save(engine: Any, folder: Path, number: int, stage: int, keep: int = 2) -> 
         identity=identity_of(engine.module.config, stage),
         data=DATA,
         tokenizer=byte_tokenizer(),
+        source="small_llama",
     )
 
 

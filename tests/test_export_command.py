@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from kept_models import BIAS, ROUTER, save_kept_model
+from safetensors.torch import load_file
 from test_readme import ROOT
 from test_resume import assert_same_weights
 from trainings import Training
@@ -16,14 +19,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch.export import main
 
-FLAGS = ("--max_steps", "3", "--save_steps", "2", "--seq_len", "256", "--preflight", "false")
+FLAGS = ("--max_steps", "3", "--save_steps", "2", "--seq_len", "256", "--preflight", "false", "--learning_rate", "1e-3")
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output folder of a run on two ranks: its last checkpoint is what its `model` was made of."""
+    """The output folder of a run on two ranks: its last checkpoint is what its `model` was made of.
+
+    Beside it stands what it was trained from, a model in bf16 with tensors in fp32, tied embeddings and two ends.
+    """
     folder = tmp_path_factory.mktemp("runs") / "run"
-    training = Training(folder, *FLAGS)
+    source = save_kept_model("ernie4.5-moe", folder.with_name("source"))
+    (source / "generation_config.json").write_text('{"eos_token_id": [256, 3]}', encoding="utf-8")
+    ds_config = folder.with_name("ds_config.json")
+    ds_config.write_text(json.dumps({"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}), encoding="utf-8")
+    training = Training(folder, *FLAGS, "--model", str(source), "--ds_config", str(ds_config))
     assert training.end(limit=300) == [0, 0], training.output
     return folder
 
@@ -35,6 +45,19 @@ def test_the_newest_checkpoint_of_a_run(run: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "step 3" in done.stdout
     assert_same_weights(tmp_path, run)
+    written, exported = (
+        {path.name: path.read_bytes() for path in folder.iterdir()} for folder in (run / "model", tmp_path / "model")
+    )
+    assert exported == written
+    assert "config.json" in written
+    assert json.loads(written["generation_config.json"]) == {"eos_token_id": [256, 3]}
+    state, source = (load_file(folder / "model.safetensors") for folder in (tmp_path / "model", run.parent / "source"))
+    assert "lm_head.weight" not in state
+    assert state.keys() == source.keys()
+    # In the run, too, nothing trains a router's bias.
+    (bias,) = (name for name in state if name.endswith(BIAS))
+    assert state[bias].equal(source[bias])
+    assert {name for name, tensor in state.items() if tensor.dtype == torch.float32} == {bias, ROUTER}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     ids = tokenizer("def main(", return_tensors="pt")["input_ids"]

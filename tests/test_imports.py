@@ -14,7 +14,7 @@ LAYERS = [
     {"command", "config", "flags", "host_memory", "live_memory", "read_file", "whole_file"},
     {"zero_checks"},
     {"owners"},
-    {"zero", "model_shape", "topology", "adapters", "recompute"},
+    {"zero", "model_shape", "topology", "adapters", "recompute", "kept_in_fp32"},
     {"planner", "minisequence", "router_loss", "ulysses", "metrics", "data"},
     {"structure", "model_folder"},
     {"patching", "trained"},

@@ -125,6 +125,8 @@ def test_a_missing_file_is_refused(tmp_path):
         ({"zero_optimization": {"mics_shard_size": 8}}, "mics_shard_size is 8; allowed: -1, or leave it out"),
         ({"torch_autocast": {"enabled": True}}, "torch_autocast.enabled is True; allowed: false, or leave it out"),
         ({"amp": {"enabled": True}}, "amp.enabled is True; allowed: false, or leave it out"),
+        ({"data_types": {"keep_in_fp32_modules": None}}, 'data_types.keep_in_fp32_modules is None; allowed: "auto"'),
+        ({"data_types": {"buffer_dtype": "bf16"}}, "data_types.buffer_dtype is 'bf16'; allowed: null"),
         ({"gradient_accumulation_steps": 1.5}, "gradient_accumulation_steps is 1.5"),
         ({"train_batch_size": "8"}, "train_batch_size is '8'"),
         ({"train_micro_batch_size_per_gpu": 10**9}, "is 1000000000; allowed: 'auto' or a whole number from 1 to"),

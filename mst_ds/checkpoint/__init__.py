@@ -7,6 +7,7 @@ it as they were. All ranks must see the folder.
 """
 
 from mst_ds.checkpoint.folder import (
+    EXACT_FILE,
     MODEL_FOLDER,
     STATE_FILE,
     STATES_FOLDER,
@@ -22,6 +23,7 @@ from mst_ds.checkpoint.universal import universal_setting
 from mst_ds.checkpoint.unpickling import only_states
 
 __all__ = [
+    "EXACT_FILE",
     "MODEL_FOLDER",
     "STATES_FOLDER",
     "STATE_FILE",

@@ -19,6 +19,8 @@ STATE_FILE = "state.json"
 MODEL_FOLDER = "model"
 STATES_FOLDER = "states"
 UNIVERSAL_FOLDER = "universal"
+# In the folder of the model: tensors whose value or dtype DeepSpeed's files do not keep.
+EXACT_FILE = "exact.safetensors"
 _PARTIAL = ".partial"
 _PREFIX = "step-"
 _ALLOWED = "allowed: an earlier checkpoint, which --resume auto takes where this one is removed"

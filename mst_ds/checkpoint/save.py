@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
 
 from mst_ds.checkpoint.checksums import checksum, shared_by_ranks
 from mst_ds.checkpoint.folder import (
+    EXACT_FILE,
     MODEL_FOLDER,
     STATE_FILE,
     STATES_FOLDER,
@@ -26,6 +29,8 @@ from mst_ds.checkpoint.folder import (
 from mst_ds.checkpoint.identity import Identity
 from mst_ds.checkpoint.random_states import random_file, random_states
 from mst_ds.checkpoint.state import to_text
+from mst_ds.kept_in_fp32 import fp32_parameters, persistent_buffers
+from mst_ds.model_folder.write import write_files_of
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -41,8 +46,12 @@ def save_checkpoint(
     identity: Identity,
     data: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase,
+    source: str,
 ) -> Path:
     """Writes the checkpoint of `step` into `folder`, and then removes all but the `keep` newest. A collective call.
+
+    Args:
+        source: of the model, see `write_files_of`.
 
     Raises:
         OSError: a file could not be written, on the rank that raises it. Earlier checkpoints are as they were; the
@@ -58,8 +67,9 @@ def save_checkpoint(
     try:
         engine.save_checkpoint(str(partial), tag=STATES_FOLDER, save_latest=False)
         torch.save(random_states(engine.device), partial / random_file(rank))
+        exact = fp32_parameters(engine.module) | persistent_buffers(engine.module)
         if rank == 0:
-            _write_model_folder(engine, tokenizer, partial / MODEL_FOLDER)
+            _write_model_folder(engine, tokenizer, source, exact, partial / MODEL_FOLDER)
     except RuntimeError as error:  # how torch says that a disk is full
         raise OSError(f"the checkpoint {target} could not be written: {' '.join(str(error).split())}") from error
     dist.barrier()
@@ -86,14 +96,17 @@ def save_checkpoint(
     return target
 
 
-def _write_model_folder(engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """What an export needs beside the weights."""
+def _write_model_folder(
+    engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, source: str, exact: Mapping[str, Tensor], folder: Path
+) -> None:
+    """What an export needs beside the weights; `exact`: tensors whose dtype DeepSpeed's files may not keep."""
     model: Any = engine.module
     peft_configs = getattr(model, "peft_config", None)
     if peft_configs:
         model.active_peft_config.save_pretrained(str(folder))
     model.config.save_pretrained(str(folder))
-    tokenizer.save_pretrained(str(folder))
+    write_files_of(model, tokenizer, source, folder)
+    save_file({name: tensor.cpu().contiguous() for name, tensor in exact.items()}, folder / EXACT_FILE)
 
 
 def _flush_and_checksum(path: Path) -> int:

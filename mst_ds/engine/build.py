@@ -11,10 +11,11 @@ import torch.distributed as dist
 from transformers import set_seed
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-from mst_ds.adapters import add_adapters
+from mst_ds.adapters import add_adapters, model_on_meta
 from mst_ds.checkpoint import load_checkpoint, universal_setting
 from mst_ds.engine.optimizer import adamw, schedule
 from mst_ds.engine.run import Run
+from mst_ds.kept_in_fp32 import KeptTensor, Loading, keep_in_fp32, kept_in_fp32
 from mst_ds.model_folder import ModelLayout, load_model
 from mst_ds.patching import apply_plan
 from mst_ds.zero import has_block
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 def build_engine(run: Run) -> DeepSpeedEngine:
     """Build the model under its plan and hand it to DeepSpeed, after `meet`. A collective call."""
     set_seed(run.config.seed)
-    model = _load_model(run)
+    model, kept = _load_model(run)
     # Dropout must not repeat from rank to rank; the weights above must.
     set_seed((run.config.seed + run.launch.rank) % 2**32)
     apply_plan(model, run.plan)
@@ -40,26 +41,34 @@ def build_engine(run: Run) -> DeepSpeedEngine:
         config=run.ds_config | universal_setting(run.checkpoint, run.launch.world_size),
     )
     _limit_waiting(run.config.hang_timeout)
+    keep_in_fp32(engine, kept)
     if run.checkpoint is not None:
         load_checkpoint(engine, run.checkpoint, seed=run.config.seed)
     return engine
 
 
-def _load_model(run: Run) -> nn.Module:
+def _load_model(run: Run) -> tuple[nn.Module, list[KeptTensor]]:
+    plain = model_on_meta(run.model_config, None, run.dtype)[0]
     # transformers looks for this object, by a weak reference, to build the weights sharded from the start.
     zero3 = HfDeepSpeedConfig(run.ds_config) if run.plan.zero_stage == 3 else None
-    model = load_model(
-        run.weights,
-        run.model_config,
-        run.model_class,
-        dtype=run.dtype,
-        attention=run.own_attention,
-        new_lm_head=run.config.new_lm_head,
-    )
+    loading = Loading(kept_in_fp32(plain, run.dtype), is_sharded=zero3 is not None)
+    with loading.watch():
+        model = load_model(
+            run.weights,
+            run.model_config,
+            run.model_class,
+            dtype=run.dtype,
+            attention=run.own_attention,
+            new_lm_head=run.config.new_lm_head,
+        )
+    kept = loading.kept(model)
+    # transformers has loaded parameters require gradients, also those that the model's own code does not train.
+    for name, own in plain.named_parameters():
+        model.get_parameter(name).requires_grad_(own.requires_grad)
     trained: nn.Module = model if run.peft_config is None else add_adapters(model, run.peft_config)
     del zero3
     run.layout.require_same(ModelLayout.of(trained))
-    return trained.train()
+    return trained.train(), kept
 
 
 def _limit_waiting(seconds: float) -> None:

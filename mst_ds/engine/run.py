@@ -19,6 +19,7 @@ from mst_ds.data import ShardedLoader, TrainingData, load_training_data
 from mst_ds.engine.deepspeed_config import require_accepted
 from mst_ds.engine.hardware import has_accelerator, rank_device_memory, rank_gpu, rank_host_memory
 from mst_ds.engine.launch import Launch
+from mst_ds.kept_in_fp32 import kept_in_fp32, require_no_adapters_on
 from mst_ds.model_folder import ModelLayout, Weights, find_weights, require_match
 from mst_ds.model_shape import ModelShape, load_model_config
 from mst_ds.patching import find_parts
@@ -79,6 +80,7 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
         ValueError: anything in the flags, the DeepSpeed JSON, the model's config or the dataset that cannot run, in one
             line. Every rank finds the same, so all ranks stop.
     """
+    _require_unfinished(config)
     model_config = load_model_config(config.model, trust_remote_code=config.trust_remote_code)
     shape = ModelShape.from_config(model_config)
     raw = load_ds_config(config.ds_config)
@@ -103,6 +105,7 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
     plan = planned(device_memory=rank_device_memory(launch) if mst.device_memory_gib == AUTO else None)
     _require_right_training(plan)
     find_parts(adapted, plan)
+    require_no_adapters_on(kept_in_fp32(model, _DTYPES[plan.dtype]), adapted)
     own_attention = _own_attention(config, plan, model)
     weights, notes = _weights(config, model, _DTYPES[plan.dtype])
     data = load_training_data(config, model_config)
@@ -235,6 +238,23 @@ def _checkpoint(config: TrainConfig, identity: Identity) -> Checkpoint | None:
     if checkpoint is not None:
         identity.require_same(checkpoint.identity, checkpoint.folder)
     return checkpoint
+
+
+def _require_unfinished(config: TrainConfig) -> None:
+    """Refuse to replace what a run that is done has left.
+
+    Raises:
+        ValueError: output_dir has a model or a summary, and no checkpoint that the run could go on from.
+    """
+    if config.output_dir is None or newest_checkpoint(checkpoints_folder(config.output_dir)) is not None:
+        return
+    folder = Path(config.output_dir).expanduser()
+    for name in ("model", "summary.json"):
+        if (folder / name).exists():
+            raise ValueError(
+                f"output_dir has the {name} of a run that is done, which this run would overwrite, and no checkpoint "
+                "to go on from; allowed: another output_dir, or an empty one"
+            )
 
 
 def checkpoints_folder(output_dir: str | os.PathLike[str]) -> Path:

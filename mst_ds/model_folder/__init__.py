@@ -1,4 +1,4 @@
-"""A model folder: what it holds, whether that is what the model needs, and the model loaded from it."""
+"""A model folder: what it holds, whether the model needs that, the model loaded from it, and how one is written."""
 
 from mst_ds.model_folder.contents import Weights, find_weights
 from mst_ds.model_folder.layout import ModelLayout

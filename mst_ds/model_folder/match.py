@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # Others are quantised, or no weights at all.
 _STORED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_HALVES = {torch.float16, torch.bfloat16}
 _CONVERSION_ROW = re.compile(r"^(\S+)\s*\|.*CONVERSION", re.MULTILINE)
 _STYLE = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -114,6 +115,12 @@ def require_match(
     notes = []
     if weights.quantization is not None:
         notes.append(f"weights are {weights.quantization.method.upper()}; trained and saved as {_word(dtype)}")
+    elif dtype == torch.float32 and (halves := {header.dtype for header in headers.values()} & _HALVES):
+        names = " and ".join(sorted(map(_word, halves)))
+        notes.append(
+            f"weights are {names}; trained and saved as fp32, twice the size: bf16 or fp16 in the DeepSpeed JSON "
+            "keeps 16 bits"
+        )
     if rounded := [name for name, header in headers.items() if header.dtype == torch.float64]:
         notes.append(f"{len(rounded)} weights are float64, such as {rounded[0]}; rounded to {_word(dtype)}")
     if new_lm_head:

@@ -1,0 +1,113 @@
+"""Writes a model folder, beside its place until all of it is on disk: nothing that was cut off looks whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# What others read beside config, weights and tokenizer. Copied: transformers refuses to write some of what it reads.
+_OF_SOURCE = ("generation_config.json", "preprocessor_config.json", "processor_config.json")
+
+
+def write_model(model: Any, state: Mapping[str, Tensor], folder: Path, *, write_files: Callable[[Path], None]) -> None:
+    """Write what `from_pretrained` of the model's class loads into `folder`, in place of what is there.
+
+    Args:
+        model: of transformers or peft; its own tensors are not read.
+        state: what is saved, by name.
+        write_files: writes the other files into the folder that it gets, see `write_files_of`.
+
+    Raises:
+        OSError: it could not be written. What was in `folder` is as it was.
+    """
+    folder = folder.resolve()
+    partial, replaced = (folder.with_name(folder.name + suffix) for suffix in (".partial", ".replaced"))
+    # Of a process that was killed.
+    for leftover in (partial, replaced):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+    try:
+        partial.mkdir(parents=True)
+        with _a_generation_config_that_can_be_saved(model):
+            model.save_pretrained(partial, state_dict=dict(state))
+        write_files(partial)
+        for path in (*partial.rglob("*"), partial):
+            _flush_to_disk(path)
+        if folder.is_dir():
+            folder.replace(replaced)
+        partial.replace(folder)
+        _flush_to_disk(folder.parent)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        # safetensors and tokenizers have errors of their own for a disk that is full.
+        if isinstance(error, OSError) or (isinstance(error, Exception) and "os error" in str(error)):
+            raise OSError(f"the model {folder} could not be written: {' '.join(str(error).split())}") from error
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def write_files_of(model: Any, tokenizer: PreTrainedTokenizerBase, source: str, folder: Path) -> None:
+    """What a model folder has beside its config and weights: tokenizer, and of a whole model what `source` has.
+
+    Args:
+        model: of transformers or peft.
+        source: folder or Hugging Face id that the model was loaded from; one that has no such files will do.
+    """
+    tokenizer.save_pretrained(folder)
+    if getattr(model, "peft_config", None):
+        return
+    for name in _OF_SOURCE:
+        file = _file_of(source, name)
+        if file is not None:
+            shutil.copyfile(file, folder / name)
+
+
+def _file_of(source: str, name: str) -> Path | None:
+    """That file of a folder, or of a Hugging Face id where loading it has left it in the cache."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder / name if (folder / name).is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        file = try_to_load_from_cache(source, name)
+    except HFValidationError:  # a shipped config's name
+        return None
+    return Path(file) if isinstance(file, str) else None
+
+
+@contextmanager
+def _a_generation_config_that_can_be_saved(model: Any) -> Iterator[None]:
+    """transformers refuses to save one that it loaded with a warning, such as a temperature without sampling."""
+    from transformers import GenerationConfig
+
+    own = getattr(model, "generation_config", None)
+    if own is None:
+        yield
+        return
+    try:
+        own.validate(strict=True)
+    except ValueError:
+        model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

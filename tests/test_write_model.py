@@ -1,0 +1,97 @@
+"""A model folder is written whole or not at all, with what its source had beside config and weights."""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny import tiny_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from mst_ds.data.tokenizer import byte_tokenizer
+from mst_ds.model_folder.write import write_files_of, write_model
+
+
+def write(folder: Path, source: str = "small_llama", write_files: Callable[[Path], None] | None = None) -> None:
+    model = tiny_llama()
+    own = write_files or (lambda partial: write_files_of(model, byte_tokenizer(), source, partial))
+    write_model(model, model.state_dict(), folder, write_files=own)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """A model folder that is there already."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("an old one", encoding="utf-8")
+    return folder
+
+
+def test_a_folder_takes_the_place_of_another(old: Path) -> None:
+    write(old)
+    assert AutoModelForCausalLM.from_pretrained(old).num_parameters() == tiny_llama().num_parameters()
+    assert AutoTokenizer.from_pretrained(old)("a")["input_ids"] == [97]
+    assert [path.name for path in old.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("limit", [100, 5000, 50_000])
+def test_a_disk_that_is_full(old: Path, limit: int) -> None:
+    """At the config, at the tokenizer, at the weights."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"model could not be written: .*[Ff]ile too large"):
+            write(old)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert contents(old.parent) == {"model/config.json": b"an old one"}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ZeroDivisionError("a defect")])
+def test_a_write_that_is_interrupted(old: Path, error: BaseException) -> None:
+    def write_files(partial: Path) -> None:
+        assert (partial / "model.safetensors").is_file()
+        raise error
+
+    with pytest.raises(type(error)):
+        write(old, write_files=write_files)
+    assert contents(old.parent) == {"model/config.json": b"an old one"}
+
+
+def test_what_a_killed_write_has_left_is_removed(tmp_path: Path) -> None:
+    for leftover in ("model.partial", "model.replaced"):
+        (tmp_path / leftover).mkdir()
+        (tmp_path / leftover / "config.json").write_text("{}", encoding="utf-8")
+    write(tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    "generation",
+    [{"eos_token_id": [5, 9], "do_sample": True, "temperature": 0.6}, {"do_sample": False, "temperature": 0.6}],
+    ids=["of several ends", "that transformers does not save"],
+)
+def test_the_sources_own_files_are_kept(tmp_path: Path, generation: dict[str, object]) -> None:
+    source = tmp_path / "source"
+    tiny_llama().save_pretrained(source)
+    (source / "generation_config.json").write_text(json.dumps(generation), encoding="utf-8")
+    (source / "preprocessor_config.json").write_text('{"size": 3}', encoding="utf-8")
+    model = AutoModelForCausalLM.from_pretrained(source)
+    write_model(
+        model,
+        model.state_dict(),
+        tmp_path / "model",
+        write_files=lambda partial: write_files_of(model, byte_tokenizer(), str(source), partial),
+    )
+    for name in ("generation_config.json", "preprocessor_config.json"):
+        assert (tmp_path / "model" / name).read_bytes() == (source / name).read_bytes()
+    assert GenerationConfig.from_pretrained(tmp_path / "model").temperature == 0.6
+    # The model's own is as it was.
+    assert model.generation_config.temperature == 0.6
