@@ -152,7 +152,8 @@ def test_file_that_is_not_what_its_name_says_is_refused_with_the_reason(tmp_path
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text: "y"}\n')
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
 
-    assert "JSON parse error" in refusal(tmp_path / "a.jsonl")
+    assert "line 2 of " in refusal(tmp_path / "a.jsonl")
+    assert "is not JSON in UTF-8 (Expecting ':'" in refusal(tmp_path / "a.jsonl")
     assert "can't decode byte 0xff" in refusal(tmp_path / "a.txt")
 
 
@@ -188,3 +189,85 @@ def test_reason_of_several_lines_is_given_in_one(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(documents, "load_dataset", load_dataset)
 
     assert "(Config name is missing. Please pick one among: ['de', 'en'])" in refusal("owner/name")
+
+
+def test_column_that_is_not_needed_may_hold_anything(tmp_path: Path) -> None:
+    file = write_jsonl(
+        tmp_path / "a.jsonl", {"text": "x", "meta": {"a": "b"}}, {"meta": "y"}, {"text": "z", "meta": [1]}
+    )
+
+    assert texts(file) == ["x", None, "z"]
+
+
+def test_parquet_column_that_is_not_needed_may_change(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"text": ["a"], "meta": [1]}).to_parquet(tmp_path / "a.parquet")
+    datasets.Dataset.from_dict({"text": ["b"], "meta": [{"b": "c"}]}).to_parquet(tmp_path / "b.parquet")
+
+    assert texts(tmp_path) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"text": 7}', "has a int in 'text', 7; allowed: a column of text; nearest: quotation marks"),
+        (b'["x"]', "is not an object"),
+        (b'{"text": "\xff"}', "is not JSON in UTF-8 ('utf-8' codec can't decode byte 0xff"),
+        (b'{"text": "\\ud800"}', "half a surrogate pair"),
+        (b"[" * 100_000, "is not JSON in UTF-8 (maximum recursion"),
+    ],
+)
+def test_wrong_line_is_refused_with_its_number(tmp_path: Path, line: bytes, reason: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "x"}\n\n' + line)
+
+    message = refusal(tmp_path / "a.jsonl")
+
+    assert f"line 3 of '{tmp_path}/a.jsonl' " in message
+    assert reason in message
+
+
+def test_byte_order_mark_line_ends_and_nul_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a\\r\\nb"}\r\n{"text": "c\\u0000d \\ud83c\\udf89"}\r\n')
+
+    assert texts(tmp_path / "a.jsonl") == ["a\r\nb", "c\0d 🎉"]
+
+
+@pytest.mark.parametrize("names", [("train.jsonl", "test.jsonl"), ("train/0.jsonl", "test/0.jsonl")])
+def test_files_named_for_splits_are_splits(tmp_path: Path, names: tuple[str, str]) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_jsonl(tmp_path / name, {"text": name}, {"text": "second"})
+
+    assert texts(tmp_path) == [names[0], "second"]
+    assert texts(tmp_path, dataset_split="test[:1]") == [names[1]]
+    assert "allowed: 'train', 'test'" in refusal(tmp_path, dataset_split="validation")
+
+
+def test_parquet_and_text_files_named_for_splits_are_splits(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        (tmp_path / "books").mkdir(exist_ok=True)
+        (tmp_path / "books" / f"{name}.txt").write_text(name)
+        datasets.Dataset.from_dict({"text": [name]}).to_parquet(tmp_path / "rows" / f"{name}.parquet")
+
+    for folder in ("books", "rows"):
+        assert texts(tmp_path / folder) == ["train"]
+        assert texts(tmp_path / folder, dataset_split="test") == ["test"]
+
+
+@pytest.mark.parametrize("other", ["the story.txt", "train of test.txt"])
+def test_file_of_no_one_split_beside_splits_is_refused(tmp_path: Path, other: str) -> None:
+    for name in ("test.txt", other):
+        (tmp_path / name).write_text("x")
+
+    assert f"but {other!r} is of " in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("column", ["text", "messages"])
+def test_chats_are_refused_with_what_to_do_whichever_column_is_named(tmp_path: Path, kind: str, column: str) -> None:
+    chat = [{"role": "user", "content": "x"}]
+    if kind == "jsonl":
+        write_jsonl(tmp_path / "a.jsonl", {"messages": chat})
+    else:
+        datasets.Dataset.from_dict({"messages": [chat]}).to_parquet(tmp_path / "a.parquet")
+
+    assert "nearest: write each chat as text with" in refusal(tmp_path / f"a.{kind}", text_column=column)
