@@ -18,6 +18,15 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--kills",
+        type=int,
+        default=0,
+        help="of tests/test_kills.py: so many more, of runs drawn at random",
+    )
+
+
 @pytest.fixture(autouse=True)
 def _signals_arrive_as_before() -> Iterator[None]:
     """launch/train.py's main has signals wait, which in this process would be for every test after it."""

@@ -53,8 +53,8 @@ def losses(output_dir: Path) -> list[tuple[int, float]]:
     return [(record["step"], record["loss"]) for record in records if "loss" in record]
 
 
-def assert_same_weights(one: Path, other: Path) -> None:
-    left, right = (load_file(folder / "model" / "model.safetensors") for folder in (one, other))
+def assert_same_weights(one: Path, other: Path, file: str = "model.safetensors") -> None:
+    left, right = (load_file(folder / "model" / file) for folder in (one, other))
     assert left.keys() == right.keys()
     for name, weight in left.items():
         assert weight.equal(right[name]), name
