@@ -21,7 +21,9 @@ from safetensors.torch import load_file
 from test_readme import ROOT
 from trainings import Training
 
-from mst_ds.checkpoint import newest_checkpoint
+from mst_ds.checkpoint import Identity, newest_checkpoint
+from mst_ds.config import parse_train_config
+from mst_ds.engine import Launch, prepare
 from mst_ds.interruption import EXIT_CODE
 
 FLAGS = ("--max_steps", "12", "--seq_len", "256", "--preflight", "false", "--save_steps", "3")
@@ -245,6 +247,20 @@ def with_mesh(folder: Path, *, sp_size: int, accumulation: int) -> str:
     path = folder / f"sp{sp_size}.json"
     path.write_text(json.dumps(ds_config), encoding="utf-8")
     return str(path)
+
+
+def test_the_jsons_optimizer_must_be_the_same(tmp_path: Path) -> None:
+    """A checkpoint holds it, so that another would be without effect."""
+
+    def identity(rate: float) -> Identity:
+        params = {"lr": rate, "betas": "auto", "eps": "auto", "weight_decay": 0.1, "torch_adam": True}
+        path = tmp_path / "ds.json"
+        path.write_text(json.dumps({"optimizer": {"type": "AdamW", "params": params}}), encoding="utf-8")
+        return prepare(parse_train_config([*FLAGS, "--ds_config", str(path)]), Launch.from_environment({})).identity
+
+    identity(1e-3).require_same(identity(1e-3), tmp_path)
+    with pytest.raises(ValueError, match=r"training\.optimizer\.params\.lr 0\.001, but this run has 0\.002"):
+        identity(2e-3).require_same(identity(1e-3), tmp_path)
 
 
 MESH_FLAGS = ("--lr_scheduler_type", "constant", "--save_total_limit", "4")

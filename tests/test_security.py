@@ -11,6 +11,7 @@ from test_checkpoint import Bomb
 from tiny import tiny_llama
 
 from mst_ds.adapters import load_peft_config
+from mst_ds.engine.launch import stay_on_node
 from mst_ds.model_folder import find_weights, require_match
 
 
@@ -33,3 +34,17 @@ def test_an_adapters_pickle_runs_no_code(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has been trained"):
         load_peft_config(str(tmp_path))
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "interface"),
+    [
+        ({"MASTER_ADDR": "127.0.0.1"}, "lo"),
+        ({"MASTER_ADDR": "localhost"}, "lo"),
+        ({"MASTER_ADDR": "localhost", "GLOO_SOCKET_IFNAME": "eth1"}, "eth1"),
+        ({"MASTER_ADDR": "node7"}, None),
+    ],
+)
+def test_ranks_of_one_node_listen_on_its_loopback(given: dict[str, str], interface: str | None) -> None:
+    stay_on_node(given)
+    assert given.get("GLOO_SOCKET_IFNAME") == interface

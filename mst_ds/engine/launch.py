@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 _MOST_RANKS = 2**20
@@ -72,3 +72,11 @@ def stand_alone() -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+
+
+def stay_on_node(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Has gloo listen on the loopback where all ranks meet there; a user's choice of the interface stays."""
+    if environment["MASTER_ADDR"].startswith("127.") or environment["MASTER_ADDR"] in ("localhost", "::1"):
+        loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+        if loopback is not None:
+            environment.setdefault("GLOO_SOCKET_IFNAME", loopback)

@@ -9,9 +9,10 @@ from datetime import timedelta
 import deepspeed
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from mst_ds.command import RequestError
-from mst_ds.engine.launch import stand_alone
+from mst_ds.engine.launch import stand_alone, stay_on_node
 from mst_ds.engine.run import Run
 from mst_ds.jit_build import build_shared_memory_collective, unlink_shared_memory
 
@@ -27,12 +28,19 @@ def meet(run: Run) -> Run:
         RanksDisagreeError: they would go on from different checkpoints.
         RequestError: the place where they should meet is in use, or not reached.
     """
+    timeout = timedelta(seconds=run.config.hang_timeout)
     get_accelerator().set_device(run.launch.local_rank)
-    if "MASTER_ADDR" not in os.environ:
+    is_alone = "MASTER_ADDR" not in os.environ
+    if is_alone:
         stand_alone()
+    stay_on_node()
     build_shared_memory_collective()
+    if is_alone:
+        # It meets nobody, so that no store need listen for others.
+        backend = get_accelerator().communication_backend_name()
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     try:
-        deepspeed.init_distributed(timeout=timedelta(seconds=run.config.hang_timeout))
+        deepspeed.init_distributed(timeout=timeout)
     except dist.DistNetworkError as error:
         raise RequestError(_why_no_meeting(error)) from None
     # When all ranks have opened each other's.
