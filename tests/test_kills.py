@@ -54,7 +54,8 @@ class Setup:
             eval_steps=generator.choice([0, 3]),
             ends=(40, 70) if grows else (60,),
             kills=(2, KILLS_OF_A_RUN - 2) if grows else (KILLS_OF_A_RUN,),
-            in_a_save=frozenset({generator.randrange(KILLS_OF_A_RUN)}),
+            # Not the first: a run that goes on from nothing shows nothing.
+            in_a_save=frozenset({generator.randrange(1, KILLS_OF_A_RUN)}),
             changes_world=dtype == "fp32" and generator.random() < 0.5,
             seed=number,
         )
@@ -123,7 +124,7 @@ def kill(training: Training, generator: random.Random, *, is_in_a_save: bool) ->
     if is_in_a_save:
         kill_in_a_save(training, rank)
     else:
-        kill_after(training, rank, steps=generator.randrange(1, 6))
+        kill_after(training, rank, steps=generator.randrange(3, 8))
     codes = training.end(limit=60)
     assert codes[rank] == -signal.SIGKILL
     assert not [*Path("/dev/shm").glob(f"*_{training.port}_*")]
