@@ -10,12 +10,14 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from test_readme import ROOT
 from trainings import Training
 
-from launch.train import main
+from launch.train import _write_model, main
 from mst_ds.checkpoint import STATE_FILE, newest_checkpoint, read_checkpoint
 from mst_ds.data.tokenizer import byte_tokenizer
 
@@ -196,6 +198,38 @@ def test_a_new_run_does_not_overwrite_another(output_dir: Path, capsys: pytest.C
     (line,) = error_lines(capsys.readouterr().err)
     assert "output_dir has a checkpoint of step 4, which this run would overwrite; allowed: --resume auto" in line
     assert contents(output_dir) == before
+
+
+@pytest.mark.parametrize("flags", [(), GO_ON], ids=["from the beginning", "or going on"])
+def test_a_new_run_does_not_replace_a_model(
+    output_dir: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...]
+) -> None:
+    """A run without checkpoints leaves only what it was for."""
+    shutil.rmtree(output_dir / "checkpoints")
+    before = contents(output_dir)
+    assert main(["--output_dir", str(output_dir), *FLAGS, *flags]) == 2
+    (line,) = error_lines(capsys.readouterr().err)
+    assert "output_dir has the model of a run that is done, which this run would overwrite" in line
+    assert contents(output_dir) == before
+
+
+@pytest.mark.parametrize(
+    ("has_checkpoint", "says"),
+    [(True, r"no room; the run's work is in .*step-00000004, of which"), (False, "no room; .* its work is lost")],
+)
+def test_a_model_that_cannot_be_written(
+    output_dir: Path, monkeypatch: pytest.MonkeyPatch, has_checkpoint: bool, says: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("no room")
+
+    monkeypatch.setattr("mst_ds.export.export_model", fail)
+    if not has_checkpoint:
+        shutil.rmtree(output_dir / "checkpoints")
+    run: Any = SimpleNamespace(data=SimpleNamespace(tokenizer=None), config=SimpleNamespace(model="small_llama"))
+    engine: Any = None
+    with pytest.raises(OSError, match=says):
+        _write_model(run, engine, output_dir)
 
 
 def test_a_checkpoint_with_a_flipped_bit_is_not_loaded(output_dir: Path) -> None:

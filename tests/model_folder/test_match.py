@@ -150,3 +150,12 @@ def test_a_model_that_is_not_the_one_that_was_checked(tmp_path: Path) -> None:
     ) as error:
         layout.require_same(ModelLayout.of(model))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_16_bits_that_are_saved_in_32_are_said(tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = llama_folder(tmp_path)
+    change_weights(folder, cast(dtype))
+    (note,) = match(folder)
+    assert f"weights are {'bf16' if dtype == torch.bfloat16 else 'fp16'}; trained and saved as fp32, twice" in note
+    assert match(folder, dtype=dtype) == ()
