@@ -104,7 +104,7 @@ def _train(run: Run, folder: Path) -> int:
 
 def _take_steps(run: Run, folder: Path, interruption: Interruption) -> bool:
     """Returns whether the last step was reached; then the model is written, too."""
-    from mst_ds.data import eval_batches
+    from mst_ds.data import describe, eval_batches
     from mst_ds.engine import build_engine, checkpoints_folder, training_batches
     from mst_ds.loop import train
     from mst_ds.metrics import device_name
@@ -113,7 +113,10 @@ def _take_steps(run: Run, folder: Path, interruption: Interruption) -> bool:
 
     config, plan, data = run.config, run.plan, run.data
     is_first = run.launch.rank == 0
+    samples_per_step = plan.micro_batch_size * plan.gradient_accumulation_steps * plan.dp_size
+    amounts = data.amounts(config.max_steps, samples_per_step)
     if is_first:
+        print(describe(amounts, config.max_steps))
         console().print(plan_table(plan))
         for note in run.notes:
             print(note)
@@ -139,7 +142,12 @@ def _take_steps(run: Run, folder: Path, interruption: Interruption) -> bool:
         )
         if is_done:
             _write_model(run, engine, folder)
-            of_run = {"device": device_name(engine.device), "plan": plan.as_dict(), "ds_config": run.ds_config}
+            of_run = {
+                "device": device_name(engine.device),
+                "data": amounts,
+                "plan": plan.as_dict(),
+                "ds_config": run.ds_config,
+            }
             metrics.write_summary(of_run)
     if is_first and is_done:
         print(f"Done: {folder / 'metrics.jsonl'}, {folder / 'summary.json'} and the model in {folder / 'model'}")

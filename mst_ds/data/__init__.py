@@ -6,7 +6,7 @@ from mst_ds.data.packing import PackedDataset, split_documents
 from mst_ds.data.sharding import IGNORE_INDEX, Batch, shard, shift_labels
 from mst_ds.data.tokenising import tokenise
 from mst_ds.data.tokenizer import byte_tokenizer, load_tokenizer
-from mst_ds.data.training_data import TrainingData, load_training_data
+from mst_ds.data.training_data import TrainingData, describe, load_training_data
 
 __all__ = [
     "IGNORE_INDEX",
@@ -16,6 +16,7 @@ __all__ = [
     "ShardedLoader",
     "TrainingData",
     "byte_tokenizer",
+    "describe",
     "eval_batches",
     "load_documents",
     "load_tokenizer",

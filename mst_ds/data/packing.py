@@ -105,6 +105,7 @@ class PackedDataset(torch.utils.data.Dataset[Batch]):
         lengths = lengths[self._documents]
         # Document d of `_documents` is tokens [ends[d - 1], ends[d]) of the stream of all documents.
         self._ends = np.cumsum(lengths)
+        self.num_documents = len(lengths)
         self.num_tokens = int(lengths.sum())
         if lengths.max(initial=0) < 2:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,6 +23,17 @@ class TrainingData:
     train: PackedDataset
     held_out: PackedDataset | None
 
+    def amounts(self, num_steps: int, samples_per_step: int) -> dict[str, int | float]:
+        """How much there is for training, how often `num_steps` go through it, and how much is held out of it."""
+        return {
+            "documents": self.train.num_documents,
+            "tokens": self.train.num_tokens,
+            "samples": len(self.train),
+            "seq_len": self.train.seq_len,
+            "epochs": num_steps * samples_per_step / len(self.train),
+            "samples_held_out": 0 if self.held_out is None else len(self.held_out),
+        }
+
 
 def load_training_data(config: TrainConfig, model_config: PreTrainedConfig) -> TrainingData:
     """Loads, tokenises and cuts `config.dataset` into samples. Needs no process group, and every rank gets the same.
@@ -40,3 +52,12 @@ def load_training_data(config: TrainConfig, model_config: PreTrainedConfig) -> T
         train=samples(documents=train),
         held_out=samples(documents=held_out, max_samples=num_held_out) if num_held_out else None,
     )
+
+
+def describe(amounts: Mapping[str, int | float], num_steps: int) -> str:
+    """One line for people, of `TrainingData.amounts`."""
+    line = (
+        f"data: {amounts['documents']:,} documents, {amounts['tokens']:,} tokens, {amounts['samples']:,} samples of "
+        f"{amounts['seq_len']}; {num_steps:,} steps are {amounts['epochs']:.3g} epochs"
+    )
+    return line + (f"; {amounts['samples_held_out']:,} samples held out" if amounts["samples_held_out"] else "")

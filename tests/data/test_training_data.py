@@ -6,7 +6,7 @@ import pytest
 from transformers import LlamaConfig
 
 from mst_ds.config import TrainConfig
-from mst_ds.data import PackedDataset, load_training_data
+from mst_ds.data import PackedDataset, describe, load_training_data
 
 MODEL = LlamaConfig(vocab_size=264)
 
@@ -68,3 +68,14 @@ def test_without_evaluation_all_documents_are_for_training(folder: Path) -> None
 def test_dataset_shorter_than_one_sequence_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"^seq_len is 1001, but the dataset has 1000 tokens"):
         load_training_data(TrainConfig(dataset=str(folder), seq_len=1001), MODEL)
+
+
+def test_amounts_are_those_of_the_training_part_in_one_line(folder: Path) -> None:
+    data = load_training_data(TrainConfig(dataset=str(folder), seq_len=40, eval_steps=1, eval_samples=4), MODEL)
+
+    amounts = data.amounts(num_steps=15, samples_per_step=2)
+
+    # 8 documents of 99 letters and EOS each.
+    line = "data: 8 documents, 800 tokens, 20 samples of 40; 15 steps are 1.5 epochs; 4 samples held out"
+    assert describe(amounts, 15) == line
+    assert amounts["epochs"] == 30 / 20
