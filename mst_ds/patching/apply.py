@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,7 +13,7 @@ from torch import nn
 from mst_ds.patching.adapters import base_model, without_adapters
 from mst_ds.patching.causal_lm import causal_lm_forward, generate
 from mst_ds.patching.decoder import decoder_forward, known_arguments
-from mst_ds.patching.guards import keep_recompute, require_unwrapped
+from mst_ds.patching.guards import keep_recompute, require_outermost, require_unwrapped
 from mst_ds.patching.operators import chunk_head, chunk_mlp, chunk_norm, require_input_gradient
 from mst_ds.patching.patched import OwnConfig, PatchedModel
 from mst_ds.patching.undo import Undo
@@ -136,6 +135,7 @@ def apply_plan(model: Model, plan: Plan, *, sequence_group: dist.ProcessGroup | 
     for of_documents in parts.document_rotary:
         by_document = functools.partial(of_documents.forward, lengths, of_documents.module.forward)
         undo.set_attribute(of_documents.module, "forward", by_document)
+    forwards = [(module, module.__dict__[name]) for module, name, _ in undo.changes if name == "forward"]
     keep_recompute([base, parts.loss.decoder], parts.layers, plan, recompute, undo)
     patched = PatchedModel(
         model=base,
@@ -145,14 +145,18 @@ def apply_plan(model: Model, plan: Plan, *, sequence_group: dist.ProcessGroup | 
         plan=plan,
         group=group,
         recompute=recompute,
+        forwards=forwards,
         configs=configs,
         why_own_attention=reason,
         arguments=known_arguments(base.forward, parts.loss.decoder.forward),
         document_lengths=lengths if parts.document_rotary else None,
+        decoder_arguments=known_arguments(parts.loss.decoder.forward),
+        asked_for_router_logits=bool(getattr(base.config, "output_router_logits", False)),
     )
     for module, forward in ((parts.loss.decoder, decoder_forward), (base, causal_lm_forward)):
         planned = functools.partial(forward, module.forward, patched)
         undo.set_attribute(module, "forward", functools.update_wrapper(planned, module.forward))
+        undo.outermost.append((module, planned))
     own_generate: Any = getattr(base, "generate", None)
     if own_generate is not None:
         undo.set_attribute(base, "generate", functools.partial(generate, own_generate, patched))
@@ -163,11 +167,14 @@ def remove_plan(model: Model) -> Model:
     """Take the plan off again: the model computes what it computed before, bit for bit.
 
     Raises:
-        ValueError: the model has no plan.
+        ValueError: the model has no plan, or its forward was wrapped since, and would lose that.
     """
-    undo = base_model(model).__dict__.pop(_UNDO, None)
+    base = base_model(model)
+    undo: Undo | None = base.__dict__.get(_UNDO)
     if undo is None:
         raise ValueError("the model has no plan: mst_ds.apply_plan was not called on it")
+    require_outermost(undo)
+    del base.__dict__[_UNDO]
     undo.run()
     return model
 
@@ -206,7 +213,7 @@ def _use_attention(model: PreTrainedModel, undo: Undo) -> list[OwnConfig]:
         if not hasattr(config, "_attn_implementation_internal"):
             continue
         if id(config) not in copies:
-            copies[id(config)] = copy.copy(config)
+            copies[id(config)] = undo.copy_config(config)
             copies[id(config)]._attn_implementation_internal = ATTENTION_NAME
         own = OwnConfig(module, copies[id(config)], config._attn_implementation_internal)
         undo.set_attribute(module, "config", own.config)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mst_ds.patching.decoder import check_known, named_arguments, padding_mask, uses_cache
 from mst_ds.patching.guards import CHANGED
+from mst_ds.patching.logits import LogitsLeftOutByThePlan, compute_logits, take_logits_wanted, warn_of_logits
 from mst_ds.patching.patched import PatchedModel, own_attention
 from mst_ds.router_loss import router_loss
 
@@ -20,17 +21,21 @@ _IGNORE_INDEX = -100  # transformers' and torch's default
 def causal_lm_forward(original: Callable[..., Any], patched: PatchedModel, *args: Any, **kwargs: Any) -> Any:
     """The forward of a causal language model under its plan, with transformers' arguments.
 
-    With `labels` or `shift_labels` the loss without logits, else the logits. Padding in `attention_mask` is not
+    With `labels` or `shift_labels` the loss, and logits only where `skip_logits=False` or `logits_to_keep` asks for
+    them; else the logits. Padding in `attention_mask` is not
     predicted from. For all else see `mst_ds.patching.decoder`.
 
     Raises:
         ValueError: arguments for which the result would not be exact.
     """
+    # accelerate's unwrap_model(keep_fp32_wrapper=False) makes a method of what it had wrapped.
+    args = args[1:] if args and args[0] is patched.model else args
     kwargs = named_arguments(original, args, kwargs)
     targets = {name: kwargs.pop(name, None) for name in ("labels", "shift_labels", "num_items_in_batch")}
     ignore_index = kwargs.pop("ignore_index", _IGNORE_INDEX)
     return_dict = kwargs.pop("return_dict", None)
     wants_loss = targets["labels"] is not None or targets["shift_labels"] is not None
+    logits_wanted = take_logits_wanted(kwargs, wants_loss=wants_loss)
     if not wants_loss and (uses_cache(kwargs) or patched.running.is_generating):
         with own_attention(patched):
             return original(return_dict=return_dict, **kwargs)
@@ -44,9 +49,12 @@ def causal_lm_forward(original: Callable[..., Any], patched: PatchedModel, *args
     mask = padding_mask(kwargs["attention_mask"])
     kwargs["use_cache"] = False
     if not wants_loss:
+        warn_of_logits(patched, kwargs)
         return original(return_dict=return_dict, **kwargs)
     labels = _shifted_labels(targets["labels"], targets["shift_labels"], mask, ignore_index)
-    output = _loss_forward(patched, labels, targets["num_items_in_batch"], ignore_index, mask, kwargs)
+    output, hidden_states = _loss_forward(patched, labels, targets["num_items_in_batch"], ignore_index, mask, kwargs)
+    if logits_wanted is not None:
+        output["logits"] = compute_logits(patched, hidden_states, logits_wanted)
     return output.to_tuple() if return_dict is False else output
 
 
@@ -99,18 +107,21 @@ def _loss_forward(
     ignore_index: int,
     mask: Tensor | None,
     kwargs: dict[str, Any],
-) -> Any:
+) -> tuple[Any, Tensor]:
+    """The output with its loss and without logits, and the hidden states that these would come from."""
     from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
     structure, model = patched.loss, patched.model
     if model.get_output_embeddings() is not structure.head:
         raise ValueError(CHANGED.format("the LM head", "an adapter or new tokens"))
-    routes = kwargs.get("output_router_logits")
-    routes = structure.router_is_on if routes is None else routes
+    for name, value in kwargs.items():
+        if value is not None and name not in patched.decoder_arguments:
+            raise ValueError(
+                f"{patched.name} does something with {name} that its loss in chunks does not: leave it out"
+            )
+    routes = _wants_router_loss(patched, kwargs.get("output_router_logits"))
     if structure.router is not None:
         kwargs["output_router_logits"] = routes
-    elif routes:
-        raise ValueError(f"{patched.name} has no router loss that mst_ds knows: set output_router_logits to false")
     outputs = structure.decoder(**kwargs)
     loss = structure.head(
         outputs.last_hidden_state, labels=labels, num_items_in_batch=num_items_in_batch, ignore_index=ignore_index
@@ -122,13 +133,32 @@ def _loss_forward(
         loss = loss + (weight * aux_loss).to(loss.device)
     if loss.requires_grad:
         loss.register_hook(functools.partial(_check_trained, model, _trained(model)))
-    return MoeCausalLMOutputWithPast(
+    output = MoeCausalLMOutputWithPast(
         loss=loss,
         aux_loss=aux_loss,
+        logits=LogitsLeftOutByThePlan(),  # type: ignore[arg-type]
         hidden_states=outputs.get("hidden_states"),
         attentions=outputs.get("attentions"),
         router_logits=outputs.get("router_logits"),
     )
+    return output, outputs.last_hidden_state
+
+
+def _wants_router_loss(patched: PatchedModel, given: bool | None) -> bool:
+    """By the argument, or else by the config as it is now.
+
+    Raises:
+        ValueError: the model has none that is known.
+    """
+    asked = bool(getattr(patched.model.config, "output_router_logits", False))
+    if given is not None:
+        routes = bool(given)
+    else:
+        # A model without such a loss may have been told to give router logits all along.
+        routes = patched.loss.router_is_on if asked == patched.asked_for_router_logits else asked
+    if routes and patched.loss.router is None:
+        raise ValueError(f"{patched.name} has no router loss that mst_ds knows: set output_router_logits to false")
+    return routes
 
 
 def _trained(model: nn.Module) -> list[bool]:
@@ -158,10 +188,12 @@ def _router_loss(
     aux_loss = router_loss(
         router_logits, router.top_k, mask=None if mask is None else mask.flatten(), sum_over_ranks=all_reduce
     )
+    # As transformers reads it, at each forward.
+    coefficient = float(getattr(patched.model, "router_aux_loss_coef", router.coefficient))
     if num_items_in_batch is None:
-        return aux_loss, router.coefficient
+        return aux_loss, coefficient
     num_valid = valid.sum()
     if all_reduce is not None:
         all_reduce(num_valid)
     num_items = torch.as_tensor(num_items_in_batch, device=num_valid.device).clamp(min=1)
-    return aux_loss, router.coefficient * num_valid / num_items
+    return aux_loss, coefficient * num_valid / num_items

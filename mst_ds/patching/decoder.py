@@ -17,7 +17,7 @@ from mst_ds.patching.patched import PatchedModel, own_attention
 from mst_ds.ulysses import UlyssesContext, document_lengths, find_document_starts, positions_in_documents
 
 # Of a causal language model, beside those that its class and transformers name.
-_TARGETS = {"labels", "shift_labels", "num_items_in_batch", "ignore_index"}
+_TARGETS = {"labels", "shift_labels", "num_items_in_batch", "ignore_index", "skip_logits"}
 
 
 def decoder_forward(original: Callable[..., Any], patched: PatchedModel, *args: Any, **kwargs: Any) -> Any:
@@ -39,12 +39,9 @@ def decoder_forward(original: Callable[..., Any], patched: PatchedModel, *args: 
     check_known(patched, kwargs)
     patched.recompute.begin_forward()
     kwargs |= {**_planned_arguments(patched, kwargs), "use_cache": False}
-    running = patched.running
-    running.context = kwargs.get("ulysses")
     try:
         return original(**kwargs)
     finally:
-        running.context = None
         if patched.document_lengths is not None:
             patched.document_lengths.of_tokens = None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -12,10 +12,8 @@ from mst_ds.patching.patched import PatchedModel
 from mst_ds.patching.undo import Undo
 from mst_ds.planner import Plan
 from mst_ds.structure import MlpStructure
+from mst_ds.structure.probe import is_changed_by_user
 from mst_ds.ulysses import ATTENTION_NAME
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 CHANGED = (
     "{} was changed after mst_ds.apply_plan, such as by {}: call mst_ds.remove_plan(model), "
@@ -38,25 +36,61 @@ def check_unchanged(patched: PatchedModel) -> None:
         ValueError: a part of it was changed since.
     """
     for mlp in patched.mlps:
-        # An adapter added later would do nothing.
-        if isinstance(mlp, MlpStructure) and not {mlp.gate, mlp.up, mlp.down} <= {None, *mlp.module.children()}:
-            raise ValueError(CHANGED.format(type(mlp.module).__name__, "an adapter"))
+        if isinstance(mlp, MlpStructure):
+            _check_linear_layers(mlp)
+    for module, forward in patched.forwards:
+        if module.__dict__.get("forward") is not forward:
+            raise ValueError(CHANGED.format(f"the forward of {type(module).__name__}", "another library's kernels"))
     if not patched.running.is_generating:
         _check_attention(patched)
         _check_recompute(patched)
 
 
-def require_unwrapped(model: PreTrainedModel) -> None:
-    """Refuse a model whose forward was wrapped: its plan calls the parts of the model, and would pass the wrapper by.
+def _check_linear_layers(mlp: MlpStructure) -> None:
+    """An adapter or a hook that was added to them later would do nothing: their weights are used, not they."""
+    name, children = type(mlp.module).__name__, set(mlp.module.children())
+    used: list[Any] = [layer for layer in (mlp.gate, mlp.up, mlp.down) if layer is not None]
+    if not children.issuperset(used):
+        raise ValueError(CHANGED.format(name, "an adapter"))
+    if any(map(is_changed_by_user, used)):
+        raise ValueError(CHANGED.format(f"a linear layer of {name}", "a hook"))
+
+
+def require_unwrapped(model: Any) -> None:
+    """Refuse a model that is wrapped: its plan calls the parts of the model, and would pass the wrapper by.
 
     Raises:
-        ValueError: it was.
+        ValueError: it is, or it is no model of transformers.
     """
+    from transformers import PreTrainedModel
+
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"a plan is applied to a model of transformers, or to one with adapters of peft, and {name} is neither: "
+            "call mst_ds.apply_plan before DeepSpeed, DDP, torch.compile or accelerate wrap the model"
+        )
     if "forward" in model.__dict__:
         raise ValueError(
-            f"the forward of {type(model).__name__} was replaced on this instance, such as by accelerate's mixed "
-            "precision, whose work a plan would pass by: call mst_ds.apply_plan first, then accelerator.prepare"
+            f"the forward of {name} was replaced on this instance, such as by accelerate's mixed precision or a "
+            "trainer, and a plan would pass that by: call mst_ds.apply_plan first"
         )
+
+
+def require_outermost(undo: Undo) -> None:
+    """Refuse to take off a plan below what has wrapped it, which would go as well.
+
+    Raises:
+        ValueError: a forward was wrapped since.
+    """
+    for module, planned in undo.outermost:
+        current = module.__dict__.get("forward")
+        # accelerate's unwrap_model makes a method of what it had wrapped.
+        if current is not None and current is not planned and getattr(current, "__func__", None) is not planned:
+            raise ValueError(
+                f"the forward of {type(module).__name__} was wrapped after mst_ds.apply_plan, such as by accelerate's "
+                "mixed precision or a trainer, which would go with the plan: take it off first (del model.forward)"
+            )
 
 
 def _check_attention(patched: PatchedModel) -> None:
@@ -91,6 +125,8 @@ def keep_recompute(modules: list[Any], layers: list[nn.Module], plan: Plan, reco
     Args:
         modules: that have such switches: the model and its decoder.
     """
+    if not plan.recompute and any(layer.gradient_checkpointing for layer in layers):
+        _leave_recompute("gradient_checkpointing_enable", plan.recompute)
     for layer in layers:
         undo.set_attribute(layer, "gradient_checkpointing", plan.recompute)
         if plan.recompute:

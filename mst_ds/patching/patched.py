@@ -12,7 +12,7 @@ from torch import nn
 from mst_ds.planner import Plan
 from mst_ds.recompute import LayerRecompute
 from mst_ds.structure import Chunkable, DocumentLengths, LossStructure
-from mst_ds.ulysses import ATTENTION_NAME, SequenceGroup, UlyssesContext
+from mst_ds.ulysses import ATTENTION_NAME, SequenceGroup, register_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,14 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class RunningForward:
-    """The forward of the decoder that runs, for the modules inside that are handed tensors alone.
+    """The forward that runs; is_generating: with transformers' attention, which knows caches."""
 
-    Attributes:
-        context: what attention knows of it; None outside a forward, and where the model keeps its own attention.
-        is_generating: whether the model runs with transformers' attention, which knows caches.
-    """
-
-    context: UlyssesContext | None = None
     is_generating: bool = False
 
 
@@ -52,10 +46,12 @@ class PatchedModel:
         plan: this rank's.
         group: the sequence group; None at sp_size 1.
         recompute: of its layers.
+        forwards: of modules inside the decoder, and of the head, that were given one.
         configs: which name this project's attention; empty where the model keeps its own.
         why_own_attention: see `mst_ds.structure`.
-        arguments: the names that its forward and its decoder's know.
         document_lengths: what its rotary embeddings have to know of a forward; None where none depends on it.
+        arguments: the names that its forward and its decoder's know; decoder_arguments: the decoder's alone.
+        asked_for_router_logits: whether the config did when the plan was applied.
         running: the forward that runs.
     """
 
@@ -66,11 +62,19 @@ class PatchedModel:
     plan: Plan
     group: SequenceGroup | None
     recompute: LayerRecompute
+    forwards: Sequence[tuple[nn.Module, Any]]
     configs: Sequence[OwnConfig]
     why_own_attention: str | None
     arguments: frozenset[str]
     document_lengths: DocumentLengths | None
+    decoder_arguments: frozenset[str]
+    asked_for_router_logits: bool
     running: RunningForward = field(default_factory=RunningForward)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A model that was saved whole may be loaded by a process that has applied no plan.
+        register_attention()
+        self.__dict__.update(state)
 
     @property
     def name(self) -> str:

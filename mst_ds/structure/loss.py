@@ -43,6 +43,10 @@ class LossStructure:
     router: RouterLoss | None
     router_is_on: bool
 
+    def logits(self, output: Tensor) -> Tensor:
+        """Of the head's output."""
+        return _transformed(output, self.logit_scale, self.logit_softcap)
+
 
 def loss_structure(model: PreTrainedModel) -> LossStructure:
     """Find the parts by running the model's own forward with a stand-in decoder and head of a few elements, in fp64.
@@ -104,7 +108,8 @@ def _measure_logits(model: PreTrainedModel) -> tuple[float, float | None]:
 
 
 def _transformed(output: Tensor, scale: float, softcap: float | None) -> Tensor:
-    return scale * output if softcap is None else softcap * torch.tanh(scale * output / softcap)
+    output = output if scale == 1 else scale * output
+    return output if softcap is None else softcap * torch.tanh(output / softcap)
 
 
 def _is_cross_entropy(model: PreTrainedModel, scale: float, softcap: float | None, **kwargs: Any) -> bool:

@@ -35,18 +35,23 @@ class RotaryStructure:
     def forward(self) -> types.MethodType:
         """The module's forward with our operator for its rotary embedding: a copy of the function, with other globals,
         so that no other instance and no module of transformers is touched."""
-        plain = type(self.module).forward
-        rotary = functools.partial(_rotary, plain.__globals__[_NAME])
-        changed = types.FunctionType(
-            plain.__code__,
-            {**plain.__globals__, _NAME: rotary},
-            plain.__name__,
-            plain.__defaults__,
-            plain.__closure__,
-        )
-        changed.__kwdefaults__ = plain.__kwdefaults__
-        functools.update_wrapper(changed, plain)
-        return types.MethodType(changed, self.module)
+        return types.MethodType(_with_our_rotary(type(self.module).forward), self.module)
+
+
+@functools.cache
+def _with_our_rotary(plain: types.FunctionType) -> types.FunctionType:
+    # torch.compile remembers by code what it has put among the globals: each code goes with one dict of them, so that
+    # all modules share one copy, and its code is not the class's.
+    changed = types.FunctionType(
+        plain.__code__.replace(),
+        {**plain.__globals__, _NAME: functools.partial(_rotary, plain.__globals__[_NAME])},
+        plain.__name__,
+        plain.__defaults__,
+        plain.__closure__,
+    )
+    changed.__kwdefaults__ = plain.__kwdefaults__
+    functools.update_wrapper(changed, plain)
+    return changed
 
 
 def find_rotary(model: PreTrainedModel) -> list[RotaryStructure]:

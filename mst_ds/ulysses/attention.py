@@ -85,8 +85,8 @@ def ulysses_attention(
     """
     if ulysses is None:
         raise ValueError(
-            f"{type(module).__name__} does not hand keyword arguments on to its attention function: "
-            "mst_ds needs that; this model is not supported"
+            f"{type(module).__name__} does not hand keyword arguments on to its attention function, which this plan "
+            "needs: the model is not supported, or the forward of its decoder was replaced after mst_ds.apply_plan"
         )
     _check_request(module, query, key, attention_mask, kwargs)
     query, key, value = _one_dtype(module, query, key, value)
