@@ -11,6 +11,7 @@ from plain_model import assert_close, loss_and_gradients, make_batch
 from tiny import tiny_plan
 from tiny_models import tiny_model
 
+import mst_ds.patching.patched
 from mst_ds import apply_plan, remove_plan
 
 PATCHED = {"recompute": True}
@@ -182,8 +183,11 @@ def test_a_copied_forward_has_one_code_and_one_dict_of_globals():
     assert attentions[0].forward.__globals__ is not type(attentions[0]).forward.__globals__
 
 
-def test_a_pickled_model_has_its_plan():
+def test_a_pickled_model_has_its_plan(monkeypatch):
+    registered = []
+    monkeypatch.setattr(mst_ds.patching.patched, "register_attention", lambda: registered.append(1))
     model = pickle.loads(pickle.dumps(patched()))
+    assert registered, "another process has no such attention yet"
     assert_close(loss_and_gradients(model, **make_batch()), loss_and_gradients(patched(), **make_batch()), 0)
     remove_plan(model)
 
