@@ -19,7 +19,7 @@ from typing import Any
 from mst_ds.command import REQUEST_ERRORS, console, refuse, run_command
 from mst_ds.config import DEFAULT_DS_CONFIG, DEFAULT_MODEL, GIB, parse_seq_len
 from mst_ds.flags import OneLineParser
-from mst_ds.model_shape import ModelShape, load_config_of_shape, load_model_shape
+from mst_ds.model_shape import ModelShape, load_config_of_shape, load_model_shape, unknown_positions
 from mst_ds.planner import (
     DEFAULT_RESERVE,
     LENGTH_STEP,
@@ -92,16 +92,16 @@ def main(argv: Sequence[str]) -> int:
             raise ValueError(f"num_gpus x num_nodes is {ranks}; allowed: at most {_MOST_RANKS} ranks")
         if options.table:
             return _print_lengths(options)
-        plan, longest, changes = _plan(options)
+        request, plan, longest, changes = _plan(options)
         if options.plot is not None:
             plot_plan(plan, expanded(options.plot, "plot"))
         traced = _trace(options, plan) if options.trace else None
     except REQUEST_ERRORS as error:
         return refuse("plan.py", error)
     if options.json:
-        print(json.dumps(_as_json(plan, longest, changes) | ({"trace": traced} if traced else {}), indent=2))
+        print(json.dumps(_as_json(request, plan, longest, changes) | ({"trace": traced} if traced else {}), indent=2))
     else:
-        _print_plan(plan, longest, changes, options.gpu)
+        _print_plan(request, plan, longest, changes, options.gpu)
         if options.plot is not None:
             print(f"picture: {options.plot}")
         if traced is not None:
@@ -109,8 +109,8 @@ def main(argv: Sequence[str]) -> int:
     return 0 if plan.fits else 1
 
 
-def _plan(options: argparse.Namespace) -> tuple[Plan, int, tuple[Change, ...]]:
-    """The plan, the longest length that fits, and what makes this one fit if it does not."""
+def _plan(options: argparse.Namespace) -> tuple[Request, Plan, int, tuple[Change, ...]]:
+    """What is planned, its plan, the longest length that fits, and what makes this one fit if it does not."""
     seq_len = LENGTH_STEP if options.max_seq_len else parse_seq_len(options.seq_len)
     request = _request(options, num_nodes=options.num_nodes, sp_size=options.sp_size, seq_len=seq_len)
     longest = longest_of_request(request)
@@ -125,7 +125,7 @@ def _plan(options: argparse.Namespace) -> tuple[Plan, int, tuple[Change, ...]]:
             f"the model states of a rank and the reserve take {states.device_bytes / GIB:.1f} GiB, more than the "
             f"{plan.device_memory / GIB:.1f} GiB of its device; allowed: {', or '.join(allowed)}"
         )
-    return plan, longest, changes
+    return request, plan, longest, changes
 
 
 def _trace(options: argparse.Namespace, plan: Plan) -> dict[str, dict[str, int]]:
@@ -203,7 +203,18 @@ def _print_lengths(options: argparse.Namespace) -> int:
         print(json.dumps(found, indent=2))
     else:
         _print_table(found)
+        if positions := _positions(shape, max(point["max_seq_len"] for point in found)):
+            print(f"the longest of them{positions}")
     return 0 if any(point["max_seq_len"] for point in found) else 1
+
+
+def _positions(shape: ModelShape, longest: int) -> str:
+    """What memory does not say of the longest sequence."""
+    if longest == shape.fixed_positions:
+        return "; the model has no more positions"
+    if shape.rotary_positions is not None and longest > shape.rotary_positions:
+        return f"; by memory alone, the model's config knows {shape.rotary_positions} positions"
+    return ""
 
 
 def _most_ranks(shape: ModelShape) -> str:
@@ -231,25 +242,31 @@ def _bytes(options: argparse.Namespace, name: str, *, ranks: int = 1) -> int | N
     return int(gib * GIB / ranks)
 
 
-def _as_json(plan: Plan, longest: int, changes: tuple[Change, ...]) -> dict[str, Any]:
+def _as_json(request: Request, plan: Plan, longest: int, changes: tuple[Change, ...]) -> dict[str, Any]:
+    warning = unknown_positions(request.work.shape, plan.seq_len)
     return {
         "fits": plan.fits,
         "peak_bytes": plan.peak_bytes,
         "peak_phase": plan.peak_phase.name,
         "host_bytes": plan.host_bytes,
         "max_seq_len": longest,
+        "warnings": [] if warning is None else [warning],
         "changes_that_fit": [dict(change.settings) for change in changes],
         **plan.as_dict(),
     }
 
 
-def _print_plan(plan: Plan, longest: int, changes: tuple[Change, ...], gpu: str | None) -> None:
+def _print_plan(request: Request, plan: Plan, longest: int, changes: tuple[Change, ...], gpu: str | None) -> None:
     console().print(plan_table(plan))
     if gpu is None:
         print(f"times are by the rates of a {_GPU_OF_RATES}, as no --gpu is named")
-    print(
-        f"longest sequence that fits: {longest} tokens ({longest // LENGTH_STEP}K)" if longest else "no sequence fits"
-    )
+    if (warning := unknown_positions(request.work.shape, plan.seq_len)) is not None:
+        print(warning)
+    if longest:
+        in_thousands = f" ({longest // LENGTH_STEP}K)" if longest % LENGTH_STEP == 0 else ""
+        print(f"longest sequence that fits: {longest} tokens{in_thousands}{_positions(request.work.shape, longest)}")
+    else:
+        print("no sequence fits")
     if not plan.fits:
         print(f"to make it fit: {', or '.join(map(str, changes)) or 'no single change is enough'}")
 

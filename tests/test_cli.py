@@ -18,6 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import mst_ds.model_shape.positions
+import mst_ds.model_shape.shape
+from mst_ds.config import parse_train_config
+from mst_ds.engine import Launch, prepare
 from mst_ds.minisequence import mlp
 
 ROOT = Path(__file__).parents[1]
@@ -199,6 +203,29 @@ def test_model(
     line = refused("--model", model_folder(tmp_path / "model", config), world_size=world_size)
     for words in says:
         assert words in line
+
+
+GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 264, "n_positions": 63}
+
+
+@pytest.mark.parametrize("is_known", [True, False], ids=["by-its-name", "by-its-embedding"])
+def test_fewer_positions_than_tokens(
+    is_known: bool, refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_known:
+        monkeypatch.setattr(mst_ds.model_shape.positions, "_TABLES", frozenset())
+    line = refused("--model", model_folder(tmp_path / "model", GPT2), "--seq_len", "64")
+    assert line == "seq_len is 64, but the model has 63 positions; allowed: --seq_len 63 or less\n"
+
+
+def test_more_tokens_than_rope_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mst_ds.model_shape.shape, "rotary_positions", lambda config: 63)
+    dataset = write(tmp_path / "text.txt", "some text " * 20)
+    for seq_len, warns in (("63", False), ("64", True)):
+        config = parse_train_config(["--dataset", dataset, "--seq_len", seq_len, "--preflight", "false"])
+        notes = prepare(config, Launch.from_environment()).notes
+        said = [note for note in notes if "the model's config knows 63 positions" in note]
+        assert bool(said) == warns
 
 
 def test_a_peft_config_that_is_not_there(refused: Callable[..., str], tmp_path: Path) -> None:

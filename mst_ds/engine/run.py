@@ -21,11 +21,11 @@ from mst_ds.engine.hardware import has_accelerator, rank_device_memory, rank_gpu
 from mst_ds.engine.launch import Launch
 from mst_ds.kept_in_fp32 import kept_in_fp32, require_no_adapters_on
 from mst_ds.model_folder import ModelLayout, Weights, find_weights, require_match
-from mst_ds.model_shape import ModelShape, load_model_config
+from mst_ds.model_shape import ModelShape, load_model_config, require_positions, unknown_positions
 from mst_ds.patching import find_parts
 from mst_ds.planner import DEFAULT_RESERVE, Plan, make_plan
 from mst_ds.preflight import require_exact
-from mst_ds.structure import why_own_attention
+from mst_ds.structure import position_table, why_own_attention
 from mst_ds.topology import choose_sp_size
 from mst_ds.trained import trained_shape
 from mst_ds.zero import DsConfig, has_block, kept_blocks, load_ds_config, resolve, split_mst
@@ -104,6 +104,8 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
     planned = _planner(config, launch, trained_shape(shape, model), resolved, sp_size)
     plan = planned(device_memory=rank_device_memory(launch) if mst.device_memory_gib == AUTO else None)
     _require_right_training(plan)
+    require_positions(position_table(model), config.seq_len)
+    beyond = unknown_positions(shape, config.seq_len)
     find_parts(adapted, plan)
     require_no_adapters_on(kept_in_fp32(model, _DTYPES[plan.dtype]), adapted)
     own_attention = _own_attention(config, plan, model)
@@ -128,7 +130,7 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
         model_class=type(model),
         layout=ModelLayout.of(adapted),
         weights=weights,
-        notes=notes,
+        notes=notes if beyond is None else (*notes, beyond),
         plan=plan,
         planned=planned,
         data=data,

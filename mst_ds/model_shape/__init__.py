@@ -12,6 +12,7 @@ from mst_ds.model_shape.experts import ExpertShape
 from mst_ds.model_shape.families import NormKind
 from mst_ds.model_shape.known_models import known_model_names, load_config_of_shape, load_model_shape
 from mst_ds.model_shape.model_flops import attended_pairs, flops_per_token
+from mst_ds.model_shape.positions import require_positions, unknown_positions
 from mst_ds.model_shape.shape import ModelShape, NormShape, other_layers
 
 __all__ = [
@@ -30,5 +31,7 @@ __all__ = [
     "quantization_fields",
     "raw_model_config",
     "require_no_pointers",
+    "require_positions",
     "shipped_model_config",
+    "unknown_positions",
 ]

@@ -9,6 +9,7 @@ from mst_ds.model_shape.config_checks import check_numbers, check_parameter_coun
 from mst_ds.model_shape.counts import Dimensions, ParameterCounts, TrainedCounts, count_parameters
 from mst_ds.model_shape.experts import ExpertShape, read_experts
 from mst_ds.model_shape.families import FAMILIES, LLAMA, Family, NormKind, is_on
+from mst_ds.model_shape.positions import fixed_positions, rotary_positions
 from mst_ds.model_shape.sizes import optional_size, size
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ class ModelShape(Dimensions):
         other_layers: kinds of layers that are not attention; counted as if they were.
         layer_parameter_count: of the largest layer.
         position_parameter_count: of learned position embeddings, 0 without.
+        fixed_positions: the most tokens of a document that the model can take, None where any number will do.
+        rotary_positions: up to which its RoPE is meant, None where it has none or one that follows the length.
         head_parameter_count: 0 where the head's weight is the embedding's (tie_word_embeddings).
         active_parameter_count: what one token meets: all but the experts that it is not routed to.
         trained: of these parameters those that are trained: all, where `mst_ds.trained` has not counted.
@@ -77,6 +80,8 @@ class ModelShape(Dimensions):
     other_layers: tuple[str, ...]
     embedding_parameter_count: int
     position_parameter_count: int
+    fixed_positions: int | None
+    rotary_positions: int | None
     head_parameter_count: int
     layer_parameter_count: int
     parameter_count: int
@@ -127,6 +132,8 @@ class ModelShape(Dimensions):
             other_layers=other_layers(config),
             embedding_parameter_count=counts.embedding,
             position_parameter_count=counts.positions,
+            fixed_positions=fixed_positions(config),
+            rotary_positions=rotary_positions(config),
             head_parameter_count=counts.head,
             layer_parameter_count=counts.layer,
             parameter_count=counts.all,

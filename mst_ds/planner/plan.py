@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mst_ds.config import GIB
+from mst_ds.model_shape import require_positions
 from mst_ds.planner.choices import describe_choices
 from mst_ds.planner.cost import model_flops_utilisation, step_seconds
 from mst_ds.planner.flops import micro_batch_flops
@@ -86,7 +87,12 @@ def make_plan(
 
 
 def plan_of_request(request: Request) -> Plan:
-    """The plan of the request's rank."""
+    """The plan of the request's rank.
+
+    Raises:
+        ValueError: the model has fewer positions.
+    """
+    require_positions(request.work.shape.fixed_positions, request.work.seq_len)
     zero, device_memory = request.work.zero, request.device_memory[request.topology.rank]
     settings = choose_settings(
         request.work,
@@ -136,7 +142,8 @@ def longest_seq_len(
     sp_size: int | None = None,
     ranks_per_node: int | None = None,
 ) -> int:
-    """The longest `seq_len`, a multiple of 1024 tokens, whose plan fits; 0 where not even the first does.
+    """The longest `seq_len` whose plan fits, a multiple of 1024 tokens or all the positions that the model has; 0 where
+    1024 tokens do not fit.
 
     The arguments are those of `make_plan`.
 
@@ -166,5 +173,8 @@ def longest_of_request(request: Request) -> int:
     above = 1
     while not is_too_long(above):
         above *= 2
+    if above == 1:
+        return 0
     # The first that is too long; all that are shorter fit.
-    return LENGTH_STEP * (bisect_left(range(above), True, lo=above // 2, key=is_too_long) - 1) if above > 1 else 0
+    longest = LENGTH_STEP * (bisect_left(range(above), True, lo=above // 2, key=is_too_long) - 1)
+    return min(longest, request.work.shape.fixed_positions or longest)

@@ -5,6 +5,7 @@ from mst_ds.structure.layers import decoder_layers
 from mst_ds.structure.loss import LossStructure, RouterLoss, loss_structure
 from mst_ds.structure.mlps import Chunkable, ExpertsStructure, MlpStructure, TokenwiseStructure, find_mlps
 from mst_ds.structure.norms import NormStructure, find_norms
+from mst_ds.structure.positions import position_table
 from mst_ds.structure.rotary import RotaryStructure, find_rotary
 from mst_ds.structure.shardable import require_shardable, why_own_attention
 
@@ -25,6 +26,7 @@ __all__ = [
     "find_norms",
     "find_rotary",
     "loss_structure",
+    "position_table",
     "require_shardable",
     "why_own_attention",
 ]
