@@ -138,6 +138,12 @@ def test_training_goes_on(tmp_path: Path, stage: int) -> None:
     # Every rank has the same batch, so that one rank computes what two did, but for the order of sums.
     (alone,) = run_ranks(go_on, 1, tmp_path / "checkpoints", stage, 1)
     assert alone[:2] == pytest.approx(expected[0][:2], abs=1e-5)
+    # What was converted on the way is gone; what a kill in the middle of that leaves is no obstacle.
+    used = tmp_path / "checkpoints" / "step-00000002"
+    assert not [name for name in os.listdir(used) if "universal" in name]
+    (used / "universal").mkdir()
+    (used / "latest_universal").touch()
+    assert read_checkpoint(used).step == 2
 
 
 def resume_with_another_schedule(rank: int, folder: Path, stage: int, is_deepspeeds: bool) -> None:

@@ -19,6 +19,8 @@ STATE_FILE = "state.json"
 MODEL_FOLDER = "model"
 STATES_FOLDER = "states"
 UNIVERSAL_FOLDER = "universal"
+# DeepSpeed's converter leaves it beside what it makes; nobody here reads it.
+UNIVERSAL_NOTE = "latest_universal"
 # In the folder of the model: tensors whose value or dtype DeepSpeed's files do not keep.
 EXACT_FILE = "exact.safetensors"
 _PARTIAL = ".partial"
@@ -83,6 +85,8 @@ def _files(folder: Path) -> Iterator[str]:
         inside = Path(root).relative_to(folder)
         if not inside.parts and UNIVERSAL_FOLDER in folders:
             folders.remove(UNIVERSAL_FOLDER)
+        if not inside.parts and UNIVERSAL_NOTE in files:
+            files.remove(UNIVERSAL_NOTE)
         links = [name for name in folders if (Path(root) / name).is_symlink()]
         yield from ((inside / name).as_posix() for name in files + links)
 

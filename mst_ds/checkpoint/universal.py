@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mst_ds.checkpoint.folder import STATES_FOLDER, UNIVERSAL_FOLDER, Checkpoint, remove
+from mst_ds.checkpoint.folder import STATES_FOLDER, UNIVERSAL_FOLDER, UNIVERSAL_NOTE, Checkpoint, remove
 
 
 def universal_setting(checkpoint: Checkpoint | None, world_size: int) -> dict[str, Any]:
@@ -39,6 +39,7 @@ def make_universal(folder: Path) -> None:
     )
     with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
         ds_to_universal.main(options)
+    remove(folder / UNIVERSAL_NOTE)
 
 
 def without_schedule(group: Mapping[str, Any]) -> dict[str, Any]:
