@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -35,6 +36,11 @@ if TYPE_CHECKING:
     from mst_ds.interruption import Interruption
     from mst_ds.metrics import MetricsWriter
 
+# What libraries say to each other of names that will change: every rank would say it, at each of its calls.
+_OF_LIBRARIES = (
+    r"`torch\.distributed\.\w+` is deprecated",
+    "`is_gradient_checkpointing` is deprecated",
+)
 _SECONDS_FOR_THE_FIRST_RANK = 10.0
 
 
@@ -46,6 +52,8 @@ def main(argv: Sequence[str]) -> int:
         config = parse_train_config(argv)
         # From here on imports take seconds; a mistyped flag has been answered already.
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        for message in _OF_LIBRARIES:
+            warnings.filterwarnings("ignore", message, FutureWarning)
         from mst_ds.engine import Launch, prepare
 
         run = prepare(config, Launch.from_environment())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,7 +50,9 @@ def load_peft_config(path: str) -> PeftConfig:
         raise ValueError(f"peft_config {file} holds a {type(fields).__name__}; allowed: an object with peft's keys")
     _check_fields(file, fields)
     try:
-        config: PeftConfig = PeftConfig.from_peft_type(**fields)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            config: PeftConfig = PeftConfig.from_peft_type(**fields)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"peft_config {file} is not a config of peft: {' '.join(str(error).split())}") from None
     known = [field.name for field in dataclasses.fields(config)]
@@ -57,6 +60,8 @@ def load_peft_config(path: str) -> PeftConfig:
         # peft leaves out what it does not know: what a later peft has, but typing errors too.
         if key not in known and (near := difflib.get_close_matches(key, known, n=1, cutoff=0.85)):
             raise ValueError(f"peft_config {file} has the unknown key {key!r}; nearest: {near[0]!r}")
+    for warning in said:
+        warnings.warn(warning.message, warning.category, stacklevel=2)
     if config.is_prompt_learning:
         raise ValueError(
             f"peft_config {file} learns a prompt, which mst_ds does not train; allowed: adapters like LORA"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import replace
 from datetime import timedelta
 
@@ -33,6 +34,8 @@ def meet(run: Run) -> Run:
     is_alone = "MASTER_ADDR" not in os.environ
     if is_alone:
         stand_alone()
+    else:
+        _require_free_port(run.launch.rank)
     stay_on_node()
     build_shared_memory_collective()
     if is_alone:
@@ -54,13 +57,25 @@ def meet(run: Run) -> Run:
     return replace(run, plan=run.planned(device_memory=of_ranks))
 
 
+def _require_free_port(rank: int) -> None:
+    """Rank 0 looks before torch does, which writes lines of its own. An agent of torchrun holds the port itself."""
+    if rank != 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return
+    port = os.environ["MASTER_PORT"]
+    try:
+        socket.create_server(("", int(port))).close()
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        raise RequestError(
+            f"MASTER_PORT is {port}, where rank 0 cannot listen ({reason}); allowed: a free port (deepspeed "
+            "--master_port 29501)"
+        ) from None
+
+
 def _why_no_meeting(error: dist.DistNetworkError) -> str:
-    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    if "EADDRINUSE" in str(error):
-        return f"MASTER_PORT is that of {place}, which is in use; allowed: another (deepspeed --master_port 29501)"
     return (
-        f"rank {os.environ['RANK']} does not reach {place}, where the ranks should meet: {error}; allowed: the "
-        "MASTER_ADDR and MASTER_PORT of rank 0's node, for all ranks"
+        f"rank {os.environ['RANK']} does not reach {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}, where the "
+        f"ranks should meet: {error}; allowed: the address of rank 0's node and a free port of it, for all ranks"
     )
 
 

@@ -64,6 +64,11 @@ class Display:
                 each.phase, f"{each.planned / GIB:.3f}", f"{each.measured / GIB:.3f}", f"{each.difference:+.1%}"
             )
         self._console.print(table)
+        if any(each.phase == "initialisation" and each.difference < 0 for each in phases):
+            self._print(
+                "below the plan before the optimizer step: the optimizer's moments are made in it, and are there from "
+                "the next step on"
+            )
         for warning in (each.warning for each in phases):
             if warning is not None:
                 self._print(warning)

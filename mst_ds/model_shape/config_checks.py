@@ -16,12 +16,16 @@ _MOST_EXPERTS = 2**16
 _MOST_PARAMETERS = 10**15
 
 
+class ConfigValueError(ValueError):
+    """A value of a config that transformers has read and no model can have."""
+
+
 def check_numbers(config: PreTrainedConfig) -> None:
     """Look at every number of a config that transformers has read.
 
     Raises:
-        ValueError: one is NaN, a size is larger than any model's, a dropout or a norm's epsilon is out of its range, or
-            the padding id is no token.
+        ConfigValueError: one is NaN, a size is larger than any model's, a dropout or a norm's epsilon is out of its
+            range, the padding id is no token, or the rotary embedding is of an unknown type.
     """
     kind = config.model_type
     for name, value in _numbers(config.to_dict()):
@@ -40,12 +44,32 @@ def check_numbers(config: PreTrainedConfig) -> None:
             _refuse(kind, name, value, "a whole number >= 1")
         if "experts" in last and last.startswith(("num_", "n_")) and value > _MOST_EXPERTS:
             _refuse(kind, name, value, f"a whole number of at most {_MOST_EXPERTS}")
+    _check_rotary_type(config)
     layers = getattr(config, "num_hidden_layers", 0)
     if isinstance(layers, int) and layers > _MOST_LAYERS:
         _refuse(kind, "num_hidden_layers", layers, f"a whole number of at most {_MOST_LAYERS}")
     padding, vocabulary = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
-    if isinstance(padding, int) and isinstance(vocabulary, int) and not -1 <= padding < vocabulary:
+    if not isinstance(padding, int) or not isinstance(vocabulary, int) or vocabulary < 1:
+        return
+    if not -1 <= padding < vocabulary:
         _refuse(kind, "pad_token_id", padding, f"null, or a token of the vocabulary, 0 to {vocabulary - 1}")
+
+
+def _check_rotary_type(config: PreTrainedConfig) -> None:
+    parameters = getattr(config, "rope_parameters", None)
+    if not isinstance(parameters, Mapping) or getattr(config, "auto_map", None):
+        return
+    types = [each.get("rope_type") for each in (parameters, *parameters.values()) if isinstance(each, Mapping)]
+    for found in {str(each) for each in types if each not in (None, "default")}:
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        if found not in ROPE_INIT_FUNCTIONS:
+            _refuse(
+                config.model_type,
+                "rope_parameters.rope_type",
+                found,
+                f"default, {', '.join(ROPE_INIT_FUNCTIONS)}",
+            )
 
 
 def check_parameter_count(kind: str, count: int) -> None:
@@ -70,4 +94,4 @@ def _numbers(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def _refuse(kind: str, name: str, value: object, allowed: str) -> None:
-    raise ValueError(f"{name} in the config of model type {kind!r} is {value!r}; allowed: {allowed}")
+    raise ConfigValueError(f"{name} in the config of model type {kind!r} is {value!r}; allowed: {allowed}")

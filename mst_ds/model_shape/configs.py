@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mst_ds.config import nearest
+from mst_ds.model_shape.config_checks import ConfigValueError, check_numbers
 from mst_ds.read_file import read_json
 
 if TYPE_CHECKING:
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
 
 # What transformers raises for words and numbers that it does not expect.
 _OF_A_CONFIG = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
+_LOGGERS = (
+    "huggingface_hub.utils._http",
+    "transformers.configuration_utils",
+    "transformers.modeling_rope_utils",
+)
 _SHIPPED_CONFIGS = Path(__file__).parents[1] / "model_configs"
 _CONFIG_FILE = "config.json"
 _MODEL_CLASS = "AutoModelForCausalLM"
@@ -54,7 +60,10 @@ def load_model_config(name_or_path: str, *, trust_remote_code: bool = False) -> 
             config = AutoConfig.from_pretrained(
                 str(folder) if folder.is_dir() else name_or_path, trust_remote_code=trust_remote_code
             )
-        _require_code(config, name_or_path, trust_remote_code)
+            _require_code(config, name_or_path, trust_remote_code)
+            check_numbers(config)
+    except ConfigValueError:
+        raise
     except (*_OF_A_CONFIG, StrictDataclassError) as error:
         if "trust_remote_code" in str(error):
             raise ValueError(
@@ -184,21 +193,29 @@ def _require_config(folder: Path, name: str) -> None:
 
 @contextmanager
 def _logged_if_found() -> Iterator[None]:
-    """What the hub's client logs of its requests is said afterwards, and not where the model is found nowhere: then the
-    error says it, and each retry would be two more lines."""
-    logger = logging.getLogger("huggingface_hub.utils._http")
-    held: list[logging.LogRecord] = []
+    """What is logged of a model is said afterwards, and not where it is refused: then the error says it.
 
-    def hold(record: logging.LogRecord) -> bool:
-        held.append(record)
-        return False
+    The hub's client would say two lines for each retry, transformers one for a word that it does not know.
+    """
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    held: list[tuple[logging.Logger, logging.LogRecord]] = []
 
-    logger.addFilter(hold)
+    def holding(logger: logging.Logger) -> Callable[[logging.LogRecord], bool]:
+        def hold(record: logging.LogRecord) -> bool:
+            held.append((logger, record))
+            return False
+
+        return hold
+
+    filters = [(logger, holding(logger)) for logger in loggers]
+    for logger, hold in filters:
+        logger.addFilter(hold)
     try:
         yield
     finally:
-        logger.removeFilter(hold)
-    for record in held:
+        for logger, hold in filters:
+            logger.removeFilter(hold)
+    for logger, record in held:
         logger.handle(record)
 
 

@@ -9,6 +9,9 @@ import pytest
 from logged import MEMORY, STEP, quiet, shown, writer
 from rich.console import Console
 
+from mst_ds.config import GIB
+from mst_ds.phase_memory import PhaseMemory
+
 
 def test_without_a_terminal_a_line_comes_every_ten_seconds_of_steps(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=40)
@@ -46,6 +49,15 @@ def test_memory_is_shown_as_a_table_and_the_highest_phase_beside_each_step(tmp_p
     assert ["backward", "4.000", "5.000", "+25.0%"] in rows
     assert [line for line in text.splitlines() if "warning" in line] == [MEMORY[1].warning]
     assert "3.00 GiB (backward +25% of plan)" in text.splitlines()[-1]
+
+
+def test_a_first_step_says_why_it_is_below_the_plan(tmp_path: Path) -> None:
+    below = PhaseMemory("initialisation", planned=4 * GIB, measured=3 * GIB)
+    for memory, is_said in (([below, *MEMORY], True), (MEMORY, False)):
+        console = quiet()
+        with writer(tmp_path, max_steps=1, console=console) as metrics:
+            metrics.log_memory(1, memory)
+        assert ("the optimizer's moments are made in it" in shown(console)) is is_said
 
 
 def test_on_a_terminal_a_bar_shows_the_metrics_and_the_terminal_is_restored(tmp_path: Path) -> None:
