@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import pytest
 from small_tokenizers import DEEPSEEK, KINDS, LLAMA_3, small_tokenizer
-from tokenizers import Regex, normalizers, pre_tokenizers
+from tokenizers import Encoding, Regex, Tokenizer, normalizers, pre_tokenizers
 
-from mst_ds.data import long_texts
+from mst_ds.data import long_texts, text_encoder
 from mst_ds.data.long_texts import Windows, _repeated
+from mst_ds.data.text_encoder import TextEncoder
 
 WINDOW, OVERLAP = 1024, 256
 LETTERS = "etaoin shrdlu ,.\n"
@@ -90,6 +91,67 @@ def test_ordinary_text_is_parted_at_every_window(kind: str, monkeypatch: pytest.
 
     assert ids == whole
     assert parted == 9
+
+
+ACUTE, DOT_BELOW = "\u0301", "\u0323"  # marks of which normal forms put the second before the first
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        # The first two windows overlap in bytes 896 to 1152. Marks that only one of the two sees change places there.
+        "x" + 700 * ACUTE + DOT_BELOW + 1500 * "x",
+        "x" + 437 * DOT_BELOW + 10 * ACUTE + 118 * DOT_BELOW + 1500 * "x",
+        904 * "x" + 200 * ACUTE + 20 * DOT_BELOW + 1500 * "x",
+    ],
+    ids=["marks on both sides of the overlap", "marks before it", "marks behind it"],
+)
+@pytest.mark.parametrize("normaliser", [normalizers.NFC, normalizers.NFD])
+def test_marks_that_change_places_keep_windows_together(
+    text: str, normaliser: Callable[[], normalizers.Normalizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The middles of the two windows are equal: only what they have no sight of shows that they may not be parted."""
+    tokenizer = small_tokenizer("llama2")
+    tokenizer.backend_tokenizer.normalizer = normaliser()
+    monkeypatch.setattr("test_long_texts.small_tokenizer", lambda kind: tokenizer)
+
+    ids, whole, _ = joined("llama2", text, monkeypatch)
+
+    assert ids == whole
+
+
+class Counting:
+    """A backend that notes how many bytes of text each call was given."""
+
+    def __init__(self, backend: Tokenizer) -> None:
+        self._backend = backend
+        self.bytes_of_calls: list[int] = []
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._backend, name)
+
+    def encode(self, text: str, **options: object) -> Encoding:
+        return self.encode_batch([text], **options)[0]
+
+    def encode_batch(self, texts: list[str], **options: object) -> list[Encoding]:
+        self.bytes_of_calls.append(sum(len(text.encode()) for text in texts))
+        return list(self._backend.encode_batch(texts, **options))
+
+
+@pytest.mark.parametrize("kind", ["llama3", "gemma"])
+def test_no_call_of_the_tokenizer_is_given_more_than_some_windows(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call takes several hundred bytes a token, so this is the peak of memory, whatever the length of the texts."""
+    backend, bytes_per_call = Counting(small_tokenizer(kind).backend_tokenizer), 2**14
+    monkeypatch.setattr(long_texts, "OVERLAP", 768)
+    monkeypatch.setattr(text_encoder, "_BYTES_PER_CALL", bytes_per_call)
+    monkeypatch.setattr(text_encoder, "_backend", lambda tokenizer, control: backend)
+    long, short = ("".join(random.Random(0).choices(LETTERS, k=length)).encode() for length in (300_000, 3000))
+
+    _, lengths = TextEncoder(small_tokenizer(kind)).encode([long, *[short] * 20])
+
+    assert len(lengths) == 21
+    assert sum(backend.bytes_of_calls) >= len(long) + 20 * len(short)
+    assert max(backend.bytes_of_calls) <= bytes_per_call
 
 
 @pytest.mark.parametrize(
