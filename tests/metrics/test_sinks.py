@@ -89,4 +89,4 @@ def test_a_damaged_line_costs_no_other(tmp_path: Path, damage: bytes, capsys: py
     assert [line["step"] for line in read_lines(tmp_path)] == [1, 2, 3]
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 3
     assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == before
-    assert "has 1 damaged lines, first line 2" in capsys.readouterr().out
+    assert "has 1 damaged lines, the first is line 2" in capsys.readouterr().out
