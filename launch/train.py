@@ -26,6 +26,7 @@ from mst_ds.command import (
     say,
 )
 from mst_ds.config import TrainConfig, parse_train_config
+from mst_ds.dataset_files import find_files
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +51,8 @@ def main(argv: Sequence[str]) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     try:
         config = parse_train_config(argv)
-        # From here on imports take seconds; a mistyped flag has been answered already.
+        find_files(config)
+        # From here on imports take seconds; a mistyped flag or file has been answered already.
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         for message in _OF_LIBRARIES:
             warnings.filterwarnings("ignore", message, FutureWarning)

@@ -169,6 +169,34 @@ def test_flags(flags: list[str], says: list[str], refused: Callable[..., str]) -
 
 
 @pytest.mark.parametrize(
+    ("file", "content", "flags", "says"),
+    [
+        ("other.jsonl", "", [], "no such file or folder exists"),
+        ("text.csv", "", [], "allowed: a .txt, .jsonl, .parquet file"),
+        ("text.jsonl", '{"body": "a"}', [], "allowed: 'body'"),
+        ("text.jsonl", '{"text": []}', [], "line 1 of"),
+        ("text.jsonl", '{"messages": []}', [], "only chats in 'messages'"),
+        ("text.txt", "a", ["--dataset_split", "nope"], "has no split 'nope'"),
+    ],
+)
+def test_local_dataset_is_looked_at_before_anything_slow_is_imported(
+    file: str,
+    content: str,
+    flags: list[str],
+    says: str,
+    refused: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "mst_ds.engine", None)  # so that importing it fails
+    dataset = Path(write(tmp_path / file, content))
+    if file.startswith("other"):
+        dataset.unlink()
+
+    assert says in refused("--dataset", str(dataset), *flags)
+
+
+@pytest.mark.parametrize(
     ("file", "content", "says"),
     [
         ("text.jsonl", '{"txet": "a"}\n', ["text_column is 'text'", "allowed: 'txet'", "nearest: 'txet'"]),

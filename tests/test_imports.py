@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "mst_ds"
 
 # From the bottom up. Modules of one line may import each other; each may import any line above this one.
 LAYERS = [
-    {"command", "config", "flags", "host_memory", "live_memory", "read_file", "whole_file"},
+    {"command", "config", "dataset_files", "flags", "host_memory", "live_memory", "read_file", "whole_file"},
     {"zero_checks"},
     {"owners"},
     {"zero", "model_shape", "topology", "adapters", "recompute", "kept_in_fp32"},
@@ -25,7 +25,7 @@ LAYERS = [
     {"loop", "saver"},
 ]
 # These are read before a process group or an accelerator exists, also on a laptop without either.
-PURE = {"command", "config", "flags", "owners", "read_file", "zero_checks"}
+PURE = {"command", "config", "dataset_files", "flags", "owners", "read_file", "zero_checks"}
 PURE |= {"zero", "model_shape", "topology", "planner"}
 # Within a layer these have nothing to do with each other.
 APART = {"planner", "minisequence", "router_loss", "ulysses", "metrics", "data"}
@@ -82,9 +82,11 @@ def test_planning_names_neither_torch_nor_deepspeed():
         assert not {"torch", "deepspeed"} & {parts[0] for parts in imported_parts(path)}, path
 
 
-def test_planning_loads_neither_deepspeed_nor_a_process_group():
+def test_flags_and_files_load_no_library_and_planning_neither_deepspeed_nor_a_process_group():
     script = """
 import sys
+import mst_ds.command, mst_ds.dataset_files
+assert not {"torch", "transformers", "deepspeed", "datasets"} & set(sys.modules)
 import mst_ds.planner
 assert "deepspeed" not in sys.modules
 mst_ds.planner.make_plan("small_llama", {}, world_size=2, seq_len=4096, device_memory=2**33)

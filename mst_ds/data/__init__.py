@@ -1,6 +1,6 @@
 """From text to sharded batches: documents, tokens, packed samples, this rank's part of each batch."""
 
-from mst_ds.data.documents import PYTHON_STDLIB, load_documents
+from mst_ds.data.documents import load_documents
 from mst_ds.data.loader import ShardedLoader, eval_batches
 from mst_ds.data.packing import PackedDataset, split_documents
 from mst_ds.data.sharding import IGNORE_INDEX, Batch, shard, shift_labels
@@ -10,7 +10,6 @@ from mst_ds.data.training_data import TrainingData, describe, load_training_data
 
 __all__ = [
     "IGNORE_INDEX",
-    "PYTHON_STDLIB",
     "Batch",
     "PackedDataset",
     "ShardedLoader",

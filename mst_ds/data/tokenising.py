@@ -15,9 +15,9 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from mst_ds.data.documents import TEXT
 from mst_ds.data.long_texts import Text
 from mst_ds.data.text_encoder import TextEncoder
+from mst_ds.dataset_files import TEXT
 
 # Of text whose ids are held at once, save a longer document, which is alone with that much of others.
 _BYTES_AT_ONCE = 2**25

@@ -7,9 +7,11 @@ from pathlib import Path
 import datasets
 import huggingface_hub.constants
 import pytest
+from datasets.data_files import SPLIT_KEYWORDS
 
 from mst_ds.config import TrainConfig
 from mst_ds.data import documents, load_documents
+from mst_ds.dataset_files import SPLIT_WORDS
 
 
 def texts(path: Path | str, **flags: str) -> list[str]:
@@ -160,7 +162,10 @@ def test_file_that_is_not_what_its_name_says_is_refused_with_the_reason(tmp_path
 def test_unknown_split_is_refused_with_the_splits_there_are(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", {"text": "x"})
 
-    assert "Should be one of ['train']" in refusal(file, dataset_split="validation")
+    said = "has no split 'validation'; allowed: 'train', or a part of one as 'train[:90%]'"
+    assert said in refusal(file, dataset_split="validation")
+    assert said in refusal(file, dataset_split="train[:1]+validation[1:]")
+    assert "has no split 'train[:x]' (Unrecognized" in refusal(file, dataset_split="train[:x]")
 
 
 def test_name_that_the_hub_does_not_give_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,6 +244,7 @@ def test_files_named_for_splits_are_splits(tmp_path: Path, names: tuple[str, str
 
     assert texts(tmp_path) == [names[0], "second"]
     assert texts(tmp_path, dataset_split="test[:1]") == [names[1]]
+    assert texts(tmp_path, dataset_split="all") == [names[0], "second", names[1], "second"]
     assert "allowed: 'train', 'test'" in refusal(tmp_path, dataset_split="validation")
 
 
@@ -251,6 +257,11 @@ def test_parquet_and_text_files_named_for_splits_are_splits(tmp_path: Path) -> N
     for folder in ("books", "rows"):
         assert texts(tmp_path / folder) == ["train"]
         assert texts(tmp_path / folder, dataset_split="test") == ["test"]
+        assert texts(tmp_path / folder, dataset_split="all") == ["train", "test"]
+
+
+def test_words_that_name_a_split_are_those_of_datasets() -> None:
+    assert {str(split): words for split, words in SPLIT_KEYWORDS.items()} == SPLIT_WORDS
 
 
 @pytest.mark.parametrize("other", ["the story.txt", "train of test.txt"])
