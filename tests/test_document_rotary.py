@@ -118,6 +118,8 @@ def test_what_was_seen_before_decides_nothing():
         text = torch.arange(length)[None] % 97
         expected = loss_and_gradients(model_of("dynamic"), input_ids=text, labels=text)
         assert_close(loss_and_gradients(model, input_ids=text, labels=text), expected)
+    # Nor does the last forward where transformers' own calls it, such as one that generates.
+    assert model.model.rotary_emb(torch.ones(1), torch.arange(5)[None])[0].shape == (1, 5, 8)
     remove_plan(model)
     assert model.model.rotary_emb.max_seq_len_cached == state["max_seq_len_cached"] == ORIGINAL
     assert torch.equal(model.model.rotary_emb.inv_freq, state["_buffers"]["inv_freq"])

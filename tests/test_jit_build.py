@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import fcntl
+import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +11,7 @@ import pytest
 from deepspeed.ops.op_builder.builder import OpBuilder
 
 from mst_ds import jit_build
+from mst_ds.command import RequestError
 
 
 class Builder(OpBuilder):
@@ -33,6 +37,9 @@ class Builder(OpBuilder):
 def build_as_torch_does(builder: Builder, verbose: bool = True) -> None:
     # It waits for as long as this file is there.
     assert not (builder.folder / "lock").exists(), "this would hang"
+    # No other process could build meanwhile.
+    with (builder.folder / "mst_ds.lock").open("r+") as another, pytest.raises(BlockingIOError):
+        fcntl.flock(another, fcntl.LOCK_EX | fcntl.LOCK_NB)
     builder.loads += 1
 
 
@@ -59,6 +66,28 @@ def test_a_build_says_so_once(builder: Builder, capsys: pytest.CaptureFixture[st
     (builder.folder / "built.so").touch()
     builder.load(verbose=False)
     assert capsys.readouterr().out == ""
+
+
+def test_ninja_is_that_of_the_environment(monkeypatch: pytest.MonkeyPatch, builder: Builder) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(sys, "executable", str(builder.folder / "python"))
+    with pytest.raises(RequestError, match=r"^ninja, .* is neither on the PATH nor in .*; allowed: pip install ninja$"):
+        builder.load(verbose=False)
+    (builder.folder / "ninja").touch(mode=0o755)
+    builder.load(verbose=False)
+    assert os.environ["PATH"] == str(builder.folder)
+
+
+def test_the_name_of_a_ranks_shared_memory_goes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(jit_build, "_SHARED_MEMORY", tmp_path)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    names = [f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_29500_{rank}" for rank in range(2)]
+    for name in names:
+        (tmp_path / name).touch()
+    jit_build.unlink_shared_memory(1)
+    jit_build.unlink_shared_memory(1)  # DeepSpeed may have done it
+    assert os.listdir(tmp_path) == names[:1]
 
 
 def test_the_collective_of_the_cpu_is_built_so(monkeypatch: pytest.MonkeyPatch, builder: Builder) -> None:

@@ -7,7 +7,14 @@ import torch
 from dense_attention import dense_attention, heads
 from torch import Tensor, nn
 
-from mst_ds.ulysses import SequenceGroup, UlyssesContext, find_document_starts, run_simulated, ulysses_attention
+from mst_ds.ulysses import (
+    SequenceGroup,
+    UlyssesContext,
+    document_lengths,
+    find_document_starts,
+    run_simulated,
+    ulysses_attention,
+)
 
 
 def find_sharded(positions: list[list[int]], mask: list[list[int]] | None, size: int) -> list[list[int]] | None:
@@ -43,6 +50,13 @@ def test_where_documents_begin(case: str, size: int) -> None:
     positions, mask, expected = CASES[case]
     assert find_sharded(positions, mask, size) == expected
     assert find_document_starts(torch.tensor(positions), mask and torch.tensor(mask), None) == expected
+
+
+def test_padding_has_no_length() -> None:
+    positions, mask = torch.tensor([[0, 1, 0, 1, 2, 3]]), torch.tensor([[1, 1, 1, 0, 0, 0]])
+    starts = find_document_starts(positions, mask, None)
+    assert document_lengths(positions, mask, starts, None).tolist() == [[2, 2, 1, 1, 1, 1]]
+    assert document_lengths(positions, None, [[0, 2]], None).tolist() == [[2, 2, 4, 4, 4, 4]]
 
 
 def test_a_mask_may_be_given_on_some_ranks_and_of_any_type() -> None:
