@@ -8,7 +8,7 @@ from small_tokenizers import small_tokenizer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mst_ds.data import IGNORE_INDEX, PackedDataset, tokenise
+from mst_ds.data import IGNORE_INDEX, PackedDataset, text_encoder, tokenise
 
 LOG = "a log of <eos> and <bos> in text<eos>"
 UNIGRAM_OR_MERGES = ["llama3", "gemma", "llama2", "unigram", "wordpiece"]
@@ -79,6 +79,26 @@ def test_text_has_the_ids_that_the_tokenizer_gives_it(kind: str) -> None:
     assert tokenizer.convert_tokens_to_ids("<think>") in ids
 
 
+def test_long_document_begins_and_ends_as_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = small_tokenizer("llama3", "<bos> $A")
+    (short,) = ids_of(tokenizer, "def parse(self): return")
+    monkeypatch.setattr(text_encoder, "WINDOW", 1)
+
+    (long,) = ids_of(tokenizer, "def parse(self): return")
+
+    assert long == short
+
+
+@pytest.mark.parametrize("kind", ["llama3", "gemma"])
+def test_unknown_token_spelled_out_is_its_letters(kind: str) -> None:
+    tokenizer = small_tokenizer(kind)
+
+    (ids,) = ids_of(tokenizer, "an <unk>")
+
+    assert tokenizer.unk_token_id not in ids
+    assert "".join(tokenizer.convert_ids_to_tokens(ids)[-6:-1]).endswith("unk>")
+
+
 def test_tokenizers_own_settings_are_left_as_they_are() -> None:
     tokenizer = small_tokenizer("unigram", "<bos> $A")
     before = tokenizer("a <eos>")["input_ids"]
@@ -127,4 +147,8 @@ def test_tokenizer_with_parts_in_python_is_used_as_it_is() -> None:
 
     (ids,) = ids_of(tokenizer, "DEF <eos>")
 
-    assert tokenizer.convert_ids_to_tokens(ids) == ["<bos>", "def", "Ġ", "<", "e", "os", ">", "<eos>"]
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    assert (tokens[0], tokens[-1]) == ("<bos>", "<eos>")
+    # Which pieces they are is another each time: of pairs that are as frequent, training takes any.
+    assert "".join(tokens[1:-1]) == "defĠ<eos>"
+    assert "<eos>" not in tokens[1:-1]
