@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from mst_ds.patching import apply_plan
+from mst_ds.patching import apply_plan, find_parts
 from mst_ds.preflight.documents import Documents
 from mst_ds.preflight.errors import relative_error
 from mst_ds.preflight.float64 import Float64
 from mst_ds.preflight.settings import Setting
 from mst_ds.preflight.trace import Trace, Tracer, join_shards
+from mst_ds.structure import Chunkable, MlpStructure
 from mst_ds.ulysses import SequenceGroup
 from mst_ds.ulysses.simulated import run_simulated
 
@@ -121,8 +122,9 @@ def run_planned(model: PreTrainedModel, documents: Documents, setting: Setting, 
         sp_rank = 0 if group is None else group.rank
         plan = setting.plan(sp_rank, seq_len=documents.seq_len, batch_size=documents.batch_size)
         with one_at_a_time:
+            without = _linear_layers(find_parts(replica, plan).mlps) if traced else set()
             apply_plan(replica, plan, sequence_group=group)
-        tracer = Tracer(replica, documents.batch_size, plan.shard_length) if traced else None
+        tracer = Tracer(replica, documents.batch_size, plan.shard_length, without=without) if traced else None
         with Float64():
             loss = replica(**documents.shard(plan.topology), num_items_in_batch=documents.num_items).loss
             loss.backward()
@@ -135,6 +137,14 @@ def run_planned(model: PreTrainedModel, documents: Documents, setting: Setting, 
         return Outcome(loss, gradients)
     trace = join_shards([tracer.trace for _, _, tracer in ranks if tracer is not None], documents.tokens_of_batch)
     return Outcome(loss, gradients, trace[head_name(model)].scalar, trace)
+
+
+def _linear_layers(mlps: Iterable[Chunkable]) -> set[nn.Module]:
+    """Of chunked MLPs: a plan uses their weights and does not call them, and refuses a hook on them."""
+    found: list[Any] = [
+        layer for mlp in mlps if isinstance(mlp, MlpStructure) for layer in (mlp.gate, mlp.up, mlp.down)
+    ]
+    return {layer for layer in found if layer is not None}
 
 
 def head_name(model: PreTrainedModel) -> str:

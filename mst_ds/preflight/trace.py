@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
@@ -30,14 +30,14 @@ Trace: TypeAlias = Mapping[str, ModuleRecord]
 
 
 class Tracer:
-    """Records the modules of `model` from now on, the first call of each; a recompute is a second call."""
+    """Records the modules of `model` from now on, but for `without`, at their first call; a recompute is a second."""
 
-    def __init__(self, model: nn.Module, batch_size: int, length: int) -> None:
+    def __init__(self, model: nn.Module, batch_size: int, length: int, *, without: Collection[nn.Module] = ()) -> None:
         self.trace: dict[str, ModuleRecord] = {}
         self._started: dict[str, ModuleRecord] = {}
         self._batch_size, self._length = batch_size, length
         for name, module in model.named_modules():
-            if name:
+            if name and module not in without:
                 module.register_forward_pre_hook(self._before(name), with_kwargs=True)
                 module.register_forward_hook(self._after(name))
 
