@@ -38,7 +38,7 @@ WINDOW = 2**17
 """Bytes of a text from one overlap to the next."""
 OVERLAP = 2**13
 """Bytes that two windows share."""
-_WINDOWS_PER_CALL = 8
+_WINDOWS_PER_CALL = 4
 
 _NORMALISERS = {
     *("BertNormalizer", "ByteLevel", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled", "Prepend"),
@@ -178,6 +178,7 @@ class _Encoded:
         if start not in self._ahead:
             numbers = range(start, min(start + _WINDOWS_PER_CALL, self.count))
             texts = [self.text(number, number + 1) for number in numbers]
+            self._ahead = {}  # before the next are made: each takes several hundred bytes a token
             encodings = self._backend.encode_batch(texts, add_special_tokens=False)
             self._ahead = dict(zip(numbers, encodings, strict=True))
         return self._ahead[start]
