@@ -26,11 +26,13 @@ from mst_ds.checkpoint import (
     Identity,
     load_checkpoint,
     newest_checkpoint,
+    only_states,
     read_checkpoint,
     save_checkpoint,
     universal_setting,
 )
 from mst_ds.checkpoint.checksums import checksum
+from mst_ds.checkpoint.random_states import seed_generators
 from mst_ds.checkpoint.state import checked, to_text
 from mst_ds.data.tokenizer import byte_tokenizer
 from mst_ds.export import export_checkpoint
@@ -235,6 +237,10 @@ def damage_link(folder: Path) -> None:
     (folder / "states").symlink_to(folder.parent / "states")
 
 
+def damage_linked(folder: Path) -> None:
+    (folder / "states" / "more").symlink_to(folder.parent / "step-00000001" / "states")
+
+
 def damage_number(folder: Path) -> None:
     text = (folder / STATE_FILE).read_text(encoding="utf-8")
     (folder / STATE_FILE).write_text(text.replace('"samples_seen": 7', '"samples_seen": 77'), encoding="utf-8")
@@ -245,6 +251,7 @@ def damage_number(folder: Path) -> None:
     [
         (damage_another, r"rank_2_mp_rank_00_optim_states\.pt is not of the checkpoint"),
         (damage_link, r"lacks its file states/"),
+        (damage_linked, "states/more is not of the checkpoint"),
         (damage_number, "it is not as it was written"),
         (damage_size, r"optim_states\.pt has 100 of its \d+ bytes"),
         (damage_rank, r"lacks its file states/.*optim_states\.pt"),
@@ -356,6 +363,24 @@ def test_a_planted_pickle_runs_no_code(tmp_path: Path, stage: int) -> None:
         refused = [line for line in lines if f"{name} holds exec, which is no state of a run" in line]
         # Neither the universal form nor an export opens random states.
         assert len(refused) == (1 if "random_states" in name else 4), lines
+
+
+def test_an_environment_that_allows_pickles_has_no_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    before = dict(os.environ)
+    torch.save(Bomb(tmp_path / "ran"), tmp_path / "states.pt")
+    with pytest.raises(OSError, match=r"states\.pt holds exec"), only_states(tmp_path):
+        torch.load(tmp_path / "states.pt", weights_only=False)
+    assert not (tmp_path / "ran").exists()
+    assert dict(os.environ) == before
+
+
+def test_generators_that_begin_anew_have_numbers_of_their_own() -> None:
+    numbers = []
+    for seed, number, rank in ((0, 1, 0), (0, 1, 1), (0, 2, 0), (1, 1, 0)):
+        seed_generators(seed, number, rank)
+        numbers += draws()
+    assert len(set(numbers)) == len(numbers)
 
 
 def test_a_folder_that_is_no_checkpoint(tmp_path: Path) -> None:
