@@ -15,7 +15,8 @@ from mst_ds.read_file import expanded
 PYTHON_STDLIB = "python_stdlib"
 TEXT = "text"
 ALLOWED = f"{PYTHON_STDLIB!r}, a .txt, .jsonl or .parquet file or folder of them, or a Hugging Face dataset id"
-CHAT_AS_TEXT = "write each chat as text with the tokenizer's apply_chat_template(..., tokenize=False)"
+# What a chat template writes would not do: its control tokens would be letters.
+CHAT_AS_TEXT = "chats as plain text, in which control tokens such as '<|im_end|>' are only letters"
 SPLIT_WORDS = {
     "train": ["train", "training"],
     "validation": ["validation", "valid", "dev", "val"],
@@ -65,7 +66,7 @@ def require_column(config: TrainConfig, names: Sequence[str]) -> None:
     if chats:
         raise ValueError(
             f"{found}, only chats in {' and '.join(map(repr, chats))}, which are not read yet; "
-            f"allowed: a column of text; nearest: {CHAT_AS_TEXT} into a column {column!r}"
+            f"allowed: a column of text; nearest: a column {column!r} with {CHAT_AS_TEXT}"
         )
     raise ValueError(f"{found}; allowed: {', '.join(map(repr, names))}{nearest(column, names)}")
 

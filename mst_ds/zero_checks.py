@@ -77,6 +77,9 @@ _COMMON_ZERO_KEYS = (
     "reduce_bucket_size",
     "allgather_bucket_size",
     "sub_group_size",
+    # Old names, which DeepSpeed reads still, and JSONs have.
+    "cpu_offload_param",
+    "stage3_gather_fp16_weights_on_model_save",
     *_OTHER_NAMES,
     *_OTHER_NAMES.values(),
 )

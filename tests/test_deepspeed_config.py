@@ -43,6 +43,8 @@ def test_shipped_configs_pass() -> None:
     "ds_config",
     [
         {"wall_clock_breakdown": True, "steps_per_print": 10, "tensorboard": {"enabled": False}},
+        {"steps_per_print": 1e5},
+        zero3(cpu_offload_param=True, stage3_gather_fp16_weights_on_model_save=True),
         {"communication_data_type": "bf16", "bf16": {"enabled": True, "immediate_grad_update": True}} | zero3(),
         zero3(offload_param={"device": "cpu"}, stage3_gather_16bit_weights_on_model_save=True, reduce_bucket_size=5e8),
         {"activation_checkpointing": {"cpu_checkpointing": False}, "flops_profiler": {"enabled": True}},

@@ -18,6 +18,8 @@ from mst_ds.data.long_texts import WINDOW, Text, Windows
 _BYTES_PER_CALL = 2**20
 # Not a character: no text that is exchanged has it.
 _NEVER_IN_TEXT = "\ufdd0"
+# Of a document, for `control_tokens_in`.
+_BYTES_LOOKED_AT = 2**16
 # How a vocabulary of pieces names the bytes of characters that it does not have.
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
@@ -86,6 +88,12 @@ class TextEncoder:
                     f"a document of the dataset spells out {self._control[int(found[0])]!r}, which the tokenizer takes "
                     "for its control token and not for text; allowed: documents without it"
                 )
+
+
+def control_tokens_in(texts: Iterable[Text], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The control tokens that the beginnings of these texts spell out, which are letters there."""
+    beginnings = [str(text[:_BYTES_LOOKED_AT], "utf-8", "ignore") for text in texts]
+    return [token for token in _control_tokens(tokenizer).values() if any(token in text for text in beginnings)]
 
 
 def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from mst_ds.data.long_texts import Text
-from mst_ds.data.text_encoder import TextEncoder
+from mst_ds.data.text_encoder import TextEncoder, control_tokens_in
 from mst_ds.dataset_files import TEXT
 
 # Of text whose ids are held at once, save a longer document, which is alone with that much of others.
 _BYTES_AT_ONCE = 2**25
 _MOST_DOCUMENTS_AT_ONCE = 2**10
+# What a chat template has written has control tokens from the first document on.
+_DOCUMENTS_LOOKED_AT = 16
 
 
 def tokenise(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -49,6 +51,17 @@ def tokenise(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     except UnicodeDecodeError as error:
         raise ValueError(f"a document of the dataset is not UTF-8 text ({error}); allowed: UTF-8") from error
     return tokens.with_format(None)
+
+
+def letters_warning(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A warning, in one line, where the first documents spell out control tokens; None where they do not."""
+    first = documents.with_format("arrow")[:_DOCUMENTS_LOOKED_AT]
+    if not (found := control_tokens_in(_texts(first), tokenizer)):
+        return None
+    return (
+        f"warning: documents spell out {', '.join(map(repr, found[:3]))}, control tokens of the tokenizer, which are "
+        "only letters in a text: what a chat template has written is not trained as the chat it stands for"
+    )
 
 
 def _encode(rows: pa.Table, tokenizer: PreTrainedTokenizerBase) -> pa.Table:

@@ -11,17 +11,21 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from mst_ds.config import TrainConfig
 from mst_ds.data.documents import load_documents
 from mst_ds.data.packing import PackedDataset, split_documents
-from mst_ds.data.tokenising import tokenise
+from mst_ds.data.tokenising import letters_warning, tokenise
 from mst_ds.data.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a run reads: `held_out` shares no document with `train`, and is None where `eval_steps` is 0."""
+    """What a run reads: `held_out` shares no document with `train`, and is None where `eval_steps` is 0.
+
+    warning: what a user should know of the documents, if anything.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     train: PackedDataset
     held_out: PackedDataset | None
+    warning: str | None = None
 
     def amounts(self, num_steps: int, samples_per_step: int) -> dict[str, int | float]:
         """How much there is for training, how often `num_steps` go through it, and how much is held out of it."""
@@ -42,7 +46,8 @@ def load_training_data(config: TrainConfig, model_config: PreTrainedConfig) -> T
         ValueError: see `load_tokenizer`, `load_documents`, `split_documents` and `PackedDataset`.
     """
     tokenizer = load_tokenizer(config, model_config)
-    tokens = tokenise(load_documents(config), tokenizer)
+    documents = load_documents(config)
+    tokens = tokenise(documents, tokenizer)
     num_held_out = config.eval_samples if config.eval_steps else 0
     train, held_out = split_documents(tokens, num_held_out, config.seq_len, config.seed, config.packing)
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -51,6 +56,7 @@ def load_training_data(config: TrainConfig, model_config: PreTrainedConfig) -> T
         tokenizer=tokenizer,
         train=samples(documents=train),
         held_out=samples(documents=held_out, max_samples=num_held_out) if num_held_out else None,
+        warning=letters_warning(documents, tokenizer),
     )
 
 

@@ -24,7 +24,7 @@ _FLAT = ("activation_checkpointing", "aio", "checkpoint", "data_types", "flops_p
 # Of the keys whose default in DeepSpeed is None and has no type.
 _TYPES: Mapping[str, tuple[type, ...]] = {
     "communication_data_type": (str,),
-    "steps_per_print": (int,),
+    "steps_per_print": (int, float),
     "log_level": (str,),
     "vocabulary_size": (int,),
 }

@@ -130,7 +130,7 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
         model_class=type(model),
         layout=ModelLayout.of(adapted),
         weights=weights,
-        notes=notes if beyond is None else (*notes, beyond),
+        notes=(*notes, *(warning for warning in (beyond, data.warning) if warning is not None)),
         plan=plan,
         planned=planned,
         data=data,

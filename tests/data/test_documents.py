@@ -281,4 +281,6 @@ def test_chats_are_refused_with_what_to_do_whichever_column_is_named(tmp_path: P
     else:
         datasets.Dataset.from_dict({"messages": [chat]}).to_parquet(tmp_path / "a.parquet")
 
-    assert "nearest: write each chat as text with" in refusal(tmp_path / f"a.{kind}", text_column=column)
+    refused = refusal(tmp_path / f"a.{kind}", text_column=column)
+    assert "nearest: " in refused
+    assert refused.endswith("chats as plain text, in which control tokens such as '<|im_end|>' are only letters")

@@ -57,6 +57,16 @@ def test_without_packing_a_sequence_may_be_longer_than_the_dataset(folder: Path)
     assert [int(sample["attention_mask"].sum()) for sample in data.train] == [100] * 10
 
 
+@pytest.mark.parametrize(("text", "is_warned_of"), [("<|endoftext|>hi", True), ("<|end of text|>", False)])
+def test_control_tokens_as_letters_are_warned_of(tmp_path: Path, text: str, is_warned_of: bool) -> None:
+    (tmp_path / "a.txt").write_text(text)
+
+    warning = load_training_data(TrainConfig(dataset=str(tmp_path), seq_len=8), MODEL).warning
+
+    assert (warning is not None) == is_warned_of
+    assert warning is None or "documents spell out '<|endoftext|>', control tokens" in warning
+
+
 def test_without_evaluation_all_documents_are_for_training(folder: Path) -> None:
     data = load_training_data(TrainConfig(dataset=str(folder), seq_len=40), MODEL)
 
