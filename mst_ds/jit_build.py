@@ -67,7 +67,7 @@ def _find_ninja() -> None:
     programs = Path(sys.executable).parent
     if not os.access(programs / "ninja", os.X_OK):
         raise RequestError(
-            f"ninja, with which DeepSpeed compiles its collective for CPUs, is neither on the PATH nor in {programs}; "
+            f"ninja, with which DeepSpeed compiles its operators, is neither on the PATH nor in {programs}; "
             "allowed: pip install ninja"
         )
     os.environ["PATH"] = f"{os.environ.get('PATH', '')}{os.pathsep}{programs}".lstrip(os.pathsep)

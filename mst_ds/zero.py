@@ -24,6 +24,8 @@ _DTYPE_BYTES: Mapping[str, int] = {"fp32": 4, "float32": 4, "fp16": 2, "float16"
 _MOMENTS: Mapping[str, int] = {"lion": 1, "adagrad": 1}
 _MOMENTS_OF_ADAM = 2
 _SGD = ("sgd", "musgd")
+# Their states are the step alone. A schedule of torch saves its settings, too, and takes them from there.
+_DEEPSPEED_SCHEDULES = ("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
 # These "auto" values are DeepSpeed's own and stay.
 _DEEPSPEED_AUTO = frozenset({"data_types.keep_in_fp32_modules", f"{ZERO}.zenflow.select_strategy"})
 
@@ -165,8 +167,12 @@ def has_block(ds_config: Mapping[str, Any], name: Literal["optimizer", "schedule
 
 
 def kept_blocks(ds_config: Mapping[str, Any]) -> DsConfig:
-    """What a checkpoint holds of a resolved JSON: its optimizer's settings, and those of the loss scale of fp16."""
-    names = ["optimizer", *(["fp16"] if _dtype(ds_config) == "fp16" else [])]
+    """What a checkpoint holds of a resolved JSON: settings of its optimizer, of torch's schedules, of fp16's scale."""
+    names = ["optimizer"]
+    if block(ds_config, "scheduler").get("type") not in _DEEPSPEED_SCHEDULES:
+        names.append("scheduler")
+    if _dtype(ds_config) == "fp16":
+        names.append("fp16")
     return {name: ds_config[name] for name in names if name in ds_config}
 
 

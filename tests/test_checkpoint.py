@@ -185,6 +185,26 @@ def test_another_schedule_is_that_from_the_first_step_on(tmp_path: Path, stage: 
     run_ranks(resume_with_another_schedule, 1, tmp_path / "checkpoints", stage, is_deepspeeds)
 
 
+def resume_with_torchs_schedule(rank: int, folder: Path) -> None:
+    def go_on(engine: Any) -> list[tuple[float, float]]:
+        return [(engine.get_lr()[0], step(engine, number)) for number in (4, 5, 6)]
+
+    settings = {"scheduler": {"type": "StepLR", "params": {"step_size": 2}}}
+    first = make_engine(tiny_llama(), 0, **settings)
+    for number in (1, 2, 3):
+        step(first, number)
+    _save(first, folder, 3, 0)
+    second = make_engine(tiny_llama(), 0, **settings)
+    checkpoint = newest_checkpoint(folder)
+    assert checkpoint is not None
+    load_checkpoint(second, checkpoint, seed=0)
+    assert go_on(second) == go_on(first)
+
+
+def test_a_schedule_of_torch_goes_on(tmp_path: Path) -> None:
+    run_ranks(resume_with_torchs_schedule, 1, tmp_path / "checkpoints")
+
+
 def test_the_newest_are_kept(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     run_ranks(save_many, 1, folder)
@@ -426,23 +446,34 @@ def test_the_same_run_is_not_refused(saved: Path) -> None:
     identity_of(tiny_llama().config, 2).require_same(checkpoint.identity, checkpoint.folder)
 
 
-def fill_disk(rank: int, folder: Path) -> str:
+def fill_disk(rank: int, folder: Path, *, at: str) -> str:
     """A file may have no more bytes than a limit of the system's says, as on a disk that is full."""
+    from mst_ds.checkpoint import save
+
     engine = make_engine(tiny_llama(), 1)
     _save(engine, folder, 1, 1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+    write = getattr(save, at)
+
+    def write_on_full_disk(*args: Any) -> Any:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4, before[1]))
+        return write(*args)
+
+    setattr(save, at, write_on_full_disk)
     try:
         _save(engine, folder, 2, 1)
     except OSError as error:
         return str(error)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        setattr(save, at, write)
     return "it was written"
 
 
-def test_a_disk_that_is_full(tmp_path: Path) -> None:
-    (message,) = run_ranks(fill_disk, 1, tmp_path)
+# torch, the tokenizer and safetensors each say it in an error of their own.
+@pytest.mark.parametrize("at", ["random_states", "write_files_of", "save_file"])
+def test_a_disk_that_is_full(tmp_path: Path, at: str) -> None:
+    (message,) = run_ranks(functools.partial(fill_disk, at=at), 1, tmp_path)
     assert "step-00000002 could not be written" in message
     newest = newest_checkpoint(tmp_path)
     assert newest is not None

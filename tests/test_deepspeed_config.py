@@ -108,6 +108,10 @@ def test_what_deepspeed_knows_passes(ds_config: dict[str, Any], recwarn: pytest.
         (scheduler("WarmupLR", warmup_steps=3), "warmup_steps is unknown to WarmupLR; nearest: 'warmup_num_steps'"),
         (scheduler("WarmupDecayLR"), "'WarmupDecayLR' cannot be used with these params: WarmupDecayLR.__init__() mis"),
         (scheduler("ReduceLROnPlateau"), "ReduceLROnPlateau.step() missing 1 required"),
+        (
+            zero3() | scheduler("StepLR", step_size=3),
+            "'StepLR' of torch, which does not take the optimizer of ZeRO stage 3",
+        ),
         ({"scheduler": {"type": "WarmupLR"}}, "scheduler.params is missing; allowed: an object with what WarmupLR"),
     ],
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mst_ds.config import MstConfig, TrainConfig
-from mst_ds.zero import has_block, load_ds_config, offloads_optimizer, read_zero, resolve, split_mst
+from mst_ds.zero import has_block, kept_blocks, load_ds_config, offloads_optimizer, read_zero, resolve, split_mst
 
 DS_CONFIGS = sorted((Path(__file__).parents[1] / "ds_configs").glob("*.json"))
 
@@ -316,6 +316,19 @@ def test_what_the_json_brings_itself():
     assert not offloads_optimizer({"zero_optimization": {"stage": 2}})
     assert has_block({"optimizer": {"type": "AdamW"}}, "optimizer")
     assert not has_block({"optimizer": {"type": "AdamW"}}, "scheduler")
+
+
+def test_settings_that_come_from_a_checkpoint():
+    own = {"optimizer": {"type": "AdamW"}, "fp16": {"enabled": True}, "gradient_clipping": 1}
+    assert kept_blocks(own).keys() == {"optimizer", "fp16"}
+    assert kept_blocks({"fp16": {"enabled": False}, "scheduler": {"type": "WarmupDecayLR"}}) == {}
+    assert kept_blocks({"scheduler": {"type": "StepLR"}}) == {"scheduler": {"type": "StepLR"}}
+
+
+def test_deepspeeds_schedules_are_known():
+    from deepspeed.runtime.lr_schedules import VALID_LR_SCHEDULES
+
+    assert not any(kept_blocks({"scheduler": {"type": name}}) for name in VALID_LR_SCHEDULES)
 
 
 @pytest.mark.parametrize("key", ["sequence_parallel_size", "data_parallel_size"])

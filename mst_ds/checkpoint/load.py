@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from mst_ds.checkpoint.checksums import shared_by_ranks
 from mst_ds.checkpoint.folder import (
@@ -79,6 +79,7 @@ def _apply_schedule(scheduler: Any) -> None:
         for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         scheduler._last_lr = rates
-    elif scheduler is not None:
-        # DeepSpeed's own evaluate themselves at the step that they are told.
+    elif scheduler is not None and not isinstance(scheduler, LRScheduler):
+        # DeepSpeed's own evaluate themselves at the step that they are told. torch's others are as the checkpoint has
+        # them, see `kept_blocks`.
         scheduler.step(scheduler.last_batch_iteration)

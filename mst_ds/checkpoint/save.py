@@ -70,7 +70,10 @@ def save_checkpoint(
         exact = fp32_parameters(engine.module) | persistent_buffers(engine.module)
         if rank == 0:
             _write_model_folder(engine, tokenizer, source, exact, partial / MODEL_FOLDER)
-    except RuntimeError as error:  # how torch says that a disk is full
+    except Exception as error:
+        # torch says in a RuntimeError that a disk is full; safetensors and tokenizers have errors of their own.
+        if not isinstance(error, OSError | RuntimeError) and "os error" not in str(error):
+            raise
         raise OSError(f"the checkpoint {target} could not be written: {' '.join(str(error).split())}") from error
     dist.barrier()
     names = [str(path.relative_to(partial)) for path in sorted(partial.rglob("*")) if path.is_file()]

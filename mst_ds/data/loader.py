@@ -51,7 +51,8 @@ class ShardedLoader(Iterator[Batch]):
         """Goes on after the batches handed out before `state` was made, in the order of its seed.
 
         Raises:
-            ValueError: `state` was made with other samples, by another packing or seq_len or of other documents.
+            ValueError: `state` was made with other samples, by another packing or seq_len or of other documents; or its
+                numbers are none.
         """
         here = self.dataset.fingerprint
         differing = [name for name in here if state.get(name) != here[name]]
@@ -63,6 +64,12 @@ class ShardedLoader(Iterator[Batch]):
                 f"the position in the data was saved with {saved}, but this run has {own}; allowed: the packing, "
                 "seq_len, dataset, seed and held-out part with which it was saved"
             )
+        for name in ("samples_seen", "seed"):
+            value = state.get(name)
+            if type(value) is not int or not 0 <= value < 2**63:
+                raise ValueError(
+                    f"the position in the data was saved with {name} {value!r}; allowed: a whole number from 0 on"
+                )
         self.samples_seen = state["samples_seen"]
         self._order = SampleOrder(len(self.dataset), state["seed"])
 

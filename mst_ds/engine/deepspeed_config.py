@@ -48,7 +48,7 @@ def require_accepted(ds_config: DsConfig) -> None:
     with _quiet():
         is_offloaded = zero.optimizer_offload != "none"
         check_optimizer(ds_config, zero_stage=zero.stage, is_offloaded=is_offloaded)
-        check_scheduler(ds_config)
+        check_scheduler(ds_config, zero_stage=zero.stage)
 
 
 class _Asked(dict[str, Any]):

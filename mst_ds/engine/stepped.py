@@ -64,11 +64,12 @@ def check_optimizer(ds_config: DsConfig, *, zero_stage: int, is_offloaded: bool)
         )
 
 
-def check_scheduler(ds_config: DsConfig) -> None:
+def check_scheduler(ds_config: DsConfig, *, zero_stage: int) -> None:
     """Look at the JSON's schedule, if it has one.
 
     Raises:
-        ValueError: neither DeepSpeed nor torch has it, it needs more than the step, or it does not take a parameter.
+        ValueError: neither DeepSpeed nor torch has it, it needs more than the step, it does not take a parameter, or it
+            is torch's and ZeRO's optimizer is not.
     """
     if "scheduler" not in ds_config:
         return
@@ -84,6 +85,12 @@ def check_scheduler(ds_config: DsConfig) -> None:
     if params is None:
         raise ValueError(f"scheduler.params is missing; allowed: an object with what {name} takes, {{}} for nothing")
     schedule: Callable[..., Any] = found
+    if issubclass(found, base) and zero_stage > 0:
+        raise ValueError(
+            f"scheduler.type is {name!r} of torch, which does not take the optimizer of ZeRO stage {zero_stage}; "
+            f"allowed: a schedule of DeepSpeed ({', '.join(lr_schedules.VALID_LR_SCHEDULES)}), or --lr_scheduler_type "
+            "without a scheduler in the JSON"
+        )
     _require_parameters("scheduler", name, schedule, params)
     _try("scheduler", name, lambda: schedule(torch.optim.AdamW([_number()], lr=1e-3), **params))
 

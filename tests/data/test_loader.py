@@ -159,6 +159,17 @@ def test_position_without_a_fingerprint_is_refused(packed: Packed) -> None:
         loader.load_state_dict({"samples_seen": 3, "seed": 7})
 
 
+@pytest.mark.parametrize("name", ["samples_seen", "seed"])
+@pytest.mark.parametrize("value", [None, -1, 1.5, "3", [3], True, 2**63])
+def test_position_that_is_no_number_is_refused(packed: Packed, name: str, value: object) -> None:
+    (loader,) = world(packed(num_samples=10), 1, 1)
+    before = loader.state_dict()
+
+    with pytest.raises(ValueError, match=f"was saved with {name} .*; allowed: a whole number"):
+        loader.load_state_dict({**before, name: value})
+    assert loader.state_dict() == before
+
+
 @pytest.mark.parametrize(("dp_size", "sp_size"), LAYOUTS)
 @pytest.mark.parametrize("micro", [1, 3])
 def test_evaluation_sees_each_sample_once_with_equally_many_batches(
