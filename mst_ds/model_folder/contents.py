@@ -114,7 +114,7 @@ def _local_files(folder: Path, fields: dict[str, Any]) -> list[Path]:
 def _other_weights(folder: Path) -> Iterator[str]:
     """Files, and those in folders within, that may be weights of another format or what a writer left unfinished."""
     for path in sorted(folder.iterdir()):
-        if path.is_dir():
+        if path.is_dir() and not path.name.endswith(_WEIGHT_ENDINGS):
             if not path.name.startswith("."):
                 names = sorted(file.name for file in path.iterdir())
                 yield from (f"{path.name}/{name}" for name in names if name.endswith(_WEIGHT_ENDINGS))
@@ -159,12 +159,16 @@ def _hub_files(name: str, fields: dict[str, Any]) -> list[Path]:
 
 def _shards(index: Path) -> list[str]:
     try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return sorted({str(name) for name in names})
+        fields = json.loads(index.read_text(encoding="utf-8"))
+        names = sorted({str(name) for name in fields["weight_map"].values()})
+        # transformers reads both.
+        if names and isinstance(fields["metadata"], dict):
+            return names
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        raise ValueError(
-            f"{index} is no index of weights; allowed: one with a weight_map, as transformers writes it"
-        ) from None
+        pass
+    raise ValueError(
+        f"{index} is no index of weights; allowed: one with metadata and a weight_map, as transformers writes it"
+    )
 
 
 def first_names(names: list[str], most: int = 3) -> str:

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from mst_ds.model_folder.contents import Weights
+from mst_ds.model_folder.generation import generation_config
 from mst_ds.model_folder.match import Difference, head_names
 from mst_ds.model_folder.tensors import StoredTensors
 
@@ -52,15 +53,8 @@ def load_model(
             has_values = not is_deepspeed_zero3_enabled() or dist.get_rank() == 0
             plain = weights.quantization.dequantize(stored if has_values else weights.headers, dtype)
             # From no folder: transformers would remember how they were quantised, and quantise them when it saves.
-            model, info = load(None, state_dict=plain, generation_config=_generation_config(weights.source), **settings)
+            model, info = load(None, state_dict=plain, generation_config=generation_config(weights.source), **settings)
         model.name_or_path = model.config.name_or_path = weights.source
     Difference.of(info).require_none(weights.source, head=head_names(model), new_lm_head=new_lm_head)
     loaded: PreTrainedModel = model
     return loaded
-
-
-def _generation_config(source: str) -> GenerationConfig | None:
-    try:
-        return GenerationConfig.from_pretrained(source)
-    except OSError:
-        return None  # it has none

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mst_ds.model_folder.contents import Weights, first_names
+from mst_ds.model_folder.generation import generation_config
 from mst_ds.model_folder.tensors import StoredTensors
 
 if TYPE_CHECKING:
@@ -100,9 +101,10 @@ def require_match(
 
     Raises:
         ValueError: tensors are missing, unexpected, of another shape or of a dtype that holds no weights; or two that
-            the config ties differ.
+            the config ties differ; or transformers does not read how the model generates, which it loads with them.
     """
     headers = weights.headers
+    generation_config(weights.source)
     if weights.quantization is not None:
         try:
             headers = weights.quantization.dequantize(headers, dtype)

@@ -44,7 +44,8 @@ class Quantization:
         if found is None:
             return None
         block = found.get("weight_block_size")
-        if block is not None and not (len(block) == 2 and all(isinstance(size, int) and size > 0 for size in block)):
+        is_two = isinstance(block, list | tuple) and len(block) == 2
+        if block is not None and not (is_two and all(type(size) is int and size > 0 for size in block)):
             raise ValueError(f"weight_block_size in quantization_config is {block!r}; allowed: two whole numbers >= 1")
         return cls(found["quant_method"], None if block is None else tuple(block))
 

@@ -138,8 +138,12 @@ def _require_code(config: PreTrainedConfig, name_or_path: str, trust_remote_code
     """Makes the model's own code, where there is some, what the config stands for.
 
     Raises:
-        ValueError: transformers has no class for the config, and the code is not trusted; it names `trust_remote_code`.
+        ValueError: transformers has no class for the config, or would get attention from the hub, and the code is not
+            trusted; it names `trust_remote_code`.
     """
+    attention = getattr(config, "_attn_implementation", None)
+    if "/" in str(attention) and not trust_remote_code:  # a repository of kernels
+        raise ValueError(f"the attention {attention} of {name_or_path} needs trust_remote_code")
     reference = (getattr(config, "auto_map", None) or {}).get(_MODEL_CLASS)
     if reference is None:
         return

@@ -66,7 +66,19 @@ def put(name: str, content: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_text(content, encoding="utf-8") and None
 
 
-INDEX_OF_TWO = json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors", "b": WEIGHTS}}).encode()
+def put_beside(name: str, content: str) -> Callable[[Path], None]:
+    """Under another name: a file of weights that has transformers' name is taken before its index."""
+
+    def change(folder: Path) -> None:
+        (folder / WEIGHTS).rename(folder / "all.safetensors")
+        put(name, content.replace(WEIGHTS, "all.safetensors"))(folder)
+
+    return change
+
+
+INDEX_OF_TWO = json.dumps(
+    {"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors", "b": WEIGHTS}}
+).encode()
 
 
 @pytest.mark.parametrize(
@@ -74,6 +86,8 @@ INDEX_OF_TWO = json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors
     [
         (only(INDEX, INDEX_OF_TWO), "lacks 2 of the 2 files that model.safetensors.index.json names"),
         (only(INDEX, b"{}"), "is no index of weights"),
+        (only(INDEX, b'{"metadata": {}, "weight_map": {}}'), "is no index of weights"),
+        (put_beside(INDEX, json.dumps({"weight_map": {"a": WEIGHTS}})), "is no index of weights"),
         (only("consolidated.00.pth"), r"no weights that transformers loads, but consolidated\.00\.pth"),
         (only("original/consolidated.00.pth"), r"but original/consolidated\.00\.pth"),
         (only("model.Q4_K_M.gguf"), r"but model\.Q4_K_M\.gguf"),
@@ -82,6 +96,7 @@ INDEX_OF_TWO = json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors
         (only("rust_model.unheard-of"), "but rust_model.unheard-of"),
         (only(".tmpA3k7PR", b""), r"but \.tmpA3k7PR"),
         (only("weights", b"0" * 2**21), "but weights, which may be weights, cut off or in another format"),
+        (only("model.ckpt/data", b""), r"but model\.ckpt,"),
         (only(".cache/huggingface/download/x.incomplete"), r"but \.cache/huggingface/download/x\.incomplete"),
         (cut_off(WEIGHTS), r"model\.safetensors are cut off or damaged"),
         (put(WEIGHTS, "no safetensors"), r"model\.safetensors are cut off or damaged"),
@@ -90,6 +105,10 @@ INDEX_OF_TWO = json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors
         (put(WEIGHTS, POINTER), r"model\.safetensors in '.*' is a pointer of Git LFS"),
         (put("tokenizer.json", POINTER), r"tokenizer\.json in '.*' is a pointer of Git LFS"),
         (put(ADAPTER_FILE, "{}"), r"has an adapter beside the model, adapter_config\.json"),
+        (
+            lambda folder: change_config(folder, quantization_config={"quant_method": "fp8", "weight_block_size": 5}),
+            "weight_block_size in quantization_config is 5; allowed: two whole numbers",
+        ),
         (lambda folder: change_config(folder, transformers_weights="other.safetensors"), "lacks other.safetensors"),
     ],
 )
@@ -139,7 +158,7 @@ def _shard(folder: Path) -> None:
     files = {name: f"model-{1 + index % 2}.safetensors" for index, name in enumerate(tensors)}
     for file in set(files.values()):
         save_file({name: tensor for name, tensor in tensors.items() if files[name] == file}, folder / file)
-    (folder / INDEX).write_text(json.dumps({"weight_map": files}), encoding="utf-8")
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}), encoding="utf-8")
 
 
 def test_weights_of_the_hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

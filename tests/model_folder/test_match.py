@@ -90,6 +90,17 @@ def test_weights_that_are_refused(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "content", ["[]", "null", '{"watermarking_config": 3}', '{"cache_implementation": "unheard of"}']
+)
+def test_a_generation_config_that_is_none(tmp_path: Path, content: str) -> None:
+    """transformers would find it when the processes have met."""
+    (llama_folder(tmp_path) / "generation_config.json").write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"^generation_config\.json of model .* cannot be read .*; allowed: ") as error:
+        match(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_experts_that_do_not_fit_together(tmp_path: Path) -> None:
     tiny_model("mixtral").float().save_pretrained(tmp_path)
     change_weights(tmp_path, without("model.layers.1.block_sparse_moe.experts.2.w1.weight"))

@@ -101,6 +101,14 @@ def test_a_class_that_transformers_has_only_the_config_of(folder: Path, marker: 
     assert not marker.exists()
 
 
+@pytest.mark.parametrize("attention", ["somebody/kernel", "paged|somebody/kernel", "kernels-community/flash-attn2"])
+def test_attention_that_is_a_kernel_of_the_hub(folder: Path, attention: str) -> None:
+    change_config(folder, attn_implementation=attention)
+    with pytest.raises(ValueError, match=r"needs code that it brings itself, which is not run; allowed: --trust"):
+        load_model_config(str(folder))
+    load_model_config(str(folder), trust_remote_code=True)
+
+
 def test_a_tokenizer_that_needs_code(folder: Path, marker: Path) -> None:
     file = folder / "tokenizer_config.json"
     fields = json.loads(file.read_text(encoding="utf-8"))
