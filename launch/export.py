@@ -30,9 +30,14 @@ def main(argv: Sequence[str]) -> int:
         checkpoint = _find(expanded(options.source, "source"))
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"{folder} is not empty; allowed: a new folder")
-        if folder.is_mount():
+        place = folder.resolve()
+        if place.is_mount() or place == Path.cwd():
             # The model is renamed into its place.
-            raise ValueError(f"{folder} is where a disk is mounted; allowed: a new folder below it")
+            raise ValueError(f"{folder} is where a disk is mounted, or where you are; allowed: a new folder below it")
+        if checkpoint.folder.resolve() in place.parents:
+            raise ValueError(
+                f"{folder} is in the checkpoint, which would be damaged by it; allowed: a folder elsewhere"
+            )
         # From here on imports take seconds.
         from mst_ds.export import export_checkpoint
 

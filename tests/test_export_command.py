@@ -18,6 +18,7 @@ from trainings import Training
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch.export import main
+from mst_ds.checkpoint import read_checkpoint
 
 FLAGS = ("--max_steps", "3", "--save_steps", "2", "--seq_len", "256", "--preflight", "false", "--learning_rate", "1e-3")
 
@@ -72,6 +73,20 @@ def test_one_checkpoint(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     # A step before the last: other weights.
     with pytest.raises(AssertionError):
         assert_same_weights(tmp_path, run)
+
+
+@pytest.mark.parametrize("case", ["inside", "here"])
+def test_a_place_that_is_refused(
+    run: Path, tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoint = run / "checkpoints" / "step-00000003"
+    place = str(checkpoint / "model" / "new") if case == "inside" else "."
+    assert main([str(run), place]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert {"inside": "is in the checkpoint", "here": "or where you are"}[case] in line
+    assert read_checkpoint(checkpoint).step == 3
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("case", ["no checkpoint", "not empty", "cut off", "flipped"])

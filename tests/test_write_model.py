@@ -66,11 +66,24 @@ def test_a_write_that_is_interrupted(old: Path, error: BaseException) -> None:
 
 
 def test_what_a_killed_write_has_left_is_removed(tmp_path: Path) -> None:
-    for leftover in ("model.partial", "model.replaced"):
+    (tmp_path / "model").mkdir()
+    for leftover in ("model.mst_ds_partial", "model.mst_ds_replaced", "model.partial"):
         (tmp_path / leftover).mkdir()
         (tmp_path / leftover / "config.json").write_text("{}", encoding="utf-8")
     write(tmp_path / "model")
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    # The last has a name that anyone may give.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.partial"]
+
+
+def test_a_kill_between_two_renames_loses_nothing(old: Path) -> None:
+    old.rename(old.with_name("model.mst_ds_replaced"))
+
+    def write_files(partial: Path) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(old, write_files=write_files)
+    assert contents(old.parent) == {"model/config.json": b"an old one"}
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 # What others read beside config, weights and tokenizer. Copied: transformers refuses to write some of what it reads.
 _OF_SOURCE = ("generation_config.json", "preprocessor_config.json", "processor_config.json")
 
+# Names that are nobody else's: folders of these names are removed.
+_BESIDE = (".mst_ds_partial", ".mst_ds_replaced")
+
 
 def write_model(model: Any, state: Mapping[str, Tensor], folder: Path, *, write_files: Callable[[Path], None]) -> None:
     """Write what `from_pretrained` of the model's class loads into `folder`, in place of what is there.
@@ -30,8 +33,10 @@ def write_model(model: Any, state: Mapping[str, Tensor], folder: Path, *, write_
         OSError: it could not be written. What was in `folder` is as it was.
     """
     folder = folder.resolve()
-    partial, replaced = (folder.with_name(folder.name + suffix) for suffix in (".partial", ".replaced"))
-    # Of a process that was killed.
+    partial, replaced = (folder.with_name(folder.name + suffix) for suffix in _BESIDE)
+    # Of a process that was killed, between two renames perhaps.
+    if replaced.is_dir() and not folder.exists():
+        replaced.replace(folder)
     for leftover in (partial, replaced):
         if leftover.is_dir():
             shutil.rmtree(leftover)
