@@ -80,9 +80,15 @@ def _record(line: bytes) -> dict[str, Any] | None:
     if not isinstance(record, dict) or type(record.get("step")) is not int:
         return None
     numbers = ("tokens", "seconds", "memory_bytes", "skipped_steps")
-    if "loss" in record and any(type(record.get(name)) not in (int, float) for name in numbers):
+    if "loss" in record and not all(_is_amount(record.get(name)) for name in numbers):
+        return None
+    if not isinstance(record.get("loss"), int | float | None):
         return None
     return record
+
+
+def _is_amount(value: object) -> bool:
+    return type(value) in (int, float) and 0 <= value < 2**63  # type: ignore[operator]
 
 
 class TensorBoard:

@@ -73,7 +73,12 @@ def test_tensorboard_reads_the_events_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    [b"\xff\x00\x10", b"7", b"[1]", b'{"loss": 1.0}', b'{"step": "2"}', b'{"step": 2, "loss": 1.0}', b"[" * 9999],
+    [
+        *(b"\xff\x00\x10", b"7", b"[1]", b'{"loss": 1.0}', b'{"step": "2"}', b'{"step": 2, "loss": 1.0}', b"[" * 9999),
+        b'{"step": 2, "loss": "1.0", "tokens": 1, "seconds": 1, "memory_bytes": 1, "skipped_steps": 0}',
+        b'{"step": 2, "loss": 1.0, "tokens": %d, "seconds": 1, "memory_bytes": 1, "skipped_steps": 0}' % 10**400,
+        b'{"step": 2, "loss": 1.0, "tokens": 1, "seconds": NaN, "memory_bytes": 1, "skipped_steps": 0}',
+    ],
 )
 def test_a_damaged_line_costs_no_other(tmp_path: Path, damage: bytes, capsys: pytest.CaptureFixture[str]) -> None:
     with writer(tmp_path) as metrics:
