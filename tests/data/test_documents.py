@@ -180,7 +180,7 @@ def test_name_that_the_hub_does_not_give_is_refused(monkeypatch: pytest.MonkeyPa
 
 def test_id_configuration_and_split_reach_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     def load_dataset(*args: str, **kwargs: str) -> datasets.Dataset:
-        return datasets.Dataset.from_dict({"text": [f"{args} {kwargs}"]})
+        return datasets.Dataset.from_dict({"url": ["x"], "text": [f"{args} {kwargs}"]})
 
     monkeypatch.setattr(documents, "load_dataset", load_dataset)
 
@@ -198,10 +198,10 @@ def test_reason_of_several_lines_is_given_in_one(monkeypatch: pytest.MonkeyPatch
 
 def test_column_that_is_not_needed_may_hold_anything(tmp_path: Path) -> None:
     file = write_jsonl(
-        tmp_path / "a.jsonl", {"text": "x", "meta": {"a": "b"}}, {"meta": "y"}, {"text": "z", "meta": [1]}
+        tmp_path / "a.jsonl", {"meta": "y"}, {"text": "x", "meta": {"a": "b"}}, {"text": "z", "meta": [1]}
     )
 
-    assert texts(file) == ["x", None, "z"]
+    assert texts(file) == [None, "x", "z"]
 
 
 def test_parquet_column_that_is_not_needed_may_change(tmp_path: Path) -> None:

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from datasets import Dataset
 from small_tokenizers import small_tokenizer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mst_ds.data import IGNORE_INDEX, PackedDataset, text_encoder, tokenise
+from mst_ds.data import IGNORE_INDEX, PackedDataset, text_encoder, tokenise, tokenising
 
 LOG = "a log of <eos> and <bos> in text<eos>"
 UNIGRAM_OR_MERGES = ["llama3", "gemma", "llama2", "unigram", "wordpiece"]
@@ -87,6 +88,25 @@ def test_long_document_begins_and_ends_as_others_do(monkeypatch: pytest.MonkeyPa
     (long,) = ids_of(tokenizer, "def parse(self): return")
 
     assert long == short
+
+
+def test_so_many_documents_are_encoded_at_once_that_little_is_beside_the_longest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    encode, at_once = tokenising._encode, []
+
+    def noted(rows: pa.Table, tokenizer: PreTrainedTokenizerBase) -> pa.Table:
+        at_once.append([len(text) for text in tokenising._texts(rows)])
+        return encode(rows, tokenizer)
+
+    monkeypatch.setattr(tokenising, "_encode", noted)
+    monkeypatch.setattr(tokenising, "_BYTES_AT_ONCE", 200)
+
+    ids_of(small_tokenizer("llama3"), *["a" * 50] * 20, "b" * 1000, *["c"] * 20)
+
+    assert sum(map(len, at_once)) == 41
+    assert max(map(len, at_once)) == 4
+    assert max(sum(lengths) - max(lengths) for lengths in at_once) <= 200
 
 
 @pytest.mark.parametrize("kind", ["llama3", "gemma"])
