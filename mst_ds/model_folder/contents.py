@@ -58,8 +58,8 @@ def find_weights(name_or_path: str) -> Weights | None:
     Of an id on the Hugging Face hub it gets the files onto this machine, as loading the model would.
 
     Raises:
-        ValueError: a file is missing, cut off, a pointer of Git LFS or no weights; there are only files of formats that
-            transformers does not load; or there is an adapter beside the weights.
+        ValueError: a file is missing, cut off, a pointer of Git LFS or no weights; two hold the same tensor; there are
+            only files of formats that transformers does not load; or there is an adapter beside the weights.
     """
     if shipped_model_config(name_or_path) is not None:
         return None
@@ -77,7 +77,16 @@ def find_weights(name_or_path: str) -> Weights | None:
         files = _hub_files(name_or_path, fields)
     if not files:
         return None
-    headers = {name: header for file in files for name, header in read_headers(file).items()}
+    headers: dict[str, Tensor] = {}
+    for file in files:
+        own = read_headers(file)
+        if twice := sorted(own.keys() & headers.keys()):
+            # Of two shardings, say: transformers takes the last, whatever the index says.
+            raise ValueError(
+                f"the weights of model {name_or_path!r} hold {first_names(twice)} in {file.name} and in another of its "
+                "files; allowed: each tensor once"
+            )
+        headers |= own
     return Weights(name_or_path, tuple(files), headers, Quantization.of(fields))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,6 +77,12 @@ def put_beside(name: str, content: str) -> Callable[[Path], None]:
     return change
 
 
+def twice(folder: Path) -> None:
+    shutil.copyfile(folder / WEIGHTS, folder / "1.safetensors")
+    (folder / WEIGHTS).rename(folder / "2.safetensors")
+    put(INDEX, json.dumps({"metadata": {}, "weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}))(folder)
+
+
 INDEX_OF_TWO = json.dumps(
     {"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors", "b": WEIGHTS}}
 ).encode()
@@ -88,6 +95,7 @@ INDEX_OF_TWO = json.dumps(
         (only(INDEX, b"{}"), "is no index of weights"),
         (only(INDEX, b'{"metadata": {}, "weight_map": {}}'), "is no index of weights"),
         (put_beside(INDEX, json.dumps({"weight_map": {"a": WEIGHTS}})), "is no index of weights"),
+        (twice, r"hold lm_head\.weight, .* in 2\.safetensors and in another of its files"),
         (only("consolidated.00.pth"), r"no weights that transformers loads, but consolidated\.00\.pth"),
         (only("original/consolidated.00.pth"), r"but original/consolidated\.00\.pth"),
         (only("model.Q4_K_M.gguf"), r"but model\.Q4_K_M\.gguf"),
