@@ -13,16 +13,18 @@ from kept_models import BIAS, MODELS, ROUTER, kept_model, save_kept_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from steps import build_engine, zero_block
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GptOssConfig
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from mst_ds.adapters import model_on_meta
 from mst_ds.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from mst_ds.checkpoint.identity import Identity
+from mst_ds.config import parse_train_config
 from mst_ds.data.tokenizer import byte_tokenizer
+from mst_ds.engine import Launch, prepare
 from mst_ds.export import export_checkpoint, export_model
-from mst_ds.kept_in_fp32 import Loading, keep_in_fp32, kept_in_fp32, require_no_adapters_on
+from mst_ds.kept_in_fp32 import Loading, fp32_parameters, keep_in_fp32, kept_in_fp32, require_no_adapters_on
 
 IDS = torch.arange(64)[None] * 7 % 256
 
@@ -44,7 +46,7 @@ def test_some_are_kept_in_fp32_beside_fp16_alone() -> None:
     assert "model.layers.0.input_layernorm.weight" in kept_in_fp32(model, torch.float16)
 
 
-def test_adapters_on_what_is_kept_in_fp32_are_refused() -> None:
+def test_adapters_on_what_is_kept_in_fp32_are_refused(tmp_path: Path) -> None:
     model = kept_model("ernie4.5-moe")
     names = kept_in_fp32(model, torch.bfloat16)
     elsewhere = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
@@ -53,6 +55,26 @@ def test_adapters_on_what_is_kept_in_fp32_are_refused() -> None:
         config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", **settings)
         with pytest.raises(ValueError, match="which transformers keeps in fp32"):
             require_no_adapters_on(names, get_peft_model(copy.deepcopy(model), config))
+    config.save_pretrained(tmp_path / "adapter")
+    save_kept_model("ernie4.5-moe", tmp_path)
+    ds_config = tmp_path / "ds.json"
+    ds_config.write_text('{"bf16": {"enabled": true}, "zero_optimization": {"stage": 2}}', encoding="utf-8")
+    flags = ["--model", str(tmp_path), "--peft_config", str(tmp_path / "adapter"), "--ds_config", str(ds_config)]
+    with pytest.raises(ValueError, match="which transformers keeps in fp32"):
+        prepare(parse_train_config([*flags, "--preflight", "false"]), Launch.from_environment({}))
+
+
+def test_a_buffer_of_16_bits_is_taken_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under ZeRO-3, where the newest transformers makes those of the models here in fp32 by itself."""
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda *_: None)
+    value = torch.linspace(8, 8.02, 8)
+    loading = Loading(["router.bias"], is_sharded=True)
+    with loading.watch():
+        model = nn.ModuleDict({"router": nn.Module()})
+        model["router"].register_buffer("bias", torch.zeros(8, dtype=torch.bfloat16))
+        model.load_state_dict({"router.bias": value})
+    (kept,) = loading.kept(model)
+    assert kept.value.equal(value)
 
 
 def load_engine(source: Path, stage: int) -> Any:
@@ -93,6 +115,8 @@ def train_and_resume(rank: int, source: Path, folder: Path, stage: int) -> tuple
     save_checkpoint(engine, folder / "checkpoints-at-the-end", step=3, **settings)
     export_model(engine, tokenizer, folder / "model", source=str(source))
     resumed = load_engine(source, stage)
+    for value in fp32_parameters(resumed.module).values():
+        value.zero_()
     checkpoint = newest_checkpoint(folder / "checkpoints")
     assert checkpoint is not None
     load_checkpoint(resumed, checkpoint, seed=0)

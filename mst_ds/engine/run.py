@@ -107,7 +107,10 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
     require_positions(position_table(model), config.seq_len)
     beyond = unknown_positions(shape, config.seq_len)
     find_parts(adapted, plan)
-    require_no_adapters_on(kept_in_fp32(model, _DTYPES[plan.dtype]), adapted)
+    if peft_config is not None:
+        # Adapters change names: those of `model` are no longer the ones that transformers matches.
+        plain = model_on_meta(model_config, None)[0]
+        require_no_adapters_on(kept_in_fp32(plain, _DTYPES[plan.dtype]), adapted)
     own_attention = _own_attention(config, plan, model)
     weights, notes = _weights(config, model, _DTYPES[plan.dtype])
     data = load_training_data(config, model_config)
