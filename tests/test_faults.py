@@ -206,11 +206,13 @@ def test_a_new_run_does_not_replace_a_model(
 ) -> None:
     """A run without checkpoints leaves only what it was for."""
     shutil.rmtree(output_dir / "checkpoints")
-    before = contents(output_dir)
-    assert main(["--output_dir", str(output_dir), *FLAGS, *flags]) == 2
-    (line,) = error_lines(capsys.readouterr().err)
-    assert "output_dir has the model of a run that is done, which this run would overwrite" in line
-    assert contents(output_dir) == before
+    for name in ("model", "summary.json"):
+        before = contents(output_dir)
+        assert main(["--output_dir", str(output_dir), *FLAGS, *flags]) == 2
+        (line,) = error_lines(capsys.readouterr().err)
+        assert f"output_dir has the {name} of a run that is done, which this run would overwrite" in line
+        assert contents(output_dir) == before
+        shutil.rmtree(output_dir / name, ignore_errors=True)
 
 
 @pytest.mark.parametrize(
