@@ -513,6 +513,14 @@ def test_an_export_gives_the_trained_models_logits(tmp_path: Path, stage: int, h
         torch.testing.assert_close(model(input_ids=torch.arange(5, 37)[None]).logits, expected, rtol=0, atol=0)
 
 
+def test_a_refusal_is_explained_beside_a_damaged_file(tmp_path: Path) -> None:
+    torch.save({"a": 1}, tmp_path / "1.pt")
+    (tmp_path / "1.pt").write_bytes((tmp_path / "1.pt").read_bytes()[:-30])
+    torch.save({"a": Path("any class")}, tmp_path / "2.pt")
+    with pytest.raises(OSError, match=r"2\.pt holds pathlib\.\S+, which is no state"), only_states(tmp_path):
+        torch.load(tmp_path / "2.pt")
+
+
 def test_state_names_every_file(saved: Path) -> None:
     folder = saved / "step-00000002"
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}

@@ -69,4 +69,6 @@ def _refused_file(folder: Path) -> Path | None:
             torch.load(file, map_location="meta", weights_only=True)
         except pickle.UnpicklingError:
             return file
+        except (RuntimeError, EOFError):
+            continue  # damaged, which is another fault than the one to explain
     return None
