@@ -39,7 +39,11 @@ def run_command(name: str, main: Callable[[Sequence[str]], int]) -> int:
     _replace_closed_streams()
     code = 0
     try:
-        code = main(sys.argv[1:])
+        try:
+            code = main(sys.argv[1:])
+        except SystemExit:  # of argparse, after its help
+            sys.stdout.flush()
+            raise
         sys.stdout.flush()
     except OSError as error:
         # Of files `main` has spoken already: this is the stream.

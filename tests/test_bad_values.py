@@ -158,17 +158,25 @@ def test_a_run_goes_on_without_its_terminal() -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
     print("text", file=_Lasting(Gone()), flush=True)
+    _Lasting(Gone()).writelines(["text"])
     there = io.StringIO()
     print("text", file=_Lasting(there), flush=True)
     assert there.getvalue() == "text\n"
 
 
+# What is still in a buffer when the command ends is where errors come late.
+BUFFERED = {"PYTHONUNBUFFERED": ""}
 # The least command: it prints its arguments, and a letter that is not ASCII.
 SCRIPT = """
 import sys
 from mst_ds.command import refuse, run_command
 def main(argv):
-    if argv == ["bad"]:
+    if argv == ["late"]:
+        print("some output")
+    if argv == ["--help"]:
+        print("help")
+        sys.exit(0)
+    if argv in (["bad"], ["late"]):
         return refuse("x.py", ValueError("no\\nlines"))
     print(f"\u00e4 {sys.flags.utf8_mode} {argv}")
     return 0
@@ -183,6 +191,9 @@ sys.exit(run_command("x.py", main))
         ("COMMAND bad", 2, "", "x.py: error: no lines\n"),
         ("COMMAND bad >/dev/full", 2, "", "x.py: error: no lines\n"),
         ("COMMAND bad 2>/dev/full", 2, "", ""),
+        ("COMMAND late >/dev/full", 2, "", "x.py: error: no lines\n"),
+        ("COMMAND --help", 0, "help\n", ""),
+        ("COMMAND --help >/dev/full", 2, "", "x.py: error: standard output: No space left on device\n"),
         ("COMMAND > /dev/full", 2, "", "x.py: error: standard output: No space left on device\n"),
         ("COMMAND <&- >&- 2>&-", 0, "", ""),
         ("LC_ALL=POSIX PYTHONCOERCECLOCALE=0 PYTHONUTF8=0 COMMAND a", 0, "ä 1 ['a']\n", ""),
@@ -192,7 +203,9 @@ def test_streams_of_a_command(line: str, code: int, output: str, error: str, tmp
     script = tmp_path / "x.py"
     script.write_text(SCRIPT, encoding="utf-8")
     line = line.replace("COMMAND", f"{sys.executable} {script}")
-    done = subprocess.run(["bash", "-c", line], check=False, cwd=ROOT, capture_output=True, timeout=120)
+    done = subprocess.run(
+        ["bash", "-c", line], check=False, cwd=ROOT, env=os.environ | BUFFERED, capture_output=True, timeout=120
+    )
     assert (done.returncode, done.stdout.decode(), done.stderr.decode()) == (code, output, error)
 
 
@@ -202,9 +215,21 @@ def test_a_reader_that_has_ended(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, str(script)]
-    done = subprocess.run(command, check=False, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, timeout=120)
+    done = subprocess.run(
+        command, check=False, cwd=ROOT, env=os.environ | BUFFERED, stdout=writer, stderr=subprocess.PIPE, timeout=120
+    )
     os.close(writer)
     assert (done.returncode, done.stderr) == (2, b"")
+
+
+def test_a_reader_that_has_ended_ends_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    with pytest.raises(BrokenPipeError):
+        console().print("text")
 
 
 def test_a_table_in_a_column(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

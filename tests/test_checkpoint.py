@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import random
+import re
 import resource
 import shutil
 from collections.abc import Callable
@@ -475,6 +476,7 @@ def fill_disk(rank: int, folder: Path, *, at: str) -> str:
 def test_a_disk_that_is_full(tmp_path: Path, at: str) -> None:
     (message,) = run_ranks(functools.partial(fill_disk, at=at), 1, tmp_path)
     assert "step-00000002 could not be written" in message
+    assert re.search(r"; \d+ bytes are free there$", message)
     newest = newest_checkpoint(tmp_path)
     assert newest is not None
     assert newest.step == 1

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 import mst_ds.model_shape.positions
 import mst_ds.model_shape.shape
+from mst_ds.command import one_line
 from mst_ds.config import parse_train_config
 from mst_ds.engine import Launch, prepare
 from mst_ds.minisequence import mlp
@@ -351,6 +352,23 @@ def test_as_a_command() -> None:
 )
 def test_flags_that_argparse_refuses(refused: Callable[..., str], flags: tuple[str, ...], says: str) -> None:
     assert says in refused(*flags)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RecursionError("x"), OverflowError("x")])
+def test_what_a_request_may_raise(
+    error: Exception, train: ModuleType, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raises(argv: object) -> None:
+        raise error
+
+    monkeypatch.setattr(train, "parse_train_config", raises)
+    assert refused() == f"{one_line(error)}\n"
+
+
+def test_a_mistake_of_ours_shows_its_traceback(train: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "parse_train_config", None)
+    with pytest.raises(TypeError):
+        train.main([])
 
 
 def test_an_environment_that_is_no_launchers(refused: Callable[..., str]) -> None:

@@ -53,6 +53,7 @@ def scheduler(kind: str, **params: Any) -> dict[str, Any]:
         ),
         (scheduler("WarmupLR", warmup_max_lr=1e-5), "--learning_rate=1e-3", "warmup_max_lr of.* is 1"),
         (scheduler("WarmupDecayLR"), "--learning_rate=1e-3", "warmup_max_lr of.* is left out"),
+        (scheduler("OneCycle", cycle_max_lr=1e-3), "--learning_rate=1e-3", "warmup_max_lr of.* is left out"),
         (
             scheduler("WarmupDecayLR", total_num_steps=9),
             "--max_steps=8",
@@ -76,6 +77,7 @@ def test_a_flag_that_would_have_no_effect_is_refused(
 
 def test_the_same_number_and_auto_are_one_owner() -> None:
     flags = ["--learning_rate", "1e-3", "--adam_beta1", "0.8", "--max_grad_norm", "2", "--warmup_steps", "3"]
+    flags += ["--max_steps", "9"]  # which the JSON's schedule has no number for
     same = optimizer(lr=0.001, betas=[0.8, 0.9]) | {"gradient_clipping": 2} | scheduler("WarmupLR", warmup_num_steps=3)
     assert resolved(same, *flags)["optimizer"] == same["optimizer"]
     auto = optimizer(lr="auto", betas="auto") | scheduler("WarmupLR", warmup_num_steps="auto")

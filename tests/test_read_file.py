@@ -52,6 +52,12 @@ def test_bad_yaml(content: str, says: str, tmp_path: Path) -> None:
     refuses(read_yaml, content, says, tmp_path)
 
 
+@pytest.mark.parametrize("read", [read_json, read_yaml])
+def test_what_is_no_file(read: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{tmp_path} cannot be read: Is a directory"):
+        read(tmp_path)
+
+
 def refuses(read: Any, content: str, says: str, folder: Path) -> None:
     path = folder / "file"
     path.write_bytes(content.encode("latin-1"))

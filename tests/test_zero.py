@@ -144,7 +144,14 @@ def test_a_missing_file_is_refused(tmp_path):
         ({"scheduler": {"params": {}}}, "scheduler.type is None; allowed: the name of a scheduler"),
         *(
             ({"optimizer": {"type": "AdamW", "params": {key: value}}}, f"optimizer.params.{key} is")
-            for key, value in (("lr", -1e-4), ("lr", 0), ("lr", "x"), ("eps", -1), ("weight_decay", True))
+            for key, value in (
+                *(("lr", -1e-4), ("lr", 0), ("lr", "x"), ("lr", 1e4), ("lr", [1e-3, -1])),
+                *(("eps", -1), ("weight_decay", True), ("momentum", -1)),
+            )
+        ),
+        *(
+            ({"scheduler": {"type": "WarmupLR", "params": {key: value}}}, f"scheduler.params.{key} is")
+            for key, value in (("warmup_min_lr", -1), ("warmup_max_lr", 0), ("total_num_steps", -1))
         ),
         *(
             ({"optimizer": {"type": "Adam", "params": {"betas": x}}}, "betas is .* two numbers")
@@ -155,6 +162,23 @@ def test_a_missing_file_is_refused(tmp_path):
         ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size is 2; allowed: 0"),
         ({"activation_checkpointing": {"cpu_checkpointing": True}}, "allowed: recompute and offload_activations in"),
         ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op is 'sum'; allowed: \"mean\", or leave it out"),
+        *(
+            ({name: {key: True}}, f"{name}.{key} is True; allowed: false, or leave it out")
+            for name, key in (
+                ("expert_parallel", "enabled"),
+                ("hybrid_engine", "enabled"),
+                ("data_efficiency", "enabled"),
+                ("compile", "deepcompile"),
+                ("autotuning", "enabled"),
+            )
+        ),
+        *(
+            ({"activation_checkpointing": {key: True}}, f"activation_checkpointing.{key} is set, but")
+            for key in ("partition_activations", "contiguous_memory_optimization")
+        ),
+        ({"weight_quantization": {}}, "weight_quantization stands in the JSON, which training here has no use for"),
+        *(({"gradient_predivide_factor": x}, "gradient_predivide_factor is") for x in (0, -1.0, "x", True, 1e31)),
+        ({3: 4}, "the DeepSpeed JSON has the key 3; allowed: text"),
         ({"pipeline": {"stages": 2}}, "pipeline stands in the JSON, which training here has no use for"),
         ({"mst": {"spsize": 2}}, "'mst' has the unknown key 'spsize'; nearest: 'sp_size'"),
     ],
@@ -291,6 +315,8 @@ def test_settings_are_typed(ds_config, field, expected):
             "reduce_bucket_size is 'auto'; allowed",
         ),
         ({"zero_optimization": {"stage": 3, "sub_group_size": -1}}, "sub_group_size is -1"),
+        ({"zero_optimization": {"stage": 3, "sub_group_size": 1.5}}, "sub_group_size is 1.5; allowed: a whole number"),
+        ({"zero_optimization": {"stage": 3, "sub_group_size": 1e19}}, r"sub_group_size is 1e\+19; allowed"),
         ({"bf16": {"enabled": "auto"}}, "bf16.enabled is 'auto'; allowed: true or false"),
         (
             {"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -74,7 +75,8 @@ def save_checkpoint(
         # torch says in a RuntimeError that a disk is full; safetensors and tokenizers have errors of their own.
         if not isinstance(error, OSError | RuntimeError) and "os error" not in str(error):
             raise
-        raise OSError(f"the checkpoint {target} could not be written: {' '.join(str(error).split())}") from error
+        text = f"{' '.join(str(error).split())}; {shutil.disk_usage(folder).free} bytes are free there"
+        raise OSError(f"the checkpoint {target} could not be written: {text}") from error
     dist.barrier()
     names = [str(path.relative_to(partial)) for path in sorted(partial.rglob("*")) if path.is_file()]
     checksums = shared_by_ranks(names, lambda name: _flush_and_checksum(partial / name))

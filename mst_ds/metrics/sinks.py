@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,10 +46,20 @@ class JsonLines:
         self._write({"step": step, **by_phase(phases)})
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        self._file.write(to_json(record) + "\n")
+        with self._named():
+            self._file.write(to_json(record) + "\n")
 
     def close(self) -> None:
-        self._file.close()
+        with self._named():
+            self._file.close()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """A disk that is full does not say of which file."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._file.name) from error
 
 
 def records_until(path: Path, step: int) -> list[dict[str, Any]]:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from logged import STEP, read_events, read_lines, writer
 
+from mst_ds.metrics.sinks import JsonLines
+
 
 def test_a_step_and_an_evaluation_are_a_json_line_each(tmp_path: Path) -> None:
     with writer(tmp_path / "made" / "here") as metrics:
@@ -48,6 +50,15 @@ def test_a_line_is_on_disk_before_the_next_step(tmp_path: Path) -> None:
         for step in (1, 2):
             metrics.log_step(step, **STEP)
             assert [line["step"] for line in read_lines(tmp_path)] == list(range(1, step + 1))
+
+
+def test_a_full_disk_says_of_which_file(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path / "metrics.jsonl", [])
+    lines.close()
+    lines._file = open("/dev/full", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+    for write in (lambda: lines.log_eval(1, 2.0), lines.close):  # what could not be written is tried again at the end
+        with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+            write()
 
 
 def test_mfu_is_written_where_the_peak_is_known(tmp_path: Path) -> None:
