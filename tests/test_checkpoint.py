@@ -177,6 +177,7 @@ def resume_with_another_schedule(rank: int, folder: Path, stage: int, is_deepspe
     assert checkpoint is not None
     second = engine_for(8)
     load_checkpoint(second, checkpoint, seed=0)
+    assert second.lr_scheduler.get_last_lr() == second.get_lr()
     assert rates(second, range(5, 7)) == expected[4:]
     assert stage == 0 or second.optimizer.clip_grad == 1.0 / 8
 
@@ -308,6 +309,7 @@ def rewrite_state(folder: Path, change: Callable[[dict[str, Any]], object]) -> N
         (lambda state: state.update(sizes=list(state["sizes"])), r"sizes is \['"),
         (lambda state: state["sizes"].update({"../../passwd": 5}), r"sizes is {.*"),
         (lambda state: state["sizes"].update({"/etc/passwd": 5}), "sizes is {"),
+        (lambda state: state["sizes"].update({"states/\0": 5}), "sizes is {"),
         (lambda state: state["checksums"].popitem(), "sizes and checksums are not of the same files"),
         (lambda state: state["identity"].update(dtype="fp8"), r"identity\.dtype is 'fp8'"),
         (lambda state: state["identity"].update(dtype=["fp32"]), r"identity\.dtype is \['fp32'\]"),

@@ -6,6 +6,7 @@ import json
 import resource
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny import tiny_llama
@@ -107,5 +108,10 @@ def test_the_sources_own_files_are_kept(tmp_path: Path, generation: dict[str, ob
     for name in ("generation_config.json", "preprocessor_config.json"):
         assert (tmp_path / "model" / name).read_bytes() == (source / name).read_bytes()
     assert GenerationConfig.from_pretrained(tmp_path / "model").temperature == 0.6
+    # An adapter's folder has none of them: they are the model's.
+    write_files_of(SimpleNamespace(peft_config={"default": None}), byte_tokenizer(), str(source), tmp_path / "adapter")
+    names = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert "tokenizer.json" in names
+    assert names.isdisjoint({"generation_config.json", "preprocessor_config.json"})
     # The model's own is as it was.
     assert model.generation_config.temperature == 0.6
