@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from deepspeed.accelerator import get_accelerator
 
 from mst_ds.config import TrainConfig
 from mst_ds.engine.deepspeed_config import require_accepted
@@ -88,6 +89,7 @@ def test_what_deepspeed_knows_passes(ds_config: dict[str, Any], recwarn: pytest.
         ),
         ({"communication_data_type": "fp99"}, "DeepSpeed refuses communication_data_type ('fp99') of its JSON"),
         ({"communication_data_type": 3}, "communication_data_type of the DeepSpeed JSON is 3; allowed: str"),
+        ({"vocabulary_size": "x"}, "vocabulary_size of the DeepSpeed JSON is 'x'; allowed: int"),
         ({"checkpoint": {"tag_validation": 3}}, "checkpoint.tag_validation of the DeepSpeed JSON is 3; allowed: str"),
         ({"checkpoint": {"load_univ": True}}, "'checkpoint.load_univ', which DeepSpeed does not know; nearest: 'load"),
         ({"aio": {"block_size": "x"}}, "aio.block_size of the DeepSpeed JSON is 'x'; allowed: int"),
@@ -96,6 +98,9 @@ def test_what_deepspeed_knows_passes(ds_config: dict[str, Any], recwarn: pytest.
         ({"amp": {"enabled": False}}, "DeepSpeed refuses amp ({'enabled': False}) of its JSON"),
         (optimizer("Adamm"), "optimizer.type is 'Adamm'; nearest: 'Adam'; allowed: an optimizer of DeepSpeed"),
         (optimizer("lr_scheduler"), "optimizer.type is 'lr_scheduler'"),
+        (optimizer("Optimizer"), "optimizer.type is 'Optimizer'"),
+        (optimizer("Lamb"), "optimizer.type is 'Lamb', which DeepSpeed does not have for this device; allowed: AdamW"),
+        (optimizer("Muon", zzz=1), "optimizer.params.zzz is unknown to Muon; allowed: lr, momentum"),
         (optimizer("AdamW", learning_rate=1), "optimizer.params.learning_rate is unknown to AdamW; allowed: lr, "),
         (optimizer("AdamW", max_grad_norm=1), "max_grad_norm stands in the JSON; allowed: gradient_clipping beside"),
         (optimizer("MuAdam"), "optimizer.type is 'MuAdam', which needs the package mup"),
@@ -104,6 +109,7 @@ def test_what_deepspeed_knows_passes(ds_config: dict[str, Any], recwarn: pytest.
         (zero3() | optimizer("SGD", lr=1e-4), "has not tested with ZeRO; allowed: AdamW, or 'zero_allow_untested"),
         ({"optimizer": {"type": "AdamW", "parms": {}}}, "'optimizer.parms', which DeepSpeed does not know; nearest: "),
         (scheduler("Warmup"), "scheduler.type is 'Warmup'; nearest: 'WarmupLR'; allowed: a schedule of DeepSpeed"),
+        (scheduler("LRScheduler"), "scheduler.type is 'LRScheduler'"),
         (scheduler("Tensor"), "scheduler.type is 'Tensor'; allowed: a schedule of DeepSpeed"),
         (scheduler("WarmupLR", warmup_steps=3), "warmup_steps is unknown to WarmupLR; nearest: 'warmup_num_steps'"),
         (scheduler("WarmupDecayLR"), "'WarmupDecayLR' cannot be used with these params: WarmupDecayLR.__init__() mis"),
@@ -119,6 +125,12 @@ def test_what_it_does_not_take_is_one_line(ds_config: dict[str, Any], says: str)
     with pytest.raises(ValueError, match=re.escape(says)) as error:
         accept(ds_config)
     assert "\n" not in str(error.value)
+
+
+def test_a_dtype_that_the_device_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(get_accelerator()), "is_bf16_supported", lambda self: False)
+    with pytest.raises(ValueError, match="the DeepSpeed JSON asks for bf16, which this device does not compute in"):
+        accept(zero3() | {"bf16": {"enabled": True}})
 
 
 def test_nvme_needs_libaio(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
