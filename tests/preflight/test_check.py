@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -307,6 +308,7 @@ def test_not_a_decoder() -> None:
 def test_a_model_that_draws_random_numbers_cannot_be_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     original = GPT2Model.forward
 
+    @functools.wraps(original)  # its signature says which arguments are the documents
     def forward(self: GPT2Model, *args: Any, **kwargs: Any) -> Any:
         torch.rand(1)
         return original(self, *args, **kwargs)
