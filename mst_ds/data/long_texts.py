@@ -26,6 +26,7 @@ import re
 from array import array
 from bisect import bisect_left
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
 from tokenizers import Encoding, Regex, Tokenizer
@@ -53,11 +54,13 @@ _STABLE = re.compile("[\0-\u02ff\u3001\u3002\u4e00-\u9fff]")
 _LONGEST_ADDED_TOKEN = 256
 
 
-class _Token(NamedTuple):
-    id: int
-    start: int  # in characters of the overlap
-    end: int
-    begins_word: bool
+class _Tokens(NamedTuple):
+    """Neighbours, a number of each kind for every one. A text has as many of these as windows: 13 bytes a token."""
+
+    ids: array[int]
+    starts: array[int]  # in characters of the overlap
+    ends: array[int]
+    begins_word: bytes
 
 
 class Windows:
@@ -125,15 +128,15 @@ class Windows:
             joints.append(_Joint(start, overlap, tokens, len(ids) - (len(encoding.ids) - at)))
             start, stop = stop, stop + 1
 
-    def _cut(self, left: list[_Token], right: list[_Token], overlap: str) -> int | None:
+    def _cut(self, left: _Tokens, right: _Tokens, overlap: str) -> int | None:
         """The number of tokens to take from the left window, or None where the windows may not be parted here."""
         if left != right:
             return None
-        places = [place for place in range(1, len(left)) if self._within_words or left[place].begins_word]
+        places = [place for place in range(1, len(left.ids)) if self._within_words or left.begins_word[place]]
         if not places:
             return None
         place = places[len(places) // 2]
-        before, after = overlap[: left[place - 1].start], overlap[left[place].end :]
+        before, after = overlap[: left.starts[place - 1]], overlap[left.ends[place] :]
         stable = _STABLE.search(before) and _STABLE.search(after)
         return place if stable and self._matches_end_within(after) else None
 
@@ -158,7 +161,7 @@ class _Joint(NamedTuple):
 
     start: int  # of the window
     overlap: str
-    tokens: list[_Token]
+    tokens: _Tokens
     position: int  # of the first of `tokens` among the ids
 
 
@@ -205,7 +208,7 @@ class _Encoded:
         return str(self._text[start:stop], "utf-8")
 
 
-def _middle(encoding: Encoding, start: int, length: int) -> tuple[int, list[_Token]]:
+def _middle(encoding: Encoding, start: int, length: int) -> tuple[int, _Tokens]:
     """The tokens in the middle half of the overlap at characters [start, start + length), after the first's number."""
 
     def span(number: int) -> tuple[int, int]:
@@ -217,11 +220,13 @@ def _middle(encoding: Encoding, start: int, length: int) -> tuple[int, list[_Tok
         for quarter in (1, 3)
     )
     words = [encoding.token_to_word(number) if number >= 0 else None for number in range(first - 1, last)]
-    ids, tokens = encoding.ids, []
-    for number in range(first, last):
-        begins, ends = span(number)
-        begins_word = words[number - first] != words[number - first + 1]
-        tokens.append(_Token(ids[number], begins - start, ends - start, begins_word))
+    spans = [span(number) for number in range(first, last)]
+    tokens = _Tokens(
+        ids=array("i", encoding.ids[first:last]),
+        starts=array("i", [begins - start for begins, _ in spans]),
+        ends=array("i", [ends - start for _, ends in spans]),
+        begins_word=bytes(word != before for before, word in pairwise(words)),
+    )
     return first, tokens
 
 

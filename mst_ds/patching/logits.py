@@ -21,7 +21,7 @@ class NoLogitsError(ValueError, AttributeError):
     def __init__(self) -> None:
         super().__init__(
             "a model with a plan of mst_ds computes its loss in chunks and no logits: pass skip_logits=False, or "
-            "logits_to_keep=N for the last N tokens', beside the labels, or call it without labels"
+            "logits_to_keep=N for the last N tokens, beside the labels, or call it without labels"
         )
 
 

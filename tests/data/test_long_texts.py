@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 from array import array
 from collections.abc import Callable
 
@@ -152,6 +153,20 @@ def test_no_call_of_the_tokenizer_is_given_more_than_some_windows(kind: str, mon
     assert len(lengths) == 21
     assert sum(backend.bytes_of_calls) >= len(long) + 20 * len(short)
     assert max(backend.bytes_of_calls) <= bytes_per_call
+
+
+def test_what_is_remembered_of_each_window_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As objects the tokens of an overlap would take more memory than the ids of a long text."""
+    monkeypatch.setattr(long_texts, "WINDOW", 2**14)
+    monkeypatch.setattr(long_texts, "OVERLAP", 2**12)
+    windows = Windows(small_tokenizer("llama3").backend_tokenizer)
+    text, ids = "".join(random.Random(0).choices(LETTERS, k=2**20)).encode(), array("i")
+    tracemalloc.start()
+    windows.encode(ids, text)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # An id has 4 bytes; a quarter of the text lies in overlaps, of which half is remembered.
+    assert peak <= 4 * 1.2 * len(ids) + 4 * len(text)
 
 
 @pytest.mark.parametrize(
