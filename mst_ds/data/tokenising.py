@@ -30,7 +30,7 @@ def tokenise(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """Token ids, one row per document in the one column "input_ids" (int32), as `TextEncoder` makes them.
 
     Rows without text are left out. The result is an Arrow file in the cache of `datasets`, found again by the
-    fingerprints of the documents and of the tokenizer. Memory is some hundred MiB and up to four times that of
+    fingerprints of the documents and of the tokenizer. Memory is some hundred MiB and up to twice that of
     the longest document's ids, if the tokenizer can be used on parts of a text (see `long_texts`).
 
     Raises:
