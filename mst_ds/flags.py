@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import sys
 from collections.abc import Iterable, Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
 # Flags of transformers, TRL and peft, and how the same is said here.
 _FLAGS_OF_OTHERS: Mapping[str, str] = {
@@ -67,3 +68,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
+
+    def print_help(self, file: Any = None) -> None:
+        # argparse itself passes over a stream that cannot be written to.
+        print(self.format_help(), end="", file=file or sys.stdout)

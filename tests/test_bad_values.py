@@ -17,6 +17,7 @@ from test_readme import ROOT
 from mst_ds.adapters import load_peft_config, model_on_meta
 from mst_ds.command import _Lasting, console, one_line
 from mst_ds.engine.launch import Launch
+from mst_ds.flags import OneLineParser
 from mst_ds.model_shape import ModelShape, load_model_config
 
 TINY = {
@@ -218,6 +219,12 @@ def test_streams_of_a_command(line: str, code: int, output: str, error: str, tmp
         ["bash", "-c", line], check=False, cwd=ROOT, env=os.environ | BUFFERED, capture_output=True, timeout=120
     )
     assert (done.returncode, done.stdout.decode(), done.stderr.decode()) == (code, output, error)
+
+
+def test_help_that_cannot_be_printed_is_an_error() -> None:
+    """Also where the stream has no buffer, whose last flush would tell."""
+    with open("/dev/full", "wb", buffering=0) as full, pytest.raises(OSError, match="No space left"):
+        OneLineParser().print_help(io.TextIOWrapper(full, write_through=True))
 
 
 def test_a_reader_that_has_ended(tmp_path: Path) -> None:
