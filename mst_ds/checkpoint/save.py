@@ -32,6 +32,7 @@ from mst_ds.checkpoint.random_states import random_file, random_states
 from mst_ds.checkpoint.state import to_text
 from mst_ds.kept_in_fp32 import fp32_parameters, persistent_buffers
 from mst_ds.model_folder.write import write_files_of
+from mst_ds.whole_file import flush_to_disk
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -90,11 +91,11 @@ def save_checkpoint(
             "checksums": checksums,
         }
         (partial / STATE_FILE).write_text(to_text(state), encoding="utf-8")
-        _flush_to_disk(partial / STATE_FILE)
+        flush_to_disk(partial / STATE_FILE)
         if os.path.lexists(target):  # no complete one: a run goes on from the newest
             remove(target)
         partial.replace(target)
-        _flush_to_disk(folder)
+        flush_to_disk(folder)
         for old in complete_names(folder)[:-keep]:
             remove_checkpoint(folder / old)
     dist.barrier()
@@ -115,13 +116,5 @@ def _write_model_folder(
 
 
 def _flush_and_checksum(path: Path) -> int:
-    _flush_to_disk(path)
+    flush_to_disk(path)
     return checksum(path)
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

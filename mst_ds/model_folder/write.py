@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+from mst_ds.whole_file import flush_to_disk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,11 +47,11 @@ def write_model(model: Any, state: Mapping[str, Tensor], folder: Path, *, write_
             model.save_pretrained(partial, state_dict=dict(state))
         write_files(partial)
         for path in (*partial.rglob("*"), partial):
-            _flush_to_disk(path)
+            flush_to_disk(path)
         if folder.is_dir():
             folder.replace(replaced)
         partial.replace(folder)
-        _flush_to_disk(folder.parent)
+        flush_to_disk(folder.parent)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         # safetensors and tokenizers have errors of their own for a disk that is full.
@@ -108,11 +109,3 @@ def _a_generation_config_that_can_be_saved(model: Any) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
