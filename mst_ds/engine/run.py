@@ -98,7 +98,8 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
         has_accelerator=has_accelerator(),
         dp_size=launch.world_size // sp_size,
     )
-    require_accepted(split_mst(resolved)[0])
+    ds_config, _ = split_mst(resolved)
+    require_accepted(ds_config)
     peft_config = None if config.peft_config is None else load_peft_config(config.peft_config)
     model, adapted = model_on_meta(model_config, peft_config)
     planned = _planner(config, launch, trained_shape(shape, model), resolved, sp_size)
@@ -126,7 +127,7 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
     run = Run(
         config=config,
         launch=launch,
-        ds_config=split_mst(resolved)[0],
+        ds_config=ds_config,
         model_config=model_config,
         peft_config=peft_config,
         own_attention=own_attention,
