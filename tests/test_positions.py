@@ -82,21 +82,21 @@ def test_positions_that_rope_is_meant_for(name):
     shape = ModelShape.from_config(config)
     assert shape.rotary_positions == known
     if known is not None:
-        assert unknown_positions(shape, known) is None
-        assert unknown_positions(shape, known + 1).startswith(
+        assert unknown_positions(shape.rotary_positions, known) is None
+        assert unknown_positions(shape.rotary_positions, known + 1).startswith(
             f"warning: seq_len is {known + 1}, but the model's config knows {known} positions"
         )
     else:
-        assert unknown_positions(shape, 2**30) is None
+        assert unknown_positions(shape.rotary_positions, 2**30) is None
 
 
 def test_what_the_warning_advises_ends_it():
     config = AutoConfig.for_model("llama", max_position_embeddings=8192)
-    advice = unknown_positions(ModelShape.from_config(config), 20_000)
+    advice = unknown_positions(ModelShape.from_config(config).rotary_positions, 20_000)
     assert '"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 8192' in advice
     scaled = rope("yarn", factor=3.0, original_max_position_embeddings=8192)
     config = AutoConfig.for_model("llama", max_position_embeddings=8192, rope_parameters=scaled)
-    assert unknown_positions(ModelShape.from_config(config), 20_000) is None
+    assert unknown_positions(ModelShape.from_config(config).rotary_positions, 20_000) is None
 
 
 def planned(capsys, folder, *flags):

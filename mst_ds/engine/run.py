@@ -106,7 +106,7 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
     plan = planned(device_memory=rank_device_memory(launch) if mst.device_memory_gib == AUTO else None)
     _require_right_training(plan)
     require_positions(position_table(model), config.seq_len)
-    beyond = unknown_positions(shape, config.seq_len)
+    beyond = unknown_positions(shape.rotary_positions, config.seq_len)
     find_parts(adapted, plan)
     if peft_config is not None:
         # Adapters change names: those of `model` are no longer the ones that transformers matches.

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mst_ds.model_shape.families import FAMILIES
 from mst_ds.model_shape.sizes import optional_size
-
-if TYPE_CHECKING:
-    from mst_ds.model_shape.shape import ModelShape
 
 # Learned or not, they stand in a table, or attention adds to its scores from one; whatever is longer fails.
 _TABLES = frozenset(
@@ -67,9 +64,8 @@ def require_positions(positions: int | None, seq_len: int) -> None:
         )
 
 
-def unknown_positions(shape: ModelShape, seq_len: int) -> str | None:
-    """A warning, in one line, where a sequence is longer than the model's RoPE is meant for; None where it is not."""
-    known = shape.rotary_positions
+def unknown_positions(known: int | None, seq_len: int) -> str | None:
+    """A warning, in one line, where a sequence is longer than the `known` positions of a model's RoPE; else None."""
     if known is None or seq_len <= known:
         return None
     return (
