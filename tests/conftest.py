@@ -28,8 +28,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _signals_arrive_as_before() -> Iterator[None]:
-    """launch/train.py's main has signals wait, which in this process would be for every test after it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+def _the_next_test_finds_the_process_as_it_was() -> Iterator[None]:
+    """launch/train.py's main has signals wait, and writes where DeepSpeed looks that it is one process, which in
+    this process would be so for every test after it, and for every run that such a test starts."""
+    signals = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    environment = dict(os.environ)
     yield
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    signal.pthread_sigmask(signal.SIG_SETMASK, signals)
+    if dict(os.environ) != environment:
+        os.environ.clear()
+        os.environ.update(environment)

@@ -28,6 +28,15 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """A disk that is full does not say of which file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), path) from error
+
+
 class JsonLines:
     """A JSON object a line. Line-buffered: a run that dies leaves every step that it finished."""
 
@@ -46,20 +55,12 @@ class JsonLines:
         self._write({"step": step, **by_phase(phases)})
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        with self._named():
+        with _naming(self._file.name):
             self._file.write(to_json(record) + "\n")
 
     def close(self) -> None:
-        with self._named():
+        with _naming(self._file.name):
             self._file.close()
-
-    @contextmanager
-    def _named(self) -> Iterator[None]:
-        """A disk that is full does not say of which file."""
-        try:
-            yield
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, self._file.name) from error
 
 
 def records_until(path: Path, step: int) -> list[dict[str, Any]]:
@@ -106,21 +107,28 @@ class TensorBoard:
     """TensorBoard event files, with the tags train/…, eval/loss, planned_bytes/… and measured_bytes/…."""
 
     def __init__(self, folder: Path, steps_done: int) -> None:
+        self._folder = str(folder)
         # purge_step hides the events of later steps that are in this folder.
-        self._writer = SummaryWriter(str(folder), purge_step=steps_done + 1 if steps_done else 0)
+        with _naming(self._folder):
+            self._writer = SummaryWriter(self._folder, purge_step=steps_done + 1 if steps_done else 0)
 
     def log_step(self, step: int, values: Mapping[str, Value]) -> None:
-        for name, value in values.items():
-            if value is not None:
-                self._writer.add_scalar(f"train/{name}", value, step)
+        self._log(step, {f"train/{name}": value for name, value in values.items()})
 
     def log_eval(self, step: int, loss: float) -> None:
-        self._writer.add_scalar("eval/loss", loss, step)
+        self._log(step, {"eval/loss": loss})
 
     def log_memory(self, step: int, phases: Sequence[PlannedMemory]) -> None:
         for name, of_phases in by_phase(phases).items():
-            for phase, count in of_phases.items():
-                self._writer.add_scalar(f"{name}/{phase}", count, step)
+            self._log(step, {f"{name}/{phase}": count for phase, count in of_phases.items()})
+
+    def _log(self, step: int, values: Mapping[str, Value]) -> None:
+        """TensorBoard writes in a thread of its own, whose error the next call of this one raises."""
+        with _naming(self._folder):
+            for name, value in values.items():
+                if value is not None:
+                    self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._writer.close()
+        with _naming(self._folder):
+            self._writer.close()

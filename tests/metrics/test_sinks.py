@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from logged import STEP, read_events, read_lines, writer
 
-from mst_ds.metrics.sinks import JsonLines
+from mst_ds.metrics.sinks import JsonLines, TensorBoard
 
 
 def test_a_step_and_an_evaluation_are_a_json_line_each(tmp_path: Path) -> None:
@@ -59,6 +59,17 @@ def test_a_full_disk_says_of_which_file(tmp_path: Path) -> None:
     for write in (lambda: lines.log_eval(1, 2.0), lines.close):  # what could not be written is tried again at the end
         with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
             write()
+
+
+def test_a_full_disk_says_of_tensorboards_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sink = TensorBoard(tmp_path / "tensorboard", 0)
+
+    def is_full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sink._writer, "add_scalar", is_full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*tensorboard'"):
+        sink.log_eval(1, 2.0)
 
 
 def test_mfu_is_written_where_the_peak_is_known(tmp_path: Path) -> None:
