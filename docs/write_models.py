@@ -11,11 +11,12 @@ from pathlib import Path
 from architectures import ARCHITECTURES, Architecture
 from transformers import PreTrainedConfig
 
-from mst_ds.preflight import Check, Setting, check_model
+from mst_ds.preflight import Case, Check, check_model
+from mst_ds.settings import Settings
 
 PAGE = Path(__file__).with_name("models.md")
 CHUNKS = (1, 4, 64)
-# Probing settings are small: what is refused does not depend on numbers above 1.
+# Probing cases are small: what is refused does not depend on numbers above 1.
 SEVERAL = 4
 # What a refusal begins with: left out, so that models that are refused alike are so with the same words.
 _CLASS = re.compile(r"^\w+(ForCausalLM|LMHeadModel)\b")
@@ -36,10 +37,10 @@ class Row:
         """Whether it trains in any way."""
         return self.loss is None
 
-    def settings(self, chunks: Sequence[int]) -> list[Setting]:
+    def cases(self, chunks: Sequence[int]) -> list[Case]:
         """All that it trains with: the chunk counts given, at sp 1 and 2."""
         return [
-            _setting(sp_size, count if self.mlp is None else 1, count, self.packing is None)
+            _case(sp_size, count if self.mlp is None else 1, count, self.packing is None)
             for sp_size in ((1, 2) if self.sharding is None else (1,))
             for count in chunks
             if self.trains
@@ -54,32 +55,33 @@ def survey(architecture: Architecture) -> Row:
     """
     config = architecture.config()
     try:
-        if _refusals(config, _setting(2, SEVERAL, SEVERAL, True)) == [None]:
+        if _refusals(config, _case(2, SEVERAL, SEVERAL, True)) == [None]:
             return Row(architecture)
-        packing, loss = _refusals(config, _setting(1, 1, 1, True), _setting(1, 1, 1, False))
+        packing, loss = _refusals(config, _case(1, 1, 1, True), _case(1, 1, 1, False))
         if loss is not None:
             return Row(architecture, mlp=loss, loss=loss, packing=loss, sharding=loss)
         packed = packing is None
-        mlp, sharding = _refusals(config, _setting(1, SEVERAL, 1, packed), _setting(2, 1, 1, packed))
+        mlp, sharding = _refusals(config, _case(1, SEVERAL, 1, packed), _case(2, 1, 1, packed))
     except ValueError as error:
         reason = _CLASS.sub("The model", " ".join(str(error).split()))
         return Row(architecture, mlp=reason, loss=reason, packing=reason, sharding=reason)
     return Row(architecture, mlp=mlp, packing=packing, sharding=sharding)
 
 
-def _setting(sp_size: int, mlp_chunks: int, loss_chunks: int, packed: bool) -> Setting:
-    return Setting(sp_size=sp_size, mlp_chunks=mlp_chunks, loss_chunks=loss_chunks, recompute=True, packed=packed)
+def _case(sp_size: int, mlp_chunks: int, loss_chunks: int, packed: bool) -> Case:
+    settings = Settings(sp_size=sp_size, mlp_chunks=mlp_chunks, loss_chunks=loss_chunks, recompute=True)
+    return Case(settings, packed)
 
 
-def _checks(config: PreTrainedConfig, settings: Sequence[Setting]) -> Sequence[Check]:
-    report = check_model(config, settings)
+def _checks(config: PreTrainedConfig, cases: Sequence[Case]) -> Sequence[Check]:
+    report = check_model(config, cases)
     if any(check.defect is not None for check in report.checks):
         raise RuntimeError(report.verdict)
     return report.checks
 
 
-def _refusals(config: PreTrainedConfig, *settings: Setting) -> list[str | None]:
-    return [check.refusal and _CLASS.sub("The model", check.refusal) for check in _checks(config, settings)]
+def _refusals(config: PreTrainedConfig, *cases: Case) -> list[str | None]:
+    return [check.refusal and _CLASS.sub("The model", check.refusal) for check in _checks(config, cases)]
 
 
 def worst_error(checks: Sequence[Check], sp_size: int) -> float | None:
@@ -87,7 +89,7 @@ def worst_error(checks: Sequence[Check], sp_size: int) -> float | None:
     errors = [
         error
         for check in checks
-        if check.setting.sp_size == sp_size
+        if check.case.settings.sp_size == sp_size
         for error in (check.loss_error, check.gradient_error)
         if error is not None
     ]
@@ -149,7 +151,7 @@ def main() -> None:
     rows, errors = [], []
     for architecture in ARCHITECTURES:
         row = survey(architecture)
-        checks = _checks(architecture.config(), row.settings(CHUNKS)) if row.trains else ()
+        checks = _checks(architecture.config(), row.cases(CHUNKS)) if row.trains else ()
         rows.append(row)
         errors.append({sp_size: worst_error(checks, sp_size) for sp_size in (1, 2)})
     PAGE.write_text(page(rows, errors), encoding="utf-8")

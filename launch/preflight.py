@@ -32,11 +32,11 @@ def _check(argv: Sequence[str]) -> Report:
     mst = split_mst(load_ds_config(config.ds_config))[1]
     # From here on imports take seconds; a mistyped flag has been answered already.
     from mst_ds.model_shape import load_model_config
-    from mst_ds.preflight import check_model, settings_to_try
+    from mst_ds.preflight import cases_to_try, check_model
 
     packed = config.packing == "documents"
     model_config = load_model_config(config.model, trust_remote_code=config.trust_remote_code)
-    return check_model(model_config, settings_to_try(mst, packed=packed))
+    return check_model(model_config, cases_to_try(mst, packed=packed))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mst_ds.config import GIB
     from mst_ds.minisequence import chunked_loss, chunked_mlp
-    from mst_ds.patching import apply_plan, remove_plan
+    from mst_ds.patching import apply_plan, apply_settings, remove_plan
     from mst_ds.planner import Plan, make_plan
+    from mst_ds.settings import Settings
 
 __version__ = "0.1.0"
 
@@ -17,13 +18,25 @@ __version__ = "0.1.0"
 _HOMES = {
     "GIB": "mst_ds.config",
     "Plan": "mst_ds.planner",
+    "Settings": "mst_ds.settings",
     "apply_plan": "mst_ds.patching",
+    "apply_settings": "mst_ds.patching",
     "chunked_loss": "mst_ds.minisequence",
     "chunked_mlp": "mst_ds.minisequence",
     "make_plan": "mst_ds.planner",
     "remove_plan": "mst_ds.patching",
 }
-__all__ = ["GIB", "Plan", "apply_plan", "chunked_loss", "chunked_mlp", "make_plan", "remove_plan"]
+__all__ = [
+    "GIB",
+    "Plan",
+    "Settings",
+    "apply_plan",
+    "apply_settings",
+    "chunked_loss",
+    "chunked_mlp",
+    "make_plan",
+    "remove_plan",
+]
 
 
 def __getattr__(name: str) -> Any:

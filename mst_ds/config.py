@@ -1,7 +1,7 @@
-"""What the user asked for: the flags of a training run and the `"mst"` block of the DeepSpeed JSON.
+"""What the user asked for: the flags of a training run.
 
 `TrainConfig` is the only list of flags; the parser, the defaults, the help text and the YAML keys are all
-read from its fields. `MstConfig` is the only list of keys of the `"mst"` block.
+read from its fields.
 """
 
 from __future__ import annotations
@@ -47,8 +47,6 @@ _LENGTH_SUFFIXES = {"": 1, "K": 1024, "M": 1024**2}
 # Above every number that has a use: what is larger is a mistake, or would overflow in fp32.
 MOST = 1e30
 MOST_RATE = 1e3
-# More memory than any machine has; its bytes fit into 64 bits.
-_MOST_GIB = 2**30
 MOST_TOKENS = 2**36
 _MOST_STEPS = 2**40
 _MOST_MINUTES = 60 * 24 * 366
@@ -315,85 +313,3 @@ def _yaml_flags(given: str) -> list[str]:
         if value is not None:
             flags.append(f"--{key}={value}")
     return flags
-
-
-@dataclass(frozen=True)
-class MstConfig:
-    """The `"mst"` block of the DeepSpeed JSON; `"auto"` leaves the choice to the planner.
-
-    sp_size: ranks that share one sequence. mlp_chunks, loss_chunks: chunks per rank. recompute: drop a
-    layer's activations and compute them again in the backward; "auto": where they do not fit, or where one of the
-    next two is True. keep_attention: but not the attention's output, so that attention runs once. offload_activations:
-    what recompute keeps lies on the host. keep_mlp: keep an MLP's gate and up, too, so that its backward computes
-    nothing again. head_groups: groups of heads that attention is worked through in where the sequence is sharded.
-    device_memory_gib: memory to plan for. reserve_gib: of that, what tensors cannot have.
-    """
-
-    sp_size: int | Auto = AUTO
-    mlp_chunks: int | Auto = AUTO
-    loss_chunks: int | Auto = AUTO
-    recompute: bool | Auto = AUTO
-    keep_attention: bool | Auto = AUTO
-    offload_activations: bool | Auto = AUTO
-    keep_mlp: bool | Auto = AUTO
-    head_groups: int | Auto = AUTO
-    attention: str = AUTO
-    device_memory_gib: float | Auto = AUTO
-    reserve_gib: float | Auto = AUTO
-
-    @classmethod
-    def from_dict(cls, block: Mapping[str, Any]) -> MstConfig:
-        """Checks the block and fills what it leaves out with `"auto"`.
-
-        Raises:
-            ValueError: not a mapping, an unknown key, a value of the wrong type or range, or a setting of what
-                recompute keeps without recompute.
-        """
-        if not isinstance(block, Mapping):
-            raise ValueError(f"'mst' is {block!r}; allowed: an object with the keys {', '.join(_MST_CHECKS)}")
-        for key, value in block.items():
-            if key not in _MST_CHECKS:
-                near = nearest(key, _MST_CHECKS)
-                raise ValueError(f"'mst' has the unknown key {key!r}{near}; allowed: {', '.join(_MST_CHECKS)}")
-            is_allowed, allowed = _MST_CHECKS[key]
-            if value != AUTO and not is_allowed(value):
-                raise ValueError(f"{key} in 'mst' is {value!r}; allowed: 'auto' or {allowed}")
-        if block.get("recompute") is False:
-            for key in ("keep_attention", "offload_activations"):
-                if block.get(key) is True:
-                    raise ValueError(
-                        f"{key} in 'mst' is True, but recompute is False and layers keep everything; "
-                        f"allowed: 'auto' or false, or recompute true"
-                    )
-        return cls(**block)
-
-
-def _is_bool(value: object) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST_TOKENS
-
-
-def _is_number_from_0(value: object) -> bool:
-    return _is_positive_number(value) or (value == 0 and not isinstance(value, bool))
-
-
-def _is_positive_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= _MOST_GIB
-
-
-_MST_CHECKS: Mapping[str, tuple[Callable[[object], bool], str]] = {
-    "sp_size": (_is_count, "a whole number >= 1"),
-    "mlp_chunks": (_is_count, "a whole number >= 1"),
-    "loss_chunks": (_is_count, "a whole number >= 1"),
-    "recompute": (_is_bool, "true or false"),
-    "keep_attention": (_is_bool, "true or false"),
-    "offload_activations": (_is_bool, "true or false"),
-    "keep_mlp": (_is_bool, "true or false"),
-    "head_groups": (_is_count, "a whole number >= 1"),
-    "attention": (lambda value: value in ATTENTION_IMPLEMENTATIONS, " or ".join(ATTENTION_IMPLEMENTATIONS)),
-    "device_memory_gib": (_is_positive_number, "a number > 0"),
-    "reserve_gib": (_is_number_from_0, "a number >= 0"),
-}

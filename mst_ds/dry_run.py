@@ -58,7 +58,7 @@ def dry_run(model_config: PreTrainedConfig, plan: Plan, peft_config: PeftConfig 
     # Finding a model's structure runs small real tensors, so that it is not done on fake ones.
     model: Any = model_on_meta(model_config, peft_config, _DTYPES[plan.dtype])[1]
     model.train()
-    structure = find_parts(model, plan).loss
+    structure = find_parts(model, plan.settings).loss
     apply_plan(model, plan, sequence_group=_AbsentRanks(plan.sp_rank, plan.sp_size) if plan.sp_size > 1 else None)
     peaks: dict[str, int] = {}
     shape = (plan.micro_batch_size, plan.shard_length)

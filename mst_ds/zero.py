@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast
 
-from mst_ds.config import AUTO, MstConfig, TrainConfig
+from mst_ds.config import AUTO, TrainConfig
 from mst_ds.owners import require_agreement
 from mst_ds.read_file import existing_file, read_json
+from mst_ds.settings import MstConfig
 from mst_ds.zero_checks import ACCUMULATION, MICRO_BATCH, MST, TRAIN_BATCH, ZERO, block, check, stage
 
 OffloadDevice: TypeAlias = Literal["none", "cpu", "nvme"]

@@ -11,7 +11,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from mst_ds.config import AUTO, MOST, MOST_RATE, MstConfig
+from mst_ds.config import AUTO, MOST, MOST_RATE
+from mst_ds.settings import MstConfig
 
 MST = "mst"
 ZERO = "zero_optimization"

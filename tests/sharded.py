@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from plain_model import shift
-from tiny import tiny_plan
+from tiny import tiny_settings
 from torch import Tensor
 
-from mst_ds import apply_plan
-from mst_ds.topology import Topology
+from mst_ds import apply_settings
 from mst_ds.ulysses import SequenceGroup, run_simulated
 
 
@@ -33,7 +32,6 @@ def sharded_loss_and_gradients(
         forward: further arguments of the model.
         settings: of the plan.
     """
-    length = batch["input_ids"].shape[1]
     tensors = dict(batch)
     tensors["shift_labels"] = shift(tensors.pop("labels"), batch.get("position_ids"), batch.get("attention_mask"))
     num_items = int((tensors["shift_labels"] != -100).sum()) if num_items_in_batch is None else num_items_in_batch
@@ -41,8 +39,7 @@ def sharded_loss_and_gradients(
 
     def run(group: SequenceGroup) -> Tensor:
         rank, own = group.rank, copies[group.rank]
-        plan = tiny_plan(Topology(rank, sp_size, sp_size), length, **settings)
-        apply_plan(own, plan, sequence_group=group)
+        apply_settings(own, tiny_settings(sp_size, **settings), sequence_group=group)
         shard = {name: tensor.chunk(sp_size, dim=1)[rank] for name, tensor in tensors.items()}
         loss = own(**shard, num_items_in_batch=num_items, **(forward or {})).loss
         loss.backward()

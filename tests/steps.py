@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tiny import LEARNING_RATE, Outcome, tiny_plan
+from tiny import LEARNING_RATE, Outcome, tiny_settings
 from torch import Tensor, nn
 
-from mst_ds import apply_plan
+from mst_ds import apply_settings
 from mst_ds.data import IGNORE_INDEX, Batch, shard, shift_labels
 from mst_ds.topology import Topology
 from mst_ds.ulysses import SequenceGroup, run_simulated
@@ -37,7 +37,7 @@ def alone(model: nn.Module, sequences: Sequence[Tensor]) -> dict[str, Tensor]:
 
 def patched_step(model: nn.Module, batch: Batch, **settings: Any) -> dict[str, Tensor]:
     """`loss_and_gradients` of a copy of `model` under a plan with these settings."""
-    return loss_and_gradients(apply_plan(copy.deepcopy(model), tiny_plan(**settings)), **batch)
+    return loss_and_gradients(apply_settings(copy.deepcopy(model), tiny_settings(**settings)), **batch)
 
 
 def simulated_step(model: nn.Module, batch: Batch, sp_size: int = 2, **settings: Any) -> dict[str, Tensor]:
@@ -45,14 +45,14 @@ def simulated_step(model: nn.Module, batch: Batch, sp_size: int = 2, **settings:
 
     Args:
         batch: see `mst_ds.data.shard`; every rank takes its part.
-        settings: of the plan, see `tiny_plan`.
+        settings: of the plan, see `tiny_settings`.
     """
-    models, seq_len = [copy.deepcopy(model) for _ in range(sp_size)], batch["input_ids"].shape[1]
+    models = [copy.deepcopy(model) for _ in range(sp_size)]
     num_items = int((shift_labels(batch["labels"]) != IGNORE_INDEX).sum())
 
     def step(group: SequenceGroup) -> dict[str, Tensor]:
         topology, own = Topology(group.rank, sp_size, sp_size), models[group.rank]
-        apply_plan(own, tiny_plan(topology, seq_len, **settings), sequence_group=group)
+        apply_settings(own, tiny_settings(topology.sp_size, **settings), sequence_group=group)
         return loss_and_gradients(own, **shard(batch, topology), num_items_in_batch=num_items)
 
     of_ranks = run_simulated(step, sp_size)

@@ -24,12 +24,11 @@ from adapted import (
 )
 from peft import PeftModel, get_peft_model
 from steps import assert_close, loss_and_gradients, patched_step
-from tiny import tiny_plan
+from tiny import tiny_settings
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mst_ds import apply_plan, remove_plan
-from mst_ds.topology import Topology
+from mst_ds import apply_settings, remove_plan
 
 SEVERAL = {"target_modules": [*ATTENTION, *MLP, *HEAD], "modules_to_save": EMBEDDINGS}
 
@@ -80,14 +79,14 @@ def test_an_adapter_is_used_as_without_a_plan(
     use: Callable[[PeftModel], list[dict[str, Tensor]]], recompute: bool
 ) -> None:
     plain = use(adapted("llama", SEVERAL))
-    patched = use(apply_plan(adapted("llama", SEVERAL), tiny_plan(recompute=recompute)))
+    patched = use(apply_settings(adapted("llama", SEVERAL), tiny_settings(recompute=recompute)))
     for actual, expected in zip(patched, plain, strict=True):
         assert_close(actual, expected, TOLERANCE)
 
 
 def test_a_model_merged_and_unloaded_under_its_plan() -> None:
     plain, model = (adapted("llama", SEVERAL) for _ in range(2))
-    apply_plan(model, tiny_plan())
+    apply_settings(model, tiny_settings())
     plain, model = plain.merge_and_unload(), model.merge_and_unload()
     ids = make_batch()["input_ids"]
     torch.testing.assert_close(model(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=TOLERANCE, atol=TOLERANCE)
@@ -95,7 +94,7 @@ def test_a_model_merged_and_unloaded_under_its_plan() -> None:
     with pytest.raises(ValueError, match=r"LM head was changed after mst_ds.apply_plan.*remove_plan\(model\)"):
         model(**make_batch())
     remove_plan(model)
-    apply_plan(model, tiny_plan())
+    apply_settings(model, tiny_settings())
     for merged in (plain, model):
         merged.requires_grad_(True)
     assert_close(loss_and_gradients(model, **make_batch()), loss_and_gradients(plain, **make_batch()), TOLERANCE)
@@ -103,7 +102,7 @@ def test_a_model_merged_and_unloaded_under_its_plan() -> None:
 
 def test_another_adapter_between_forward_and_backward_is_refused() -> None:
     # The backward would compute again with the other adapter.
-    model = apply_plan(adapted("llama", SEVERAL), tiny_plan())
+    model = apply_settings(adapted("llama", SEVERAL), tiny_settings())
     model.add_adapter("second", lora(target_modules=MLP))
     loss = model(**make_batch()).loss
     model.set_adapter("second")
@@ -137,7 +136,7 @@ def by_transformers(adapter: Adapter, model: PreTrainedModel) -> nn.Module:
 def test_an_adapter_added_after_the_plan_trains_or_is_refused(
     architecture: str, adapter: Adapter, changed: str | None, add: Callable[[Adapter, PreTrainedModel], nn.Module]
 ) -> None:
-    plain, patched = base_model(architecture), apply_plan(base_model(architecture), tiny_plan())
+    plain, patched = base_model(architecture), apply_settings(base_model(architecture), tiny_settings())
     models = []
     for base in (plain, patched):
         torch.manual_seed(1)
@@ -149,13 +148,13 @@ def test_an_adapter_added_after_the_plan_trains_or_is_refused(
             model(**make_batch())
         assert "\n" not in str(error.value)
         remove_plan(model)
-        apply_plan(model, tiny_plan())
+        apply_settings(model, tiny_settings())
     assert_close(loss_and_gradients(model, **make_batch()), loss_and_gradients(plain, **make_batch()), TOLERANCE)
 
 
 @pytest.mark.parametrize("head", [None, nn.Linear(32, 97, bias=False, dtype=torch.float64)], ids=["resized", "new"])
 def test_a_head_replaced_under_the_plan_is_refused(head: nn.Module | None) -> None:
-    model = apply_plan(base_model("llama"), tiny_plan())
+    model = apply_settings(base_model("llama"), tiny_settings())
     if head is None:
         model.resize_token_embeddings(105, mean_resizing=False)
     else:
@@ -188,14 +187,14 @@ def test_a_learned_prompt_trains_without_shards(config: peft.PeftConfig, with_ma
 def test_a_learned_prompt_is_refused_on_shards(name: str) -> None:
     model = get_peft_model(base_model("llama"), getattr(peft, name)(task_type="CAUSAL_LM", num_virtual_tokens=5))
     with pytest.raises(ValueError, match=r"learns a prompt puts it before the sequence.*: use sp_size 1$"):
-        apply_plan(model, tiny_plan(Topology(0, 2, 2)), sequence_group=object())
+        apply_settings(model, tiny_settings(2), sequence_group=object())
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
 def test_a_learned_prefix_is_refused(recompute: bool) -> None:
     # With recompute transformers drops the prefix without a word.
     config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
-    model = apply_plan(get_peft_model(base_model("llama"), config), tiny_plan(recompute=recompute))
+    model = apply_settings(get_peft_model(base_model("llama"), config), tiny_settings(recompute=recompute))
     with pytest.raises(ValueError, match="past_key_values, such as a learned prefix, cannot be trained with a plan"):
         model(**make_batch())
 
@@ -214,7 +213,7 @@ def test_a_learned_prefix_is_refused(recompute: bool) -> None:
 def test_an_adapter_of_more_than_layers_is_refused(config: peft.PeftConfig, message: str) -> None:
     model = get_peft_model(base_model("llama"), config)
     with pytest.raises(ValueError, match=message):
-        apply_plan(model, tiny_plan(mlp_chunks=1))
+        apply_settings(model, tiny_settings(mlp_chunks=1))
 
 
 @pytest.mark.parametrize(
@@ -227,4 +226,4 @@ def test_an_adapter_of_more_than_layers_is_refused(config: peft.PeftConfig, mess
 def test_an_adapter_of_a_weight_outside_of_experts_is_refused(weight: str, message: str) -> None:
     model = adapted("llama", {"target_modules": ATTENTION, "target_parameters": [weight]})
     with pytest.raises(ValueError, match=message):
-        apply_plan(model, tiny_plan())
+        apply_settings(model, tiny_settings())

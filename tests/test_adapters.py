@@ -36,11 +36,11 @@ from steps import (
     train,
     zero_block,
 )
-from tiny import Outcome, plain_training, samples, tiny_llama, tiny_plan
+from tiny import Outcome, plain_training, samples, tiny_llama, tiny_settings
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from mst_ds import apply_plan, remove_plan
+from mst_ds import apply_settings, remove_plan
 from mst_ds.data import IGNORE_INDEX, shard
 from mst_ds.topology import Topology
 from mst_ds.ulysses import ProcessSequenceGroup
@@ -95,7 +95,7 @@ def plain_step(name: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_an_adapter_trains_as_without_a_plan(name: str) -> None:
     model = adapted(*ADAPTERS[name])
-    assert apply_plan(model, tiny_plan(recompute=False)) is model
+    assert apply_settings(model, tiny_settings(recompute=False)) is model
     assert_close(loss_and_gradients(model, **make_batch()), plain_step(name), TOLERANCE)
     remove_plan(model)
     removed = loss_and_gradients(model, **make_batch())
@@ -104,7 +104,7 @@ def test_an_adapter_trains_as_without_a_plan(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["everything", "saved-head-and-embeddings", "moe-everything"])
 def test_an_adapter_trains_with_recompute_as_without_a_plan(name: str) -> None:
-    model = apply_plan(adapted(*ADAPTERS[name]), tiny_plan(recompute=True))
+    model = apply_settings(adapted(*ADAPTERS[name]), tiny_settings(recompute=True))
     assert_close(loss_and_gradients(model, **make_batch()), plain_step(name), TOLERANCE)
 
 
@@ -120,8 +120,8 @@ def step_in_processes(rank: int, names: list[str]) -> list[dict[str, Tensor]]:
     results = []
     for name in names:
         model = adapted(*ADAPTERS[name])
-        plan = tiny_plan(topology, 30, recompute=True, mlp_chunks=2 + rank)
-        apply_plan(model, plan, sequence_group=ProcessSequenceGroup(dist.group.WORLD))
+        settings = tiny_settings(topology.sp_size, recompute=True, mlp_chunks=2 + rank)
+        apply_settings(model, settings, sequence_group=ProcessSequenceGroup(dist.group.WORLD))
         step = loss_and_gradients(model, **shard(batch, topology), num_items_in_batch=num_items)
         for tensor in step.values():
             dist.all_reduce(tensor)
@@ -189,7 +189,7 @@ def dropouts(model: PeftModel) -> dict[str, Any]:
 @pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
 def test_every_chunk_draws_masks_of_its_own_and_recompute_the_same(recompute: bool) -> None:
     model = adapted("llama", DROPOUT)
-    apply_plan(model, tiny_plan(recompute=recompute))
+    apply_settings(model, tiny_settings(recompute=recompute))
     for holder in dropouts(model).values():
         holder["default"] = Masks()
     torch.manual_seed(5)
@@ -198,7 +198,7 @@ def test_every_chunk_draws_masks_of_its_own_and_recompute_the_same(recompute: bo
     plain = adapted("llama", DROPOUT)
     drawn = {name: holder["default"].drawn for name, holder in dropouts(model).items()}
     for name, holder in dropouts(plain).items():
-        chunks = 3 if "lm_head" in name else 4  # of tiny_plan
+        chunks = 3 if "lm_head" in name else 4  # of tiny_settings
         # The head runs once. An MLP runs in the forward and in its own backward; with recompute one token before that.
         times = 1 if "lm_head" in name else 2
         masks = list(drawn[name])
@@ -215,7 +215,7 @@ def test_every_chunk_draws_masks_of_its_own_and_recompute_the_same(recompute: bo
 def test_dropout_depends_on_the_seed_alone() -> None:
     results = []
     for recompute, seed in ((False, 5), (True, 5), (True, 6)):
-        model = apply_plan(adapted("llama", DROPOUT), tiny_plan(recompute=recompute))
+        model = apply_settings(adapted("llama", DROPOUT), tiny_settings(recompute=recompute))
         torch.manual_seed(seed)
         results.append((loss_and_gradients(model, **make_batch()), torch.rand(1)))
     (first, next_number), (same, same_number), (other, _) = results
@@ -258,8 +258,8 @@ def train_under_zero(rank: int, stage: int) -> dict[str, Outcome]:
     topology, outcomes = Topology(rank, 2, 2), {}
     for case in ENGINE_CASES:
         model = fp32_adapted(case)
-        plan = tiny_plan(topology, SEQ_LEN, zero_stage=stage, mlp_chunks=2 + 3 * rank, loss_chunks=1 + 2 * rank)
-        apply_plan(model, plan)
+        settings = tiny_settings(topology.sp_size, mlp_chunks=2 + 3 * rank, loss_chunks=1 + 2 * rank)
+        apply_settings(model, settings, zero_stage=stage)
         engine = build_engine(model, zero_optimization=zero_block(stage))
         outcomes[case] = train(engine, shard(samples(2, SEQ_LEN), topology), steps=2)
         engine.destroy()

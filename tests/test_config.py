@@ -6,7 +6,7 @@ from typing import get_type_hints
 
 import pytest
 
-from mst_ds.config import MstConfig, NonFinite, Packing, TrainConfig, parse_seq_len, parse_train_config
+from mst_ds.config import NonFinite, Packing, TrainConfig, parse_seq_len, parse_train_config
 
 
 @pytest.mark.parametrize(
@@ -190,62 +190,6 @@ def test_output_dir_has_to_be_writable(tmp_path, monkeypatch):
 def test_parsing_validates():
     with pytest.raises(ValueError, match="seq_len is -1"):
         parse_train_config(["--seq_len", "-1"])
-
-
-def test_an_empty_mst_block_is_all_auto():
-    assert set(dataclasses.asdict(MstConfig.from_dict({})).values()) == {"auto"}
-
-
-def test_mst_values_are_kept():
-    block = {
-        "sp_size": 2,
-        "mlp_chunks": 8,
-        "loss_chunks": 4,
-        "recompute": True,
-        "keep_attention": True,
-        "offload_activations": False,
-        "keep_mlp": False,
-        "head_groups": 2,
-        "attention": "sdpa",
-        "device_memory_gib": 79.5,
-        "reserve_gib": 1.5,
-    }
-    assert dataclasses.asdict(MstConfig.from_dict(block)) == block
-
-
-@pytest.mark.parametrize(
-    ("block", "message"),
-    [
-        ({"mlp_chunk": 2}, "unknown key 'mlp_chunk'; nearest: 'mlp_chunks'; allowed: sp_size, mlp_chunks"),
-        ({"zzz": 2}, "unknown key 'zzz'; allowed"),
-        ({"sp_size": 0}, "sp_size in 'mst' is 0; allowed: 'auto' or a whole number >= 1"),
-        ({"mlp_chunks": True}, "mlp_chunks in 'mst' is True"),
-        ({"loss_chunks": 2.0}, "loss_chunks in 'mst' is 2.0"),
-        ({"recompute": "yes"}, "recompute in 'mst' is 'yes'; allowed: 'auto' or true or false"),
-        ({"keep_attention": 1}, "keep_attention in 'mst' is 1; allowed: 'auto' or true or false"),
-        ({"offload_activations": "cpu"}, "offload_activations in 'mst' is 'cpu'; allowed: 'auto' or true or false"),
-        ({"head_groups": 0}, "head_groups in 'mst' is 0; allowed: 'auto' or a whole number >= 1"),
-        *(
-            ({"recompute": False, key: True}, f"{key} in 'mst' is True, but recompute is False .*; allowed: 'auto' or")
-            for key in ("keep_attention", "offload_activations")
-        ),
-        ({"keep_mlp": "all"}, "keep_mlp in 'mst' is 'all'; allowed: 'auto' or true or false"),
-        (
-            {"attention": "eager"},
-            "attention in 'mst' is 'eager'; allowed: 'auto' or sdpa or flash_attention_2",
-        ),
-        ({"device_memory_gib": 0}, "device_memory_gib in 'mst' is 0"),
-        ({"reserve_gib": -1}, "reserve_gib in 'mst' is -1; allowed: 'auto' or a number >= 0"),
-        ({"reserve_gib": False}, "reserve_gib in 'mst' is False"),
-        ({"device_memory_gib": float("inf")}, "device_memory_gib in 'mst' is inf"),
-        ({"device_memory_gib": 2**31}, "device_memory_gib in 'mst' is 2147483648; allowed"),
-        ({"mlp_chunks": 2**37}, "mlp_chunks in 'mst' is 137438953472; allowed"),
-        ([], r"'mst' is \[\]; allowed: an object"),
-    ],
-)
-def test_a_bad_mst_block_is_refused(block, message):
-    with pytest.raises(ValueError, match=message):
-        MstConfig.from_dict(block)
 
 
 def test_every_schedule_that_is_allowed_works():

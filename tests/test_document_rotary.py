@@ -7,7 +7,7 @@ import pytest
 import torch
 from plain_model import assert_close, loss_and_gradients
 from sharded import sharded_loss_and_gradients
-from tiny import tiny_plan
+from tiny import tiny_settings
 from tiny_models import GQA, build
 from torch import nn
 from transformers import (
@@ -19,7 +19,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from mst_ds import apply_plan, remove_plan
+from mst_ds import apply_settings, remove_plan
 from mst_ds.patching import find_parts
 
 # Shorter than the original length, far longer, and shorter again.
@@ -106,14 +106,14 @@ def test_a_document_has_the_frequencies_of_its_own_length(name, batch, sp_size):
 def test_padding_without_positions_decides_nothing(name):
     """Positions that the model counts itself begin with the first token, not with what stands before it."""
     batch = {key: value for key, value in BATCHES["padded-more"].items() if key != "position_ids"}
-    assert_close(loss_and_gradients(apply_plan(model_of(name), tiny_plan()), **batch), each_alone(name))
+    assert_close(loss_and_gradients(apply_settings(model_of(name), tiny_settings()), **batch), each_alone(name))
 
 
 def test_what_was_seen_before_decides_nothing():
     """transformers' dynamic embedding keeps the frequencies of the longest document that it has seen."""
     model = model_of("dynamic")
     state = copy.deepcopy(model.model.rotary_emb.__dict__)
-    apply_plan(model, tiny_plan())
+    apply_settings(model, tiny_settings())
     for length in (300, 201, 100):
         text = torch.arange(length)[None] % 97
         expected = loss_and_gradients(model_of("dynamic"), input_ids=text, labels=text)
@@ -139,7 +139,7 @@ def test_padding_decides_nothing_in_a_model_that_keeps_its_own_attention(before)
         own = {"input_ids": text[None], "labels": text[None], "num_items_in_batch": TARGETS}
         results.append(loss_and_gradients(falcon(), **own))
     expected = {key: sum(result[key] for result in results) for key in results[0]}
-    assert_close(loss_and_gradients(apply_plan(falcon(), tiny_plan()), **batch), expected)
+    assert_close(loss_and_gradients(apply_settings(falcon(), tiny_settings()), **batch), expected)
 
 
 class OwnRotary(nn.Module):
@@ -175,11 +175,11 @@ def test_other_rotary_embeddings_that_depend_on_the_length_are_refused(change, r
     model = model_of("dynamic")
     change(model)
     with pytest.raises(ValueError, match=f"^LlamaForCausalLM {reason}, while its rope_type is 'dynamic', .*; allowed"):
-        find_parts(model, tiny_plan())
+        find_parts(model, tiny_settings())
 
 
 def test_other_positions_than_those_of_the_tokens_are_refused():
-    model = apply_plan(model_of("dynamic"), tiny_plan())
+    model = apply_settings(model_of("dynamic"), tiny_settings())
     model.model.rotary_emb.register_forward_pre_hook(
         lambda module, args, kwargs: ((args[0],), {"position_ids": kwargs["position_ids"][:, ::2]}), with_kwargs=True
     )

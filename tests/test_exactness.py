@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_ranks
-from tiny import LEARNING_RATE, Outcome, plain_training, rows, samples, tiny_llama, tiny_plan
+from tiny import LEARNING_RATE, Outcome, plain_training, rows, samples, tiny_llama, tiny_settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mst_ds.data import shard
@@ -40,11 +40,11 @@ def make_engine(
     import deepspeed
 
     from mst_ds.jit_build import build_shared_memory_collective
-    from mst_ds.patching import apply_plan
+    from mst_ds.patching import apply_settings
 
     build_shared_memory_collective()
     model = tiny_llama(**dimensions)
-    apply_plan(model, tiny_plan(topology, SEQ_LEN, zero_stage=stage, **settings))
+    apply_settings(model, tiny_settings(topology.sp_size, **settings), zero_stage=stage)
     # Off: a parameter is gathered for the module that runs, and dropped after it, as in a model that fills its memory.
     buffers = {} if keep_gathered else {"stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0}
     engine, *_ = deepspeed.initialize(

@@ -16,11 +16,11 @@ from lookalike_experts import (
 )
 from lookalikes import DROPOUTS, MIXING, TOKENWISE, Mlp, UpBeforeGate, WithOptionalArgument
 from plain_model import assert_close, loss_and_gradients, make_batch
-from tiny import tiny_plan
+from tiny import tiny_settings
 from tiny_models import tiny_model
 from torch import nn
 
-from mst_ds import apply_plan, remove_plan
+from mst_ds import apply_settings, remove_plan
 from mst_ds.structure import ExpertsStructure, MlpStructure, TokenwiseStructure, find_mlps, probe
 
 
@@ -38,7 +38,7 @@ def seeded(model, seed=0):
 def assert_exact(model):
     plain = seeded(model)
     for recompute in (False, True):
-        apply_plan(model, tiny_plan(recompute=recompute))
+        apply_settings(model, tiny_settings(recompute=recompute))
         assert_close(seeded(model), plain)
         remove_plan(model)
 
@@ -77,13 +77,13 @@ def test_dropout_draws_the_same_mask_in_the_recompute(make):
     """With one plan and one seed the gradients are the same with and without recompute of the layer."""
     results = []
     for recompute in (False, True):
-        model = apply_plan(llama_with(make()), tiny_plan(recompute=recompute))
+        model = apply_settings(llama_with(make()), tiny_settings(recompute=recompute))
         results.append(seeded(model, seed=7))
         another = seeded(model, seed=8)
     assert_close(results[1], results[0])
     assert abs(another["loss"] - results[1]["loss"]) > 1e-4
     # A gradient by another mask than the loss's would show against a difference quotient.
-    assert_is_derivative(apply_plan(llama_with(make()), tiny_plan(recompute=True)))
+    assert_is_derivative(apply_settings(llama_with(make()), tiny_settings(recompute=True)))
 
 
 def assert_is_derivative(model):
@@ -122,7 +122,7 @@ def test_the_answer_does_not_depend_on_luck(monkeypatch):
 
 def test_an_argument_that_was_not_seen_is_refused():
     mlp = WithOptionalArgument()
-    model = apply_plan(llama_with(mlp), tiny_plan())
+    model = apply_settings(llama_with(mlp), tiny_settings())
     x = torch.randn(1, 9, 32, dtype=torch.float64)
     assert mlp(x).shape == x.shape
     for arguments in ({"residual": x}, {"residual": None}):
@@ -161,7 +161,7 @@ def test_experts_with_dropout_draw_the_same_mask_in_the_recompute():
     for recompute in (False, True):
         model = llama_with(MixtureOfExperts(ExpertsWithDropout()))
         assert isinstance(find_mlps(model, required=True)[1], TokenwiseStructure)
-        results.append(seeded(apply_plan(model, tiny_plan(recompute=recompute)), seed=7))
+        results.append(seeded(apply_settings(model, tiny_settings(recompute=recompute)), seed=7))
     assert_close(results[1], results[0])
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from distributed import run_ranks
 from test_checkpoint import make_engine
-from tiny import tiny_llama, tiny_plan
+from tiny import tiny_llama
 
-from mst_ds import loop
+from mst_ds import GIB, loop, make_plan
 from mst_ds.config import NonFinite
 from mst_ds.loop import StepResult, _is_skipped
 from mst_ds.phase_memory import PhaseMeter
@@ -109,7 +109,8 @@ def test_the_first_step_is_measured_and_the_peak_over_the_run_outlives_the_reset
     module.base_model = torch.nn.Identity()
     engine: Any = SimpleNamespace(device=torch.device(device), module=module, get_lr=lambda: [0.1])
     logged: Any = Logged()
-    loop.train(engine, tiny_plan(), iter([{}, {}, {}]), logged, max_steps=3)
+    plan = make_plan("small_llama", {}, world_size=1, seq_len=32, device_memory=GIB)
+    loop.train(engine, plan, iter([{}, {}, {}]), logged, max_steps=3)
     assert [meter is not None for meter in meters] == [True, False, False]
     assert logged.memory == [(1, peaks)]
     assert logged.steps == expected

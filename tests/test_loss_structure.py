@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import tiny_plan
+from tiny import tiny_settings
 from tiny_models import ARCHITECTURES, EXPERTS, GQA, build, tiny_model
 from torch import nn
 from transformers import (
@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from mst_ds import apply_plan
+from mst_ds import apply_settings
 from mst_ds.structure import RouterLoss, loss_structure
 
 # Scale and softcap of the logits, and the router loss.
@@ -209,7 +209,7 @@ def test_a_forward_that_does_more_is_refused(model_class, message):
     with pytest.raises(ValueError, match=f"^{model_class.__name__} {message}"):
         loss_structure(model)
     with pytest.raises(ValueError, match=message):
-        apply_plan(model, tiny_plan())
+        apply_settings(model, tiny_settings())
 
 
 def test_the_refusal_is_of_the_computation_not_of_the_class():
@@ -278,7 +278,7 @@ def test_a_head_with_an_adapter_is_taken_as_it_is():
     results = []
     for patched in (False, True):
         if patched:
-            apply_plan(model, tiny_plan())
+            apply_settings(model, tiny_settings())
         model.zero_grad()
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()

@@ -7,13 +7,12 @@ import pytest
 import torch
 from plain_model import TOLERANCE, assert_close, loss_and_gradients, make_batch, shift
 from sharded import sharded_loss_and_gradients
-from tiny import tiny_llama, tiny_plan
+from tiny import tiny_llama, tiny_settings
 from tiny_models import ARCHITECTURES, GQA, OWN_ATTENTION, SHARDABLE, build, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mst_ds import apply_plan, remove_plan
+from mst_ds import apply_settings, remove_plan
 from mst_ds.patching.logits import LogitsLeftOutByThePlan
-from mst_ds.topology import Topology
 
 LENGTH = 30
 # Documents of each row. The second shard of two begins inside the second and the third; some are longer than a
@@ -92,7 +91,7 @@ def padded_alone(name, where):
 def test_packed_documents_train_as_each_alone(name, sp_size):
     batch = packed()
     if sp_size == 1:
-        model = apply_plan(tiny_model(name), tiny_plan(recompute=True))
+        model = apply_settings(tiny_model(name), tiny_settings(recompute=True))
         targets = shift(batch.pop("labels"), batch["position_ids"])
         results = loss_and_gradients(model, **batch, shift_labels=targets)
     else:
@@ -112,7 +111,7 @@ def test_padding_trains_as_the_unpadded_sequences_alone(name, where, sp_size):
     """The first token after padding has nothing that it is predicted from; what padding parts is parted."""
     batch = padded(where)
     if sp_size == 1:
-        results = loss_and_gradients(apply_plan(tiny_model(name), tiny_plan(recompute=True)), **batch)
+        results = loss_and_gradients(apply_settings(tiny_model(name), tiny_settings(recompute=True)), **batch)
     else:
         results = sharded_loss_and_gradients(tiny_model(name), batch, sp_size)
     assert_close(results, padded_alone(name, where))
@@ -125,7 +124,7 @@ def test_padding_on_one_side_is_that_of_transformers(name, where):
     if where == "left":
         batch["labels"][1, 6] = -100  # transformers would predict it from padding
     plain = loss_and_gradients(tiny_model(name), **batch)
-    assert_close(loss_and_gradients(apply_plan(tiny_model(name), tiny_plan()), **batch), plain)
+    assert_close(loss_and_gradients(apply_settings(tiny_model(name), tiny_settings()), **batch), plain)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
@@ -134,7 +133,7 @@ def test_packed_documents_with_labels_are_those_of_transformers(name):
     batch = packed()
     # transformers keeps packed documents apart only where it makes no cache.
     plain = loss_and_gradients(tiny_model(name), **batch, use_cache=False)
-    assert_close(loss_and_gradients(apply_plan(tiny_model(name), tiny_plan()), **batch), plain)
+    assert_close(loss_and_gradients(apply_settings(tiny_model(name), tiny_settings()), **batch), plain)
 
 
 def test_packed_and_padded_at_once():
@@ -155,7 +154,7 @@ def test_a_mask_on_one_rank_only_is_no_hang():
 
 @pytest.mark.parametrize("given", ["labels", "shift_labels"])
 def test_labels_on_padding_are_refused(given):
-    model, batch = apply_plan(tiny_model("llama"), tiny_plan()), padded("right")
+    model, batch = apply_settings(tiny_model("llama"), tiny_settings()), padded("right")
     labels = batch.pop("labels")
     labels[1, 25] = 5
     with pytest.raises(ValueError, match=f"^{given} must be -100 where attention_mask is 0"):
@@ -173,21 +172,21 @@ def test_labels_on_padding_are_refused(given):
     ids=["4-D", "4-D-bool", "dict", "1-D"],
 )
 def test_other_masks_are_refused(mask):
-    model, batch = apply_plan(tiny_model("llama"), tiny_plan()), make_batch(LENGTH)
+    model, batch = apply_settings(tiny_model("llama"), tiny_settings()), make_batch(LENGTH)
     with pytest.raises(ValueError, match=r"attention_mask must be \(batch, length\)"):
         model(**batch, attention_mask=mask)
 
 
 @pytest.mark.parametrize("mask", [torch.full((2, LENGTH), 2), torch.ones(2, LENGTH - 1)], ids=["values", "length"])
 def test_masks_of_other_values_or_lengths_are_refused(mask):
-    model, batch = apply_plan(tiny_model("llama"), tiny_plan()), make_batch(LENGTH)
+    model, batch = apply_settings(tiny_model("llama"), tiny_settings()), make_batch(LENGTH)
     with pytest.raises(ValueError, match=r"attention_mask must be .*, 1 for a token and 0 for padding; got shape"):
         model(input_ids=batch["input_ids"], attention_mask=mask)
 
 
 @pytest.mark.parametrize("name", OWN_ATTENTION)
 def test_packed_documents_need_the_attention_interface(name):
-    model, batch = apply_plan(tiny_model(name), tiny_plan()), packed()
+    model, batch = apply_settings(tiny_model(name), tiny_settings()), packed()
     with pytest.raises(ValueError, match=r"does not use transformers' attention interface, .* \(--packing none\)"):
         model(**batch)
     batch["position_ids"] = torch.arange(LENGTH).expand(2, -1)
@@ -226,7 +225,7 @@ def test_rotary_embeddings_that_depend_on_the_length_see_the_whole_sequence(rope
     for own in (short, batch):
         plain = loss_and_gradients(build(LlamaConfig, LlamaForCausalLM, **settings), **own)
         assert_close(sharded_loss_and_gradients(build(LlamaConfig, LlamaForCausalLM, **settings), own), plain)
-        patched = apply_plan(build(LlamaConfig, LlamaForCausalLM, **settings), tiny_plan())
+        patched = apply_settings(build(LlamaConfig, LlamaForCausalLM, **settings), tiny_settings())
         assert_close(loss_and_gradients(patched, **own), plain)
 
 
@@ -248,7 +247,7 @@ def test_generates_with_the_plan_and_after_it(name, cache):
     if "cache_implementation" in cache:
         settings["disable_compile"] = True
     expected = model.generate(ids, **settings)
-    apply_plan(model, tiny_plan(recompute=True))
+    apply_settings(model, tiny_settings(recompute=True))
     assert torch.equal(model.generate(ids, **settings), expected)
     # Between two generations it trains with its own attention.
     assert_close(loss_and_gradients(model, **make_batch()), loss_and_gradients(tiny_model(name).eval(), **make_batch()))
@@ -257,7 +256,7 @@ def test_generates_with_the_plan_and_after_it(name, cache):
 
 
 def test_a_prefix_is_not_trained():
-    model, batch = apply_plan(tiny_model("llama"), tiny_plan()), make_batch()
+    model, batch = apply_settings(tiny_model("llama"), tiny_settings()), make_batch()
     cache = tiny_model("llama")(batch["input_ids"], use_cache=True).past_key_values
     with pytest.raises(ValueError, match="past_key_values, such as a learned prefix, cannot be trained with a plan"):
         model(**batch, past_key_values=cache)
@@ -265,7 +264,7 @@ def test_a_prefix_is_not_trained():
 
 def on_a_shard():
     # Nothing communicates before the arguments are checked, so any object will do for the group.
-    return apply_plan(tiny_model("llama"), tiny_plan(topology=Topology(0, 2, 2)), sequence_group=object())
+    return apply_settings(tiny_model("llama"), tiny_settings(2), sequence_group=object())
 
 
 @pytest.mark.parametrize(
@@ -286,14 +285,14 @@ def test_what_a_shard_cannot_know_is_refused(arguments, message):
 def test_num_items_in_batch_and_labels_that_are_already_shifted(num_items):
     batch = make_batch()
     plain = loss_and_gradients(tiny_model("llama"), **batch, num_items_in_batch=num_items)
-    model = apply_plan(tiny_model("llama"), tiny_plan())
+    model = apply_settings(tiny_model("llama"), tiny_settings())
     assert_close(loss_and_gradients(model, **batch, num_items_in_batch=num_items), plain)
     only_shifted = {"input_ids": batch["input_ids"], "shift_labels": shift(batch["labels"])}
     assert_close(loss_and_gradients(model, **only_shifted, num_items_in_batch=num_items), plain)
 
 
 def test_embeddings_as_input():
-    plain, patched, batch = tiny_model("llama"), apply_plan(tiny_model("llama"), tiny_plan()), make_batch()
+    plain, patched, batch = tiny_model("llama"), apply_settings(tiny_model("llama"), tiny_settings()), make_batch()
     embeddings = plain.get_input_embeddings()(batch["input_ids"]).detach()
     losses = [model(inputs_embeds=embeddings, labels=batch["labels"]).loss for model in (patched, plain)]
     assert abs(losses[0] / losses[1] - 1) <= TOLERANCE
@@ -303,14 +302,14 @@ def test_embeddings_as_input():
 def test_without_labels_the_logits_are_there(name):
     model, ids = tiny_model(name), make_batch()["input_ids"]
     expected = model(input_ids=ids).logits
-    apply_plan(model, tiny_plan())
+    apply_settings(model, tiny_settings())
     output = model(input_ids=ids)
     torch.testing.assert_close(output.logits, expected, rtol=TOLERANCE, atol=TOLERANCE)
     assert output.loss is None
 
 
 def test_logits_of_packed_and_padded_rows():
-    plain, model = tiny_model("llama"), apply_plan(tiny_model("llama"), tiny_plan())
+    plain, model = tiny_model("llama"), apply_settings(tiny_model("llama"), tiny_settings())
     for batch in (packed(), padded("everywhere")):
         own = {key: tensor for key, tensor in batch.items() if key != "labels"}
         logits = model(**own).logits
@@ -321,7 +320,7 @@ def test_logits_of_packed_and_padded_rows():
 
 def test_with_labels_there_are_no_logits_but_all_else_that_was_asked_for():
     plain, batch = tiny_model("llama"), make_batch()
-    patched = apply_plan(tiny_model("llama"), tiny_plan())
+    patched = apply_settings(tiny_model("llama"), tiny_settings())
     expected = plain(**batch, output_hidden_states=True)
     output = patched(**batch, output_hidden_states=True)
     assert isinstance(output.logits, LogitsLeftOutByThePlan)
@@ -332,7 +331,10 @@ def test_with_labels_there_are_no_logits_but_all_else_that_was_asked_for():
 
 
 def test_evaluation_without_gradients():
-    plain, patched = tiny_model("llama").eval(), apply_plan(tiny_model("llama"), tiny_plan(recompute=True)).eval()
+    plain, patched = (
+        tiny_model("llama").eval(),
+        apply_settings(tiny_model("llama"), tiny_settings(recompute=True)).eval(),
+    )
     with torch.no_grad():
         losses = [model(**make_batch()).loss for model in (patched, plain)]
     assert not losses[0].requires_grad
@@ -340,13 +342,13 @@ def test_evaluation_without_gradients():
 
 
 def test_a_batch_whose_labels_are_all_ignored():
-    model, batch = apply_plan(tiny_model("llama"), tiny_plan(recompute=True)), make_batch()
+    model, batch = apply_settings(tiny_model("llama"), tiny_settings(recompute=True)), make_batch()
     results = loss_and_gradients(model, input_ids=batch["input_ids"], labels=torch.full_like(batch["labels"], -100))
     assert all(torch.equal(value, torch.zeros_like(value)) for value in results.values())
 
 
 def test_the_calling_conventions_of_transformers_are_kept():
-    model = apply_plan(tiny_llama(), tiny_plan())
+    model = apply_settings(tiny_llama(), tiny_settings())
     ids = torch.arange(32).view(2, 16)
     mask = torch.ones_like(ids)
     loss = model(ids, mask, labels=ids).loss
@@ -362,6 +364,6 @@ def test_positional_arguments_and_ignore_index_mean_what_they_meant():
     names = list(inspect.signature(model.forward).parameters)
     positional = [ids, *[None] * (names.index("labels") - 1), ids]
     expected = model(*positional).loss, model(ids, labels=ids, ignore_index=5).loss
-    apply_plan(model, tiny_plan())
+    apply_settings(model, tiny_settings())
     torch.testing.assert_close((model(*positional).loss, model(ids, labels=ids, ignore_index=5).loss), expected)
     assert not torch.equal(*expected)

@@ -6,11 +6,11 @@ from collections import Counter
 import pytest
 import torch
 from plain_model import assert_close, loss_and_gradients, make_batch
-from tiny import tiny_plan
+from tiny import tiny_settings
 from tiny_models import tiny_model
 from torch import nn
 
-from mst_ds import apply_plan
+from mst_ds import apply_settings
 from mst_ds.structure.norms import OtherNormStructure, RMSNormStructure, find_norms
 
 WIDTH = 32  # the hidden size of the tiny models
@@ -210,7 +210,7 @@ def assert_exact(model):
     batch = make_batch(30)
     expected = loss_and_gradients(model, **batch)
     assert_close(
-        loss_and_gradients(apply_plan(copy.deepcopy(model), tiny_plan(keep_attention=True)), **batch), expected
+        loss_and_gradients(apply_settings(copy.deepcopy(model), tiny_settings(keep_attention=True)), **batch), expected
     )
 
 

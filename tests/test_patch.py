@@ -8,7 +8,7 @@ import pytest
 import torch
 from plain_model import assert_close, loss_and_gradients, make_batch
 from sharded import sharded_loss_and_gradients
-from tiny import VOCAB_SIZE, tiny_llama, tiny_plan
+from tiny import VOCAB_SIZE, tiny_llama, tiny_settings
 from tiny_models import ARCHITECTURES, EXPERTS, GQA, SHARDABLE, build, tiny_model
 from transformers import (
     FalconConfig,
@@ -23,9 +23,8 @@ from transformers import (
 
 import mst_ds.patching.operators
 import mst_ds.structure.mlps
-from mst_ds import apply_plan, remove_plan
+from mst_ds import apply_settings, remove_plan
 from mst_ds.patching.logits import LogitsLeftOutByThePlan
-from mst_ds.topology import Topology
 
 
 def attributes(model):
@@ -68,7 +67,7 @@ def plain_gradients(name):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_loss_and_gradients_are_the_plain_models(name, recompute):
     model = tiny_model(name)
-    assert apply_plan(model, tiny_plan(recompute=recompute)) is model
+    assert apply_settings(model, tiny_settings(recompute=recompute)) is model
     assert_close(loss_and_gradients(model, **make_batch()), plain_gradients(name))
 
 
@@ -91,7 +90,7 @@ def test_kept_gate_and_up_change_no_bit(name, recompute):
     model, batch = tiny_model(name), make_batch()
     results = []
     for keep_mlp in (False, True):
-        patched = apply_plan(copy.deepcopy(model), tiny_plan(recompute=recompute, keep_mlp=keep_mlp))
+        patched = apply_settings(copy.deepcopy(model), tiny_settings(recompute=recompute, keep_mlp=keep_mlp))
         results.append(loss_and_gradients(patched, **batch))
     again, kept = results
     assert again.keys() == kept.keys()
@@ -100,7 +99,7 @@ def test_kept_gate_and_up_change_no_bit(name, recompute):
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
 def test_the_plan_is_what_runs(count_calls, recompute):
-    model = apply_plan(tiny_model("llama"), tiny_plan(mlp_chunks=5, loss_chunks=6, recompute=recompute))
+    model = apply_settings(tiny_model("llama"), tiny_settings(mlp_chunks=5, loss_chunks=6, recompute=recompute))
     mlps, losses = (
         count_calls(mst_ds.structure.mlps, "chunked_mlp"),
         count_calls(mst_ds.patching.operators, "chunked_loss"),
@@ -121,7 +120,7 @@ def test_frozen_parameters_get_no_gradient():
     """A trained head on a frozen body, and trained MLPs behind frozen embeddings."""
     for trained in ("lm_head", "mlp"):
         results = []
-        for model in (tiny_model("llama"), apply_plan(tiny_model("llama"), tiny_plan(recompute=True))):
+        for model in (tiny_model("llama"), apply_settings(tiny_model("llama"), tiny_settings(recompute=True))):
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(trained in name)
             results.append(loss_and_gradients(model, **make_batch()))
@@ -135,7 +134,7 @@ def test_removing_the_plan_restores_the_model_bit_for_bit(name):
     model, batch = tiny_model(name), make_batch()
     expected, before = loss_and_gradients(model, **batch), attributes(model)
     logits = model(input_ids=batch["input_ids"]).logits
-    apply_plan(model, tiny_plan(recompute=True, zero_stage=3))
+    apply_settings(model, tiny_settings(recompute=True), zero_stage=3)
     loss_and_gradients(model, **batch)
     assert remove_plan(model) is model
     assert_untouched(model, before)
@@ -149,7 +148,7 @@ def test_removing_the_plan_of_a_shard_restores_the_config_and_its_attention(name
     model = tiny_model(name)
     before, config = attributes(model), model.config
     # Nothing communicates before a forward, so any object will do for the group.
-    apply_plan(model, tiny_plan(topology=Topology(0, 2, 2), recompute=True), sequence_group=object())
+    apply_settings(model, tiny_settings(2, recompute=True), sequence_group=object())
     assert model.config is not config
     assert model.config._attn_implementation != config._attn_implementation == "sdpa"
     assert all(layer.self_attn.config is model.config for layer in model.model.layers)
@@ -163,7 +162,7 @@ def test_removing_the_plan_restores_a_recompute_that_the_user_had_set():
     model = tiny_model("llama")
     model.gradient_checkpointing_enable()
     before = attributes(model)
-    apply_plan(model, tiny_plan(recompute=True))
+    apply_settings(model, tiny_settings(recompute=True))
     remove_plan(model)
     assert_untouched(model, before)
     assert model.is_gradient_checkpointing
@@ -172,7 +171,7 @@ def test_removing_the_plan_restores_a_recompute_that_the_user_had_set():
 def test_a_plan_can_follow_another():
     model = tiny_model("llama")
     for chunks in (2, 7):
-        apply_plan(model, tiny_plan(mlp_chunks=chunks, loss_chunks=chunks, recompute=True))
+        apply_settings(model, tiny_settings(mlp_chunks=chunks, loss_chunks=chunks, recompute=True))
         assert_close(loss_and_gradients(model, **make_batch()), plain_gradients("llama"))
         remove_plan(model)
 
@@ -182,7 +181,7 @@ def test_another_instance_with_the_same_config_is_left_alone():
     other = type(model)(model.config).double()
     other.load_state_dict(model.state_dict())
     before, expected = attributes(other), loss_and_gradients(other, **batch)
-    apply_plan(model, tiny_plan(topology=Topology(0, 2, 2), recompute=True), sequence_group=object())
+    apply_settings(model, tiny_settings(2, recompute=True), sequence_group=object())
     assert_untouched(other, before)
     assert type(model) is type(other)
     assert other(**batch).logits.shape == (2, 29, 97)
@@ -191,9 +190,9 @@ def test_another_instance_with_the_same_config_is_left_alone():
 
 
 def test_a_second_plan_is_refused_and_the_first_stays():
-    model = apply_plan(tiny_model("llama"), tiny_plan())
+    model = apply_settings(tiny_model("llama"), tiny_settings())
     with pytest.raises(ValueError, match=r"has a plan already: call mst_ds.remove_plan\(model\) first"):
-        apply_plan(model, tiny_plan())
+        apply_settings(model, tiny_settings())
     assert_close(loss_and_gradients(model, **make_batch()), plain_gradients("llama"))
     remove_plan(model)
     with pytest.raises(ValueError, match="the model has no plan"):
@@ -212,7 +211,7 @@ REFUSED = {
     "mlp": (JetMoeConfig, JetMoeForCausalLM, JET_MOE, {}, 'set "mlp_chunks": 1'),
     "loss": (MixtralConfig, WithAnotherLoss, {**GQA, **EXPERTS}, {}, "has a loss other than the cross-entropy"),
     "forward": (OPTConfig, OPTForCausalLM, {"ffn_dim": 48}, {"mlp_chunks": 1}, "cannot be checked"),
-    "attention": (FalconConfig, FalconForCausalLM, {}, {"topology": Topology(0, 2, 2)}, "attention interface"),
+    "attention": (FalconConfig, FalconForCausalLM, {}, {"sp_size": 2}, "attention interface"),
 }
 
 
@@ -221,7 +220,7 @@ def test_a_model_that_is_refused_is_not_changed(config_class, model_class, setti
     model = build(config_class, model_class, **settings)
     before = attributes(model)
     with pytest.raises(ValueError, match=message):
-        apply_plan(model, tiny_plan(**plan))
+        apply_settings(model, tiny_settings(**plan))
     assert_untouched(model, before)
 
 
@@ -229,7 +228,7 @@ def test_a_model_keeps_experts_of_another_structure_where_one_chunk_is_planned()
     model = build(JetMoeConfig, JetMoeForCausalLM, **JET_MOE)
     plain = loss_and_gradients(model, **make_batch())
     forwards = [layer.mlp.forward for layer in model.model.layers]
-    apply_plan(model, tiny_plan(mlp_chunks=1, recompute=True))
+    apply_settings(model, tiny_settings(mlp_chunks=1, recompute=True))
     assert [layer.mlp.forward for layer in model.model.layers] == forwards
     assert_close(loss_and_gradients(model, **make_batch()), plain)
 
@@ -243,7 +242,7 @@ def test_dropout_draws_the_same_mask_in_the_recompute(name, attention):
     results = []
     for recompute in (False, True):
         model = build(config_class, model_class, **{**settings, **drops})
-        apply_plan(model, tiny_plan(recompute=recompute))
+        apply_settings(model, tiny_settings(recompute=recompute))
         for seed in (7, 8):
             torch.manual_seed(seed)
             results.append(loss_and_gradients(model, **make_batch()))
@@ -259,14 +258,14 @@ def test_zero3_gathers_a_whole_mlp_at_once():
         model = tiny_model(name)
         modules = [layer.get_submodule(chunked) for layer in model.model.layers]
         for stage in (2, 3):
-            apply_plan(model, tiny_plan(zero_stage=stage))
+            apply_settings(model, tiny_settings(), zero_stage=stage)
             assert [z3_leaf_module(module) for module in modules] == [stage == 3] * 2
             remove_plan(model)
             assert not any(z3_leaf_module(module) for module in model.modules())
 
 
 def test_a_deep_copy_computes_with_its_own_weights_and_has_its_own_plan():
-    model = apply_plan(tiny_llama(), tiny_plan())
+    model = apply_settings(tiny_llama(), tiny_settings())
     inputs = {"input_ids": torch.arange(16)[None], "labels": torch.arange(16)[None]}
     before = model(**inputs).loss
     copied = copy.deepcopy(model)
@@ -283,7 +282,7 @@ def test_a_deep_copy_computes_with_its_own_weights_and_has_its_own_plan():
 @pytest.mark.parametrize("name", ["phi3-longrope", "gpt2", "qwen3-moe", "deepseek-v3", "apertus"])
 def test_a_deep_copy_of_every_kind_of_part_trains_by_itself(name):
     model, batch = tiny_model(name), make_batch()
-    apply_plan(model, tiny_plan(recompute=True, zero_stage=3))
+    apply_settings(model, tiny_settings(recompute=True), zero_stage=3)
     copied = copy.deepcopy(model)
     assert_close(loss_and_gradients(copied, **batch), plain_gradients(name))
     assert all(parameter.grad is None for parameter in model.parameters())

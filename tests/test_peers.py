@@ -26,12 +26,12 @@ from steps import (
     train,
     zero_block,
 )
-from tiny import Outcome, plain_training, samples, tiny_llama, tiny_plan
+from tiny import Outcome, plain_training, samples, tiny_llama, tiny_settings
 from tiny_models import tiny_model
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from mst_ds import apply_plan
+from mst_ds import apply_settings
 from mst_ds.data import IGNORE_INDEX, Batch, PackedDataset, ShardedLoader, eval_batches, shard, shift_labels
 from mst_ds.data.order import permutation
 from mst_ds.minisequence import chunked_loss, chunked_mlp
@@ -59,7 +59,7 @@ def test_row_01_the_incoming_gradient_scales_every_gradient(factor: float) -> No
     """A fused head and loss that writes the head's gradient in its forward never scales it by what comes in."""
     model, batch = tiny_model("llama"), make_batch()
     plain = loss_and_gradients(copy.deepcopy(model), **batch)
-    apply_plan(model, tiny_plan())
+    apply_settings(model, tiny_settings())
     loss = model(**batch).loss * factor
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -71,7 +71,7 @@ def test_row_01_two_accumulated_halves_are_the_mean() -> None:
     """Accumulated over two micro-batches the same head has twice its gradient, while the body has it once."""
     model, batch = tiny_model("llama"), make_batch()
     plain = loss_and_gradients(copy.deepcopy(model), **batch)
-    apply_plan(model, tiny_plan())
+    apply_settings(model, tiny_settings())
     for _ in range(2):
         (model(**batch).loss / 2).backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -90,7 +90,7 @@ def test_row_02_the_mean_is_over_tokens_and_not_over_chunks(ignored: slice) -> N
 @pytest.mark.parametrize("enabled", [True, False], ids=["forward-only", "no-grad"])
 def test_row_03_a_forward_leaves_no_gradients_behind(enabled: bool) -> None:
     """An operator that computes gradients in its forward leaves them in .grad, even of a leaf under no_grad."""
-    model = apply_plan(tiny_model("llama"), tiny_plan())
+    model = apply_settings(tiny_model("llama"), tiny_settings())
     x, weight = (torch.randn(shape, requires_grad=True) for shape in ((20, 8), (11, 8)))
     with torch.set_grad_enabled(enabled):
         losses = [model(**make_batch()).loss, chunked_loss(x, weight, torch.arange(20) % 11, chunks=3)]
@@ -104,8 +104,8 @@ def test_row_03_a_forward_leaves_no_gradients_behind(enabled: bool) -> None:
 def engine_steps(rank: int, stages: list[int], seq_len: int, chunks: list[int], reduce_scatter: bool) -> list[Outcome]:
     topology, outcomes = Topology(rank, 2, 2), []
     for stage in stages:
-        settings = {"zero_stage": stage, "mlp_chunks": chunks[rank], "loss_chunks": chunks[rank]}
-        model = apply_plan(tiny_llama(), tiny_plan(topology, seq_len, **settings))
+        settings = tiny_settings(topology.sp_size, mlp_chunks=chunks[rank], loss_chunks=chunks[rank])
+        model = apply_settings(tiny_llama(), settings, zero_stage=stage)
         engine = build_engine(model, zero_optimization=zero_block(stage, reduce_scatter=reduce_scatter))
         outcomes.append(train(engine, shard(samples(1, seq_len), topology), steps=2))
         engine.destroy()
@@ -220,7 +220,7 @@ def test_row_11_dropout_inside_of_an_mlp_drops_the_same_in_the_backward(recomput
     torch.manual_seed(0)
     sizes = {"vocab_size": 97, "n_embd": 32, "n_inner": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}
     config = GPT2Config(**sizes, resid_pdrop=0.3, attn_pdrop=0.0, embd_pdrop=0.0, bos_token_id=1, eos_token_id=2)
-    model = apply_plan(GPT2LMHeadModel(config).double().train(), tiny_plan(recompute=recompute))
+    model = apply_settings(GPT2LMHeadModel(config).double().train(), tiny_settings(recompute=recompute))
     batch = make_batch()
 
     def loss_after(step: float) -> Tensor:
@@ -242,7 +242,7 @@ def test_row_11_dropout_inside_of_an_mlp_drops_the_same_in_the_backward(recomput
 def test_row_11_autocast() -> None:
     """Under autocast a tiled MLP mixes dtypes and fails."""
     plain, patched = (tiny_model("llama").float() for _ in range(2))
-    apply_plan(patched, tiny_plan())
+    apply_settings(patched, tiny_settings())
     results = []
     for model in (plain, patched):
         with torch.autocast("cpu", torch.bfloat16):
@@ -308,7 +308,7 @@ def test_row_13_a_rank_without_labels_adds_nothing() -> None:
 
 def test_row_13_no_labels_at_all() -> None:
     """The same in one process: the loss is 0 and so is every gradient."""
-    model, batch = apply_plan(tiny_model("llama"), tiny_plan()), make_batch()
+    model, batch = apply_settings(tiny_model("llama"), tiny_settings()), make_batch()
     batch["labels"].fill_(IGNORE_INDEX)
     assert all(torch.equal(value, torch.zeros_like(value)) for value in loss_and_gradients(model, **batch).values())
 

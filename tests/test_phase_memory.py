@@ -10,13 +10,13 @@ import pytest
 import torch
 from distributed import run_ranks
 from peft import LoraConfig, get_peft_model
-from tiny import samples, tiny_llama, tiny_plan
+from tiny import samples, tiny_llama
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mst_ds import GIB
+from mst_ds import GIB, make_plan
 from mst_ds.phase_memory import PhaseMemory, PhaseMeter, _standing_bytes, compare, planned_bytes
-from mst_ds.planner import MemoryTerm, Phase, Plan
+from mst_ds.planner import MemoryTerm, Phase
 
 CPU = torch.device("cpu")
 FLOATS = 2**18  # of 4 bytes: 1 MiB
@@ -141,9 +141,9 @@ def compare_on_ranks(rank: int) -> list[PhaseMemory]:
     # Rank 1 plans for less: of the forward it is closer to its plan than rank 0, though it takes less.
     forward, backward = ((100, 400), (50, 300))[rank]
     phases = (phase_of("forward", forward), phase_of("loss", 5), phase_of("backward", backward))
-    plan: Plan = replace(tiny_plan(), phases=phases)
+    plan = make_plan("small_llama", {}, world_size=2, seq_len=32, device_memory=GIB, rank=rank)
     measured = ({"forward": 90, "backward": 500}, {"forward": 60, "backward": 310})[rank]
-    return compare(plan, measured, CPU)
+    return compare(replace(plan, phases=phases), measured, CPU)
 
 
 def test_the_rank_that_exceeds_its_own_plan_most_is_shown_on_every_rank() -> None:

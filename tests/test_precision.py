@@ -13,11 +13,11 @@ import torch
 from distributed import run_ranks
 from peft import LoraConfig, get_peft_model
 from steps import build_engine, loss_and_gradients, relative_errors, train, zero_block
-from tiny import Outcome, plain_training, samples, tiny_llama, tiny_plan
+from tiny import Outcome, plain_training, samples, tiny_llama, tiny_settings
 from tiny_models import tiny_model
 from torch import Tensor, nn
 
-from mst_ds import apply_plan
+from mst_ds import apply_settings
 from mst_ds.data import Batch, shard
 from mst_ds.topology import Topology
 
@@ -76,7 +76,7 @@ def test_gradients_are_as_exact_as_the_plain_models(name: str, dtype: torch.dtyp
     model, batch = MODELS[name]().to(dtype), make_batch()
     truth = loss_and_gradients(copy.deepcopy(model).double(), **batch)
     plain = loss_and_gradients(copy.deepcopy(model), **batch)
-    candidate = loss_and_gradients(apply_plan(model, tiny_plan()), **batch)
+    candidate = loss_and_gradients(apply_settings(model, tiny_settings()), **batch)
     assert_as_exact(candidate, plain, truth)
 
 
@@ -86,7 +86,7 @@ def test_adapters_in_fp32_on_a_model_in_bf16() -> None:
     assert (trained, model.base_model.model.lm_head.weight.dtype) == ({torch.float32}, torch.bfloat16)
     truth = loss_and_gradients(copy.deepcopy(model).double(), **batch)
     plain = loss_and_gradients(copy.deepcopy(model), **batch)
-    candidate = loss_and_gradients(apply_plan(model, tiny_plan()), **batch)
+    candidate = loss_and_gradients(apply_settings(model, tiny_settings()), **batch)
     assert {gradient.dtype for gradient in candidate.values()} == {torch.float32}
     assert_as_exact(candidate, plain, truth)
 
@@ -108,7 +108,9 @@ def test_under_autocast_gradients_are_as_exact_as_the_plain_models(name: str) ->
     model = MODELS[name]().float()
     truth = loss_and_gradients(copy.deepcopy(model).double(), **make_batch())
     plain = autocast_step(copy.deepcopy(model), "inside")
-    inside, outside = (autocast_step(apply_plan(copy.deepcopy(model), tiny_plan()), at) for at in ("inside", "outside"))
+    inside, outside = (
+        autocast_step(apply_settings(copy.deepcopy(model), tiny_settings()), at) for at in ("inside", "outside")
+    )
     assert total_error(plain, truth) > 1e-3, "autocast was off"
     assert_as_exact(inside, plain, truth)
     assert all(torch.equal(outside[key], value) for key, value in inside.items())
@@ -116,7 +118,7 @@ def test_under_autocast_gradients_are_as_exact_as_the_plain_models(name: str) ->
 
 @pytest.mark.parametrize("backward", ["inside", "outside"])
 def test_what_is_computed_again_under_autocast_is_in_the_same_dtype(backward: str) -> None:
-    model, dtypes = apply_plan(adapted_llama().float(), tiny_plan(recompute=False)), []
+    model, dtypes = apply_settings(adapted_llama().float(), tiny_settings(recompute=False)), []
     mlp = model.base_model.model.model.layers[0].mlp
     mlp.up_proj.lora_A["default"].register_forward_hook(lambda _, inputs, output: dtypes.append(output.dtype))
     autocast_step(model, backward)
@@ -148,7 +150,7 @@ def fp16_steps(rank: int, stage: int, scale_powers: list[int], steps: int) -> li
     topology, results = Topology(rank, 2, 2), []
     for power in scale_powers:
         model = tiny_llama().half()
-        apply_plan(model, tiny_plan(topology, SEQ_LEN, zero_stage=stage, dtype="fp16", mlp_chunks=2 + 3 * rank))
+        apply_settings(model, tiny_settings(topology.sp_size, mlp_chunks=2 + 3 * rank), zero_stage=stage)
         fp16 = {"enabled": True, "initial_scale_power": power, "hysteresis": 1}
         with pytest.MonkeyPatch.context() as patch:
             # DeepSpeed asks whether fp16 is fast on this CPU; it is right on every one.

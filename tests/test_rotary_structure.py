@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 from plain_model import assert_close, loss_and_gradients, make_batch
-from tiny import tiny_plan
+from tiny import tiny_settings
 from tiny_models import tiny_model
 from torch.overrides import TorchFunctionMode
 
-from mst_ds import apply_plan, remove_plan
+from mst_ds import apply_settings, remove_plan
 from mst_ds.structure import find_rotary
 
 ROTATE_HALVES = ["llama", "qwen3", "gemma2", "phi3"]
@@ -54,7 +54,7 @@ def test_only_the_patched_instance_does_without_copies(name):
     other, batch = copy.deepcopy(model), make_batch()
     before = concatenations(model, batch)
     assert before > 0
-    apply_plan(model, tiny_plan())
+    apply_settings(model, tiny_settings())
     assert concatenations(model, batch) == 0
     assert concatenations(copy.deepcopy(model), batch) == 0
     assert concatenations(other, batch) == before
@@ -70,7 +70,7 @@ def test_a_forward_of_the_users_own_stays():
 
 
 def test_a_copy_has_a_forward_of_its_own():
-    model = apply_plan(tiny_model("llama"), tiny_plan())
+    model = apply_settings(tiny_model("llama"), tiny_settings())
     clone = copy.deepcopy(model)
     before = loss_and_gradients(clone, **make_batch())
     with torch.no_grad():

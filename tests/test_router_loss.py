@@ -4,11 +4,11 @@ import pytest
 import torch
 from plain_model import TOLERANCE, assert_close, loss_and_gradients, shift
 from sharded import sharded_loss_and_gradients
-from tiny import tiny_plan
+from tiny import tiny_settings
 from tiny_models import ARCHITECTURES, build, tiny_model
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from mst_ds import apply_plan
+from mst_ds import apply_settings
 from mst_ds.router_loss import router_loss
 from mst_ds.ulysses import run_simulated
 
@@ -121,7 +121,7 @@ def test_loss_and_gradients_are_the_plain_models(name, side, recompute):
     plain = loss_and_gradients(model, **batch)
     without = model(**batch, output_router_logits=False).loss
     assert plain["loss"] - without > 0.3
-    apply_plan(model, tiny_plan(recompute=recompute))
+    apply_settings(model, tiny_settings(recompute=recompute))
     assert_close(loss_and_gradients(model, **batch), plain)
     assert model(**batch, output_router_logits=False).loss.item() == pytest.approx(without.item(), rel=TOLERANCE)
 
@@ -158,7 +158,7 @@ def test_micro_batches_of_a_step_weigh_by_their_share_of_its_labels(sp_size):
         expected += loss.detach()
     plain = {"loss": expected, **{name: parameter.grad.clone() for name, parameter in model.named_parameters()}}
     if sp_size == 1:
-        apply_plan(model, tiny_plan())
+        apply_settings(model, tiny_settings())
         parts = []
         for row in rows:
             part = loss_and_gradients(model, **row, num_items_in_batch=total)
@@ -173,7 +173,7 @@ def test_a_micro_batch_without_valid_labels_adds_nothing(sp_size):
     model, batch = mixture("mixtral"), make_batch()
     batch["labels"] = torch.full_like(batch["labels"], -100)
     if sp_size == 1:
-        apply_plan(model, tiny_plan(recompute=True))
+        apply_settings(model, tiny_settings(recompute=True))
         results = loss_and_gradients(model, **batch, num_items_in_batch=100)
     else:
         results = sharded_loss_and_gradients(model, batch, num_items_in_batch=100)
@@ -181,7 +181,7 @@ def test_a_micro_batch_without_valid_labels_adds_nothing(sp_size):
 
 
 def test_a_step_without_valid_labels_is_no_division_by_zero():
-    model, batch = apply_plan(mixture("mixtral"), tiny_plan()), make_batch()
+    model, batch = apply_settings(mixture("mixtral"), tiny_settings()), make_batch()
     batch["labels"] = torch.full_like(batch["labels"], -100)
     for num_items in (0, torch.tensor(0)):
         results = loss_and_gradients(model, **batch, num_items_in_batch=num_items)
@@ -191,7 +191,7 @@ def test_a_step_without_valid_labels_is_no_division_by_zero():
 def test_what_was_asked_for_is_in_the_output():
     model, batch = mixture("qwen3-moe"), make_batch()
     expected = model(**batch)
-    output = apply_plan(model, tiny_plan())(**batch)
+    output = apply_settings(model, tiny_settings())(**batch)
     assert output.aux_loss.item() == pytest.approx(expected.aux_loss.item(), rel=TOLERANCE)
     assert len(output.router_logits) == 2
     for actual, plain in zip(output.router_logits, expected.router_logits, strict=True):
@@ -203,13 +203,13 @@ def test_it_is_on_by_the_config_or_by_the_argument(asked):
     model, batch = mixture("olmoe", output_router_logits=asked == "config"), make_batch()
     arguments = {} if asked == "config" else {"output_router_logits": True}
     plain = model(**batch, **arguments).loss.item()
-    patched = apply_plan(model, tiny_plan())
+    patched = apply_settings(model, tiny_settings())
     assert patched(**batch, **arguments).loss.item() == pytest.approx(plain, rel=TOLERANCE)
     if asked == "argument":
         assert patched(**batch).loss.item() < plain - 0.3
 
 
 def test_a_model_without_one_refuses_to_compute_it():
-    model = apply_plan(tiny_model("llama"), tiny_plan())
+    model = apply_settings(tiny_model("llama"), tiny_settings())
     with pytest.raises(ValueError, match="LlamaForCausalLM has no router loss that mst_ds knows"):
         model(**make_batch(), output_router_logits=True)

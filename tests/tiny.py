@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mst_ds.data import IGNORE_INDEX, Batch
-from mst_ds.planner import Plan
-from mst_ds.topology import Topology, shard_length
+from mst_ds.settings import Settings
 
 VOCAB_SIZE = 99
 LEARNING_RATE = 1e-3
@@ -45,27 +44,9 @@ def samples(count: int, seq_len: int) -> Batch:
     return {"input_ids": input_ids, "labels": labels}
 
 
-ONE_RANK = Topology(rank=0, world_size=1, sp_size=1)
-
-
-def tiny_plan(topology: Topology = ONE_RANK, seq_len: int = 32, **settings: Any) -> Plan:
-    """A plan with chunks of uneven length everywhere, without the planner's search."""
-    plan = Plan(
-        topology=topology,
-        seq_len=seq_len,
-        shard_length=shard_length(seq_len, topology.sp_size),
-        micro_batch_size=1,
-        gradient_accumulation_steps=1,
-        zero_stage=0,
-        dtype="fp32",
-        mlp_chunks=4,
-        loss_chunks=3,
-        recompute=True,
-        attention="sdpa",
-        device_memory=0,
-        phases=(),
-    )
-    return replace(plan, **settings)
+def tiny_settings(sp_size: int = 1, **settings: Any) -> Settings:
+    """With chunks of uneven length everywhere, and recompute."""
+    return replace(Settings(sp_size=sp_size, mlp_chunks=4, loss_chunks=3, recompute=True), **settings)
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
     raw = load_ds_config(config.ds_config)
     mst = split_mst(raw)[1]
     sp_size = choose_sp_size(
-        mst.sp_size,
+        mst.get("sp_size"),
         world_size=launch.world_size,
         num_attention_heads=shape.num_attention_heads,
         ranks_per_node=launch.local_world_size,
@@ -107,7 +107,7 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
     _require_right_training(plan)
     require_positions(position_table(model), config.seq_len)
     beyond = unknown_positions(shape.rotary_positions, config.seq_len)
-    find_parts(adapted, plan)
+    find_parts(adapted, plan.settings)
     if peft_config is not None:
         # Adapters change names: those of `model` are no longer the ones that transformers matches.
         plain = model_on_meta(model_config, None)[0]
@@ -143,7 +143,7 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
     )
     training_batches(run)
     if config.preflight:
-        require_exact(model_config, plan, packed=config.packing == "documents")
+        require_exact(model_config, plan.settings, packed=config.packing == "documents")
     return run
 
 
@@ -190,7 +190,8 @@ def _own_attention(config: TrainConfig, plan: Plan, model: PreTrainedModel) -> s
     if config.packing == "documents" and reason is not None:
         raise ValueError(f"packing is 'documents', but {type(model).__name__} {reason}; allowed: 'none'")
     # Any other model gets the attention of its plan from apply_plan.
-    return plan.attention if plan.attention != "sdpa" and reason is not None else None
+    attention = plan.settings.attention
+    return attention if attention != "sdpa" and reason is not None else None
 
 
 def _weights(config: TrainConfig, model: PreTrainedModel, dtype: torch.dtype) -> tuple[Weights | None, tuple[str, ...]]:

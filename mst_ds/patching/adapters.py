@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mst_ds.planner import Plan
+from mst_ds.settings import Settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -15,8 +15,8 @@ def base_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def without_adapters(model: Any, plan: Plan) -> PreTrainedModel:
-    """`base_model`, where `plan` is exact below its adapters.
+def without_adapters(model: Any, settings: Settings) -> PreTrainedModel:
+    """`base_model`, where a plan with these settings is exact below its adapters.
 
     Raises:
         ValueError: it is not.
@@ -29,11 +29,11 @@ def without_adapters(model: Any, plan: Plan) -> PreTrainedModel:
             "without alora_invocation_tokens"
         )
     if base is not model:
-        _check_tuner(model, plan)
+        _check_tuner(model, settings)
     return base
 
 
-def _check_tuner(model: Any, plan: Plan) -> None:
+def _check_tuner(model: Any, settings: Settings) -> None:
     from peft.tuners.tuners_utils import BaseTuner
 
     if not model.active_peft_config.is_prompt_learning:
@@ -42,7 +42,7 @@ def _check_tuner(model: Any, plan: Plan) -> None:
                 f"{type(model.base_model).__name__} does more than adapt layers, such as add to the loss: use adapters "
                 "that do not, such as LoRA"
             )
-    elif plan.sp_size > 1:
+    elif settings.sp_size > 1:
         raise ValueError(
             "an adapter that learns a prompt puts it before the sequence, of which a shard is a part: use sp_size 1"
         )

@@ -14,11 +14,12 @@ from mst_ds.patching.adapters import base_model, without_adapters
 from mst_ds.patching.causal_lm import causal_lm_forward, generate
 from mst_ds.patching.decoder import decoder_forward, known_arguments
 from mst_ds.patching.guards import keep_recompute, require_outermost, require_unwrapped
-from mst_ds.patching.operators import chunk_head, chunk_mlp, chunk_norm, require_input_gradient
+from mst_ds.patching.operators import chunk_head, chunk_mlp, chunk_norm, mark_as_leaf, require_input_gradient
 from mst_ds.patching.patched import OwnConfig, PatchedModel
 from mst_ds.patching.undo import Undo
 from mst_ds.planner import Plan
 from mst_ds.recompute import DeviceStore, HostStore, LayerRecompute
+from mst_ds.settings import KNOBS, Settings
 from mst_ds.structure import (
     Chunkable,
     DocumentLengths,
@@ -64,25 +65,25 @@ class ModelParts:
     loss: LossStructure
 
 
-def find_parts(model: nn.Module, plan: Plan) -> ModelParts:
-    """Find what `plan` replaces, changing nothing. A model on the meta device will do.
+def find_parts(model: nn.Module, settings: Settings) -> ModelParts:
+    """Find what a plan with these settings replaces, changing nothing. A model on the meta device will do.
 
     Raises:
         ValueError: the model is patched already, or is built in a way for which the patched model would not be exact.
     """
-    model = without_adapters(model, plan)
+    model = without_adapters(model, settings)
     if hasattr(model, _UNDO):
         raise ValueError("the model has a plan already: call mst_ds.remove_plan(model) first")
     require_unwrapped(model)
     layers = decoder_layers(model)
-    if plan.recompute and not layers:
+    if settings.recompute and not layers:
         raise ValueError(
             f'{type(model).__name__} does not support recompute: set "recompute": false in the "mst" block'
         )
-    causal_backend(plan.attention)
-    if plan.sp_size > 1:
+    causal_backend(settings.attention)
+    if settings.sp_size > 1:
         require_shardable(model)
-    mlps = find_mlps(model, required=plan.mlp_chunks > 1)
+    mlps = find_mlps(model, required=settings.mlp_chunks > 1)
     # What is in an MLP is chunked with it.
     inside = {module for mlp in mlps for module in mlp.module.modules()}
     norms = [norm for norm in find_norms(model) if norm.module not in inside]
@@ -96,39 +97,53 @@ def apply_plan(model: Model, plan: Plan, *, sequence_group: dist.ProcessGroup | 
     rank passes its own shard, with `shift_labels` and `num_items_in_batch` in place of `labels`; the losses of the
     sequence group then add up to the sequence's loss. See `mst_ds.patching.decoder` for packed documents and padding.
 
-    A model with adapters of peft (LoRA) is patched below them, and returned as it was given.
-
-    Under ZeRO-3 call it before `deepspeed.initialize`: it marks each chunked MLP as a leaf module, so that the chunk
-    loop runs inside one gather.
+    A model with adapters of peft (LoRA) is patched below them, and returned as it was given. Under ZeRO-3 call it
+    before `deepspeed.initialize`.
 
     Args:
         sequence_group: the ranks that share a sequence; None creates them when sp_size > 1. Among processes both are
             collective calls: plans are compared.
 
     Raises:
+        ValueError: see `apply_settings`; or the plan is another rank's.
+    """
+    if plan.sp_size > 1 and sequence_group is None and dist.is_initialized():
+        place, topology = (dist.get_rank(), dist.get_world_size()), plan.topology
+        if place != (topology.rank, topology.world_size):
+            raise ValueError(
+                f"the plan is for rank {topology.rank} of {topology.world_size}, this process is rank {place[0]} of "
+                f"{place[1]}: call make_plan with this world_size and rank"
+            )
+    return apply_settings(model, plan.settings, zero_stage=plan.zero_stage, sequence_group=sequence_group)
+
+
+def apply_settings(
+    model: Model,
+    settings: Settings,
+    *,
+    zero_stage: int = 0,
+    sequence_group: dist.ProcessGroup | SequenceGroup | None = None,
+) -> Model:
+    """`apply_plan` without a planner: the settings are the caller's.
+
+    Args:
+        zero_stage: at 3 each chunked MLP is marked as a leaf module, so that the chunk loop runs inside one gather.
+
+    Raises:
         ValueError: the model is patched already, or is built in a way for which the patched model would not be exact;
-            or ranks of a sequence have plans under which they would wait for each other.
+            or ranks of a sequence have settings under which they would wait for each other.
     """
     # Everything that can be refused is refused before anything is changed.
-    parts = find_parts(model, plan)
-    base = without_adapters(model, plan)
-    group = _sequence_group(plan, sequence_group)
+    parts = find_parts(model, settings)
+    base = without_adapters(model, settings)
+    group = _sequence_group(settings, sequence_group)
     if isinstance(group, ProcessSequenceGroup):
-        _require_agreement(plan, group)
+        _require_agreement(settings, group)
     undo = Undo()
     base.__dict__[_UNDO] = undo
-    store = HostStore() if plan.offload_activations else DeviceStore()
-    recompute = LayerRecompute(keep_attention=plan.keep_attention, store=store)
-    for mlp in parts.mlps:
-        chunk_mlp(mlp, plan, recompute, undo)
-    for norm in parts.norms:
-        chunk_norm(norm, undo)
-    for rotary in parts.rotary:
-        undo.set_attribute(rotary.module, "forward", rotary.forward())
-    chunk_head(parts.loss, plan, undo)
-    if plan.zero_stage == 3:
-        for module in (*parts.layers, parts.loss.head):
-            undo.hooks.append(module.register_forward_pre_hook(require_input_gradient))
+    recompute = _replace_parts(parts, settings, undo)
+    if zero_stage == 3:
+        _gather_leaves(parts, undo)
     reason = why_own_attention(base)
     configs = _use_attention(base, undo) if reason is None else []
     lengths = DocumentLengths()
@@ -136,13 +151,13 @@ def apply_plan(model: Model, plan: Plan, *, sequence_group: dist.ProcessGroup | 
         by_document = functools.partial(of_documents.forward, lengths, of_documents.module.forward)
         undo.set_attribute(of_documents.module, "forward", by_document)
     forwards = [(module, module.__dict__[name]) for module, name, _ in undo.changes if name == "forward"]
-    keep_recompute([base, parts.loss.decoder], parts.layers, plan, recompute, undo)
+    keep_recompute([base, parts.loss.decoder], parts.layers, settings, recompute, undo)
     patched = PatchedModel(
         model=base,
         mlps=parts.mlps,
         loss=parts.loss,
         layers=parts.layers,
-        plan=plan,
+        settings=settings,
         group=group,
         recompute=recompute,
         forwards=forwards,
@@ -153,13 +168,7 @@ def apply_plan(model: Model, plan: Plan, *, sequence_group: dist.ProcessGroup | 
         decoder_arguments=known_arguments(parts.loss.decoder.forward),
         asked_for_router_logits=bool(getattr(base.config, "output_router_logits", False)),
     )
-    for module, forward in ((parts.loss.decoder, decoder_forward), (base, causal_lm_forward)):
-        planned = functools.partial(forward, module.forward, patched)
-        undo.set_attribute(module, "forward", functools.update_wrapper(planned, module.forward))
-        undo.outermost.append((module, planned))
-    own_generate: Any = getattr(base, "generate", None)
-    if own_generate is not None:
-        undo.set_attribute(base, "generate", functools.partial(generate, own_generate, patched))
+    _replace_model(patched, undo)
     return model
 
 
@@ -179,17 +188,52 @@ def remove_plan(model: Model) -> Model:
     return model
 
 
-def _sequence_group(plan: Plan, given: dist.ProcessGroup | SequenceGroup | None) -> SequenceGroup | None:
-    if plan.sp_size == 1:
+def _replace_parts(parts: ModelParts, settings: Settings, undo: Undo) -> LayerRecompute:
+    """Give the modules inside the model their forwards, which look at the layer that is computed again."""
+    store = HostStore() if settings.offload_activations else DeviceStore()
+    recompute = LayerRecompute(keep_attention=settings.keep_attention, store=store)
+    for mlp in parts.mlps:
+        chunk_mlp(mlp, settings, recompute, undo)
+    for norm in parts.norms:
+        chunk_norm(norm, undo)
+    for rotary in parts.rotary:
+        undo.set_attribute(rotary.module, "forward", rotary.forward())
+    chunk_head(parts.loss, settings, undo)
+    return recompute
+
+
+def _gather_leaves(parts: ModelParts, undo: Undo) -> None:
+    for mlp in parts.mlps:
+        mark_as_leaf(mlp.module, undo)
+    if not parts.loss.is_linear:
+        mark_as_leaf(parts.loss.head, undo)
+    for module in (*parts.layers, parts.loss.head):
+        undo.hooks.append(module.register_forward_pre_hook(require_input_gradient))
+
+
+def _replace_model(patched: PatchedModel, undo: Undo) -> None:
+    """Give the decoder and the model their forwards; they are outermost."""
+    base: Any = patched.model
+    for module, forward in ((patched.loss.decoder, decoder_forward), (base, causal_lm_forward)):
+        planned = functools.partial(forward, module.forward, patched)
+        undo.set_attribute(module, "forward", functools.update_wrapper(planned, module.forward))
+        undo.outermost.append((module, planned))
+    own_generate = getattr(base, "generate", None)
+    if own_generate is not None:
+        undo.set_attribute(base, "generate", functools.partial(generate, own_generate, patched))
+
+
+def _sequence_group(settings: Settings, given: dist.ProcessGroup | SequenceGroup | None) -> SequenceGroup | None:
+    if settings.sp_size == 1:
         return None
     if given is None:
-        return new_sequence_group(plan.topology)
+        return new_sequence_group(settings.sp_size)
     return ProcessSequenceGroup(given) if isinstance(given, dist.ProcessGroup) else given
 
 
-def _require_agreement(plan: Plan, group: ProcessSequenceGroup) -> None:
-    """Refuse plans under which the ranks of a sequence would exchange different things, and wait for each other."""
-    values = {name: getattr(plan, name) for name in ("recompute", "keep_attention", "head_groups")}
+def _require_agreement(settings: Settings, group: ProcessSequenceGroup) -> None:
+    """Refuse settings under which the ranks of a sequence would exchange different things, and wait for each other."""
+    values = {name: getattr(settings, name) for name, knob in KNOBS.items() if knob.ranks_agree}
     mine = torch.tensor([int(value) for value in values.values()])
     if dist.get_backend(group.process_group) != "gloo":
         mine = mine.to(torch.accelerator.current_accelerator())

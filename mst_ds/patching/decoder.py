@@ -105,13 +105,13 @@ def check_known(patched: PatchedModel, kwargs: Mapping[str, Any]) -> None:
 
 def _planned_arguments(patched: PatchedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments that differ: positions in the whole sequence, and what attention has to know."""
-    group, plan = patched.group, patched.plan
+    group, settings = patched.group, patched.settings
     mask, positions = padding_mask(kwargs["attention_mask"]), kwargs.get("position_ids")
     inputs = kwargs["input_ids"] if kwargs["input_ids"] is not None else kwargs.get("inputs_embeds")
     if inputs is None:
         raise ValueError(f"{patched.name} needs input_ids or inputs_embeds")
     batch, length = inputs.shape[:2]
-    told = take_document_starts(kwargs, batch, length, plan.sp_size)
+    told = take_document_starts(kwargs, batch, length, settings.sp_size)
     if patched.why_own_attention is not None:
         if (told is not None and told.is_packed) or (positions is not None and _has_documents(positions, mask)):
             raise ValueError(f"{patched.name} {patched.why_own_attention}: pass one document a row (--packing none)")
@@ -131,7 +131,7 @@ def _planned_arguments(patched: PatchedModel, kwargs: dict[str, Any]) -> dict[st
         else:
             positions = told.positions(inputs.device)
     positions, starts = _find_documents(patched, positions, mask, inputs)
-    context = UlyssesContext(group, plan.attention, starts, plan.head_groups, patched.recompute)
+    context = UlyssesContext(group, settings.attention, starts, settings.head_groups, patched.recompute)
     return {"attention_mask": None, "position_ids": positions, "ulysses": context}
 
 
@@ -143,7 +143,8 @@ def _find_documents(
     group, lengths, are_given = patched.group, patched.document_lengths, positions is not None
     if not are_given and (group is not None or mask is not None or lengths is not None):
         batch, length = inputs.shape[:2]
-        positions = (torch.arange(length, device=inputs.device) + patched.plan.sp_rank * length).expand(batch, -1)
+        rank = 0 if group is None else group.rank
+        positions = (torch.arange(length, device=inputs.device) + rank * length).expand(batch, -1)
     # On a shard always: another rank may have padding, and this is a collective call.
     starts = None if positions is None else find_document_starts(positions, mask, group)
     if lengths is not None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from mst_ds.patching.patched import PatchedModel
 from mst_ds.patching.undo import Undo
-from mst_ds.planner import Plan
+from mst_ds.settings import Settings
 from mst_ds.structure import MlpStructure
 from mst_ds.structure.probe import is_changed_by_user
 from mst_ds.ulysses import ATTENTION_NAME
@@ -111,31 +111,31 @@ def _check_recompute(patched: PatchedModel) -> None:
     for layer in patched.layers:
         is_on = bool(layer.gradient_checkpointing)
         is_ours = not is_on or layer.__dict__.get("_gradient_checkpointing_func") == patched.recompute.run_layer
-        if is_on != patched.plan.recompute or not is_ours:
+        if is_on != patched.settings.recompute or not is_ours:
             raise ValueError(
                 f'the recompute of {type(layer).__name__} was changed after mst_ds.apply_plan: set "recompute" in the '
                 '"mst" block, and call mst_ds.remove_plan(model), then mst_ds.apply_plan again'
             )
 
 
-def keep_recompute(modules: list[Any], layers: list[nn.Module], plan: Plan, recompute: Any, undo: Undo) -> None:
+def keep_recompute(modules: list[Any], layers: list[nn.Module], settings: Settings, recompute: Any, undo: Undo) -> None:
     """Let the layers be computed again as the plan says, also after calls of transformers' own switches, which its
     Trainer makes.
 
     Args:
         modules: that have such switches: the model and its decoder.
     """
-    if not plan.recompute and any(layer.gradient_checkpointing for layer in layers):
-        _leave_recompute("gradient_checkpointing_enable", plan.recompute)
+    if not settings.recompute and any(layer.gradient_checkpointing for layer in layers):
+        _leave_recompute("gradient_checkpointing_enable", settings.recompute)
     for layer in layers:
-        undo.set_attribute(layer, "gradient_checkpointing", plan.recompute)
-        if plan.recompute:
+        undo.set_attribute(layer, "gradient_checkpointing", settings.recompute)
+        if settings.recompute:
             undo.set_attribute(layer, "_gradient_checkpointing_func", recompute.run_layer)
     for module in modules if layers else []:
         for name in _SWITCHES_OF_RECOMPUTE:
             original = getattr(module, name, None)
             if original is not None:
-                switch = functools.partial(_leave_recompute, name, plan.recompute)
+                switch = functools.partial(_leave_recompute, name, settings.recompute)
                 undo.set_attribute(module, name, functools.update_wrapper(switch, original))
 
 

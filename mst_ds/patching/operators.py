@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from mst_ds.minisequence import KeptProjections, chunked_loss, chunked_loss_of_head, chunked_tokenwise
 from mst_ds.patching.undo import UNSET, Undo
-from mst_ds.planner import Plan
 from mst_ds.recompute import LayerRecompute
+from mst_ds.settings import Settings
 from mst_ds.structure import (
     Chunkable,
     ExpertsStructure,
@@ -24,30 +24,27 @@ from mst_ds.structure import (
 )
 
 
-def chunk_mlp(mlp: Chunkable, plan: Plan, recompute: LayerRecompute, undo: Undo) -> None:
+def chunk_mlp(mlp: Chunkable, settings: Settings, recompute: LayerRecompute, undo: Undo) -> None:
     if isinstance(mlp, MlpStructure):
-        chunked: Callable[..., Tensor] = functools.partial(_mlp_forward, mlp, recompute, plan.keep_mlp)
+        chunked: Callable[..., Tensor] = functools.partial(_mlp_forward, mlp, recompute, settings.keep_mlp)
     elif isinstance(mlp, ExpertsStructure):
         chunked = functools.partial(_experts_forward, mlp, recompute)
     else:
         chunked = functools.partial(_tokenwise_forward, mlp, recompute)
-    undo.set_attribute(mlp.module, "forward", functools.partial(chunked, mlp.module.forward, plan.mlp_chunks))
-    if plan.zero_stage == 3:
-        _mark_as_leaf(mlp.module, undo)
+    undo.set_attribute(mlp.module, "forward", functools.partial(chunked, mlp.module.forward, settings.mlp_chunks))
 
 
 def chunk_norm(norm: NormStructure, undo: Undo) -> None:
     undo.set_attribute(norm.module, "forward", functools.partial(_norm_forward, norm, norm.module.forward))
 
 
-def chunk_head(loss: LossStructure, plan: Plan, undo: Undo) -> None:
+def chunk_head(loss: LossStructure, settings: Settings, undo: Undo) -> None:
     head = loss.head
-    undo.set_attribute(head, "forward", functools.partial(_head_forward, loss, head.forward, plan.loss_chunks))
-    if plan.zero_stage == 3 and not loss.is_linear:
-        _mark_as_leaf(head, undo)
+    undo.set_attribute(head, "forward", functools.partial(_head_forward, loss, head.forward, settings.loss_chunks))
 
 
-def _mark_as_leaf(module: nn.Module, undo: Undo) -> None:
+def mark_as_leaf(module: nn.Module, undo: Undo) -> None:
+    """ZeRO-3 gathers its parameters once, before its forward, and not as its submodules are called."""
     from deepspeed.utils import set_z3_leaf_module
 
     before = dict(module.__dict__)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from mst_ds.planner import Plan
 from mst_ds.recompute import LayerRecompute
+from mst_ds.settings import Settings
 from mst_ds.structure import Chunkable, DocumentLengths, LossStructure
 from mst_ds.ulysses import ATTENTION_NAME, SequenceGroup, register_attention
 
@@ -43,7 +43,7 @@ class PatchedModel:
         mlps: what of it is chunked.
         loss: its decoder, head, and the way to its loss.
         layers: the decoder layers that can be computed again.
-        plan: this rank's.
+        settings: this rank's.
         group: the sequence group; None at sp_size 1.
         recompute: of its layers.
         forwards: of modules inside the decoder, and of the head, that were given one.
@@ -59,7 +59,7 @@ class PatchedModel:
     mlps: Sequence[Chunkable]
     loss: LossStructure
     layers: Sequence[nn.Module]
-    plan: Plan
+    settings: Settings
     group: SequenceGroup | None
     recompute: LayerRecompute
     forwards: Sequence[tuple[nn.Module, Any]]

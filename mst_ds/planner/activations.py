@@ -42,7 +42,7 @@ def kept_between_layers(work: Workload) -> Terms:
     """What layers leave for their backward and is kept for all of them until then: with recompute no activations but
     the layers' inputs, and attention's output where that is kept."""
     every_setting = (*_rotary_tables(work), *_router_logits(work), *window_mask(work))
-    if work.recompute:
+    if work.settings.recompute:
         return (*kept_by_recompute(work), *every_setting)
     return (hidden_term(work, "layer_inputs", work.shape.num_hidden_layers), *every_setting)
 
@@ -56,9 +56,9 @@ def layer_activations(work: Workload, *, of_attention: bool = True, after_attent
         of_attention: whether the last layer still has what its attention saved, and the operators before that.
         after_attention: whether it still has what its operators after the attention saved.
     """
-    earlier = 0 if work.recompute else work.shape.num_hidden_layers - 1
+    earlier = 0 if work.settings.recompute else work.shape.num_hidden_layers - 1
     norms, first, last = work.shape.norms, earlier + of_attention, earlier + after_attention
-    with_window = 0 if work.recompute else len(work.shape.window_layers) - work.last_layer_has_window
+    with_window = 0 if work.settings.recompute else len(work.shape.window_layers) - work.last_layer_has_window
     terms = [
         _hidden_of_layers(work, "attention_input", first, min(1, norms.pre_norms)),
         local_term(work, "query_key_value", query_key_value_width(work.shape), first),
@@ -95,7 +95,7 @@ def attention_step(work: Workload, *, backward: bool) -> Terms:
         return max(whole, of_blocks, key=total_bytes)
     # The output projection comes after it, while all that attention was given is still there.
     largest = max(gathered, (hidden_term(work, "attention_result", 1),), key=total_bytes)
-    if not work.recompute:
+    if not work.settings.recompute:
         return largest
     # What is kept is among the kept.
     return (
@@ -113,7 +113,7 @@ def norm_step(work: Workload, *, backward: bool) -> Terms:
         held = hidden_term(work, "norm_gradient", 1)
     else:
         # Without recompute it is the model's final norm, whose input no layer has saved.
-        held = hidden_term(work, "norm_output", 1 if work.recompute else 2)
+        held = hidden_term(work, "norm_output", 1 if work.settings.recompute else 2)
     if norms.kind == "layer":
         return (held,)
     if norms.kind == "layer_fp32":

@@ -42,8 +42,9 @@ def _larger_sp_size(request: Request) -> _Changes:
 
 
 def _offloaded_activations(request: Request) -> _Changes:
-    if request.mst.offload_activations is not True and request.mst.recompute is not False:
-        offloaded = replace(request, mst=replace(request.mst, offload_activations=True))
+    mst = request.mst
+    if mst.get("offload_activations") is not True and mst.get("recompute") is not False:
+        offloaded = replace(request, mst=replace(mst, given={**mst.given, "offload_activations": True}))
         if offloaded.fits():
             yield (("offload_activations", True),)
 

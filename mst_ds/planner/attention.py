@@ -50,7 +50,7 @@ def gathered_step(work: Workload, *, backward: bool) -> Terms:
     kernel = (*_attention_scores(work, backward=backward), *_repeated_key_value(work, backward=backward))
     # The forward's kernel makes a tensor of its own, which goes into the output.
     # A window's is put together of parts, which stay with the layer's graph if it is not computed again.
-    outputs_made = 2 if work.recompute and has_blocks(work) and work.last_layer_has_window else 1
+    outputs_made = 2 if work.settings.recompute and has_blocks(work) and work.last_layer_has_window else 1
     made = () if backward else (_gathered(work, "kernel_output", outputs_made, _group_output(work)),)
     if work.sp_size == 1:
         return (*kernel, *made)
@@ -119,7 +119,7 @@ def _repeated_key_value(work: Workload, *, backward: bool) -> Terms:
 
 def _attention_scores(work: Workload, *, backward: bool) -> Terms:
     """No kernel of torch has a softcap: attention is computed in plain torch, by blocks of queries."""
-    if not work.shape.has_attention_softcap or work.attention != "sdpa":
+    if not work.shape.has_attention_softcap or work.settings.attention != "sdpa":
         return ()
     return (
         product_term(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from mst_ds.planner.cost import step_seconds
@@ -12,36 +11,25 @@ from mst_ds.planner.kept import copied_bytes
 from mst_ds.planner.phases import step_phases
 from mst_ds.planner.types import Choice
 from mst_ds.planner.workload import Workload
+from mst_ds.settings import KNOBS
 
 
-def describe_choices(work: Workload, *, mlp_chunks: int, loss_chunks: int, gpu: Gpu | None) -> tuple[Choice, ...]:
-    """Each setting against its opposite, or against one group of heads, with everything else as it is.
+def describe_choices(work: Workload, *, gpu: Gpu | None) -> tuple[Choice, ...]:
+    """Each setting against its opposite, or against one group of heads, with everything else as it is."""
 
-    The opposite of no recompute keeps attention on the device.
-    """
-    other_recompute = {"keep_attention": not work.recompute, "offload_activations": False}
-    opposites: dict[str, dict[str, Any]] = {"recompute": {"recompute": not work.recompute} | other_recompute}
-    if work.recompute:
-        opposites["keep_attention"] = {"keep_attention": not work.keep_attention}
-        opposites["offload_activations"] = {"offload_activations": not work.offload_activations}
-    if work.can_keep_mlp:
-        opposites["keep_mlp"] = {"keep_mlp": not work.keep_mlp}
-    if work.sp_size > 1:
-        opposites["head_groups"] = {"head_groups": 1}
-
-    def peaks(settings: Workload) -> tuple[int, int]:
-        phases = step_phases(settings, mlp_chunks=mlp_chunks, loss_chunks=loss_chunks)
+    def peaks(work: Workload) -> tuple[int, int]:
+        phases = step_phases(work)
         return max(phase.device_bytes for phase in phases), max(phase.host_bytes for phase in phases)
 
     device_bytes, host_bytes = peaks(work)
     choices = []
-    for setting, changes in opposites.items():
-        other = replace(work, **changes)
+    for setting, changes in _opposites(work).items():
+        other = work.with_settings(**changes)
         other_device_bytes, other_host_bytes = peaks(other)
         choices.append(
             Choice(
                 setting=setting,
-                value=getattr(work, setting),
+                value=getattr(work.settings, setting),
                 device_bytes=device_bytes - other_device_bytes,
                 host_bytes=host_bytes - other_host_bytes,
                 flops=flops_computed_again(work) - flops_computed_again(other),
@@ -50,3 +38,19 @@ def describe_choices(work: Workload, *, mlp_chunks: int, loss_chunks: int, gpu: 
             )
         )
     return tuple(choices)
+
+
+def _opposites(work: Workload) -> dict[str, dict[str, Any]]:
+    """For each setting that could be another, what changes. The opposite of no recompute keeps what is preferred, that
+    of several groups is one."""
+    settings = work.settings
+    opposites: dict[str, dict[str, Any]] = {}
+    for name, knob in KNOBS.items():
+        has_effect = name not in work.without_effect and (settings.recompute or not knob.needs_recompute)
+        if knob.choices and has_effect:
+            opposites[name] = {name: not getattr(settings, name)}
+    of_recompute = {name: knob.choices[0] for name, knob in KNOBS.items() if knob.needs_recompute}
+    opposites["recompute"] |= {name: not settings.recompute and value for name, value in of_recompute.items()}
+    if work.sp_size > 1:
+        opposites |= {name: {name: 1} for name, knob in KNOBS.items() if knob.needs_sharding}
+    return opposites

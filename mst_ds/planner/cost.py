@@ -56,14 +56,14 @@ def all_to_all_seconds(work: Workload, gpu: Gpu) -> float:
     layers = work.shape.num_hidden_layers
     # Forward; then the inputs again, the output, its gradient, and the gradients of the inputs.
     width = layers * (inputs + output + 2 * inputs + 2 * output)
-    if work.recompute:
+    if work.settings.recompute:
         width += (layers - work.attention_keeping_layers) * (inputs + output)
     sent = work.tokens * width * work.zero.dtype_bytes
     # Ranks of a sequence group are neighbours: those of one node first.
     inside = min(work.sp_size, work.ranks_per_node)
     to_neighbours = sent * (inside - 1) / work.sp_size / gpu.node_rate
     to_others = sent * (work.sp_size - inside) / work.sp_size / gpu.network_rate
-    return max(to_neighbours, to_others) + 5 * layers * work.head_groups * _COLLECTIVE_SECONDS
+    return max(to_neighbours, to_others) + 5 * layers * work.settings.head_groups * _COLLECTIVE_SECONDS
 
 
 def _collective_seconds(work: Workload, gpu: Gpu, moved: float) -> float:

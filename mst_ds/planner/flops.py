@@ -30,14 +30,14 @@ def flops_computed_again(work: Workload) -> int:
     """What is computed a second time. In the MLP's backward gate and up, unless they are kept; with recompute
     projections and, unless it is kept, attention, and the MLP's output where a norm of it needs that."""
     inner, matrices = (2, 3) if work.shape.gated_mlp else (1, 2)
-    kept = (_dense_mlp_flops(work) if work.keep_mlp else 0) * inner // matrices
+    kept = (_dense_mlp_flops(work) if work.settings.keep_mlp else 0) * inner // matrices
     gate_up = _mlp_flops(work) * inner // matrices - kept
-    if not work.recompute:
+    if not work.settings.recompute:
         return gate_up
     again = gate_up + _projection_flops(work)
     if work.shape.norms.post_norms:
         again += _mlp_flops(work) - kept
-    if not work.keep_attention:
+    if not work.settings.keep_attention:
         again += _full_attention_flops(work)
     return again + _windowed_attention_flops(work)
 

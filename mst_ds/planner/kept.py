@@ -81,7 +81,7 @@ def copied_bytes(work: Workload) -> int:
 
 
 def _is_on_host(work: Workload) -> bool:
-    return work.recompute and work.offload_activations
+    return work.settings.recompute and work.settings.offload_activations
 
 
 def _on_host(work: Workload) -> list[tuple[str, int, int, tuple[Factor, ...]]]:
@@ -97,7 +97,7 @@ def _on_host(work: Workload) -> list[tuple[str, int, int, tuple[Factor, ...]]]:
 def _gate_up_layers(work: Workload) -> list[tuple[str, int, int]]:
     """Name, layers and width of each kind of MLP that keeps gate and up, in the order in which layers have them."""
     shape, experts = work.shape, work.shape.experts
-    if not work.keep_mlp:
+    if not work.settings.keep_mlp:
         return []
     kinds = [("kept_gate_up", shape.num_dense_layers, shape.intermediate_size)]
     if experts is not None:

@@ -101,7 +101,7 @@ def _chunk_tensors(work: Workload, matrices: int, *, backward: bool) -> int:
     of_forward, of_backward = TENSORS_OF_ACTIVATION.get(work.shape.activation, (1, 1))
     if work.shape.trained.mlp:
         return 2 * matrices - 1 + of_backward if backward else matrices + of_forward
-    return (matrices + of_backward if backward else 1 + of_forward) - work.keep_mlp
+    return (matrices + of_backward if backward else 1 + of_forward) - work.settings.keep_mlp
 
 
 def _expert_step(work: Workload, chunks: int, experts: ExpertShape, *, backward: bool) -> MlpStep:
@@ -164,4 +164,4 @@ def _trained_weights(work: Workload, matrices: Factor, intermediate_size: Factor
 
 def _held_in_forward(work: Workload) -> Terms:
     """Without recompute these are counted among the kept activations."""
-    return (hidden_term(work, "residual", 1), hidden_term(work, "mlp_input", 1)) if work.recompute else ()
+    return (hidden_term(work, "residual", 1), hidden_term(work, "mlp_input", 1)) if work.settings.recompute else ()

@@ -38,8 +38,9 @@ def activation_bytes(phase: Phase) -> int:
     return total_bytes(term for term in phase.terms if term.place == "device" and term.name not in _STATES)
 
 
-def step_phases(work: Workload, *, mlp_chunks: int, loss_chunks: int) -> tuple[Phase, ...]:
+def step_phases(work: Workload) -> tuple[Phase, ...]:
     """All phases, in the order in which they happen."""
+    mlp_chunks, loss_chunks = work.settings.mlp_chunks, work.settings.loss_chunks
     return (
         Phase("initialisation", _standing(work, has_gradients=work.zero.stage == 3)),
         layer_phase(work, mlp_chunks, backward=False),
@@ -118,7 +119,7 @@ def _of_layers(work: Workload, *, backward: bool) -> Terms:
     terms = activations.kept_between_layers(work)
     if backward:
         terms += activations.output_gradient(work)
-    elif work.offload_activations and work.shape.num_hidden_layers > LAYERS_IN_FLIGHT:
+    elif work.settings.offload_activations and work.shape.num_hidden_layers > LAYERS_IN_FLIGHT:
         # The first layer's input, which the decoder holds until all layers have run, though it is on the host.
         terms += (activations.hidden_term(work, "embeddings", 1),)
     return terms
@@ -175,7 +176,7 @@ def rest_of_layer_moment(work: Workload, *, backward: bool) -> Terms:
     norm = activations.norm_step(work, backward=backward)
     final_norm_input = activations.hidden_term(work, "final_norm_input", 1)
     moments = [attention + _saved(work, backward=backward, after_attention=False, of_mlp=False)]
-    if work.recompute:
+    if work.settings.recompute:
         # The norm of the MLP's output, or the one before it, or where there is neither the layer's first, the last in
         # its backward; and the model's.
         norms = work.shape.norms
@@ -201,7 +202,7 @@ def _saved(
     if backward:
         saved = activations.layer_activations(work, of_attention=of_attention, after_attention=after_attention)
         return saved + kept_gate_up(work, of_last_layer=of_mlp)
-    if work.recompute:
+    if work.settings.recompute:
         return kept_gate_up(work, of_last_layer=of_mlp)
     # All layers save while the forward goes on.
     return activations.layer_activations(work) + kept_gate_up(work)

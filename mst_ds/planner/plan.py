@@ -94,7 +94,7 @@ def plan_of_request(request: Request) -> Plan:
     """
     require_positions(request.work.shape.fixed_positions, request.work.seq_len)
     zero, device_memory = request.work.zero, request.device_memory[request.topology.rank]
-    settings = choose_settings(
+    work = choose_settings(
         request.work,
         request.mst,
         device_memory=device_memory,
@@ -102,9 +102,10 @@ def plan_of_request(request: Request) -> Plan:
         host_memory=request.host_memory,
         gpu=request.rates,
     )
-    work, chunks = settings.work, {"mlp_chunks": settings.mlp_chunks, "loss_chunks": settings.loss_chunks}
-    seconds = step_seconds(work, request.rates) if request.times_are_known else None
+    gpu = request.rates if request.times_are_known else None
+    seconds = None if gpu is None else step_seconds(work, gpu)
     return Plan(
+        settings=work.settings,
         topology=request.topology,
         seq_len=work.seq_len,
         shard_length=shard_length(work.seq_len, work.sp_size),
@@ -112,19 +113,12 @@ def plan_of_request(request: Request) -> Plan:
         gradient_accumulation_steps=zero.gradient_accumulation_steps,
         zero_stage=zero.stage,
         dtype=zero.dtype,
-        **chunks,
-        recompute=work.recompute,
-        keep_attention=work.keep_attention,
-        offload_activations=work.offload_activations,
-        keep_mlp=work.keep_mlp,
-        head_groups=work.head_groups,
-        attention=work.attention,
         device_memory=device_memory,
         host_memory=request.host_memory,
-        phases=step_phases(work, **chunks),
+        phases=step_phases(work),
         counts_are_exact=work.shape.counts_are_exact,
         other_layers=work.shape.other_layers,
-        choices=describe_choices(work, **chunks, gpu=request.rates if request.times_are_known else None),
+        choices=describe_choices(work, gpu=gpu),
         flops=micro_batch_flops(work),
         predicted_step_seconds=seconds,
         predicted_mfu=None if seconds is None else model_flops_utilisation(work, request.rates, seconds),

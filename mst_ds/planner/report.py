@@ -37,19 +37,11 @@ def plan_table(plan: Plan) -> Table:
 
 
 def _decisions(plan: Plan) -> str:
+    topology = plan.topology
     return (
-        f"rank {plan.topology.rank} of {plan.topology.world_size}: sp {plan.sp_size}, dp {plan.dp_size}, "
-        f"{plan.shard_length} of {plan.seq_len} tokens, ZeRO-{plan.zero_stage}, {plan.dtype}, "
-        f"{plan.attention}, {_kept(plan)}{f'head_groups {plan.head_groups}, ' if plan.head_groups > 1 else ''}"
-        f"mlp_chunks {plan.mlp_chunks}, loss_chunks {plan.loss_chunks}"
+        f"rank {topology.rank} of {topology.world_size}, dp {plan.dp_size}: {plan.shard_length} of {plan.seq_len} "
+        f"tokens, ZeRO-{plan.zero_stage}, {plan.dtype}, {plan.settings}"
     )
-
-
-def _kept(plan: Plan) -> str:
-    if not plan.recompute:
-        return f"recompute off, {'gate and up kept, ' if plan.keep_mlp else ''}"
-    kept = ["layer inputs", *["attention"] * plan.keep_attention, *["gate and up"] * plan.keep_mlp]
-    return f"recompute on, {', '.join(kept)} kept on the {'host' if plan.offload_activations else 'device'}, "
 
 
 def _costs(plan: Plan) -> str:

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from mst_ds.config import AUTO, GIB, MstConfig, TrainConfig
+from mst_ds.config import AUTO, GIB, TrainConfig
 from mst_ds.model_shape import ModelShape, load_model_shape
 from mst_ds.planner.gpus import DEFAULT_GPU, Gpu
 from mst_ds.planner.search import can_fit
 from mst_ds.planner.workload import Workload
+from mst_ds.settings import MstConfig, Settings
 from mst_ds.topology import Topology, choose_sp_size
-from mst_ds.zero import load_ds_config, read_zero, resolve, split_mst
+from mst_ds.zero import ZeroConfig, load_ds_config, read_zero, resolve, split_mst
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -22,12 +23,11 @@ if TYPE_CHECKING:
 
 # Of a rank; a search through more would leave the integers that ranges can have.
 _MOST_TOKENS = 2**40
-_MOST_GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Request:
-    """What `work` keeps and its groups of heads are still to be chosen.
+    """The settings of `work` are still to be chosen, but for `sp_size` and `attention`.
 
     Attributes:
         device_memory: bytes of each rank of the world.
@@ -52,9 +52,11 @@ class Request:
     def with_length(self, seq_len: int) -> Request:
         return replace(self, work=replace(self.work, seq_len=seq_len))
 
-    def fits(self, **changes: Any) -> bool:
-        """Whether there are settings that fit, with these fields of `work` changed."""
-        work = replace(self.work, **changes)
+    def fits(self, *, seq_len: int | None = None, zero: ZeroConfig | None = None, sp_size: int | None = None) -> bool:
+        """Whether there are settings that fit, with these in place of those of `work`."""
+        work = replace(self.work, seq_len=seq_len or self.work.seq_len, zero=zero or self.work.zero)
+        if sp_size is not None:
+            work = work.with_settings(sp_size=sp_size)
         return can_fit(work, self.mst, device_memory=self.least_device_memory, host_memory=self.host_memory)
 
 
@@ -87,7 +89,7 @@ def read_request(
     raw = load_ds_config(ds_config)
     mst = split_mst(raw)[1]
     sp_size = choose_sp_size(
-        mst.sp_size if sp_size is None else sp_size,
+        mst.get("sp_size") if sp_size is None else sp_size,
         world_size=world_size,
         num_attention_heads=shape.num_attention_heads,
         ranks_per_node=ranks_per_node,
@@ -109,9 +111,8 @@ def read_request(
     work = Workload(
         shape=shape,
         zero=zero,
-        sp_size=sp_size,
         seq_len=seq_len,
-        attention=_attention(mst, zero.dtype),
+        settings=Settings(sp_size=sp_size, attention=_attention(mst.get("attention"), zero.dtype)),
         reserve=_reserve(reserve, mst),
         ranks_per_node=ranks_per_node or world_size,
     )
@@ -130,13 +131,13 @@ def _shape(model: PreTrainedConfig | ModelShape | str) -> ModelShape:
     return load_model_shape(model) if isinstance(model, str) else ModelShape.from_config(model)
 
 
-def _attention(mst: MstConfig, dtype: str) -> str:
-    if mst.attention == "flash_attention_2" and dtype == "fp32":
+def _attention(given: str, dtype: str) -> str:
+    if given == "flash_attention_2" and dtype == "fp32":
         raise ValueError(
             "attention in 'mst' is 'flash_attention_2', which has no fp32; allowed: 'sdpa', or enable bf16"
         )
-    if mst.attention != AUTO:
-        return mst.attention
+    if given != AUTO:
+        return given
     # Where the package is missing, as on most machines that only plan, transformers' seconds are saved.
     if dtype == "fp32" or find_spec("flash_attn") is None:
         return "sdpa"
@@ -149,7 +150,7 @@ def _device_memory(given: int | Sequence[int] | None, mst: MstConfig, world_size
     if given is None:
         if mst.device_memory_gib == AUTO:
             raise ValueError("device_memory is not known; allowed: bytes, or a number in 'mst' for device_memory_gib")
-        given = _bytes_in_mst("device_memory_gib", mst.device_memory_gib)
+        given = int(mst.device_memory_gib * GIB)
     of_ranks = (given,) * world_size if isinstance(given, int) else tuple(given)
     if len(of_ranks) != world_size:
         raise ValueError(f"device_memory has {len(of_ranks)} numbers for {world_size} ranks; allowed: one for each")
@@ -160,13 +161,7 @@ def _device_memory(given: int | Sequence[int] | None, mst: MstConfig, world_size
 
 def _reserve(reserve: int, mst: MstConfig) -> int:
     if mst.reserve_gib != AUTO:
-        return _bytes_in_mst("reserve_gib", mst.reserve_gib)
+        return int(mst.reserve_gib * GIB)
     if reserve < 0:
         raise ValueError(f"reserve is {reserve}; allowed: a whole number of bytes >= 0")
     return reserve
-
-
-def _bytes_in_mst(name: str, gib: float) -> int:
-    if gib > _MOST_GIB:
-        raise ValueError(f"{name} in 'mst' is {gib}; allowed: at most {_MOST_GIB} GiB")
-    return int(gib * GIB)

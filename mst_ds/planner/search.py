@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from operator import itemgetter
-from typing import Any
 
-from mst_ds.config import AUTO, Auto, MstConfig
+from mst_ds.config import AUTO, Auto
 from mst_ds.planner import activations
 from mst_ds.planner.cost import step_seconds
 from mst_ds.planner.gpus import DEFAULT_GPU, Gpu
@@ -16,33 +14,10 @@ from mst_ds.planner.kept import kept_gate_up
 from mst_ds.planner.phases import layer_phase, loss_phase, mlp_moments, rest_of_layer_moment, step_phases
 from mst_ds.planner.types import Phase, total_bytes
 from mst_ds.planner.workload import Workload
+from mst_ds.settings import MstConfig, candidates
 
 # Below this length the matrices of a chunk are too small to keep an accelerator busy.
 MIN_CHUNK_TOKENS = 256
-
-# What layers keep. Of the settings that are equally fast the first is taken.
-_KEPT_SETTINGS = ("recompute", "keep_attention", "offload_activations", "keep_mlp")
-_KEPT = (
-    (False, False, False, True),
-    (False, False, False, False),
-    (True, True, False, True),
-    (True, True, False, False),
-    (True, True, True, True),
-    (True, True, True, False),
-    (True, False, False, True),
-    (True, False, False, False),
-    (True, False, True, True),
-    (True, False, True, False),
-)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All that the planner chooses: `work` says what is kept and how many groups of heads there are."""
-
-    work: Workload
-    mlp_chunks: int
-    loss_chunks: int
 
 
 def choose_settings(
@@ -53,15 +28,15 @@ def choose_settings(
     host_memory: int | None,
     gpu: Gpu = DEFAULT_GPU,
     least_device_memory: int | None = None,
-) -> Settings:
-    """The settings that fit and are predicted fastest; of equally fast ones those that come first in `_KEPT`, with the
-    fewest groups of heads.
+) -> Workload:
+    """`work` with the settings that fit and are predicted fastest; of equally fast ones those that `candidates` has
+    first, with the fewest groups of heads.
 
     Where nothing fits it is those with the lowest peak, of equal ones those with recompute. What the user set stays;
     kept attention or offload that the user asks for means recompute.
 
     Args:
-        work: whose `recompute`, `keep_attention`, `offload_activations`, `keep_mlp` and `head_groups` are not read.
+        work: of whose settings only `sp_size` and `attention` are read.
         device_memory: bytes of this rank's device, which its chunk counts follow from.
         host_memory: bytes of the host that this rank may use; None: not known, and nothing is kept there by choice.
         gpu: whose rates predict.
@@ -71,36 +46,36 @@ def choose_settings(
     least = device_memory if least_device_memory is None else least_device_memory
     fitting: list[tuple[float, Workload]] = []
     others: list[tuple[tuple[int, bool, bool], Workload]] = []
-    for candidate in _candidates(work, mst):
-        phases = step_phases(candidate, **_chunks(candidate, mst, least))
+    for unchunked in _unchunked_candidates(work, mst):
+        candidate = _with_chunks(unchunked, mst, least)
+        phases = step_phases(candidate)
         if not _may_offload(candidate, mst, phases, host_memory):
             continue
-        peak = max(phase.device_bytes for phase in phases)
+        peak, settings = max(phase.device_bytes for phase in phases), candidate.settings
         if peak <= least and _host_has_room(phases, host_memory):
             fitting.append((step_seconds(candidate, gpu), candidate))
         else:
-            others.append(((peak, not candidate.recompute, candidate.keep_mlp), candidate))
+            others.append(((peak, not settings.recompute, settings.keep_mlp), candidate))
     # Python's min takes the first of equals. What is kept on the device is always a candidate.
     best = min(fitting, key=itemgetter(0))[1] if fitting else min(others, key=itemgetter(0))[1]
-    return Settings(best, **_chunks(best, mst, device_memory))
+    return _with_chunks(best, mst, device_memory)
 
 
-def _chunks(work: Workload, mst: MstConfig, device_memory: int) -> dict[str, int]:
+def _with_chunks(work: Workload, mst: MstConfig, device_memory: int) -> Workload:
     mlp_chunks, loss_chunks = choose_chunks(
-        work, device_memory=device_memory, mlp_chunks=mst.mlp_chunks, loss_chunks=mst.loss_chunks
+        work, device_memory=device_memory, mlp_chunks=mst.get("mlp_chunks"), loss_chunks=mst.get("loss_chunks")
     )
-    return {"mlp_chunks": mlp_chunks, "loss_chunks": loss_chunks}
+    return work.with_settings(mlp_chunks=mlp_chunks, loss_chunks=loss_chunks)
 
 
 def can_fit(work: Workload, mst: MstConfig, *, device_memory: int, host_memory: int | None) -> bool:
     """Whether `choose_settings` would find settings that fit: then they also do with the most chunks it may choose."""
     most = max(1, work.tokens // MIN_CHUNK_TOKENS)
-    chunks = {
-        "mlp_chunks": most if mst.mlp_chunks == AUTO else min(mst.mlp_chunks, work.tokens),
-        "loss_chunks": most if mst.loss_chunks == AUTO else min(mst.loss_chunks, work.tokens),
-    }
-    for candidate in _candidates(work, mst):
-        phases = step_phases(candidate, **chunks)
+    counts = {name: mst.get(name) for name in ("mlp_chunks", "loss_chunks")}
+    most_chunks = {name: most if count == AUTO else min(count, work.tokens) for name, count in counts.items()}
+    for unchunked in _unchunked_candidates(work, mst):
+        candidate = unchunked.with_settings(**most_chunks)
+        phases = step_phases(candidate)
         is_within = max(phase.device_bytes for phase in phases) <= device_memory
         may_offload = _may_offload(candidate, mst, phases, host_memory)
         if is_within and may_offload and _host_has_room(phases, host_memory):
@@ -110,7 +85,7 @@ def can_fit(work: Workload, mst: MstConfig, *, device_memory: int, host_memory: 
 
 def _may_offload(work: Workload, mst: MstConfig, phases: tuple[Phase, ...], host_memory: int | None) -> bool:
     """Whether what this keeps on the host is what the user asks for, or has room there for certain."""
-    if not work.offload_activations or mst.offload_activations != AUTO:
+    if not work.settings.offload_activations or mst.get("offload_activations") != AUTO:
         return True
     return host_memory is not None and _host_has_room(phases, host_memory)
 
@@ -119,19 +94,13 @@ def _host_has_room(phases: tuple[Phase, ...], host_memory: int | None) -> bool:
     return host_memory is None or max(phase.host_bytes for phase in phases) <= host_memory
 
 
-def _candidates(work: Workload, mst: MstConfig) -> Iterator[Workload]:
-    given = [getattr(mst, name) for name in _KEPT_SETTINGS]
-    if not work.can_keep_mlp:
-        given[-1] = False
-    for values in _KEPT:
-        if any(asked not in (AUTO, value) for asked, value in zip(given, values, strict=True)):
-            continue
-        settings: dict[str, Any] = dict(zip(_KEPT_SETTINGS, values, strict=True))
-        if settings["offload_activations"] and settings["keep_mlp"] and mst.keep_mlp == AUTO:
+def _unchunked_candidates(work: Workload, mst: MstConfig) -> Iterator[Workload]:
+    for chosen in candidates({**mst.given, **work.without_effect}):
+        if chosen["offload_activations"] and chosen["keep_mlp"] and mst.get("keep_mlp") == AUTO:
             continue  # several times the host's memory for little time: for the user to decide
-        kept = replace(work, **settings)
-        for count in _head_groups(kept, mst.head_groups):
-            yield replace(kept, head_groups=count)
+        kept = work.with_settings(**chosen)
+        for count in _head_groups(kept, mst.get("head_groups")):
+            yield kept.with_settings(head_groups=count)
 
 
 def _head_groups(work: Workload, given: int | Auto) -> list[int]:
@@ -140,7 +109,7 @@ def _head_groups(work: Workload, given: int | Auto) -> list[int]:
         return [min(given, work.most_head_groups)]
     counts = work.head_group_counts
     enough = (
-        index for index, count in enumerate(counts) if _attention_is_not_the_peak(replace(work, head_groups=count))
+        index for index, count in enumerate(counts) if _attention_is_not_the_peak(work.with_settings(head_groups=count))
     )
     return counts[next(enough, len(counts) - 1) :]
 

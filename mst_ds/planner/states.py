@@ -94,7 +94,7 @@ def _keeps_embedding(work: Workload, phase: str) -> bool:
 
 def _passes(work: Workload) -> int:
     """How often a step uses a layer's parameters."""
-    return 3 if work.recompute else 2
+    return 3 if work.settings.recompute else 2
 
 
 def has_gradients_from_start(work: Workload) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from mst_ds.settings import Settings
 from mst_ds.topology import Topology
 
 Place: TypeAlias = Literal["device", "host", "nvme"]
@@ -79,20 +80,17 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What one rank does, and what it costs. Lengths are in tokens, memory in bytes.
+    """What one rank executes, and what that is forecast to cost. Lengths are in tokens, memory in bytes.
 
-    recompute, keep_attention, offload_activations, keep_mlp, head_groups: see `MstConfig`; without recompute the two
-    after it are False. choices says what each costs and saves; flops are those of matrix
-    products and attention in a micro-batch of this rank.
-
-    attention is the implementation that runs ("sdpa" or "flash_attention_2"), dtype the model's ("fp32",
-    "fp16" or "bf16"); phases are in the order in which they happen. counts_are_exact, other_layers: see
-    `ModelShape`.
+    dtype is the model's ("fp32", "fp16" or "bf16"); phases are in the order in which they happen; choices say what each
+    setting costs and saves; flops are those of matrix products and attention in a micro-batch of this rank.
+    counts_are_exact, other_layers: see `ModelShape`.
 
     predicted_step_seconds and predicted_mfu (model FLOPs utilisation, a share of 1) are by the rates of the GPU that is
     planned for, None where that is not known.
     """
 
+    settings: Settings
     topology: Topology
     seq_len: int
     shard_length: int
@@ -100,23 +98,15 @@ class Plan:
     gradient_accumulation_steps: int
     zero_stage: int
     dtype: str
-    mlp_chunks: int
-    loss_chunks: int
-    recompute: bool
-    keep_attention: bool = False
-    offload_activations: bool = False
-    keep_mlp: bool = False
-    head_groups: int = 1
-    attention: str
     device_memory: int
-    host_memory: int | None = None
+    host_memory: int | None
     phases: tuple[Phase, ...]
-    counts_are_exact: bool = True
-    other_layers: tuple[str, ...] = ()
-    choices: tuple[Choice, ...] = ()
-    flops: int = 0
-    predicted_step_seconds: float | None = None
-    predicted_mfu: float | None = None
+    counts_are_exact: bool
+    other_layers: tuple[str, ...]
+    choices: tuple[Choice, ...]
+    flops: int
+    predicted_step_seconds: float | None
+    predicted_mfu: float | None
 
     @property
     def sp_size(self) -> int:
@@ -149,8 +139,10 @@ class Plan:
         return max(phase.host_bytes for phase in self.phases)
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as a JSON file holds it, of each phase its bytes, of each term its formula."""
+        """Everything as a JSON file holds it: the settings beside the rest, of each phase its bytes, of each term its
+        formula."""
         fields = dataclasses.asdict(self)
+        fields |= fields.pop("settings")
         fields["phases"] = [
             {
                 "name": phase.name,

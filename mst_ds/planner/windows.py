@@ -46,7 +46,7 @@ def window_graphs(work: Workload, layers: int) -> Terms:
         # A shorter block at the end has a mask of its own, for each group of heads.
         rest = tokens % _block(work)
         mask = (
-            ("groups of heads", work.head_groups),
+            ("groups of heads", work.settings.head_groups),
             ("query heads of a key", _grouped(work)),
             ("queries", rest),
             ("keys", _window(work) + rest),
@@ -82,7 +82,7 @@ def has_blocks(work: Workload) -> bool:
     shape = work.shape
     if not shape.sliding_windows or work.attention_length <= _window(work):
         return False
-    return work.attention == "sdpa" and not shape.has_attention_softcap
+    return work.settings.attention == "sdpa" and not shape.has_attention_softcap
 
 
 def _window(work: Workload) -> int:

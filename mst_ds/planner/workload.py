@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from mst_ds.model_shape import ModelShape
+from mst_ds.settings import Settings
 from mst_ds.topology import shard_length
 from mst_ds.zero import ZeroConfig
 
@@ -15,23 +18,25 @@ def ceil_divide(dividend: int, divisor: int) -> int:
 
 @dataclass(frozen=True)
 class Workload:
-    """A model under a ZeRO setting, on one shard of `seq_len` tokens, before chunk counts are chosen.
+    """A model under a ZeRO setting, on one shard of `seq_len` tokens, with the settings of a rank or some to try.
 
     reserve: bytes of the device that are left to others than tensors. ranks_per_node: neighbours in rank order.
     """
 
     shape: ModelShape
     zero: ZeroConfig
-    sp_size: int
     seq_len: int
-    attention: str
-    recompute: bool = False
-    keep_attention: bool = False
-    offload_activations: bool = False
-    keep_mlp: bool = False
-    head_groups: int = 1
+    settings: Settings
     reserve: int = 0
     ranks_per_node: int = 1
+
+    def with_settings(self, **changes: Any) -> Workload:
+        """This with other values of some knobs."""
+        return replace(self, settings=replace(self.settings, **changes))
+
+    @property
+    def sp_size(self) -> int:
+        return self.settings.sp_size
 
     @property
     def tokens(self) -> int:
@@ -51,7 +56,7 @@ class Workload:
     @property
     def group_query_heads(self) -> int:
         """Query heads of a rank that attention works on at a time."""
-        return ceil_divide(self.query_heads, self.head_groups)
+        return ceil_divide(self.query_heads, self.settings.head_groups)
 
     @property
     def group_key_value_heads(self) -> int:
@@ -60,7 +65,7 @@ class Workload:
         uneven = heads % self.sp_size or (key_value_heads % self.sp_size and self.sp_size % key_value_heads)
         if uneven:
             return self.group_query_heads
-        return ceil_divide(ceil_divide(key_value_heads, self.sp_size), self.head_groups)
+        return ceil_divide(ceil_divide(key_value_heads, self.sp_size), self.settings.head_groups)
 
     @property
     def most_head_groups(self) -> int:
@@ -79,7 +84,7 @@ class Workload:
     @property
     def repeats_key_value(self) -> bool:
         """Whether the kernel wants as many key/value heads as query heads, as sdpa's for fp32 on CUDA does."""
-        is_ungrouped = self.attention == "sdpa" and self.zero.dtype == "fp32"
+        is_ungrouped = self.settings.attention == "sdpa" and self.zero.dtype == "fp32"
         return is_ungrouped and self.group_key_value_heads != self.group_query_heads
 
     @property
@@ -87,7 +92,7 @@ class Workload:
         """Layers whose attention's output is kept: a window makes attention too cheap for it, and with sinks kernels
         work on copies, which would be kept, too."""
         layers = self.shape.num_hidden_layers - len(self.shape.sliding_windows)
-        return layers if self.recompute and self.keep_attention and not self.shape.has_sinks else 0
+        return layers if self.settings.recompute and self.settings.keep_attention and not self.shape.has_sinks else 0
 
     @property
     def last_layer_has_window(self) -> bool:
@@ -103,11 +108,13 @@ class Workload:
         return self.sp_size * shard_length(self.seq_len, self.sp_size)
 
     @property
-    def can_keep_mlp(self) -> bool:
-        """Whether the model has MLPs that can keep gate and up: experts cannot, nor can an MLP with adapters inside."""
+    def without_effect(self) -> Mapping[str, bool]:
+        """Knobs that this model has nothing for, and what they are then: experts cannot keep gate and up, nor can an
+        MLP with adapters inside."""
         experts, trained = self.shape.experts, self.shape.trained.mlp
         has_mlps = self.shape.num_dense_layers or (experts is not None and experts.shared_intermediate_size)
-        return bool(has_mlps) and (trained is None or trained == 0)
+        can_keep_mlp = has_mlps and (trained is None or trained == 0)
+        return {} if can_keep_mlp else {"keep_mlp": False}
 
     @property
     def block_scores(self) -> int:

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING
 import torch
 
 from mst_ds.model_shape import ModelShape
+from mst_ds.preflight.cases import Case, case_of_run
 from mst_ds.preflight.compare import Outcome, run_plain, run_planned
 from mst_ds.preflight.culprit import find_culprit
 from mst_ds.preflight.documents import Documents
 from mst_ds.preflight.errors import is_exact
 from mst_ds.preflight.float64 import default_float64
-from mst_ds.preflight.settings import Setting, setting_of_run
 from mst_ds.preflight.shrink import random_fields
 from mst_ds.preflight.small_model import build_small_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from mst_ds.planner import Plan
+    from mst_ds.settings import Settings
 
 _MIN_SEQ_LEN = 41
 _BATCH_SIZE = 2  # rows that `Documents` makes
@@ -30,17 +30,17 @@ _BATCH_SIZE = 2  # rows that `Documents` makes
 
 @dataclass(frozen=True)
 class Check:
-    """One setting, compared.
+    """One case, compared.
 
     Args:
         loss_error: the relative difference of the losses. None, as all errors, where nothing ran.
         gradient_error: the largest relative error (Frobenius norm) of a parameter's gradient.
         parameter: whose gradient that is.
-        refusal: why this project does not train the model at this setting, in its own words; None where it does.
+        refusal: why this project does not train the model so, in its own words; None where it does.
         defect: what differs, in one line; None where all is exact, or refused.
     """
 
-    setting: Setting
+    case: Case
     loss_error: float | None = None
     gradient_error: float | None = None
     parameter: str | None = None
@@ -77,35 +77,35 @@ class Report:
         """One line: exact, or the first thing that is not."""
         for check in self.checks:
             if check.defect is not None:
-                return f"{self.model} is not exact: {check.defect}, at {check.setting}"
+                return f"{self.model} is not exact: {check.defect}, at {check.case}"
         for check in self.checks:
             if check.refusal is not None:
-                return f"{self.model} is refused at {check.setting}: {check.refusal}"
+                return f"{self.model} is refused at {check.case}: {check.refusal}"
         worst = max(max(check.loss_error or 0.0, check.gradient_error or 0.0) for check in self.checks)
         return f"{self.model} is exact: loss and every gradient within {worst:.1e} of transformers'"
 
 
-def check_model(config: PreTrainedConfig, settings: Sequence[Setting]) -> Report:
+def check_model(config: PreTrainedConfig, cases: Sequence[Case]) -> Report:
     """Compare loss and every gradient of a small model of `config`'s architecture with transformers', in float64.
 
     The truth is the plain model with eager attention on each document alone. On the CPU; a sequence group is simulated.
 
     Args:
         config: the user's Hugging Face config.
-        settings: what to compare; each is a check of the report, in this order.
+        cases: what to compare; each is a check of the report, in this order.
 
     Raises:
         ValueError: not a config of a decoder, or one that cannot be shrunk; the text says why.
     """
     ModelShape.from_config(config)
-    sequences = {setting: (setting.packed, _seq_len(setting)) for setting in settings}
+    sequences = {case: (case.packed, _seq_len(case)) for case in cases}
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), default_float64(), _one_thread(), _no_warnings():
         model = build_small_model(config, seq_len=max(seq_len for _, seq_len in sequences.values()))
         truths = {
             (packed, seq_len): _Truth.of(model, packed=packed, seq_len=seq_len)
             for packed, seq_len in dict.fromkeys(sequences.values())
         }
-        checks = tuple(_check(model, truths[sequences[setting]], setting) for setting in settings)
+        checks = tuple(_check(model, truths[sequences[case]], case) for case in cases)
     return Report(
         model=type(model).__name__,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -115,13 +115,13 @@ def check_model(config: PreTrainedConfig, settings: Sequence[Setting]) -> Report
     )
 
 
-def require_exact(config: PreTrainedConfig, plan: Plan, *, packed: bool) -> None:
-    """Check what a run with this plan computes, in a second or two, before it starts.
+def require_exact(config: PreTrainedConfig, settings: Settings, *, packed: bool) -> None:
+    """Check what a run with these settings computes, in a second or two, before it starts.
 
     Raises:
         ValueError: the model is refused or not exact, or cannot be checked; the text says what differs.
     """
-    report = check_model(config, [setting_of_run(plan, packed=packed)])
+    report = check_model(config, [case_of_run(settings, packed=packed)])
     if not report.is_exact:
         raise ValueError(f"preflight: {report.verdict}")
 
@@ -172,34 +172,34 @@ class _Truth:
         return cls(documents, outcome)
 
 
-def _seq_len(setting: Setting) -> int:
+def _seq_len(case: Case) -> int:
     """As short as gives each rank the tokens for its chunks, and odd, so that a shard is padded."""
-    length_of_shard = -(-setting.min_tokens() // _BATCH_SIZE)
-    return max(_MIN_SEQ_LEN, setting.sp_size * length_of_shard + 1) | 1
+    length_of_shard = -(-case.min_tokens() // _BATCH_SIZE)
+    return max(_MIN_SEQ_LEN, case.settings.sp_size * length_of_shard + 1) | 1
 
 
-def _check(model: PreTrainedModel, truth: _Truth, setting: Setting) -> Check:
+def _check(model: PreTrainedModel, truth: _Truth, case: Case) -> Check:
     try:
-        outcome = run_planned(model, truth.documents, setting)
+        outcome = run_planned(model, truth.documents, case)
     except ValueError as refusal:
-        return Check(setting, refusal=" ".join(str(refusal).split()))
+        return Check(case, refusal=" ".join(str(refusal).split()))
     except Exception as error:
-        return Check(setting, defect=f"it fails with {_line(error)}")
+        return Check(case, defect=f"it fails with {_line(error)}")
     errors = outcome.gradient_errors(truth.outcome)
     # Not a number is worse than any number.
     worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
     loss_error = outcome.loss_error(truth.outcome)
     defect = None
     if not (is_exact(loss_error) and is_exact(errors[worst])):
-        defect = _name_culprit(model, truth, setting) or f"the gradient of {worst} is off by {errors[worst]:.1e}"
-    return Check(setting, loss_error, errors[worst], worst, defect=defect)
+        defect = _name_culprit(model, truth, case) or f"the gradient of {worst} is off by {errors[worst]:.1e}"
+    return Check(case, loss_error, errors[worst], worst, defect=defect)
 
 
-def _name_culprit(model: PreTrainedModel, truth: _Truth, setting: Setting) -> str | None:
+def _name_culprit(model: PreTrainedModel, truth: _Truth, case: Case) -> str | None:
     """The module that differs first, found by running both again; None where it does not show once more."""
     try:
         plain = run_plain(model, truth.documents, traced=True)
-        culprit = find_culprit(model, plain, run_planned(model, truth.documents, setting, traced=True))
+        culprit = find_culprit(model, plain, run_planned(model, truth.documents, case, traced=True))
     except Exception:  # it differs, however its modules take to being watched
         return None
     return None if culprit is None else str(culprit)

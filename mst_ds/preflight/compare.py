@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from mst_ds.patching import apply_plan, find_parts
+from mst_ds.patching import apply_settings, find_parts
+from mst_ds.preflight.cases import Case
 from mst_ds.preflight.documents import Documents
 from mst_ds.preflight.errors import relative_error
 from mst_ds.preflight.float64 import Float64
-from mst_ds.preflight.settings import Setting
 from mst_ds.preflight.trace import Trace, Tracer, join_shards
 from mst_ds.structure import Chunkable, MlpStructure
+from mst_ds.topology import shard_length
 from mst_ds.ulysses import SequenceGroup
 from mst_ds.ulysses.simulated import run_simulated
 
@@ -107,30 +108,30 @@ def _in_rows(of_documents: Iterable[Tensor]) -> Tensor:
     return pad_sequence(list(of_documents), batch_first=True)
 
 
-def run_planned(model: PreTrainedModel, documents: Documents, setting: Setting, *, traced: bool = False) -> Outcome:
+def run_planned(model: PreTrainedModel, documents: Documents, case: Case, *, traced: bool = False) -> Outcome:
     """A copy of the model under a plan, on the batch of a run; with `sp_size` above 1 a copy for each simulated rank.
 
     Raises:
         Exception: whatever the plan or the patched model raises.
     """
-
+    settings = case.settings
     # A plan is applied by probing the model with random numbers, whose generator threads share.
     one_at_a_time = threading.Lock()
 
     def run_rank(group: SequenceGroup | None) -> tuple[PreTrainedModel, Tensor, Tracer | None]:
         replica = copy.deepcopy(model)
-        sp_rank = 0 if group is None else group.rank
-        plan = setting.plan(sp_rank, seq_len=documents.seq_len, batch_size=documents.batch_size)
         with one_at_a_time:
-            without = _linear_layers(find_parts(replica, plan).mlps) if traced else set()
-            apply_plan(replica, plan, sequence_group=group)
-        tracer = Tracer(replica, documents.batch_size, plan.shard_length, without=without) if traced else None
+            without = _linear_layers(find_parts(replica, settings).mlps) if traced else set()
+            apply_settings(replica, settings, sequence_group=group)
+        length = shard_length(documents.seq_len, settings.sp_size)
+        tracer = Tracer(replica, documents.batch_size, length, without=without) if traced else None
+        shard = documents.shard(0 if group is None else group.rank, settings.sp_size)
         with Float64():
-            loss = replica(**documents.shard(plan.topology), num_items_in_batch=documents.num_items).loss
+            loss = replica(**shard, num_items_in_batch=documents.num_items).loss
             loss.backward()
         return replica, loss.detach(), tracer
 
-    ranks = run_simulated(run_rank, setting.sp_size) if setting.sp_size > 1 else [run_rank(None)]
+    ranks = run_simulated(run_rank, settings.sp_size) if settings.sp_size > 1 else [run_rank(None)]
     loss = torch.stack([loss for _, loss, _ in ranks]).sum()
     gradients = _gradients([replica for replica, _, _ in ranks])
     if not traced:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from mst_ds.topology import Topology, shard_length, shard_slice
+from mst_ds.topology import shard_length, shard_slice
 
 _IGNORE_INDEX = -100
 _PADDING = 6
@@ -56,7 +56,7 @@ class Documents:
         """Targets that count, in the whole batch."""
         return sum(int((targets != _IGNORE_INDEX).sum()) for _, targets in self._texts())
 
-    def shard(self, topology: Topology) -> dict[str, Tensor]:
+    def shard(self, sp_rank: int, sp_size: int) -> dict[str, Tensor]:
         """What a rank gets of the batch: ids, shifted labels, positions and mask, (B, L) each."""
         whole = {
             "input_ids": torch.zeros(self.batch_size, self.seq_len, dtype=torch.long),
@@ -71,8 +71,8 @@ class Documents:
             whole["shift_labels"][row, part] = targets
             whole["attention_mask"][row, part] = 1
             whole["position_ids"][row, part.stop :] = torch.arange(self.seq_len - part.stop)
-        part = shard_slice(self.seq_len, topology.sp_size, topology.sp_rank)
-        added = topology.sp_size * shard_length(self.seq_len, topology.sp_size) - self.seq_len
+        part = shard_slice(self.seq_len, sp_size, sp_rank)
+        added = sp_size * shard_length(self.seq_len, sp_size) - self.seq_len
         fill = {"shift_labels": _IGNORE_INDEX}
         return {
             name: pad(values, (0, added), value=fill.get(name, 0))[:, part].contiguous()

@@ -8,16 +8,16 @@ from mst_ds.preflight.check import Check, Report
 
 
 def report_table(report: Report) -> Table:
-    """A table for rich: each setting with its errors, and what they mean."""
+    """A table for rich: each case with its errors, and what they mean."""
     table = Table(title=_subject(report), title_justify="left")
-    table.add_column("setting", max_width=36)
+    table.add_column("settings", max_width=36)
     table.add_column("loss", justify="right", no_wrap=True)
     table.add_column("worst gradient", justify="right", no_wrap=True)
     table.add_column("result")
     for check in report.checks:
         style = None if check.is_exact else "bold"
         table.add_row(
-            str(check.setting), _error(check.loss_error), _error(check.gradient_error), _result(check), style=style
+            str(check.case), _error(check.loss_error), _error(check.gradient_error), _result(check), style=style
         )
     return table
 

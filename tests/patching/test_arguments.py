@@ -3,12 +3,11 @@
 import pytest
 import torch
 from plain_model import assert_close, loss_and_gradients, make_batch
-from tiny import tiny_plan
+from tiny import tiny_settings
 from tiny_models import tiny_model
 from transformers import DataCollatorWithFlattening
 
-from mst_ds import apply_plan
-from mst_ds.topology import Topology
+from mst_ds import apply_settings
 
 LENGTHS = (7, 4, 9)
 
@@ -32,9 +31,9 @@ LENGTHS_OF = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 def test_documents_may_be_told_in_other_ways_than_by_positions(name, left_out):
     batch = flattened()
     positions_alone = without(batch, "seq_idx", *LENGTHS_OF)
-    expected = loss_and_gradients(apply_plan(tiny_model(name), tiny_plan()), **positions_alone)
+    expected = loss_and_gradients(apply_settings(tiny_model(name), tiny_settings()), **positions_alone)
     assert_close(
-        loss_and_gradients(apply_plan(tiny_model(name), tiny_plan()), **without(batch, *left_out)), expected, 0
+        loss_and_gradients(apply_settings(tiny_model(name), tiny_settings()), **without(batch, *left_out)), expected, 0
     )
 
 
@@ -42,7 +41,7 @@ def test_rows_of_several_documents():
     ids = make_batch(20)["input_ids"]
     positions = torch.tensor([[*range(12), *range(8)], [*range(5), *range(15)]])
     borders = torch.tensor([0, 12, 20, 25, 40])
-    model = apply_plan(tiny_model("llama"), tiny_plan())
+    model = apply_settings(tiny_model("llama"), tiny_settings())
     expected = model(ids, position_ids=positions).logits
     assert torch.equal(model(ids, cu_seq_lens_q=borders, max_length_q=15).logits, expected)
     assert torch.equal(model(ids, seq_idx=(positions == 0).cumsum(1)).logits, expected)
@@ -67,18 +66,18 @@ CONTRADICTIONS = {
 
 @pytest.mark.parametrize(("given", "left_out", "message"), CONTRADICTIONS.values(), ids=CONTRADICTIONS)
 def test_contradictions_are_refused(given, left_out, message):
-    model = apply_plan(tiny_model("llama"), tiny_plan())
+    model = apply_settings(tiny_model("llama"), tiny_settings())
     with pytest.raises(ValueError, match=message):
         model(**{**without(flattened(), *left_out), **given})
 
 
 def test_documents_across_rows_and_on_shards_are_refused():
     ids = make_batch(20)["input_ids"]
-    model = apply_plan(tiny_model("llama"), tiny_plan())
+    model = apply_settings(tiny_model("llama"), tiny_settings())
     with pytest.raises(ValueError, match=r"a document that goes on from one row into the next"):
         model(ids, cu_seq_lens_q=torch.tensor([0, 25, 40]))
     # Nothing communicates before the arguments are checked, so any object will do for the group.
-    sharded = apply_plan(tiny_model("llama"), tiny_plan(topology=Topology(0, 2, 2)), sequence_group=object())
+    sharded = apply_settings(tiny_model("llama"), tiny_settings(2), sequence_group=object())
     with pytest.raises(
         ValueError, match=r"with sp_size > 1 documents are told apart by position_ids alone: .* seq_idx"
     ):
@@ -86,14 +85,14 @@ def test_documents_across_rows_and_on_shards_are_refused():
 
 
 def test_a_model_with_its_own_attention_takes_one_document_a_row():
-    model = apply_plan(tiny_model("falcon"), tiny_plan())
+    model = apply_settings(tiny_model("falcon"), tiny_settings())
     with pytest.raises(ValueError, match=r"pass one document a row \(--packing none\)"):
         model(**without(flattened(), "position_ids"))
 
 
 @pytest.mark.parametrize("inner", [False, True], ids=["model", "decoder"])
 def test_unknown_arguments_are_refused(inner):
-    model, ids = apply_plan(tiny_model("llama"), tiny_plan()), make_batch()["input_ids"]
+    model, ids = apply_settings(tiny_model("llama"), tiny_settings()), make_batch()["input_ids"]
     called = model.model if inner else model
     with pytest.raises(ValueError, match=r"LlamaForCausalLM has no argument 'fused_lm_head', which would be ignored"):
         called(ids, fused_lm_head=True)
@@ -103,6 +102,6 @@ def test_unknown_arguments_are_refused(inner):
 
 
 def test_weights_of_attention_are_refused():
-    model, ids = apply_plan(tiny_model("llama"), tiny_plan()), make_batch()["input_ids"]
+    model, ids = apply_settings(tiny_model("llama"), tiny_settings()), make_batch()["input_ids"]
     with pytest.raises(ValueError, match=r"output_attentions: attention with a plan has no matrix of weights"):
         model(ids, output_attentions=True)

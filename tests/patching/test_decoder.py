@@ -7,12 +7,11 @@ import pytest
 import torch
 from adapted import ATTENTION, MLP, adapted
 from plain_model import assert_close, make_batch
-from tiny import tiny_plan
+from tiny import tiny_settings
 from tiny_models import tiny_model
 
-from mst_ds import apply_plan, remove_plan
+from mst_ds import apply_settings, remove_plan
 from mst_ds.preflight.float64 import Float64
-from mst_ds.topology import Topology
 from mst_ds.ulysses import run_simulated
 
 LENGTH = 30
@@ -63,7 +62,7 @@ def each_alone(name):
 @pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
 @pytest.mark.parametrize("name", MODELS)
 def test_alone_on_packed_documents(name, recompute):
-    model = apply_plan(tiny_model(name), tiny_plan(recompute=recompute))
+    model = apply_settings(tiny_model(name), tiny_settings(recompute=recompute))
     with Float64():
         actual = results(model, some_loss(model.base_model(**packed()).last_hidden_state))
     assert_close(actual, each_alone(name), TOLERANCE)
@@ -75,7 +74,7 @@ def test_alone_on_shards(name):
 
     def run(group):
         rank, model = group.rank, copies[group.rank]
-        apply_plan(model, tiny_plan(Topology(rank, 2, 2), LENGTH, recompute=True), sequence_group=group)
+        apply_settings(model, tiny_settings(2, recompute=True), sequence_group=group)
         shard = {key: tensor.chunk(2, dim=1)[rank] for key, tensor in packed().items()}
         with Float64():
             loss = some_loss(model.base_model(**shard).last_hidden_state, rank * LENGTH // 2)
@@ -92,7 +91,7 @@ def test_alone_on_shards(name):
 @pytest.mark.parametrize("positional", [False, True], ids=["by-name", "by-place"])
 def test_alone_with_padding(positional):
     plain, batch = tiny_model("llama"), padded()
-    patched = apply_plan(copy.deepcopy(plain), tiny_plan(recompute=True))
+    patched = apply_settings(copy.deepcopy(plain), tiny_settings(recompute=True))
     outcomes = []
     for model in (plain, patched):
         with Float64():
@@ -105,7 +104,7 @@ def test_alone_with_padding(positional):
 
 def test_alone_below_adapters_with_embeddings_and_all_hidden_states():
     adapter = {"target_modules": [*ATTENTION, *MLP]}
-    plain, patched = adapted("llama", adapter), apply_plan(adapted("llama", adapter), tiny_plan(recompute=True))
+    plain, patched = adapted("llama", adapter), apply_settings(adapted("llama", adapter), tiny_settings(recompute=True))
     outcomes = []
     for model in (plain, patched):
         base = model.get_base_model()
@@ -120,7 +119,7 @@ def test_alone_below_adapters_with_embeddings_and_all_hidden_states():
 
 def test_alone_with_a_cache_it_is_transformers_own():
     plain, ids = tiny_model("llama"), make_batch(LENGTH)["input_ids"]
-    patched = apply_plan(copy.deepcopy(plain), tiny_plan(recompute=True))
+    patched = apply_settings(copy.deepcopy(plain), tiny_settings(recompute=True))
     expected = plain.model(ids, use_cache=False).last_hidden_state
     first = patched.model(ids[:, :20], use_cache=True)
     rest = patched.model(ids[:, 20:], past_key_values=first.past_key_values).last_hidden_state

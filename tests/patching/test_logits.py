@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from plain_model import TOLERANCE, make_batch
-from tiny import tiny_plan
+from tiny import tiny_settings
 from tiny_models import tiny_model
 
 import mst_ds.patching.logits
-from mst_ds import apply_plan
+from mst_ds import apply_settings
 from mst_ds.preflight.float64 import Float64
 
 LENGTH = 30
@@ -20,7 +20,7 @@ LENGTH = 30
 @pytest.mark.parametrize("name", ["llama", "gemma2", "cohere"])
 def test_logits_on_request_are_the_plain_models(name):
     """Gemma's have a softcap, Cohere's a scale."""
-    plain, patched, batch = tiny_model(name), apply_plan(tiny_model(name), tiny_plan()), make_batch(LENGTH)
+    plain, patched, batch = tiny_model(name), apply_settings(tiny_model(name), tiny_settings()), make_batch(LENGTH)
     expected = plain(**batch)
     for asked, tokens in (
         ({"skip_logits": False}, slice(None)),
@@ -53,14 +53,14 @@ def test_logits_on_request_are_the_plain_models(name):
 )
 @pytest.mark.parametrize("asked", [{}, {"skip_logits": True}], ids=["unasked", "skipped"])
 def test_logits_that_were_left_out_say_so(use, asked):
-    output = apply_plan(tiny_model("llama"), tiny_plan())(**make_batch(), **asked)
+    output = apply_settings(tiny_model("llama"), tiny_settings())(**make_batch(), **asked)
     with pytest.raises(ValueError, match=r"a plan of mst_ds computes its loss in chunks .* pass skip_logits=False"):
         use(output.logits)
 
 
 def test_logits_that_were_left_out_may_be_handed_around():
     with torch.no_grad():
-        output = apply_plan(tiny_model("llama"), tiny_plan())(**make_batch())
+        output = apply_settings(tiny_model("llama"), tiny_settings())(**make_batch())
     # As accelerate asks of every value of an output.
     assert not hasattr(output.logits, "dtype")
     assert type(copy.deepcopy(output)["logits"]) is type(output.logits)
@@ -76,13 +76,13 @@ def test_logits_that_were_left_out_may_be_handed_around():
 )
 def test_requests_that_cannot_be_met(arguments, message):
     with pytest.raises(ValueError, match=message):
-        apply_plan(tiny_model("llama"), tiny_plan())(**{**make_batch(), **arguments})
+        apply_settings(tiny_model("llama"), tiny_settings())(**{**make_batch(), **arguments})
 
 
 def test_large_logits_in_training_are_warned_of(monkeypatch):
     """As label smoothing, which takes the labels out, makes them."""
     monkeypatch.setattr(mst_ds.patching.logits, "_WORTH_A_WARNING", 2 * 29 * 97 * 8)
-    model, batch = apply_plan(tiny_model("llama"), tiny_plan()), make_batch()
+    model, batch = apply_settings(tiny_model("llama"), tiny_settings()), make_batch()
     with pytest.warns(UserWarning, match=r"without labels a model with a plan of mst_ds builds its logits whole"):
         model(batch["input_ids"])
     with warnings.catch_warnings():

@@ -8,17 +8,17 @@ import pytest
 import torch
 from accelerate import Accelerator
 from plain_model import assert_close, loss_and_gradients, make_batch
-from tiny import tiny_plan
+from tiny import tiny_settings
 from tiny_models import tiny_model
 
 import mst_ds.patching.patched
-from mst_ds import apply_plan, remove_plan
+from mst_ds import apply_settings, remove_plan
 
 PATCHED = {"recompute": True}
 
 
 def patched(name="llama", **settings):
-    return apply_plan(tiny_model(name), tiny_plan(**{**PATCHED, **settings}))
+    return apply_settings(tiny_model(name), tiny_settings(**{**PATCHED, **settings}))
 
 
 def padded():
@@ -75,7 +75,7 @@ def test_a_recompute_that_was_on_before_a_plan_without_is_off_and_back_on():
     model = tiny_model("llama")
     model.gradient_checkpointing_enable()
     with pytest.warns(UserWarning, match='"recompute" in the "mst" block decides, and is false'):
-        apply_plan(model, tiny_plan(recompute=False))
+        apply_settings(model, tiny_settings(recompute=False))
     assert not any(layer.gradient_checkpointing for layer in model.model.layers)
     remove_plan(model)
     assert all(layer.gradient_checkpointing for layer in model.model.layers)
@@ -121,9 +121,9 @@ def test_autocast_of_accelerate_around_a_plan():
 def test_a_plan_below_what_has_wrapped_the_model_is_refused():
     model = under_autocast(tiny_model("llama").float())
     with pytest.raises(ValueError, match=r"was replaced on this instance, .*: call mst_ds.apply_plan first"):
-        apply_plan(model, tiny_plan())
+        apply_settings(model, tiny_settings())
     with pytest.raises(ValueError, match=r"and DataParallel is neither: call mst_ds.apply_plan before DeepSpeed, DDP"):
-        apply_plan(torch.nn.DataParallel(tiny_model("llama")), tiny_plan())
+        apply_settings(torch.nn.DataParallel(tiny_model("llama")), tiny_settings())
 
 
 def test_kernels_of_another_library_are_refused():
@@ -152,7 +152,7 @@ def test_a_decoder_that_lost_its_forward_is_refused():
 def test_what_is_set_in_the_config_stays_when_the_plan_goes():
     model = tiny_model("llama")
     config, attention = model.config, model.config._attn_implementation
-    apply_plan(model, tiny_plan())
+    apply_settings(model, tiny_settings())
     model.config.pad_token_id = 5
     model.resize_token_embeddings(120, mean_resizing=False)
     with pytest.raises(ValueError, match=r"the LM head was changed after mst_ds.apply_plan, such as by .* new tokens"):
@@ -194,7 +194,7 @@ def test_a_pickled_model_has_its_plan(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_another_dtype_and_other_weights(dtype):
-    model, plain = patched().to(dtype), apply_plan(tiny_model("llama").to(dtype), tiny_plan(**PATCHED))
+    model, plain = patched().to(dtype), apply_settings(tiny_model("llama").to(dtype), tiny_settings(**PATCHED))
     assert_close(loss_and_gradients(model, **make_batch()), loss_and_gradients(plain, **make_batch()), 0)
     weights = {name: 1.1 * parameter.detach() for name, parameter in plain.named_parameters()}
     called = torch.func.functional_call(model, weights, (), make_batch()).loss

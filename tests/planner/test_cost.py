@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 from planned import EXPERTS, MODEL
 
-from mst_ds.config import MstConfig
 from mst_ds.model_shape import ModelShape, flops_per_token
 from mst_ds.planner import gpu_by_name, gpu_of_device, make_plan
 from mst_ds.planner.cost import ATTAINED, all_to_all_seconds, model_flops_utilisation, step_seconds
@@ -13,6 +12,7 @@ from mst_ds.planner.flops import micro_batch_flops
 from mst_ds.planner.kept import copied_bytes
 from mst_ds.planner.search import choose_settings
 from mst_ds.planner.workload import Workload
+from mst_ds.settings import MstConfig, Settings
 from mst_ds.zero import read_zero
 
 GIB = 2**30
@@ -30,8 +30,10 @@ def workload(stage=3, *, model=MODEL, ranks=8, dtype="bf16", **settings):
     zero_keys |= {key: settings.pop(key) for key in of_zero & settings.keys()}
     ds_config = {dtype: {"enabled": True}, "zero_optimization": {"stage": stage} | zero_keys}
     ds_config["gradient_accumulation_steps"] = settings.pop("accumulation", 1)
-    arguments = {"sp_size": 1, "seq_len": 4096, "attention": "sdpa", "ranks_per_node": ranks} | settings
-    return Workload(ModelShape.from_config(model), read_zero(ds_config, dp_world_size=ranks), **arguments)
+    places = {"seq_len": 4096, "ranks_per_node": ranks}
+    places |= {key: settings.pop(key) for key in ("seq_len", "ranks_per_node", "reserve") if key in settings}
+    zero = read_zero(ds_config, dp_world_size=ranks)
+    return Workload(ModelShape.from_config(model), zero, settings=Settings(**settings), **places)
 
 
 def test_what_is_computed_takes_its_flops():
@@ -91,11 +93,13 @@ def test_all_to_alls_stay_in_the_node_if_they_can():
     assert all_to_all_seconds(work, gpu) == pytest.approx(sent * 3 / 4 / 450e9 + launches, rel=1e-12)
     apart = replace(work, ranks_per_node=2)
     assert all_to_all_seconds(apart, gpu) == pytest.approx(sent * 2 / 4 / 50e9 + launches, rel=1e-12)
-    assert all_to_all_seconds(replace(work, sp_size=1), gpu) == 0
-    again = all_to_all_seconds(replace(work, recompute=True), gpu) - all_to_all_seconds(work, gpu)
+    assert all_to_all_seconds(work.with_settings(sp_size=1), gpu) == 0
+    again = all_to_all_seconds(work.with_settings(recompute=True), gpu) - all_to_all_seconds(work, gpu)
     assert again == pytest.approx((sent / 3) * 3 / 4 / 450e9, rel=1e-9)
-    assert all_to_all_seconds(replace(work, recompute=True, keep_attention=True), gpu) == all_to_all_seconds(work, gpu)
-    grouped = all_to_all_seconds(replace(work, head_groups=2), gpu)
+    assert all_to_all_seconds(work.with_settings(recompute=True, keep_attention=True), gpu) == all_to_all_seconds(
+        work, gpu
+    )
+    grouped = all_to_all_seconds(work.with_settings(head_groups=2), gpu)
     assert grouped == pytest.approx(all_to_all_seconds(work, gpu) + launches, rel=1e-9)
 
 
@@ -136,9 +140,9 @@ def test_the_choice_follows_the_rates():
     kept = {}
     for host_rate in (1e15, 1e6):
         gpu = replace(gpu_by_name("H100"), host_rate=host_rate)
-        mst = MstConfig(recompute=True, offload_activations=True)
-        settings = choose_settings(work, mst, device_memory=GIB * 100, host_memory=GIB * 100, gpu=gpu)
-        kept[host_rate] = settings.work.keep_attention
+        mst = MstConfig({"recompute": True, "offload_activations": True})
+        chosen = choose_settings(work, mst, device_memory=GIB * 100, host_memory=GIB * 100, gpu=gpu)
+        kept[host_rate] = chosen.settings.keep_attention
     assert kept == {1e15: True, 1e6: False}
 
 
@@ -152,7 +156,7 @@ def test_times_are_predicted_for_a_gpu_that_is_named():
     assert 0 < plan.predicted_step_seconds < 60
     assert 0.3 < plan.predicted_mfu < ATTAINED
     by_setting = {choice.setting: choice.seconds for choice in plan.choices}
-    assert by_setting["recompute"] * (1 if plan.recompute else -1) > 0
+    assert by_setting["recompute"] * (1 if plan.settings.recompute else -1) > 0
     assert replace(plan, predicted_step_seconds=None, predicted_mfu=None, choices=()) == replace(unknown, choices=())
 
 

@@ -35,7 +35,7 @@ def test_shipped_configs_give_a_plan_that_fits(path):
     plan = small_plan(path)
     assert plan.fits
     assert (plan.sp_size, plan.dp_size, plan.seq_len, plan.shard_length) == (2, 1, 4096, 2048)
-    assert (plan.zero_stage, plan.recompute) == (int(path.stem[4]), False)
+    assert (plan.zero_stage, plan.settings.recompute) == (int(path.stem[4]), False)
     assert (plan.host_bytes > 0) == ("offload" in path.stem)
 
 
@@ -86,10 +86,15 @@ def test_recompute_is_off_where_the_step_fits_without_it_unless_the_user_says_so
         return llama_8b_plan(device_memory=device_memory, **mst)
 
     peak = plan(False, 1).peak_bytes
-    assert [plan("auto", memory).recompute for memory in (2 * peak, peak, peak - 1, 1)] == [False, False, True, True]
-    assert plan("auto", peak - 1).keep_attention
+    assert [plan("auto", memory).settings.recompute for memory in (2 * peak, peak, peak - 1, 1)] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+    assert plan("auto", peak - 1).settings.keep_attention
     for value in (True, False):
-        assert {plan(value, memory).recompute for memory in (2 * peak, peak, peak - 1, 1)} == {value}
+        assert {plan(value, memory).settings.recompute for memory in (2 * peak, peak, peak - 1, 1)} == {value}
 
 
 def choices_of(plan):
@@ -133,7 +138,7 @@ def test_experts_compute_their_own_again_whatever_is_kept():
         mst = {"recompute": False}
         arguments = {"world_size": 1, "seq_len": 64, "device_memory": GIB}
         kept, again = (make_plan(model, {"mst": mst | {"keep_mlp": keeps}}, **arguments) for keeps in (True, False))
-        assert kept.keep_mlp == (model is EXPERTS)
+        assert kept.settings.keep_mlp == (model is EXPERTS)
         return again.flops - kept.flops
 
     shared, dense = 2 * EXPERTS.shared_expert_intermediate_size, EXPERTS.intermediate_size
@@ -241,11 +246,15 @@ def test_host_memory_lets_the_planner_use_the_host():
             | overrides,
         )
 
-    assert (plan(None).offload_activations, plan(None).keep_attention) == (False, False)
+    assert (plan(None).settings.offload_activations, plan(None).settings.keep_attention) == (False, False)
     with_host = plan(1000 * GIB)
-    assert (with_host.offload_activations, with_host.keep_attention, with_host.fits) == (True, True, True)
+    assert (with_host.settings.offload_activations, with_host.settings.keep_attention, with_host.fits) == (
+        True,
+        True,
+        True,
+    )
     assert 0 < with_host.host_bytes <= 1000 * GIB
-    assert not plan(with_host.host_bytes - 1).keep_attention
+    assert not plan(with_host.host_bytes - 1).settings.keep_attention
 
 
 def test_attention_is_what_can_run(monkeypatch):
@@ -258,9 +267,9 @@ def test_attention_is_what_can_run(monkeypatch):
     ]:
         monkeypatch.setattr("mst_ds.planner.request.find_spec", lambda name, i=is_installed: name if i else None)
         monkeypatch.setattr("transformers.utils.import_utils.is_flash_attn_2_available", lambda i=is_available: i)
-        assert small_plan(bf16).attention == expected
-        assert small_plan({}).attention == "sdpa"  # fp32
-    assert small_plan(bf16 | {"mst": {"attention": "sdpa"}}).attention == "sdpa"
+        assert small_plan(bf16).settings.attention == expected
+        assert small_plan({}).settings.attention == "sdpa"  # fp32
+    assert small_plan(bf16 | {"mst": {"attention": "sdpa"}}).settings.attention == "sdpa"
     with pytest.raises(ValueError, match="'flash_attention_2', which has no fp32; allowed: 'sdpa', or enable bf16"):
         small_plan({"mst": {"attention": "flash_attention_2"}})
 
@@ -325,26 +334,26 @@ def test_the_report_shows_every_phase_with_its_largest_terms_and_the_verdict():
         assert f"{phase.device_bytes / GIB:.3f}" in line
         assert on_device[-1][1] in line
         assert on_device[0][1] not in line
-    assert f"mlp_chunks {plan.mlp_chunks}, loss_chunks {plan.loss_chunks}" in text
+    assert f"mlp_chunks {plan.settings.mlp_chunks}, loss_chunks {plan.settings.loss_chunks}" in text
     assert f"at the peak ({plan.peak_phase.name}) fits in 8.000 GiB" in text
     assert "does NOT fit in" in rendered(small_plan(device_memory=1))
 
 
 def test_the_report_shows_what_is_kept_and_what_that_costs():
     text = rendered(llama_8b_plan(keep_attention=True, offload_activations=True, head_groups=2))
-    assert "recompute on, layer inputs, attention kept on the host, head_groups 2, mlp_chunks 64" in text
+    assert "mlp_chunks 64, loss_chunks 64, recompute, keep_attention, offload_activations, head_groups 2" in text
     assert f"{ATTENTION / 10**12:.3f} TFLOPs" in text.replace("-", "")
     costs = text[text.index("TFLOPs a micro-batch") :]
     assert costs.index("recompute true") < costs.index("keep_attention true") < costs.index("offload_activations true")
     assert "GiB copied" in costs
     on_device = {"keep_attention": False, "offload_activations": False, "head_groups": 1}
     kept_on_device = rendered(llama_8b_plan(**on_device, keep_mlp=False))
-    assert "recompute on, layer inputs kept on the device, mlp_chunks" in kept_on_device
-    assert "recompute on, layer inputs, gate and up kept on" in rendered(llama_8b_plan(**on_device, keep_mlp=True))
-    assert "recompute off, mlp_chunks" in rendered(llama_8b_plan(recompute=False, keep_mlp=False, head_groups=1))
+    assert "recompute, head_groups" in kept_on_device
+    assert "recompute, keep_mlp, head_groups" in rendered(llama_8b_plan(**on_device, keep_mlp=True))
+    assert "loss_chunks 64, head_groups" in rendered(llama_8b_plan(recompute=False, keep_mlp=False, head_groups=1))
     nothing_twice = llama_8b_plan(recompute=False, keep_mlp=True, head_groups=1)
     text = " ".join(rendered(nothing_twice).split())  # wherever lines end
-    assert "recompute off, gate and up kept, mlp_chunks" in text
+    assert "loss_chunks 64, keep_mlp, head_groups" in text
     assert f"keep_mlp true: +{choices_of(nothing_twice)['keep_mlp'].device_bytes / GIB:.3f} GiB on the device" in text
 
 
@@ -382,7 +391,7 @@ def rendered(plan):
 
 def test_the_reserve_is_a_term_of_every_phase():
     plain, reserved = small_plan(), small_plan(reserve=GIB)
-    assert reserved.mlp_chunks == plain.mlp_chunks
+    assert reserved.settings.mlp_chunks == plain.settings.mlp_chunks
     assert [phase.device_bytes for phase in reserved.phases] == [phase.device_bytes + GIB for phase in plain.phases]
     ds_config = load_ds_config(DS_CONFIGS / "zero3_mst.json")
     ds_config["mst"]["reserve_gib"] = 0.5

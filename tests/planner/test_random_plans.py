@@ -4,7 +4,6 @@ import random
 from dataclasses import replace
 from types import SimpleNamespace
 
-from mst_ds.config import MstConfig
 from mst_ds.model_shape import ModelShape
 from mst_ds.planner.gpus import DEFAULT_GPU
 from mst_ds.planner.mlp import mlp_steps
@@ -13,6 +12,7 @@ from mst_ds.planner.plan import longest_of_request
 from mst_ds.planner.request import Request
 from mst_ds.planner.types import total_bytes
 from mst_ds.planner.workload import Workload
+from mst_ds.settings import MstConfig, Settings
 from mst_ds.topology import Topology
 from mst_ds.zero import read_zero
 
@@ -54,13 +54,14 @@ def random_workload(draw):
     return Workload(
         ModelShape.from_fields(SimpleNamespace(**fields)),
         read_zero(ds_config, dp_world_size=dp_world_size),
-        sp_size=draw.choice([size for size in (1, 2, 4, 8) if size <= min(heads, dp_world_size)]),
         seq_len=draw.randrange(1, 2_000_000),
-        attention="sdpa",
-        recompute=recompute,
-        keep_attention=recompute and draw.random() < 0.5,
-        offload_activations=recompute and draw.random() < 0.5,
-        keep_mlp=draw.random() < 0.5,
+        settings=Settings(
+            sp_size=draw.choice([size for size in (1, 2, 4, 8) if size <= min(heads, dp_world_size)]),
+            recompute=recompute,
+            keep_attention=recompute and draw.random() < 0.5,
+            offload_activations=recompute and draw.random() < 0.5,
+            keep_mlp=draw.random() < 0.5,
+        ),
         reserve=draw.choice((0, 2**31)),
     )
 
@@ -70,7 +71,7 @@ def test_terms_add_up_to_their_phase():
         draw = random.Random(seed)
         work = random_workload(draw)
         chunks = {name: draw.randint(1, min(64, work.tokens)) for name in ("mlp_chunks", "loss_chunks")}
-        for phase in step_phases(work, **chunks):
+        for phase in step_phases(work.with_settings(**chunks)):
             for place, count in (("device", phase.device_bytes), ("host", phase.host_bytes)):
                 assert sum(term.bytes for term in phase.terms if term.place == place) == count, seed
             assert all(term.bytes > 0 for term in phase.terms), seed

@@ -7,13 +7,14 @@ from functools import partial
 import pytest
 from transformers import LlamaConfig, MixtralConfig
 
-from mst_ds.config import GIB, MstConfig
+from mst_ds.config import GIB
 from mst_ds.model_shape import ModelShape
 from mst_ds.planner.activations import attention_step
 from mst_ds.planner.phases import layer_phase, loss_phase, step_phases
 from mst_ds.planner.search import MIN_CHUNK_TOKENS, choose_chunks, choose_settings
 from mst_ds.planner.types import total_bytes
 from mst_ds.planner.workload import Workload
+from mst_ds.settings import MstConfig, Settings
 from mst_ds.zero import read_zero
 
 LLAMA_8B = LlamaConfig(
@@ -38,7 +39,7 @@ def workload(model=LLAMA_8B, *, seq_len=65536, sp_size=1, stage=3, recompute=Tru
         {"bf16": {"enabled": True}, "zero_optimization": {"stage": stage}},
         dp_world_size=8,
     )
-    return Workload(ModelShape.from_config(model), zero, sp_size, seq_len, "sdpa", recompute)
+    return Workload(ModelShape.from_config(model), zero, seq_len, Settings(sp_size=sp_size, recompute=recompute))
 
 
 def auto(work, device_memory=HUGE):
@@ -46,7 +47,7 @@ def auto(work, device_memory=HUGE):
 
 
 def peak(work, mlp_chunks, loss_chunks):
-    phases = step_phases(work, mlp_chunks=mlp_chunks, loss_chunks=loss_chunks)
+    phases = step_phases(work.with_settings(mlp_chunks=mlp_chunks, loss_chunks=loss_chunks))
     return max(phases, key=lambda phase: phase.device_bytes)
 
 
@@ -148,7 +149,8 @@ def test_more_chunks_than_tokens_are_refused(name):
 
 
 def settings_of(work, *, device_memory=HUGE, host_memory=None, **mst):
-    return choose_settings(work, MstConfig(**mst), device_memory=device_memory, host_memory=host_memory)
+    mst = MstConfig.from_dict(mst)
+    return choose_settings(work, mst, device_memory=device_memory, host_memory=host_memory).settings
 
 
 NOTHING_TWICE = "nothing is computed twice"
@@ -157,18 +159,20 @@ MLP = "gate and up"
 
 def kept_in(settings):
     """(keep_attention, offload_activations) and MLP if it is kept; None without recompute, or NOTHING_TWICE."""
-    work = settings.work
-    if not work.recompute:
-        return NOTHING_TWICE if work.keep_mlp else None
-    return (work.keep_attention, work.offload_activations, *[MLP] * work.keep_mlp)
+    if not settings.recompute:
+        return NOTHING_TWICE if settings.keep_mlp else None
+    return (settings.keep_attention, settings.offload_activations, *[MLP] * settings.keep_mlp)
 
 
 def peaks_by_kept(work):
     """The lowest peak of each way to keep, with one group of heads."""
-    candidates = {None: replace(work, recompute=False), NOTHING_TWICE: replace(work, recompute=False, keep_mlp=True)}
+    candidates = {
+        None: work.with_settings(recompute=False),
+        NOTHING_TWICE: work.with_settings(recompute=False, keep_mlp=True),
+    }
     for attention, offload, mlp in itertools.product((True, False), repeat=3):
         kept = (attention, offload, *[MLP] * mlp)
-        candidates[kept] = replace(work, keep_attention=attention, offload_activations=offload, keep_mlp=mlp)
+        candidates[kept] = work.with_settings(keep_attention=attention, offload_activations=offload, keep_mlp=mlp)
     return {kept: peak(candidate, *auto(candidate, 1)).device_bytes for kept, candidate in candidates.items()}
 
 
@@ -205,7 +209,8 @@ def test_the_fastest_that_fits_is_chosen():
     for device_memory, host_memory, expected in cases:
         settings = settings_of(work, device_memory=device_memory, host_memory=host_memory)
         assert kept_in(settings) == expected
-        assert peak(settings.work, settings.mlp_chunks, settings.loss_chunks).device_bytes <= device_memory
+        chosen = replace(work, settings=settings)
+        assert peak(chosen, settings.mlp_chunks, settings.loss_chunks).device_bytes <= device_memory
 
 
 def test_no_recompute_has_the_chunks_of_any_other_setting():
@@ -213,15 +218,15 @@ def test_no_recompute_has_the_chunks_of_any_other_setting():
     # As long as more chunks make it fit, they are preferred to recompute, and to computing gate and up again.
     lowest = peaks_by_kept(work)
     for device_memory, keep_mlp in ((HUGE, True), (lowest[NOTHING_TWICE], True), (lowest[None], False)):
-        expected = replace(work, recompute=False, keep_mlp=keep_mlp)
+        expected = work.with_settings(recompute=False, keep_mlp=keep_mlp)
         settings = settings_of(work, device_memory=device_memory)
         assert (settings.mlp_chunks, settings.loss_chunks) == auto(expected, device_memory)
-        assert settings.work == expected
+        assert replace(settings, mlp_chunks=1, loss_chunks=1) == expected.settings
 
 
 def test_kept_gate_and_up_need_no_more_chunks_than_they_are_large():
     """The MLP makes the peak by what it keeps, however short its chunks: two are enough."""
-    work = replace(workload(seq_len=500_000, recompute=False), keep_mlp=True)
+    work = workload(seq_len=500_000, recompute=False).with_settings(keep_mlp=True)
     assert auto(work)[0] == 2
     assert auto(work, peak(work, 2, 1000).device_bytes - 1)[0] > 2
 
@@ -293,44 +298,48 @@ def test_what_the_user_set_stays(device_memory, host_memory):
     names = ("keep_attention", "offload_activations", "keep_mlp")
     for values in itertools.product((True, False), repeat=3):
         given = dict(zip(names, values, strict=True))
-        chosen = settings_of(work, recompute=True, **given, **memory).work
+        chosen = settings_of(work, recompute=True, **given, **memory)
         assert chosen.recompute
         assert tuple(getattr(chosen, name) for name in names) == values
     for keep_attention, offload_activations in itertools.product((True, False), repeat=2):
-        assert settings_of(work, keep_attention=keep_attention, **memory).work.keep_attention == keep_attention
+        assert settings_of(work, keep_attention=keep_attention, **memory).keep_attention == keep_attention
         one = settings_of(work, offload_activations=offload_activations, **memory)
-        assert one.work.offload_activations == offload_activations
-    assert settings_of(work, head_groups=3, **memory).work.head_groups == 3
+        assert one.offload_activations == offload_activations
+    assert settings_of(work, head_groups=3, **memory).head_groups == 3
     assert settings_of(work, mlp_chunks=3, **memory).mlp_chunks == 3
 
 
 def test_without_recompute_nothing_is_chosen_for_it():
     for device_memory in (1, HUGE):
-        work = settings_of(workload(), recompute=False, device_memory=device_memory, host_memory=HUGE).work
-        assert (work.recompute, work.keep_attention, work.offload_activations) == (False, False, False)
+        chosen = settings_of(workload(), recompute=False, device_memory=device_memory, host_memory=HUGE)
+        assert (chosen.recompute, chosen.keep_attention, chosen.offload_activations) == (False, False, False)
 
 
 def test_groups_of_heads_are_the_fewest_that_fit_or_keep_attention_from_being_the_peak():
     # 32 query and 8 key/value heads on 2 ranks: 4 key/value heads of each.
     work = workload(seq_len=2_000_000, sp_size=2)
     choose = partial(settings_of, work, recompute=True, keep_attention=False, keep_mlp=False)
-    roomy = choose().work.head_groups
+    roomy = choose().head_groups
     assert roomy > 1
-    gathered = [total_bytes(attention_step(replace(work, head_groups=count), backward=True)) for count in (1, 2, 4)]
+    gathered = [
+        total_bytes(attention_step(work.with_settings(head_groups=count), backward=True)) for count in (1, 2, 4)
+    ]
     assert gathered == sorted(gathered, reverse=True)
-    tight = choose(device_memory=1).work.head_groups
+    tight = choose(device_memory=1).head_groups
     assert roomy <= tight <= 4
-    assert settings_of(work, head_groups=1).work.head_groups == 1
+    assert settings_of(work, head_groups=1).head_groups == 1
     # Nothing is gathered without sequence parallelism, and a rank has no more groups than query heads.
-    assert settings_of(workload(), head_groups=4).work.head_groups == 1
-    assert settings_of(work, head_groups=100).work.head_groups == 16
+    assert settings_of(workload(), head_groups=4).head_groups == 1
+    assert settings_of(work, head_groups=100).head_groups == 16
 
 
 @pytest.mark.parametrize("sp_size", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("backward", [False, True])
 def test_more_groups_of_heads_never_need_more(sp_size, backward):
     work = workload(sp_size=sp_size)
-    steps = [total_bytes(attention_step(replace(work, head_groups=count), backward=backward)) for count in range(1, 9)]
+    steps = [
+        total_bytes(attention_step(work.with_settings(head_groups=count), backward=backward)) for count in range(1, 9)
+    ]
     assert steps == sorted(steps, reverse=True)
     assert (steps[0] > steps[1]) == (sp_size > 1)
 

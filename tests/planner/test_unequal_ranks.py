@@ -33,12 +33,12 @@ def test_the_smaller_device_has_more_chunks_and_decides_what_is_done_alike() -> 
     assert (large.device_memory, small.device_memory) == (80 * GIB, 40 * GIB)
     assert large.fits
     assert small.fits
-    assert (large.mlp_chunks, large.loss_chunks) < (small.mlp_chunks, small.loss_chunks)
+    one, other = large.settings, small.settings
+    assert (one.mlp_chunks, one.loss_chunks) < (other.mlp_chunks, other.loss_chunks)
     alike = ("recompute", "keep_attention", "offload_activations", "keep_mlp", "head_groups")
-    assert [getattr(large, name) for name in alike] == [getattr(small, name) for name in alike]
-    assert [getattr(small, name) for name in alike] == [
-        getattr(llama_plans([40 * GIB, 40 * GIB])[1], name) for name in alike
-    ]
+    of_equal = llama_plans([40 * GIB, 40 * GIB])[1].settings
+    assert [getattr(one, name) for name in alike] == [getattr(other, name) for name in alike]
+    assert [getattr(other, name) for name in alike] == [getattr(of_equal, name) for name in alike]
 
 
 @pytest.mark.parametrize("memory", [[GIB], [GIB] * 3])
@@ -61,7 +61,7 @@ def train_on_unequal_ranks(rank: int) -> tuple[int, Any]:
     batch = shard({"input_ids": tokens(), "labels": tokens()}, plan.topology)
     outcome = train(engine, batch, STEPS)
     engine.destroy()
-    return plan.loss_chunks, outcome
+    return plan.settings.loss_chunks, outcome
 
 
 def tokens() -> torch.Tensor:

@@ -21,14 +21,14 @@ import mst_ds.patching.apply
 import mst_ds.patching.causal_lm
 import mst_ds.patching.decoder
 import mst_ds.ulysses.all_to_all
-from mst_ds.config import MstConfig
 from mst_ds.planner import make_plan
-from mst_ds.preflight import Check, Setting, check_model, require_exact, settings_to_try
+from mst_ds.preflight import Case, Check, cases_to_try, check_model, require_exact
 from mst_ds.preflight.compare import Outcome
 from mst_ds.preflight.errors import TOLERANCE, is_exact, relative_error
+from mst_ds.settings import MstConfig, Settings
 
-PACKED = Setting(sp_size=2, mlp_chunks=3, loss_chunks=3, recompute=True, packed=True)
-ONE_RANK = replace(PACKED, sp_size=1)
+PACKED = Case(Settings(sp_size=2, mlp_chunks=3, loss_chunks=3, recompute=True), packed=True)
+ONE_RANK = replace(PACKED, settings=replace(PACKED.settings, sp_size=1))
 LLAMA = {"num_attention_heads": 8, "num_key_value_heads": 2}
 
 
@@ -36,13 +36,13 @@ def config(model_type: str = "llama", **values: Any) -> PreTrainedConfig:
     return AutoConfig.for_model(model_type, **(LLAMA if model_type == "llama" else {}), **values)
 
 
-def check(setting: Setting, model_type: str = "llama", **values: Any) -> Check:
-    (only,) = check_model(config(model_type, **values), [setting]).checks
+def check(case: Case, model_type: str = "llama", **values: Any) -> Check:
+    (only,) = check_model(config(model_type, **values), [case]).checks
     return only
 
 
-def defect(setting: Setting, model_type: str = "llama", **values: Any) -> str:
-    found = check(setting, model_type, **values)
+def defect(case: Case, model_type: str = "llama", **values: Any) -> str:
+    found = check(case, model_type, **values)
     assert not found.is_exact
     assert found.refusal is None
     assert found.defect is not None
@@ -94,17 +94,17 @@ def merge_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mst_ds.patching.decoder, "find_document_starts", starts)
 
 
-@pytest.mark.parametrize(("setting", "factor"), [(ONE_RANK, 1.001), (PACKED, 1.001), (PACKED, 1 + 1e-8)], ids=str)
-def test_scaled_gradient_of_an_mlp(setting: Setting, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("case", "factor"), [(ONE_RANK, 1.001), (PACKED, 1.001), (PACKED, 1 + 1e-8)], ids=str)
+def test_scaled_gradient_of_an_mlp(case: Case, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     scale_gradient(monkeypatch, mst_ds.minisequence.mlp._ChunkedMLP, 32, 40, factor=factor)
     off = f"is off by {factor - 1:.1e} (relative)"
-    assert defect(setting) == f"model.layers.1.mlp: the gradient of its down_proj.weight {off}"
+    assert defect(case) == f"model.layers.1.mlp: the gradient of its down_proj.weight {off}"
 
 
-@pytest.mark.parametrize(("setting", "tied"), [(ONE_RANK, False), (PACKED, True)], ids=str)
-def test_scaled_gradient_of_the_head(setting: Setting, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("case", "tied"), [(ONE_RANK, False), (PACKED, True)], ids=str)
+def test_scaled_gradient_of_the_head(case: Case, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     scale_gradient(monkeypatch, mst_ds.minisequence.loss._ChunkedLoss, 101, 32)
-    assert defect(setting, tie_word_embeddings=tied).startswith("lm_head: the gradient of its weight is off by ")
+    assert defect(case, tie_word_embeddings=tied).startswith("lm_head: the gradient of its weight is off by ")
 
 
 def test_scaled_gradient_of_the_last_hidden_states(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,24 +127,24 @@ def test_scaled_gradient_of_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert said == "model.layers.1.mlp.experts: the gradient of its down_proj is off by 1.0e-03 (relative)"
 
 
-@pytest.mark.parametrize("setting", [ONE_RANK, PACKED], ids=str)
-def test_attention_sees_a_foreign_document(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("case", [ONE_RANK, PACKED], ids=str)
+def test_attention_sees_a_foreign_document(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     merge_documents(monkeypatch)
-    assert defect(setting).startswith("model.layers.0.self_attn: its output is off by ")
+    assert defect(case).startswith("model.layers.0.self_attn: its output is off by ")
 
 
 @pytest.mark.usefixtures("unwritten_memory_shows")
-@pytest.mark.parametrize("setting", [ONE_RANK, PACKED], ids=str)
-def test_mlp_drops_the_last_token(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("case", [ONE_RANK, PACKED], ids=str)
+def test_mlp_drops_the_last_token(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     drop_last_token(monkeypatch, mst_ds.minisequence.mlp)
-    assert defect(setting).startswith("model.layers.0.mlp: its output is off by ")
+    assert defect(case).startswith("model.layers.0.mlp: its output is off by ")
 
 
 @pytest.mark.usefixtures("unwritten_memory_shows")
-@pytest.mark.parametrize("setting", [ONE_RANK, PACKED], ids=str)
-def test_loss_drops_the_last_token(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("case", [ONE_RANK, PACKED], ids=str)
+def test_loss_drops_the_last_token(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     drop_last_token(monkeypatch, mst_ds.minisequence.loss)
-    assert defect(setting).startswith("lm_head: its loss is off by ")
+    assert defect(case).startswith("lm_head: its loss is off by ")
 
 
 @pytest.mark.usefixtures("unwritten_memory_shows")
@@ -180,10 +180,10 @@ def test_frequencies_of_the_longest_document(
     rope: dict[str, Any], packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """transformers' own rotary embedding takes one length for the whole batch."""
-    setting, values = replace(ONE_RANK, packed=packed), {"rope_parameters": rope, "max_position_embeddings": 4096}
-    assert check(setting, **values).is_exact
+    case, values = replace(ONE_RANK, packed=packed), {"rope_parameters": rope, "max_position_embeddings": 4096}
+    assert check(case, **values).is_exact
     monkeypatch.setattr(mst_ds.patching.apply, "find_document_rotary", lambda model: [])
-    assert defect(setting, **values).startswith("model.rotary_emb: its output is off by ")
+    assert defect(case, **values).startswith("model.rotary_emb: its output is off by ")
 
 
 def test_not_a_number_is_a_defect(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,8 +216,8 @@ EXACT: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", EXACT)
 def test_what_is_right_passes(name: str) -> None:
-    settings = [
-        Setting(sp_size, mlp_chunks, loss_chunks, recompute, packed)
+    cases = [
+        Case(Settings(sp_size=sp_size, mlp_chunks=mlp_chunks, loss_chunks=loss_chunks, recompute=recompute), packed)
         for sp_size, mlp_chunks, loss_chunks, recompute, packed in (
             (1, 1, 1, False, False),
             (1, 3, 1, True, True),
@@ -226,9 +226,9 @@ def test_what_is_right_passes(name: str) -> None:
         )
     ]
     model_type, values = EXACT[name]
-    report = check_model(AutoConfig.for_model(model_type, **values), settings)
+    report = check_model(AutoConfig.for_model(model_type, **values), cases)
     assert report.is_exact, report.verdict
-    assert [found.setting for found in report.checks] == settings
+    assert [found.case for found in report.checks] == cases
     for found in report.checks:
         # A hundred times below what counts as exact.
         assert found.loss_error is not None
@@ -254,7 +254,7 @@ def test_chunks_are_as_many_as_asked_for(monkeypatch: pytest.MonkeyPatch) -> Non
         return found
 
     monkeypatch.setattr(mst_ds.minisequence.mlp, "chunk_slices", slices)
-    check(replace(PACKED, mlp_chunks=64))
+    check(replace(PACKED, settings=replace(PACKED.settings, mlp_chunks=64)))
     assert (64, 64) in made
     assert (64, 63) not in made
 
@@ -271,13 +271,13 @@ def test_nothing_is_left_behind() -> None:
 def test_refusal_is_the_projects_own_text(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "this model\nis refused: use another"
 
-    def refuse(model: Any, plan: Any, **kwargs: Any) -> None:
-        if plan.sp_size > 1:
+    def refuse(model: Any, settings: Settings, **kwargs: Any) -> None:
+        if settings.sp_size > 1:
             raise ValueError(text)
-        original(model, plan, **kwargs)
+        original(model, settings, **kwargs)
 
-    original = mst_ds.preflight.compare.apply_plan
-    monkeypatch.setattr("mst_ds.preflight.compare.apply_plan", refuse)
+    original = mst_ds.preflight.compare.apply_settings
+    monkeypatch.setattr("mst_ds.preflight.compare.apply_settings", refuse)
     report = check_model(config(), [PACKED, ONE_RANK])
     assert [found.refusal for found in report.checks] == ["this model is refused: use another", None]
     assert not report.is_exact
@@ -290,7 +290,7 @@ def test_a_defect_weighs_more_than_a_refusal(monkeypatch: pytest.MonkeyPatch) ->
     refused = Check(ONE_RANK, refusal="too early")
     assert replace(report, checks=(refused, *report.checks)).verdict == (
         "LlamaForCausalLM is not exact: model.layers.1.mlp: the gradient of its down_proj.weight is off by 1.0e-03 "
-        "(relative), at sp 2, 3 chunks, recompute, packed"
+        "(relative), at sp_size 2, mlp_chunks 3, loss_chunks 3, recompute, head_groups 1, sdpa, packed"
     )
 
 
@@ -333,18 +333,19 @@ def test_a_small_model_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_is_refused_before_it_starts(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     mst = {"mlp_chunks": 9, "recompute": True}
     plan = make_plan(config(), {"mst": mst}, world_size=4, seq_len=4096, device_memory=2**40, sp_size=4)
-    require_exact(config(), plan, packed=packed)
+    require_exact(config(), plan.settings, packed=packed)
     scale_gradient(monkeypatch, mst_ds.minisequence.mlp._ChunkedMLP, 32, 40)
-    assert refusal(lambda: require_exact(config(), plan, packed=packed)) == (
+    assert refusal(lambda: require_exact(config(), plan.settings, packed=packed)) == (
         "preflight: LlamaForCausalLM is not exact: model.layers.1.mlp: the gradient of its down_proj.weight is off by "
-        "1.0e-03 (relative), at sp 2, mlp_chunks 3, loss_chunks 1, recompute, attention kept, gate and up kept, "
-        + ("packed" if packed else "padded")
+        "1.0e-03 (relative), at sp_size 2, mlp_chunks 3, loss_chunks 1, recompute, keep_attention, keep_mlp, "
+        "head_groups 1, sdpa, " + ("packed" if packed else "padded")
     )
 
 
-def test_settings_to_try() -> None:
-    tried = settings_to_try(MstConfig(), packed=True)
-    assert [(setting.sp_size, setting.mlp_chunks, setting.loss_chunks) for setting in tried] == [
+def test_cases_to_try() -> None:
+    cases = cases_to_try(MstConfig(), packed=True)
+    tried = [case.settings for case in cases]
+    assert [(settings.sp_size, settings.mlp_chunks, settings.loss_chunks) for settings in tried] == [
         (1, 1, 1),
         (1, 4, 4),
         (1, 4, 4),
@@ -354,37 +355,44 @@ def test_settings_to_try() -> None:
         (2, 4, 4),
         (2, 64, 64),
     ]
-    assert all(setting.packed for setting in tried)
-    assert [setting.recompute for setting in tried] == [True, False, True, True] * 2
-    kept = [(setting.keep_attention, setting.offload_activations) for setting in tried]
+    assert all(case.packed for case in cases)
+    assert [settings.recompute for settings in tried] == [True, False, True, True] * 2
+    kept = [(settings.keep_attention, settings.offload_activations) for settings in tried]
     assert kept == [(False, False), (False, False), (True, False), (True, True)] * 2
-    assert [setting.keep_mlp for setting in tried] == [False, True, False, True] * 2
-    assert [setting.head_groups for setting in tried] == [1] * 7 + [2]
-    assert all(setting.recompute for setting in settings_to_try(MstConfig(recompute=True), packed=True))
+    assert [settings.keep_mlp for settings in tried] == [False, True, False, True] * 2
+    assert [settings.head_groups for settings in tried] == [1] * 7 + [2]
+
+
+def settings_to_try(**mst: Any) -> list[Settings]:
+    return [case.settings for case in cases_to_try(MstConfig(mst), packed=True)]
 
 
 def test_settings_that_the_json_rules_out_are_not_tried() -> None:
-    tried = settings_to_try(MstConfig(sp_size=1, mlp_chunks=1, recompute=False), packed=False)
-    assert [(setting.sp_size, setting.mlp_chunks, setting.loss_chunks, setting.keep_mlp) for setting in tried] == [
+    tried = settings_to_try(sp_size=1, mlp_chunks=1, recompute=False)
+    assert [(settings.sp_size, settings.mlp_chunks, settings.loss_chunks, settings.keep_mlp) for settings in tried] == [
         (1, 1, 1, False),
         (1, 1, 4, True),
         (1, 1, 4, False),
         (1, 1, 64, True),
     ]
-    assert not any(setting.recompute or setting.packed for setting in tried)
-    assert not any(setting.keep_attention or setting.offload_activations for setting in tried)
-    kept = settings_to_try(MstConfig(keep_mlp=True), packed=True)
-    assert all(setting.keep_mlp for setting in kept)
-    assert {setting.recompute for setting in kept} == {True, False}
-    assert not any(setting.keep_mlp for setting in settings_to_try(MstConfig(keep_mlp=False), packed=True))
-    mst = MstConfig(loss_chunks=1, mlp_chunks=1, sp_size=2, keep_attention=True, offload_activations=False)
-    assert settings_to_try(mst, packed=True) == [
-        Setting(1, 1, 1, True, True, keep_attention=True),
-        Setting(1, 1, 1, True, True, keep_attention=True, keep_mlp=True),
-        Setting(2, 1, 1, True, True, keep_attention=True),
-        Setting(2, 1, 1, True, True, keep_attention=True, keep_mlp=True),
-        Setting(2, 1, 1, True, True, keep_attention=True, keep_mlp=True, head_groups=2),
+    assert not any(settings.recompute for settings in tried)
+    assert not any(settings.keep_attention or settings.offload_activations for settings in tried)
+    assert all(settings.recompute for settings in settings_to_try(recompute=True))
+    kept = settings_to_try(keep_mlp=True)
+    assert all(settings.keep_mlp for settings in kept)
+    assert {settings.recompute for settings in kept} == {True, False}
+    assert not any(settings.keep_mlp for settings in settings_to_try(keep_mlp=False))
+    without_chunks = Settings(recompute=True, keep_attention=True)
+    of_two = replace(without_chunks, sp_size=2)
+    assert settings_to_try(loss_chunks=1, mlp_chunks=1, sp_size=2, keep_attention=True, offload_activations=False) == [
+        without_chunks,
+        replace(without_chunks, keep_mlp=True),
+        of_two,
+        replace(of_two, keep_mlp=True),
+        replace(of_two, keep_mlp=True, head_groups=2),
     ]
+    # Numbers of the user stand for any above 1, as those that are tried do.
+    assert {settings.mlp_chunks for settings in settings_to_try(mlp_chunks=7)} == {1, 4, 64}
 
 
 def test_a_gradient_of_zero_may_come_out_as_rounding_errors() -> None:

@@ -57,7 +57,8 @@ def test_promised_architectures_are_exact(name: str) -> None:
     assert (row.mlp, row.loss, row.packing, row.sharding) == (None,) * 4
     report = check_model(ARCHITECTURES[name].config(), row.settings(writer.CHUNKS))
     assert [
-        (check.setting.sp_size, check.setting.mlp_chunks, check.setting.loss_chunks) for check in report.checks
+        (check.case.settings.sp_size, check.case.settings.mlp_chunks, check.case.settings.loss_chunks)
+        for check in report.checks
     ] == [(sp_size, chunks, chunks) for sp_size in (1, 2) for chunks in (1, 4, 64)]
     assert report.is_exact, report.verdict
     for check in report.checks:

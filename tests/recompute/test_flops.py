@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from tiny import tiny_llama, tiny_plan
+from tiny import tiny_llama, tiny_settings
 from transformers import Gemma2Config, Gemma2ForCausalLM, Olmo2Config, Olmo2ForCausalLM
 
 from benchmarks.flops import count_flops
-from mst_ds import apply_plan
+from mst_ds import apply_settings
 
 LENGTH, HIDDEN, LAYERS = 32, 48, 3
 DIMENSIONS = {
@@ -40,7 +40,7 @@ def gemma2(intermediate_size):
 
 
 def step_counts(model, **settings):
-    model = apply_plan(copy.deepcopy(model), tiny_plan(**settings))
+    model = apply_settings(copy.deepcopy(model), tiny_settings(**settings))
 
     def step():
         model(input_ids=IDS, labels=IDS).loss.backward()

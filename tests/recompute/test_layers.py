@@ -7,11 +7,11 @@ import pytest
 import torch
 from plain_model import TOLERANCE, assert_close, loss_and_gradients, make_batch
 from sharded import sharded_loss_and_gradients
-from tiny import tiny_plan
+from tiny import tiny_settings
 from tiny_models import build, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from mst_ds import apply_plan
+from mst_ds import apply_settings
 from mst_ds.recompute import LayerRecompute
 
 # Rows of it are above the size from which tensors go to the host.
@@ -26,7 +26,7 @@ NO_RECOMPUTE = {"recompute": False}
 
 
 def patched(model, **settings):
-    return apply_plan(copy.deepcopy(model), tiny_plan(seq_len=LENGTH, **settings))
+    return apply_settings(copy.deepcopy(model), tiny_settings(seq_len=LENGTH, **settings))
 
 
 @functools.cache

@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_ranks
-from tiny import samples, tiny_llama, tiny_plan
+from tiny import samples, tiny_llama, tiny_settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mst_ds.data import IGNORE_INDEX, Batch, shard, shift_labels
 from mst_ds.live_memory import LiveMemory
-from mst_ds.patching import apply_plan
+from mst_ds.patching import apply_settings
 from mst_ds.topology import Topology
 
 SEQ_LEN = 37
@@ -30,7 +30,7 @@ def worst_error(candidate: Gradients, reference: Gradients) -> float:
 
 def sharded_gradients(topology: Topology, batch: Batch, num_items: int, **settings: Any) -> tuple[float, Gradients]:
     """Loss and gradients of the whole batch, from the patched model on this rank's shard of it."""
-    model = apply_plan(tiny_llama().double(), tiny_plan(topology, SEQ_LEN, **settings))
+    model = apply_settings(tiny_llama().double(), tiny_settings(topology.sp_size, **settings))
     loss = model(**batch, num_items_in_batch=num_items).loss
     loss.backward()
     gradients = {}
@@ -122,7 +122,7 @@ def windowed_model() -> Any:
 def padded_shard(rank: int) -> tuple[float, Gradients]:
     """Loss and gradients of two padded rows; padding's own tokens are arbitrary."""
     topology = Topology(rank, 2, 2)
-    model = apply_plan(windowed_model(), tiny_plan(topology, SEQ_LEN + 1))
+    model = apply_settings(windowed_model(), tiny_settings(topology.sp_size))
     ids = torch.cat([samples(2, SEQ_LEN)["input_ids"], torch.zeros(2, 1, dtype=torch.long)], dim=1)
     mask = torch.ones_like(ids)
     for row, (left, right) in enumerate(PADDING):
@@ -169,8 +169,7 @@ def count_collectives(rank: int) -> list[dict[str, int]]:
     topology = Topology(rank, 2, 2)
     counts = []
     for layers in (1, 3):
-        plan = tiny_plan(topology, SEQ_LEN, recompute=False)
-        model = apply_plan(tiny_llama(num_hidden_layers=layers), plan)
+        model = apply_settings(tiny_llama(num_hidden_layers=layers), tiny_settings(2, recompute=False))
         with Collectives() as collectives:
             model(**shard(samples(1, SEQ_LEN), topology), num_items_in_batch=1)
         counts.append(dict(collectives.calls))
@@ -187,7 +186,7 @@ def peak_bytes(rank: int) -> list[int]:
     topology = Topology(rank, 2, 2)
     peaks = []
     for seq_len in (1024, 2048):
-        model = apply_plan(tiny_llama(), tiny_plan(topology, seq_len))
+        model = apply_settings(tiny_llama(), tiny_settings(topology.sp_size))
         batch = shard(samples(1, seq_len), topology)
         with LiveMemory() as memory:
             model(**batch, num_items_in_batch=1).loss.backward()
@@ -204,7 +203,7 @@ def test_memory_is_linear_in_the_length() -> None:
 
 def refusals(rank: int) -> dict[str, str]:
     topology = Topology(rank, 2, 2)
-    model = apply_plan(tiny_llama(), tiny_plan(topology, 16))
+    model = apply_settings(tiny_llama(), tiny_settings(topology.sp_size))
     batch = shard(samples(1, 16), topology)
     ids, labels = batch["input_ids"], batch["shift_labels"]
     mask = torch.ones_like(ids)
@@ -244,20 +243,20 @@ def test_what_is_not_exact_on_a_shard_is_refused(settings: dict[str, Any], reaso
     for name, value in settings.items():
         setattr(model.config, name, value)
     with pytest.raises(ValueError, match=f"{reason}, which sequence parallelism does not support"):
-        apply_plan(model, tiny_plan(Topology(0, 2, 2)))
-    apply_plan(model, tiny_plan())  # on one rank it is exact
+        apply_settings(model, tiny_settings(2))
+    apply_settings(model, tiny_settings())  # on one rank it is exact
 
 
 def test_layers_that_mix_tokens_by_convolution_are_refused() -> None:
     model = tiny_llama()
     model.model.layers[0].convolution = torch.nn.Conv1d(48, 48, 3)
     with pytest.raises(ValueError, match="convolutions over the sequence"):
-        apply_plan(model, tiny_plan(Topology(0, 2, 2)))
+        apply_settings(model, tiny_settings(2))
 
 
 def test_without_a_process_group_sequence_parallelism_is_refused() -> None:
     with pytest.raises(ValueError, match=r"needs torch\.distributed"):
-        apply_plan(tiny_llama(), tiny_plan(Topology(0, 2, 2), 16))
+        apply_settings(tiny_llama(), tiny_settings(2))
 
 
 def other_implementations(rank: int) -> tuple[bool, str]:
@@ -268,7 +267,7 @@ def other_implementations(rank: int) -> tuple[bool, str]:
     for module in model.modules():
         if hasattr(module, "config"):
             module.config = other.config
-    apply_plan(model, tiny_plan(Topology(rank, 2, 2), 16))
+    apply_settings(model, tiny_settings(2))
     after = dict(AttentionInterface())
     return all(after[name] is function for name, function in before.items()), other.config._attn_implementation
 

@@ -16,7 +16,6 @@ from distributed import run_ranks
 from torch import Tensor, nn
 
 from mst_ds.live_memory import LiveMemory
-from mst_ds.topology import Topology
 from mst_ds.ulysses import SequenceGroup, UlyssesContext, new_sequence_group, run_simulated, ulysses_attention
 from mst_ds.ulysses.backends import causal_backend
 from mst_ds.ulysses.documents import DocumentAttention
@@ -107,7 +106,7 @@ def test_values_of_another_width(counts: tuple[int, ...], dims: tuple[int, ...],
 
 
 def on_real_ranks(rank: int) -> tuple[Tensor, list[Tensor]]:
-    group = new_sequence_group(Topology(rank, 2, 2))
+    group = new_sequence_group(2)
     torch.manual_seed(0)
     tensors = [*heads(9, 3, 3, length=LENGTH, dims=(8, 8, 6)), torch.randn(9, dtype=torch.float64)]
     grad = torch.randn(2, LENGTH, 9, 6, dtype=torch.float64)
