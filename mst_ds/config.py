@@ -27,6 +27,8 @@ DEFAULT_DS_CONFIG = str(Path(__file__).parents[1] / "ds_configs" / "zero3_mst.js
 
 Auto: TypeAlias = Literal["auto"]
 AUTO: Auto = "auto"
+# A label that no loss counts, as in torch and transformers.
+IGNORE_INDEX = -100
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "flash_attention_2")
 Packing: TypeAlias = Literal["documents", "none"]
 NonFinite: TypeAlias = Literal["stop", "skip"]

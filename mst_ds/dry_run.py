@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from mst_ds.adapters import model_on_meta
+from mst_ds.dtypes import DTYPES
+from mst_ds.geometry import ELEMENTS_THAT_KEEP_BUSY
 from mst_ds.live_memory import LiveMemory
 from mst_ds.minisequence import chunks
 from mst_ds.patching import apply_plan, decoder, find_parts
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _PHASES = ("forward", "loss", "backward")
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def dry_run(model_config: PreTrainedConfig, plan: Plan, peft_config: PeftConfig 
         ValueError: the model cannot be patched, or what it computes depends on values, as a choice of experts does.
     """
     # Finding a model's structure runs small real tensors, so that it is not done on fake ones.
-    model: Any = model_on_meta(model_config, peft_config, _DTYPES[plan.dtype])[1]
+    model: Any = model_on_meta(model_config, peft_config, DTYPES[plan.dtype])[1]
     model.train()
     structure = find_parts(model, plan.settings).loss
     apply_plan(model, plan, sequence_group=_AbsentRanks(plan.sp_rank, plan.sp_size) if plan.sp_size > 1 else None)
@@ -100,7 +101,7 @@ def as_on_an_accelerator() -> Iterator[None]:
     no_documents = patch.object(decoder, "find_document_starts", lambda *_: None)
     no_lengths = patch.object(decoder, "document_lengths", lambda *_: None)
     no_copies = patch.object(chunks, "_gemm_accumulates_in_fp32", lambda *_: True)
-    with no_documents, no_lengths, no_copies, patch.object(chunks, "_ELEMENTS_IN_CACHE", {}):
+    with no_documents, no_lengths, no_copies, patch.object(chunks, "ELEMENTS_IN_CACHE_OF_CPU", ELEMENTS_THAT_KEEP_BUSY):
         yield
 
 

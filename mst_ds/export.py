@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mst_ds.adapters import ADAPTER_FILE, load_peft_config, model_on_meta
 from mst_ds.checkpoint import EXACT_FILE, MODEL_FOLDER, STATES_FOLDER, Checkpoint, only_states, require_intact
+from mst_ds.dtypes import DTYPES
 from mst_ds.kept_in_fp32 import fp32_parameters, persistent_buffers
 from mst_ds.model_folder.write import write_files_of, write_model
 from mst_ds.model_shape import load_model_config
@@ -63,7 +64,7 @@ def export_checkpoint(checkpoint: Checkpoint, folder: str | os.PathLike[str]) ->
     source = checkpoint.folder / MODEL_FOLDER
     peft_config = load_peft_config(str(source)) if (source / ADAPTER_FILE).is_file() else None
     base_model = None if peft_config is None else peft_config.base_model_name_or_path
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[checkpoint.identity.dtype]
+    dtype = DTYPES[checkpoint.identity.dtype]
     model: Any = model_on_meta(load_model_config(str(source)), peft_config, dtype)[1]
     if peft_config is not None:
         # peft takes it from the config's own place, which has no weights.

@@ -20,6 +20,8 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
+from mst_ds.dtypes import HALVES
+
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
@@ -33,7 +35,7 @@ def kept_in_fp32(model: nn.Module, dtype: torch.dtype) -> list[str]:
     Args:
         model: of transformers, without adapters; without memory will do.
     """
-    if dtype not in (torch.bfloat16, torch.float16):
+    if dtype not in HALVES:
         return []
     lists = ("_keep_in_fp32_modules_strict", *(("_keep_in_fp32_modules",) if dtype == torch.float16 else ()))
     words = {word for module in model.modules() for each in lists for word in getattr(module, each, None) or ()}

@@ -46,17 +46,6 @@ class Topology:
         return tuple(range(first, first + self.sp_size))
 
 
-def shard_length(seq_len: int, sp_size: int) -> int:
-    """L, the tokens of a shard: all are equal, as the sequence is padded to a multiple of `sp_size`."""
-    return -(-seq_len // sp_size)
-
-
-def shard_slice(seq_len: int, sp_size: int, sp_rank: int) -> slice:
-    """The part of the sequence, padded to `sp_size * shard_length` tokens, that `sp_rank` holds."""
-    length = shard_length(seq_len, sp_size)
-    return slice(sp_rank * length, (sp_rank + 1) * length)
-
-
 def choose_sp_size(
     requested: int | Auto, *, world_size: int, num_attention_heads: int, ranks_per_node: int | None = None
 ) -> int:

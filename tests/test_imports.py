@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "mst_ds"
 
 # From the bottom up. Modules of one line may import each other; each may import any line above this one.
 LAYERS = [
-    {"command", "config", "dataset_files", "flags", "host_memory", "live_memory", "read_file", "whole_file"},
+    {"command", "config", "dataset_files", "dtypes", "flags", "geometry", "host_memory", "live_memory", "read_file"},
+    {"gpus", "whole_file"},
     {"settings"},
     {"zero_checks"},
     {"owners"},
@@ -26,7 +27,7 @@ LAYERS = [
     {"loop", "saver"},
 ]
 # These are read before a process group or an accelerator exists, also on a laptop without either.
-PURE = {"command", "config", "dataset_files", "flags", "owners", "read_file", "zero_checks"}
+PURE = {"command", "config", "dataset_files", "flags", "geometry", "gpus", "owners", "read_file", "zero_checks"}
 PURE |= {"settings", "zero", "model_shape", "topology", "planner"}
 # Within a layer these have nothing to do with each other.
 APART = {"planner", "minisequence", "router_loss", "ulysses", "metrics", "data"}

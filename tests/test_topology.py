@@ -2,7 +2,8 @@
 
 import pytest
 
-from mst_ds.topology import Topology, choose_sp_size, shard_length, shard_slice
+from mst_ds.geometry import shard_length, shard_slice
+from mst_ds.topology import Topology, choose_sp_size
 
 
 def test_sp_is_innermost():

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from mst_ds.config import IGNORE_INDEX
 from mst_ds.data.order import SampleOrder
 from mst_ds.data.packing import PackedDataset
-from mst_ds.data.sharding import IGNORE_INDEX, Batch, shard
+from mst_ds.data.sharding import Batch, shard
 from mst_ds.topology import Topology
 
 

@@ -11,9 +11,9 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from torch.nn.functional import pad
 
-from mst_ds.config import Packing
+from mst_ds.config import IGNORE_INDEX, Packing
 from mst_ds.data.order import permutation
-from mst_ds.data.sharding import IGNORE_INDEX, Batch
+from mst_ds.data.sharding import Batch
 
 
 def document_lengths(tokens: Dataset) -> NDArray[np.int64]:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mst_ds.topology import Topology, shard_length, shard_slice
+from mst_ds.config import IGNORE_INDEX
+from mst_ds.geometry import shard_length, shard_slice
+from mst_ds.topology import Topology
 
 Batch: TypeAlias = dict[str, Tensor]
 
-IGNORE_INDEX = -100
 """The label of a position that does not count in the loss, as in `torch.nn.functional.cross_entropy`."""
 
 

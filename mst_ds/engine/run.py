@@ -16,6 +16,7 @@ from mst_ds.adapters import load_peft_config, model_on_meta
 from mst_ds.checkpoint import Checkpoint, Identity, newest_checkpoint, read_checkpoint
 from mst_ds.config import AUTO, TrainConfig
 from mst_ds.data import ShardedLoader, TrainingData, load_training_data
+from mst_ds.dtypes import DTYPES
 from mst_ds.engine.deepspeed_config import require_accepted
 from mst_ds.engine.hardware import has_accelerator, rank_device_memory, rank_gpu, rank_host_memory
 from mst_ds.engine.launch import Launch
@@ -33,8 +34,6 @@ from mst_ds.zero import DsConfig, has_block, kept_blocks, load_ds_config, resolv
 if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedModel
-
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class Run:
 
     @property
     def dtype(self) -> torch.dtype:
-        return _DTYPES[self.plan.dtype]
+        return DTYPES[self.plan.dtype]
 
     @property
     def steps_done(self) -> int:
@@ -111,9 +110,9 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
     if peft_config is not None:
         # Adapters change names: those of `model` are no longer the ones that transformers matches.
         plain = model_on_meta(model_config, None)[0]
-        require_no_adapters_on(kept_in_fp32(plain, _DTYPES[plan.dtype]), adapted)
+        require_no_adapters_on(kept_in_fp32(plain, DTYPES[plan.dtype]), adapted)
     own_attention = _own_attention(config, plan, model)
-    weights, notes = _weights(config, model, _DTYPES[plan.dtype])
+    weights, notes = _weights(config, model, DTYPES[plan.dtype])
     data = load_training_data(config, model_config)
     identity = Identity.of(
         model_config,

@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 import platform
-import re
 from importlib.metadata import PackageNotFoundError, version
 
 import psutil
 import torch
 
-# Dense bf16/fp16 FLOP/s of one device, from the vendors' data sheets (half of the figures that NVIDIA prints
-# "with sparsity"). Matched in this order against the device's name.
-_PEAK_FLOPS: tuple[tuple[str, float], ...] = (
-    (r"\bGB200\b", 2500e12),
-    (r"\bB200\b", 2250e12),
-    (r"\bH[12]00 NVL\b", 835.5e12),
-    (r"\bH[18]00 PCIe\b", 756.5e12),
-    (r"\b(H100|H200|H800|GH200)\b", 989.5e12),
-    (r"\bH20\b", 148e12),
-    (r"\bA[18]00\b", 312e12),
-    (r"\bA40\b", 149.7e12),
-    (r"\bA30\b", 165e12),
-    (r"\bL40S\b", 362.05e12),
-    (r"\bL40\b", 181.05e12),
-    (r"\bL4\b", 121e12),
-    (r"\bMI3(00|25)X\b", 1307.4e12),
-)
+from mst_ds.dtypes import HALVES
+from mst_ds.gpus import peak_flops_of_device
+
 _VERSIONED_PACKAGES = ("mst_ds", "torch", "deepspeed", "transformers", "datasets")
 
 
@@ -45,12 +30,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
     Known are the common data-centre GPUs in bf16 and fp16. A MIG slice is a part of a GPU of unknown size.
     """
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+    if device.type != "cuda" or dtype not in HALVES:
         return None
-    name = torch.cuda.get_device_name(device)
-    if "MIG" in name:
-        return None
-    return next((flops for pattern, flops in _PEAK_FLOPS if re.search(pattern, name)), None)
+    return peak_flops_of_device(torch.cuda.get_device_name(device))
 
 
 def device_name(device: torch.device) -> str:

@@ -1,48 +1,21 @@
-"""What every chunked operator shares: where chunks begin and end, and how their gradients add up."""
+"""What every chunked operator shares: into how many chunks elementwise work goes, and how gradients add up."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import torch
 
-# With fewer rows CPU GEMMs sum one product after the other: up to four times the error, and slow.
-_MIN_CHUNK_TOKENS = 4
-
-
-def chunk_slices(num_tokens: int, chunks: int) -> Iterator[slice]:
-    """Yield `chunks` slices that cover `range(num_tokens)` exactly once, their lengths differing by at most one.
-
-    Where chunks would be shorter than 4 tokens there are fewer: the plan is made for the full length, and a shorter
-    batch must not fail. Nothing outside the loop depends on the number of chunks.
-
-    Raises:
-        ValueError: `chunks` is less than 1.
-    """
-    if chunks < 1:
-        raise ValueError(f"chunks must be at least 1, got {chunks}")
-    chunks = min(chunks, max(1, num_tokens // _MIN_CHUNK_TOKENS))
-    start = 0
-    for index in range(chunks):
-        stop = start + num_tokens // chunks + (index < num_tokens % chunks)
-        yield slice(start, stop)
-        start = stop
-
-
-# Elements that elementwise work takes at a time, by the type of the device.
-_ELEMENTS_IN_CACHE: Mapping[str, int] = {"cpu": 2**19}
-_ELEMENTS_THAT_KEEP_BUSY = 2**24
+from mst_ds.dtypes import sum_dtype
+from mst_ds.geometry import ELEMENTS_IN_CACHE_OF_CPU, ELEMENTS_THAT_KEEP_BUSY, ceil_divide, chunk_slices
 
 
 def chunks_in_cache(tensor: torch.Tensor) -> int:
-    """Into how many chunks elementwise work on (..., C) is best divided, whatever the memory allows.
-
-    2^19 elements stay in a CPU's cache; an accelerator needs 2^24 to be busy for longer than kernels take to start.
-    """
-    elements = _ELEMENTS_IN_CACHE.get(tensor.device.type, _ELEMENTS_THAT_KEEP_BUSY)
-    return max(1, -(-tensor.numel() // elements))
+    """Into how many chunks elementwise work on (..., C) is best divided, whatever the memory allows."""
+    elements = ELEMENTS_IN_CACHE_OF_CPU if tensor.device.type == "cpu" else ELEMENTS_THAT_KEEP_BUSY
+    return max(1, ceil_divide(tensor.numel(), elements))
 
 
 def slices_in_cache(tensor: torch.Tensor) -> Iterator[slice]:
@@ -64,18 +37,13 @@ class Scratch:
         return known[: shape[0]]
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which gradients of `dtype` parameters are summed over chunks: never below fp32."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def zeros_for_accumulation(parameter: torch.Tensor) -> torch.Tensor:
-    """A zero accumulator for the gradient of `parameter`: in `accumulation_dtype`, for a bias (one vector) in fp64.
+    """A zero accumulator for the gradient of `parameter`: in `sum_dtype`, for a bias (one vector) in fp64.
 
     A bias gradient is a bare sum. In fp32 its running total would be rounded at every chunk, which one sum over all
     tokens is not: twice the error of the unchunked gradient at 256 chunks.
     """
-    dtype = torch.float64 if parameter.dim() == 1 else accumulation_dtype(parameter.dtype)
+    dtype = torch.float64 if parameter.dim() == 1 else sum_dtype(parameter.dtype)
     return torch.zeros_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
 
 
@@ -86,7 +54,7 @@ def add_column_sums(accumulator: torch.Tensor, values: torch.Tensor) -> None:
         accumulator: (M,).
         values: (T, M), any floating dtype.
     """
-    accumulator += values.sum(0, dtype=accumulation_dtype(values.dtype))
+    accumulator += values.sum(0, dtype=sum_dtype(values.dtype))
 
 
 def add_outer_products(accumulator: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
@@ -108,7 +76,7 @@ def add_outer_products(accumulator: torch.Tensor, left: torch.Tensor, right: tor
 
 def unrounded_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """`left @ right` in fp32 at least, also for 16-bit operands: (T, M), (M, N) -> (T, N)."""
-    dtype = accumulation_dtype(left.dtype)
+    dtype = sum_dtype(left.dtype)
     if left.dtype == right.dtype != dtype and _gemm_accumulates_in_fp32(left.device, left.dtype):
         return torch.mm(left, right, out_dtype=dtype)
     return torch.mm(left.to(dtype), right.to(dtype))

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mst_ds.dtypes import sum_dtype
+from mst_ds.geometry import chunk_slices
+
 from .chunks import (
-    accumulation_dtype,
     add_column_sums,
     add_outer_products,
     autocast_disabled,
     cast_for_autocast,
-    chunk_slices,
     require_gathered,
     unrounded_product,
     zeros_for_accumulation,
@@ -123,7 +124,7 @@ def _compute(
     work: _Work, expert_index: Tensor, expert_weights: Tensor, x: Tensor, *parameters: Tensor | None
 ) -> Tensor:
     assert parameters[0] is not None
-    out = torch.zeros_like(x, dtype=accumulation_dtype(x.dtype), memory_format=torch.contiguous_format)
+    out = torch.zeros_like(x, dtype=sum_dtype(x.dtype), memory_format=torch.contiguous_format)
     scores = expert_weights.flatten()
     for of_expert in _chunks_by_expert(expert_index, len(parameters[0]), work.chunks):
         up, down, up_bias, down_bias = _of_expert(parameters, of_expert[0].expert, work.transposed)
@@ -158,7 +159,7 @@ class _ChunkedExperts(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         expert_index, expert_weights, x, *parameters = ctx.saved_tensors
         needs_scores, needs_x, *needs = ctx.needs_input_grad[4:]
-        dtype = accumulation_dtype(x.dtype)
+        dtype = sum_dtype(x.dtype)
         dx = torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) if needs_x else None
         d_scores = torch.zeros(expert_weights.numel(), dtype=dtype, device=x.device) if needs_scores else None
         grads = [

@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mst_ds.config import IGNORE_INDEX
+from mst_ds.dtypes import sum_dtype
+from mst_ds.geometry import chunk_slices
+
 from .chunks import (
     Scratch,
-    accumulation_dtype,
     add_column_sums,
     add_outer_products,
     autocast_disabled,
     cast_for_autocast,
-    chunk_slices,
     require_gathered,
     slices_in_cache,
     zeros_for_accumulation,
@@ -32,7 +34,7 @@ def chunked_loss(
     *,
     chunks: int,
     bias: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     num_items_in_batch: int | float | Tensor | None = None,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
@@ -77,7 +79,7 @@ def chunked_loss_of_head(
     labels: Tensor,
     *,
     chunks: int,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     num_items_in_batch: int | float | Tensor | None = None,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
@@ -121,7 +123,7 @@ def _apply(
     labels = labels.to(device).reshape(-1)
     if num_items_in_batch is None:
         num_items_in_batch = (labels != ignore_index).sum()
-    num_items = torch.as_tensor(num_items_in_batch, device=device).to(accumulation_dtype(hidden_states.dtype))
+    num_items = torch.as_tensor(num_items_in_batch, device=device).to(sum_dtype(hidden_states.dtype))
     weights = torch.where(num_items > 0, 1 / num_items, torch.zeros_like(num_items))
     loss: Tensor = _ChunkedLoss.apply(
         labels, weights, ignore_index, chunks, torch.is_grad_enabled(), make_head, transform, hidden_states, *parameters
@@ -155,7 +157,7 @@ class _ChunkedLoss(torch.autograd.Function):
         # in the backward, together with the incoming gradient, mostly a power of two as well. So they are rounded
         # once, and in fp16 nothing underflows before the loss scale arrives.
         mantissa, exponent = torch.frexp(token_weight)
-        losses = torch.zeros(x.shape[0], dtype=accumulation_dtype(x.dtype), device=x.device)
+        losses = torch.zeros(x.shape[0], dtype=sum_dtype(x.dtype), device=x.device)
         needs_gradients = needs_x or any(needs)
         scratch = Scratch()
         for rows in chunk_slices(x.shape[0], chunks):
@@ -218,7 +220,7 @@ class _LinearHead:
             torch.mm(x, weight.t(), out=output)
         else:
             torch.addmm(bias, x, weight.t(), out=output)
-        dtype = accumulation_dtype(x.dtype)
+        dtype = sum_dtype(x.dtype)
         if dtype == x.dtype:
             return output
         return self.scratch.empty("logits", output.shape, dtype, x.device).copy_(output)
@@ -259,7 +261,7 @@ class _CallableHead:
         """(T, V) in fp32 at least, the caller's to write over."""
         output = self.output.detach().squeeze(0)
         # A copy in any case: a head may return what autograd needs again, or its own parameter.
-        dtype = accumulation_dtype(output.dtype)
+        dtype = sum_dtype(output.dtype)
         return self.scratch.empty("logits", output.shape, dtype, output.device).copy_(output)
 
     def add_gradients(self, d_logits: Tensor, dx: Tensor | None) -> None:

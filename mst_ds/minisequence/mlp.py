@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
+from mst_ds.geometry import chunk_slices
 from mst_ds.recompute import Kept
 
 from .chunks import (
@@ -18,7 +19,6 @@ from .chunks import (
     add_outer_products,
     autocast_disabled,
     cast_for_autocast,
-    chunk_slices,
     require_gathered,
     zeros_for_accumulation,
 )

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .chunks import accumulation_dtype, chunk_slices, require_gathered, zeros_for_accumulation
+from mst_ds.dtypes import sum_dtype
+from mst_ds.geometry import chunk_slices
+
+from .chunks import require_gathered, zeros_for_accumulation
 from .tokenwise import compute_in_chunks
 
 
@@ -66,7 +69,7 @@ class _ChunkedRMSNorm(torch.autograd.Function):
         hidden_states, weight = ctx.saved_tensors
         needs_x, needs_weight = ctx.needs_input_grad[4:]
         x, dy = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (hidden_states, grad_output))
-        dtype = accumulation_dtype(x.dtype)
+        dtype = sum_dtype(x.dtype)
         scale = weight.to(dtype) + ctx.offset
         dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else None
         d_weight = zeros_for_accumulation(weight) if needs_weight else None

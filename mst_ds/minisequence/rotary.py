@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .chunks import chunk_slices, chunks_in_cache
+from mst_ds.geometry import chunk_slices
+
+from .chunks import chunks_in_cache
 
 
 def rotary_embedding(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

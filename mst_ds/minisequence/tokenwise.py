@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mst_ds.geometry import chunk_slices
 from mst_ds.recompute import RandomState
 
-from .chunks import chunk_slices, require_gathered, zeros_for_accumulation
+from .chunks import require_gathered, zeros_for_accumulation
 from .linear_sums import SumLinearGradients, gradients_of
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mst_ds.dtypes import HALVES, dtype_name
 from mst_ds.model_folder.contents import Weights, first_names
 from mst_ds.model_folder.generation import generation_config
 from mst_ds.model_folder.tensors import StoredTensors
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 # Others are quantised, or no weights at all.
 _STORED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_HALVES = {torch.float16, torch.bfloat16}
 _CONVERSION_ROW = re.compile(r"^(\S+)\s*\|.*CONVERSION", re.MULTILINE)
 _STYLE = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -116,15 +116,15 @@ def require_match(
     _require_tied(weights, loaded)
     notes = []
     if weights.quantization is not None:
-        notes.append(f"weights are {weights.quantization.method.upper()}; trained and saved as {_word(dtype)}")
-    elif dtype == torch.float32 and (halves := {header.dtype for header in headers.values()} & _HALVES):
-        names = " and ".join(sorted(map(_word, halves)))
+        notes.append(f"weights are {weights.quantization.method.upper()}; trained and saved as {dtype_name(dtype)}")
+    elif dtype == torch.float32 and (halves := {header.dtype for header in headers.values()} & HALVES):
+        names = " and ".join(sorted(map(dtype_name, halves)))
         notes.append(
             f"weights are {names}; trained and saved as fp32, twice the size: bf16 or fp16 in the DeepSpeed JSON "
             "keeps 16 bits"
         )
     if rounded := [name for name, header in headers.items() if header.dtype == torch.float64]:
-        notes.append(f"{len(rounded)} weights are float64, such as {rounded[0]}; rounded to {_word(dtype)}")
+        notes.append(f"{len(rounded)} weights are float64, such as {rounded[0]}; rounded to {dtype_name(dtype)}")
     if new_lm_head:
         notes.append("the LM head starts from random values")
     return tuple(notes)
@@ -201,7 +201,7 @@ def _require_dtypes(
     if set(without.missing) - set(difference.missing) or without.unconverted or without.mismatched:
         name, found = next(iter(odd.items()))
         raise ValueError(
-            f"the weights of model {source!r} are not of floating point, but {_word(found)} ({len(odd)} of them: "
+            f"the weights of model {source!r} are not of floating point, but {dtype_name(found)} ({len(odd)} of them: "
             f"{first_names(list(odd))}), and no quantization_config in its config.json says what {name} stands for; "
             "allowed: weights in float32, bfloat16 or float16"
         )
@@ -224,9 +224,3 @@ def _require_tied(weights: Weights, model: PreTrainedModel) -> None:
                     f"the config.json of model {weights.source!r} ties {one} to {other}, but its weights hold two that "
                     'differ; allowed: "tie_word_embeddings": false in the config, or one of them'
                 )
-
-
-def _word(dtype: torch.dtype) -> str:
-    return {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}.get(
-        dtype, str(dtype).removeprefix("torch.")
-    )

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mst_ds.config import IGNORE_INDEX
 from mst_ds.patching.decoder import check_known, named_arguments, padding_mask, uses_cache
 from mst_ds.patching.guards import CHANGED
 from mst_ds.patching.logits import LogitsLeftOutByThePlan, compute_logits, take_logits_wanted, warn_of_logits
 from mst_ds.patching.patched import PatchedModel, own_attention
 from mst_ds.router_loss import router_loss
-
-_IGNORE_INDEX = -100  # transformers' and torch's default
 
 
 def causal_lm_forward(original: Callable[..., Any], patched: PatchedModel, *args: Any, **kwargs: Any) -> Any:
@@ -32,7 +31,7 @@ def causal_lm_forward(original: Callable[..., Any], patched: PatchedModel, *args
     args = args[1:] if args and args[0] is patched.model else args
     kwargs = named_arguments(original, args, kwargs)
     targets = {name: kwargs.pop(name, None) for name in ("labels", "shift_labels", "num_items_in_batch")}
-    ignore_index = kwargs.pop("ignore_index", _IGNORE_INDEX)
+    ignore_index = kwargs.pop("ignore_index", IGNORE_INDEX)
     return_dict = kwargs.pop("return_dict", None)
     wants_loss = targets["labels"] is not None or targets["shift_labels"] is not None
     logits_wanted = take_logits_wanted(kwargs, wants_loss=wants_loss)

@@ -1,7 +1,7 @@
 """The plan of a rank, from the DeepSpeed JSON, the model's config and the rank's memory: pure arithmetic."""
 
+from mst_ds.gpus import Gpu, gpu_by_name, gpu_of_device
 from mst_ds.planner.advice import Change, changes_that_fit
-from mst_ds.planner.gpus import Gpu, gpu_by_name, gpu_of_device
 from mst_ds.planner.phases import activation_bytes
 from mst_ds.planner.plan import (
     DEFAULT_RESERVE,

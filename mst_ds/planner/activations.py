@@ -6,6 +6,7 @@ only the largest of them counts in a phase.
 
 from __future__ import annotations
 
+from mst_ds.geometry import ELEMENTS_THAT_KEEP_BUSY, ceil_divide
 from mst_ds.planner.attention import (
     gathered_step,
     local_term,
@@ -17,13 +18,11 @@ from mst_ds.planner.attention import (
 from mst_ds.planner.kept import kept_by_recompute
 from mst_ds.planner.types import MemoryTerm, product_term, total_bytes
 from mst_ds.planner.windows import window_graphs, window_mask
-from mst_ds.planner.workload import Workload, ceil_divide
+from mst_ds.planner.workload import Workload
 
 Terms = tuple[MemoryTerm, ...]
 
 _FP32_BYTES = 4
-# As many elements of a chunk as keep an accelerator busy; on the CPU the norms take fewer.
-_NORM_CHUNK_ELEMENTS = 2**24
 
 
 def hidden_term(work: Workload, name: str, tensors: int) -> MemoryTerm:
@@ -123,8 +122,8 @@ def norm_step(work: Workload, *, backward: bool) -> Terms:
         tensors = 4 if backward else 3
     else:
         tensors = 2
-    # All chunks are equally long.
-    chunk = ceil_divide(elements, ceil_divide(elements, _NORM_CHUNK_ELEMENTS))
+    # All chunks are equally long; on the CPU the norms take shorter ones.
+    chunk = ceil_divide(elements, ceil_divide(elements, ELEMENTS_THAT_KEEP_BUSY))
     factors = (("tensors", tensors), ("elements of a chunk", chunk))
     return (held, product_term("norm_working_set", "device", *factors, ("bytes", _FP32_BYTES)))
 

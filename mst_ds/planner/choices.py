@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from mst_ds.gpus import Gpu
 from mst_ds.planner.cost import step_seconds
 from mst_ds.planner.flops import flops_computed_again
-from mst_ds.planner.gpus import Gpu
 from mst_ds.planner.kept import copied_bytes
 from mst_ds.planner.phases import step_phases
 from mst_ds.planner.types import Choice

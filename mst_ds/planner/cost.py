@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from mst_ds.gpus import Gpu
 from mst_ds.model_shape import flops_per_token
 from mst_ds.planner.attention import output_width, query_key_value_width
 from mst_ds.planner.flops import micro_batch_flops
-from mst_ds.planner.gpus import Gpu
 from mst_ds.planner.kept import copied_bytes
 from mst_ds.planner.persistent import persistent_counts
 from mst_ds.planner.workload import Workload

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mst_ds.geometry import ceil_divide
 from mst_ds.model_shape import ExpertShape
 from mst_ds.planner.activations import hidden_term
 from mst_ds.planner.types import MemoryTerm, product_term
-from mst_ds.planner.workload import Workload, ceil_divide
+from mst_ds.planner.workload import Workload
 
 Terms = tuple[MemoryTerm, ...]
 Factor = tuple[str, int]

@@ -8,16 +8,16 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mst_ds.config import GIB
+from mst_ds.geometry import shard_length
+from mst_ds.gpus import Gpu
 from mst_ds.model_shape import require_positions
 from mst_ds.planner.choices import describe_choices
 from mst_ds.planner.cost import model_flops_utilisation, step_seconds
 from mst_ds.planner.flops import micro_batch_flops
-from mst_ds.planner.gpus import Gpu
 from mst_ds.planner.phases import step_phases
 from mst_ds.planner.request import Request, read_request
 from mst_ds.planner.search import choose_settings
 from mst_ds.planner.types import Plan
-from mst_ds.topology import shard_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

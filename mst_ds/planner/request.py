@@ -9,8 +9,8 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from mst_ds.config import AUTO, GIB, TrainConfig
+from mst_ds.gpus import DEFAULT_GPU, Gpu
 from mst_ds.model_shape import ModelShape, load_model_shape
-from mst_ds.planner.gpus import DEFAULT_GPU, Gpu
 from mst_ds.planner.search import can_fit
 from mst_ds.planner.workload import Workload
 from mst_ds.settings import MstConfig, Settings

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from operator import itemgetter
 
 from mst_ds.config import AUTO, Auto
+from mst_ds.gpus import DEFAULT_GPU, Gpu
 from mst_ds.planner import activations
 from mst_ds.planner.cost import step_seconds
-from mst_ds.planner.gpus import DEFAULT_GPU, Gpu
 from mst_ds.planner.kept import kept_gate_up
 from mst_ds.planner.phases import layer_phase, loss_phase, mlp_moments, rest_of_layer_moment, step_phases
 from mst_ds.planner.types import Phase, total_bytes
@@ -106,8 +106,9 @@ def _unchunked_candidates(work: Workload, mst: MstConfig) -> Iterator[Workload]:
 def _head_groups(work: Workload, given: int | Auto) -> list[int]:
     """The counts to try, from the fewest on with which attention no longer makes the peak."""
     if given != AUTO:
-        return [min(given, work.most_head_groups)]
-    counts = work.head_group_counts
+        most = 1 if work.sp_size == 1 else work.shape.num_attention_heads // work.sp_size
+        return [min(given, most)]
+    counts = work.heads.group_counts
     enough = (
         index for index, count in enumerate(counts) if _attention_is_not_the_peak(work.with_settings(head_groups=count))
     )

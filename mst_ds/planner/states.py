@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
+from mst_ds.geometry import ceil_divide
 from mst_ds.planner.persistent import persistent_counts
 from mst_ds.planner.types import MemoryTerm, Place, product_term, total_bytes
-from mst_ds.planner.workload import Workload, ceil_divide
+from mst_ds.planner.workload import Workload
 from mst_ds.zero import OffloadDevice
 
 Terms = tuple[MemoryTerm, ...]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+from mst_ds.geometry import window_queries
 from mst_ds.planner.types import MemoryTerm, product_term
 from mst_ds.planner.workload import Workload
 
 Terms = tuple[MemoryTerm, ...]
-
-# The fewest queries of a block, if the window is not shorter.
-_BLOCK = 1024
 
 
 def window_mask(work: Workload) -> Terms:
@@ -90,8 +88,7 @@ def _window(work: Workload) -> int:
 
 
 def _block(work: Workload) -> int:
-    """Queries of a block, as `mst_ds.ulysses.windowed` has them."""
-    return min(_window(work), max(_BLOCK, _window(work) // 4))
+    return window_queries(_window(work))
 
 
 def _tokens_in_blocks(work: Workload) -> int:

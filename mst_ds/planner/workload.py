@@ -6,14 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mst_ds.geometry import HeadLayout, block_queries, ceil_divide, shard_length
 from mst_ds.model_shape import ModelShape
 from mst_ds.settings import Settings
-from mst_ds.topology import shard_length
 from mst_ds.zero import ZeroConfig
-
-
-def ceil_divide(dividend: int, divisor: int) -> int:
-    return -(-dividend // divisor)
 
 
 @dataclass(frozen=True)
@@ -49,37 +45,25 @@ class Workload:
         return self.tokens * self.sp_size
 
     @property
+    def heads(self) -> HeadLayout:
+        """Which heads a rank works on between the all-to-alls; without sequence parallelism there is one group."""
+        groups = self.settings.head_groups if self.sp_size > 1 else 1
+        return HeadLayout(self.shape.num_attention_heads, self.shape.num_key_value_heads, self.sp_size, groups)
+
+    @property
     def query_heads(self) -> int:
         """Query heads of a rank between the all-to-alls."""
-        return ceil_divide(self.shape.num_attention_heads, self.sp_size)
+        return self.heads.most_query_heads
 
     @property
     def group_query_heads(self) -> int:
         """Query heads of a rank that attention works on at a time."""
-        return ceil_divide(self.query_heads, self.settings.head_groups)
+        return self.heads.most_query_heads_of_group
 
     @property
     def group_key_value_heads(self) -> int:
         """Key/value heads that they read, or the copies of these where the heads have no even grouping."""
-        heads, key_value_heads = self.shape.num_attention_heads, self.shape.num_key_value_heads
-        uneven = heads % self.sp_size or (key_value_heads % self.sp_size and self.sp_size % key_value_heads)
-        if uneven:
-            return self.group_query_heads
-        return ceil_divide(ceil_divide(key_value_heads, self.sp_size), self.settings.head_groups)
-
-    @property
-    def most_head_groups(self) -> int:
-        """The most groups that are not empty on any rank; without sequence parallelism nothing is gathered."""
-        return 1 if self.sp_size == 1 else self.shape.num_attention_heads // self.sp_size
-
-    @property
-    def head_group_counts(self) -> list[int]:
-        """The group counts with which no key/value head is exchanged twice, from the fewest on."""
-        heads, key_value_heads = self.shape.num_attention_heads, self.shape.num_key_value_heads
-        if self.sp_size == 1 or heads % self.sp_size or key_value_heads % self.sp_size:
-            return [1]
-        of_rank = key_value_heads // self.sp_size
-        return [count for count in range(1, of_rank + 1) if of_rank % count == 0]
+        return self.heads.most_key_value_heads_of_group
 
     @property
     def repeats_key_value(self) -> bool:
@@ -118,9 +102,8 @@ class Workload:
 
     @property
     def block_scores(self) -> int:
-        """Scores of one head that attention without a kernel computes at a time: 2^18, but 64 queries at least."""
-        length = self.attention_length
-        return length * max(64, min(2**18 // length, length))
+        """Scores of one head that attention without a kernel computes at a time."""
+        return self.attention_length * block_queries(self.attention_length)
 
     def chunk_tokens(self, chunks: int) -> int:
         return ceil_divide(self.tokens, chunks)

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mst_ds.config import AUTO
+from mst_ds.geometry import LEAST_CHUNK_TOKENS
 from mst_ds.settings import KNOBS, MstConfig, Settings
-
-# No chunk is shorter.
-_MIN_CHUNK_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,7 @@ class Case:
 
     def min_tokens(self) -> int:
         """The fewest tokens of a rank that make as many chunks as asked for."""
-        return _MIN_CHUNK_TOKENS * max(self.settings.mlp_chunks, self.settings.loss_chunks)
+        return LEAST_CHUNK_TOKENS * max(self.settings.mlp_chunks, self.settings.loss_chunks)
 
 
 def case_of_run(settings: Settings, *, packed: bool) -> Case:

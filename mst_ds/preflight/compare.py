@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from mst_ds.geometry import shard_length
 from mst_ds.patching import apply_settings, find_parts
 from mst_ds.preflight.cases import Case
 from mst_ds.preflight.documents import Documents
@@ -21,7 +22,6 @@ from mst_ds.preflight.errors import relative_error
 from mst_ds.preflight.float64 import Float64
 from mst_ds.preflight.trace import Trace, Tracer, join_shards
 from mst_ds.structure import Chunkable, MlpStructure
-from mst_ds.topology import shard_length
 from mst_ds.ulysses import SequenceGroup
 from mst_ds.ulysses.simulated import run_simulated
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from mst_ds.topology import shard_length, shard_slice
+from mst_ds.config import IGNORE_INDEX
+from mst_ds.geometry import shard_length, shard_slice
 
-_IGNORE_INDEX = -100
 _PADDING = 6
 
 
@@ -54,13 +54,13 @@ class Documents:
     @property
     def num_items(self) -> int:
         """Targets that count, in the whole batch."""
-        return sum(int((targets != _IGNORE_INDEX).sum()) for _, targets in self._texts())
+        return sum(int((targets != IGNORE_INDEX).sum()) for _, targets in self._texts())
 
     def shard(self, sp_rank: int, sp_size: int) -> dict[str, Tensor]:
         """What a rank gets of the batch: ids, shifted labels, positions and mask, (B, L) each."""
         whole = {
             "input_ids": torch.zeros(self.batch_size, self.seq_len, dtype=torch.long),
-            "shift_labels": torch.full((self.batch_size, self.seq_len), _IGNORE_INDEX),
+            "shift_labels": torch.full((self.batch_size, self.seq_len), IGNORE_INDEX),
             # On padding too they count from 0, as those of a run do.
             "position_ids": torch.arange(self.seq_len).repeat(self.batch_size, 1),
             "attention_mask": torch.zeros(self.batch_size, self.seq_len, dtype=torch.long),
@@ -73,7 +73,7 @@ class Documents:
             whole["position_ids"][row, part.stop :] = torch.arange(self.seq_len - part.stop)
         part = shard_slice(self.seq_len, sp_size, sp_rank)
         added = sp_size * shard_length(self.seq_len, sp_size) - self.seq_len
-        fill = {"shift_labels": _IGNORE_INDEX}
+        fill = {"shift_labels": IGNORE_INDEX}
         return {
             name: pad(values, (0, added), value=fill.get(name, 0))[:, part].contiguous()
             for name, values in whole.items()
@@ -83,11 +83,11 @@ class Documents:
         """Each document alone in a row: ids, labels (not shifted) and mask, padded on the right to the longest."""
         texts = list(self._texts())
         # The target of a last token stands where padding begins, which no other token sees. The longest has none.
-        labels = [pad(targets, (1, 0), value=_IGNORE_INDEX) for _, targets in texts]
+        labels = [pad(targets, (1, 0), value=IGNORE_INDEX) for _, targets in texts]
         longest = max(len(ids) for ids, _ in texts)
         return {
             "input_ids": pad_sequence([ids for ids, _ in texts], batch_first=True),
-            "labels": pad_sequence(labels, batch_first=True, padding_value=_IGNORE_INDEX)[:, :longest],
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)[:, :longest],
             "attention_mask": pad_sequence([torch.ones_like(ids) for ids, _ in texts], batch_first=True),
         }
 
@@ -113,7 +113,7 @@ class Documents:
         longest = max(length for lengths in self.rows for length in lengths)
         for _, _, length in self._spans():
             ids, targets = torch.randint(0, self.vocab_size, (2, length), generator=generator)
-            targets[2:5] = _IGNORE_INDEX
+            targets[2:5] = IGNORE_INDEX
             if length == longest:
-                targets[-1] = _IGNORE_INDEX
+                targets[-1] = IGNORE_INDEX
             yield ids, targets

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from mst_ds.config import IGNORE_INDEX
 from mst_ds.router_loss import router_loss
 from mst_ds.structure import probe
 from mst_ds.structure.mlps import is_tokenwise
@@ -116,7 +117,7 @@ def _is_cross_entropy(model: PreTrainedModel, scale: float, softcap: float | Non
     """Whether the model's loss and its gradient are those of the logits' cross-entropy with each next token."""
     output = probe.random_tensor(probe.ROWS, probe.LENGTH, probe.VOCAB).requires_grad_()
     labels = torch.randint(probe.VOCAB, (probe.ROWS, probe.LENGTH), device="cpu")
-    labels[:, 3:7] = -100
+    labels[:, 3:7] = IGNORE_INDEX
     loss = getattr(_run(model, output, labels=labels, **kwargs), "loss", None)
     if not isinstance(loss, Tensor) or not loss.requires_grad:
         return False

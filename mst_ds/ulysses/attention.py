@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mst_ds.geometry import HeadLayout
 from mst_ds.recompute import LayerRecompute
 
 from .backends import CausalAttention, causal_backend
 from .documents import DocumentAttention
 from .groups import SequenceGroup
-from .layout import HeadLayout
 from .masks import SlidingWindow, describe_mask
 from .sequence_attention import SequenceAttention
 from .spec import AttentionSpec

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .dtypes import sum_dtype
-from .spec import AttentionSpec
+from mst_ds.dtypes import sum_dtype
+from mst_ds.geometry import block_queries
 
-# A block has so many rows that a head has this many scores, but not fewer rows than are worth a matrix product.
-_SCORES, _ROWS = 2**18, 64
+from .spec import AttentionSpec
 
 
 def attend_blockwise(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Tensor:
@@ -73,7 +72,7 @@ class _Blockwise(torch.autograd.Function):
 def _blocks(length: int, window: int | None) -> Iterator[tuple[Any, ...]]:
     """For each block the index of its part of query, key, value and sinks."""
     reach = length if window is None else window
-    size = max(_ROWS, min(_SCORES // reach, reach))
+    size = block_queries(reach)
     for start in range(0, length, size):
         stop = min(start + size, length)
         rows, keys = slice(start, stop), slice(max(0, start - reach + 1), stop)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mst_ds.topology import shard_slice
+from mst_ds.geometry import shard_slice
 
 from .documents import DocumentStarts
 from .groups import SequenceGroup

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mst_ds.dtypes import sum_dtype
 from mst_ds.recompute import Kept, KeptGraph
 
 from .backends import CausalAttention
-from .dtypes import sum_dtype
 from .spec import AttentionSpec
 
 DocumentStarts = list[list[int]]

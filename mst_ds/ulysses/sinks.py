@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .dtypes import sum_dtype
+from mst_ds.dtypes import sum_dtype
+
 from .spec import AttentionSpec
 
 # By so much heads become wider: two numbers for the sink, and what keeps the width a multiple of 8, as kernels want it.

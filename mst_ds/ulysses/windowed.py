@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from .spec import AttentionSpec
+from mst_ds.geometry import window_queries
 
-# Queries that share a range of keys, at least. Fewer waste less on masked scores; more, less on overlapping keys.
-_BLOCK = 1024
+from .spec import AttentionSpec
 
 
 def window_mask(query: Tensor, key: Tensor, spec: AttentionSpec) -> Tensor:
@@ -23,7 +22,7 @@ def window_mask(query: Tensor, key: Tensor, spec: AttentionSpec) -> Tensor:
     """
     assert spec.window is not None
     window = spec.window
-    block = min(window, max(_BLOCK, window // 4))
+    block = window_queries(window)
     keys, rows = torch.arange(window + block, device=query.device), torch.arange(block, device=query.device)[:, None]
     hidden = pad((keys <= rows) | (keys > rows + window), (spec.front, 0))
     # In the kernel's own form: a mask of booleans would be turned into one of these for each call, and kept.

@@ -13,9 +13,9 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
+from mst_ds.geometry import chunk_slices
 from mst_ds.live_memory import LiveMemory
 from mst_ds.minisequence import chunked_tokenwise
-from mst_ds.minisequence.chunks import chunk_slices
 
 HIDDEN, INTERMEDIATE = 16, 40
 MIB = 2**20

@@ -4,8 +4,8 @@ import random
 from dataclasses import replace
 from types import SimpleNamespace
 
+from mst_ds.gpus import DEFAULT_GPU
 from mst_ds.model_shape import ModelShape
-from mst_ds.planner.gpus import DEFAULT_GPU
 from mst_ds.planner.mlp import mlp_steps
 from mst_ds.planner.phases import layer_phase, loss_phase, step_phases
 from mst_ds.planner.plan import longest_of_request

@@ -13,6 +13,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from mst_ds import apply_plan, make_plan
 from mst_ds.data import shard
+from mst_ds.geometry import ELEMENTS_THAT_KEEP_BUSY
 from mst_ds.live_memory import LiveMemory
 from mst_ds.loop import train_step
 from mst_ds.minisequence import chunks
@@ -97,7 +98,7 @@ def _measure(rank: int, stage: int, case: Case, initialize: Any) -> dict[str, tu
         outputs.last_hidden_state.register_hook(lambda _: end("loss"))
 
     # As on an accelerator: elementwise work in chunks that do not follow from the CPU's cache.
-    with patch.object(chunks, "_ELEMENTS_IN_CACHE", {}), memory:
+    with patch.object(chunks, "ELEMENTS_IN_CACHE_OF_CPU", ELEMENTS_THAT_KEEP_BUSY), memory:
         at_stage_3 = HfDeepSpeedConfig(ds_config) if stage == 3 else None
         model = LlamaForCausalLM._from_config(config) if at_stage_3 else LlamaForCausalLM(config)
         apply_plan(model.train(), plan)

@@ -359,4 +359,4 @@ def test_groups_to_try_exchange_no_key_value_head_twice(num_heads, num_key_value
     model = LlamaConfig(
         hidden_size=num_heads * 8, num_attention_heads=num_heads, num_key_value_heads=num_key_value_heads
     )
-    assert workload(model, sp_size=sp_size).head_group_counts == expected
+    assert workload(model, sp_size=sp_size).heads.group_counts == expected

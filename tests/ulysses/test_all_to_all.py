@@ -3,10 +3,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mst_ds.geometry import HeadLayout
 from mst_ds.ulysses import SequenceGroup, run_simulated
 from mst_ds.ulysses.backends import causal_backend
 from mst_ds.ulysses.documents import DocumentAttention
-from mst_ds.ulysses.layout import HeadLayout
 from mst_ds.ulysses.sequence_attention import SequenceAttention
 from mst_ds.ulysses.spec import AttentionSpec
 

@@ -15,11 +15,11 @@ from dense_attention import dense_attention, heads, visible
 from distributed import run_ranks
 from torch import Tensor, nn
 
+from mst_ds.geometry import HeadLayout
 from mst_ds.live_memory import LiveMemory
 from mst_ds.ulysses import SequenceGroup, UlyssesContext, new_sequence_group, run_simulated, ulysses_attention
 from mst_ds.ulysses.backends import causal_backend
 from mst_ds.ulysses.documents import DocumentAttention
-from mst_ds.ulysses.layout import HeadLayout
 from mst_ds.ulysses.masks import SlidingWindow
 from mst_ds.ulysses.sequence_attention import SequenceAttention
 from mst_ds.ulysses.spec import AttentionSpec
@@ -33,9 +33,9 @@ STARTS = [[0, 7, 20], [0, 23]]
 @pytest.fixture
 def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 4 queries, so that a document of some tokens has several, the last shorter."""
-    monkeypatch.setattr("mst_ds.ulysses.windowed._BLOCK", 4)
-    monkeypatch.setattr("mst_ds.ulysses.blockwise._ROWS", 4)
-    monkeypatch.setattr("mst_ds.ulysses.blockwise._SCORES", 4)
+    monkeypatch.setattr("mst_ds.geometry._WINDOW_QUERIES", 4)
+    monkeypatch.setattr("mst_ds.geometry._ROWS", 4)
+    monkeypatch.setattr("mst_ds.geometry._SCORES", 4)
 
 
 def attend_shard(

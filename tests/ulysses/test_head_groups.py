@@ -8,12 +8,12 @@ import pytest
 import torch
 from dense_attention import dense_attention, heads
 
+from mst_ds.geometry import HeadLayout
 from mst_ds.live_memory import LiveMemory
 from mst_ds.recompute import HostStore, LayerRecompute
 from mst_ds.ulysses import run_simulated
 from mst_ds.ulysses.backends import causal_backend
 from mst_ds.ulysses.documents import DocumentAttention
-from mst_ds.ulysses.layout import HeadLayout
 from mst_ds.ulysses.sequence_attention import SequenceAttention
 from mst_ds.ulysses.spec import AttentionSpec
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from mst_ds.ulysses.layout import HeadLayout
+from mst_ds.geometry import HeadLayout
 
 LAYOUTS = [
     HeadLayout(heads, key_values, sp_size)

@@ -43,12 +43,40 @@ _GPUS: Mapping[str, Gpu] = {
         Gpu("A100-40GB", 39 * GIB, 312e12, 19.5e12, 1555e9, 300e9, _INFINIBAND_200, _PCIE_4),
         Gpu("A100-80GB", 79 * GIB, 312e12, 19.5e12, 2039e9, 300e9, _INFINIBAND_200, _PCIE_4),
         Gpu("L4", 22 * GIB, 121e12, 30.3e12, 300e9, _PCIE_4, _ETHERNET_100, _PCIE_4),
-        Gpu("L40S", 44 * GIB, 362e12, 91.6e12, 864e9, _PCIE_4, _INFINIBAND_200, _PCIE_4),
+        Gpu("L40S", 44 * GIB, 362.05e12, 91.6e12, 864e9, _PCIE_4, _INFINIBAND_200, _PCIE_4),
         Gpu("H100", 79 * GIB, 989.5e12, 67e12, 3350e9, 450e9, _INFINIBAND_400, _PCIE_5),
+        # By the PCIe slot alone: a bridge between two cards is not counted on.
+        Gpu("H100-PCIE", 79 * GIB, 756.5e12, 51e12, 2039e9, _PCIE_5, _INFINIBAND_200, _PCIE_5),
         Gpu("H200", 139 * GIB, 989.5e12, 67e12, 4800e9, 450e9, _INFINIBAND_400, _PCIE_5),
         Gpu("B200", 178 * GIB, 2250e12, 75e12, 8000e9, 900e9, _INFINIBAND_400, _PCIE_5),
     )
 }
+# By words of a driver's name, the first that has them all: the GPUs above that it stands for, or of one that nothing is
+# planned for the FLOP/s of dense matrix products in 16 bits.
+_DRIVERS: tuple[tuple[str, tuple[str, ...] | float], ...] = (
+    ("MIG", ()),  # a part of a GPU, of unknown size
+    ("GB200", 2500e12),
+    ("B200", ("B200",)),
+    ("H100 NVL", 835.5e12),
+    ("H200 NVL", 835.5e12),
+    ("H100 PCIE", ("H100-PCIE",)),
+    ("H800 PCIE", 756.5e12),
+    ("H100", ("H100",)),
+    ("H200", ("H200",)),
+    ("H800", 989.5e12),
+    ("GH200", 989.5e12),
+    ("H20", 148e12),
+    ("A100", ("A100-40GB", "A100-80GB")),
+    ("A800", 312e12),
+    ("A10G", ("A10G",)),
+    ("A40", 149.7e12),
+    ("A30", 165e12),
+    ("L40S", ("L40S",)),
+    ("L40", 181.05e12),
+    ("L4", ("L4",)),
+    ("MI300X", 1307.4e12),
+    ("MI325X", 1307.4e12),
+)
 # Whose rates rank what the planner may choose where no GPU is named.
 DEFAULT_GPU = _GPUS["H100"]
 
@@ -70,6 +98,24 @@ def gpu_by_name(name: str) -> Gpu:
 
 def gpu_of_device(device_name: str, memory: int) -> Gpu | None:
     """The GPU that a driver calls so, such as "NVIDIA A100-SXM4-40GB", and that has so many bytes; None if unknown."""
+    found = _of_driver(device_name)
+    if not isinstance(found, tuple):
+        return None
+    fitting = [_GPUS[name] for name in found if _GPUS[name].memory <= memory]
+    return max(fitting, key=lambda gpu: gpu.memory, default=None)
+
+
+def peak_flops_of_device(device_name: str) -> float | None:
+    """FLOP/s of dense matrix products in 16 bits, by the data sheet of the GPU that a driver calls so; None if unknown.
+
+    Half of the figures that NVIDIA prints "with sparsity".
+    """
+    found = _of_driver(device_name)
+    if isinstance(found, tuple):
+        return _GPUS[found[0]].flops if found else None
+    return found
+
+
+def _of_driver(device_name: str) -> tuple[str, ...] | float | None:
     words = set(device_name.upper().replace("-", " ").split())
-    found = [gpu for gpu in _GPUS.values() if gpu.name.split("-")[0] in words and gpu.memory <= memory]
-    return None if "MIG" in words else max(found, key=lambda gpu: gpu.memory, default=None)
+    return next((found for name, found in _DRIVERS if words.issuperset(name.split())), None)

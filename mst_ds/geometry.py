@@ -1,0 +1,166 @@
+"""Numbers that the planner and the operators share: what a rank, a chunk and a block hold. Without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+# With fewer rows CPU GEMMs sum one product after the other: up to four times the error, and slow.
+LEAST_CHUNK_TOKENS = 4
+
+# Elements that elementwise work takes at a time: as many as stay in a CPU's cache, and as keep an accelerator busy for
+# longer than kernels take to start.
+ELEMENTS_IN_CACHE_OF_CPU = 2**19
+ELEMENTS_THAT_KEEP_BUSY = 2**24
+
+# Attention without a kernel: a block has so many rows that a head has this many scores, but not fewer rows than are
+# worth a matrix product.
+_SCORES, _ROWS = 2**18, 64
+# Queries of a window's block, at least. Fewer waste less on masked scores; more, less on overlapping keys.
+_WINDOW_QUERIES = 1024
+
+
+def ceil_divide(dividend: int, divisor: int) -> int:
+    return -(-dividend // divisor)
+
+
+def shard_length(seq_len: int, sp_size: int) -> int:
+    """L, the tokens of a shard: all are equal, as the sequence is padded to a multiple of `sp_size`."""
+    return -(-seq_len // sp_size)
+
+
+def shard_slice(seq_len: int, sp_size: int, sp_rank: int) -> slice:
+    """The part of the sequence, padded to `sp_size * shard_length` tokens, that `sp_rank` holds."""
+    length = shard_length(seq_len, sp_size)
+    return slice(sp_rank * length, (sp_rank + 1) * length)
+
+
+def chunk_slices(num_tokens: int, chunks: int) -> Iterator[slice]:
+    """Yield `chunks` slices that cover `range(num_tokens)` exactly once, their lengths differing by at most one.
+
+    Where chunks would be shorter than 4 tokens there are fewer: the plan is made for the full length, and a shorter
+    batch must not fail. Nothing outside the loop depends on the number of chunks.
+
+    Raises:
+        ValueError: `chunks` is less than 1.
+    """
+    if chunks < 1:
+        raise ValueError(f"chunks must be at least 1, got {chunks}")
+    chunks = min(chunks, max(1, num_tokens // LEAST_CHUNK_TOKENS))
+    start = 0
+    for index in range(chunks):
+        stop = start + num_tokens // chunks + (index < num_tokens % chunks)
+        yield slice(start, stop)
+        start = stop
+
+
+def block_queries(keys: int) -> int:
+    """Queries that attention without a kernel takes at a time, each of which sees up to so many keys."""
+    return max(_ROWS, min(_SCORES // keys, keys))
+
+
+def window_queries(window: int) -> int:
+    """Queries of a block, which share a range of keys, where a kernel that takes masks works through a window."""
+    return min(window, max(_WINDOW_QUERIES, window // 4))
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """Contiguous, balanced ranges of heads for `sp_size` ranks; neither head count has to be divisible.
+
+    A rank gets the key/value heads that its query heads read. With fewer key/value heads than ranks, or a range that
+    begins inside a group of query heads, the same key/value head goes to several ranks.
+
+    A rank may work through its heads in `head_groups` balanced ranges, one after another; where it has fewer heads,
+    there are fewer groups. What is said of a rank is then said of one group of a rank, if one is named.
+
+    Raises:
+        ValueError: more ranks than query heads, or query heads that are no multiple of the key/value heads.
+    """
+
+    num_heads: int
+    num_key_value_heads: int
+    sp_size: int
+    head_groups: int = 1
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"{self.num_heads} query heads are no multiple of {self.num_key_value_heads} key/value heads"
+            )
+        if self.sp_size > self.num_heads:
+            raise ValueError(
+                f"sp_size {self.sp_size} is above the number of query heads {self.num_heads}: "
+                f"a rank would have no head; use sp_size <= {self.num_heads}"
+            )
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that read one key/value head."""
+        return self.num_heads // self.num_key_value_heads
+
+    @property
+    def groups(self) -> range:
+        """The groups of heads; on every rank as many, and none of them is empty."""
+        return range(min(self.head_groups, self.num_heads // self.sp_size))
+
+    @property
+    def group_counts(self) -> list[int]:
+        """The group counts with which no key/value head is exchanged twice, from the fewest on."""
+        heads, key_value_heads = self.num_heads, self.num_key_value_heads
+        if self.sp_size == 1 or heads % self.sp_size or key_value_heads % self.sp_size:
+            return [1]
+        of_rank = key_value_heads // self.sp_size
+        return [count for count in range(1, of_rank + 1) if of_rank % count == 0]
+
+    @property
+    def most_query_heads(self) -> int:
+        """Query heads of the rank that has most."""
+        return ceil_divide(self.num_heads, self.sp_size)
+
+    @property
+    def most_query_heads_of_group(self) -> int:
+        return ceil_divide(self.most_query_heads, len(self.groups))
+
+    @property
+    def most_key_value_heads_of_group(self) -> int:
+        """Key/value heads that they read, or the copies of these where the heads have no even grouping."""
+        if self.has_uneven_groups:
+            return self.most_query_heads_of_group
+        return ceil_divide(ceil_divide(self.num_key_value_heads, self.sp_size), len(self.groups))
+
+    @property
+    def has_uneven_groups(self) -> bool:
+        """Whether on some rank a plain grouping does not say which key/value head a query head reads."""
+        heads, key_value_heads, ranks = self.num_heads, self.num_key_value_heads, self.sp_size
+        return bool(heads % ranks or (key_value_heads % ranks and ranks % key_value_heads))
+
+    def query_heads(self, sp_rank: int, group: int | None = None) -> range:
+        heads = _part(range(self.num_heads), sp_rank, self.sp_size)
+        return heads if group is None else _part(heads, group, len(self.groups))
+
+    def key_value_heads(self, sp_rank: int, group: int | None = None) -> range:
+        heads = self.query_heads(sp_rank, group)
+        return range(heads.start // self.group_size, (heads.stop - 1) // self.group_size + 1)
+
+    def key_value_index(self, sp_rank: int, group: int | None = None) -> list[int] | None:
+        """For each local query head its local key/value head; None where a plain grouping (h // n) says the same."""
+        heads, key_values = self.query_heads(sp_rank, group), self.key_value_heads(sp_rank, group)
+        index = [head // self.group_size - key_values.start for head in heads]
+        if len(heads) % len(key_values) == 0:
+            local_group = len(heads) // len(key_values)
+            if index == [position // local_group for position in range(len(heads))]:
+                return None
+        return index
+
+    @property
+    def shares_key_values(self) -> bool:
+        """Whether a key/value head is worked on more than once, on several ranks or in several groups."""
+        uses = [len(self.key_value_heads(rank, group)) for rank in range(self.sp_size) for group in self.groups]
+        return sum(uses) > self.num_key_value_heads
+
+
+def _part(heads: range, index: int, count: int) -> range:
+    base, extra = divmod(len(heads), count)
+    start = heads.start + index * base + min(index, extra)
+    return range(start, start + base + (index < extra))
