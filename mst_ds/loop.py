@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mst_ds.config import NonFinite
-from mst_ds.data import IGNORE_INDEX, Batch
+from mst_ds.data import Batch
 from mst_ds.metrics import MetricsWriter, peak_memory_bytes
+from mst_ds.objectives import CROSS_ENTROPY, Objective
 from mst_ds.out_of_memory import during
 from mst_ds.phase_memory import PhaseMeter, compare
 from mst_ds.planner import Plan
@@ -33,6 +34,7 @@ def train(
     steps_done: int = 0,
     eval_steps: int = 1,
     held_out: Callable[[], Iterable[Batch]] | None = None,
+    objective: Objective = CROSS_ENTROPY,
     non_finite: NonFinite = "stop",
     after_step: Callable[[int], bool] = lambda step: False,
 ) -> bool:
@@ -44,6 +46,7 @@ def train(
     Args:
         batches: this rank's shards, see `mst_ds.data.shard`; `gradient_accumulation_steps` of them make a step.
         held_out: makes the batches of one evaluation, equally many on every rank; None: no evaluation.
+        objective: what steps and evaluations compute.
         non_finite: what a step does whose loss or gradient norm is NaN or inf: end the run, or change no weight and
             be counted.
         after_step: is told the number of a step that is done; whether to stop there, the same on every rank.
@@ -63,9 +66,9 @@ def train(
         micro_batches = [next(batches) for _ in range(plan.gradient_accumulation_steps)]
         if step == steps_done + 1:
             with PhaseMeter(engine.module, engine.device) as meter:
-                result = train_step(engine, micro_batches, meter)
+                result = train_step(engine, micro_batches, meter, objective=objective)
         else:
-            result = train_step(engine, micro_batches)
+            result = train_step(engine, micro_batches, objective=objective)
         seconds = time.perf_counter() - start
         if step == steps_done + 1:
             metrics.log_memory(step, compare(plan, meter.peaks, engine.device))
@@ -85,7 +88,7 @@ def train(
             is_skipped=is_skipped,
         )
         if held_out is not None and (step % eval_steps == 0 or step == max_steps):
-            metrics.log_eval(step, evaluate(engine, held_out()))
+            metrics.log_eval(step, evaluate(engine, held_out(), objective))
         if after_step(step):
             return step == max_steps
     return True
@@ -93,7 +96,7 @@ def train(
 
 @dataclass(frozen=True)
 class StepResult:
-    """The mean loss over all valid tokens of a step, and its gradient norm before clipping.
+    """The mean loss over all items of a step, and its gradient norm before clipping.
 
     own_loss: this rank's part of the loss. changed_weights: not so where the gradient norm was not finite.
     """
@@ -104,12 +107,19 @@ class StepResult:
     changed_weights: bool
 
 
-def train_step(engine: DeepSpeedEngine, micro_batches: list[Batch], meter: PhaseMeter | None = None) -> StepResult:
+def train_step(
+    engine: DeepSpeedEngine,
+    micro_batches: list[Batch],
+    meter: PhaseMeter | None = None,
+    *,
+    objective: Objective = CROSS_ENTROPY,
+) -> StepResult:
     """One optimizer step over `micro_batches` of every rank.
 
-    One token, one weight: each micro-batch's loss is its sum over valid tokens divided by the number of valid tokens of
-    the whole step, over ranks and micro-batches. DeepSpeed averages gradients over all ranks, at every ZeRO stage and
-    however it communicates, because it knows nothing of sequence parallelism; so the world size undoes that average.
+    One item, one weight: each micro-batch's loss is the sum over its items (of cross-entropy the labels that count)
+    divided by the number of items of the whole step, over ranks and micro-batches. DeepSpeed averages gradients over
+    all ranks, at every ZeRO stage and however it communicates, because it knows nothing of sequence parallelism; so the
+    world size undoes that average.
 
     Args:
         meter: is told when a phase of the step ends.
@@ -118,7 +128,7 @@ def train_step(engine: DeepSpeedEngine, micro_batches: list[Batch], meter: Phase
         OutOfMemoryError: memory ran out on this rank, with the phase that it was in.
     """
     engine.train()
-    num_items = _sum_over_ranks(_count_valid(micro_batches, engine.device))
+    num_items = _sum_over_ranks(_count(objective, micro_batches, engine.device))
     total = torch.zeros((), device=engine.device, dtype=torch.float32)
     norm_of_stage_0 = None
 
@@ -128,7 +138,7 @@ def train_step(engine: DeepSpeedEngine, micro_batches: list[Batch], meter: Phase
 
     for batch in micro_batches:
         with during("forward", "loss"):
-            loss = engine(**_on_device(batch, engine.device), num_items_in_batch=num_items).loss
+            loss = objective.loss(engine, _on_device(batch, engine.device), num_items)
         end("loss")
         with during("backward"):
             engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
@@ -188,21 +198,20 @@ def _ranks_where(is_here: bool) -> str:
 
 
 @torch.no_grad()
-def evaluate(engine: DeepSpeedEngine, batches: Iterable[Batch]) -> float:
-    """The mean loss over all valid tokens of `batches`, of all ranks together; 0 where there is none."""
+def evaluate(engine: DeepSpeedEngine, batches: Iterable[Batch], objective: Objective = CROSS_ENTROPY) -> float:
+    """The mean loss over all items of `batches`, of all ranks together; 0 where there is none."""
     engine.eval()
     loss = torch.zeros((), device=engine.device, dtype=torch.float64)
     num_items = torch.zeros((), device=engine.device, dtype=torch.int64)
     for batch in batches:
-        num_items += _count_valid([batch], engine.device)
-        loss += engine(**_on_device(batch, engine.device), num_items_in_batch=1).loss
+        num_items += _count(objective, [batch], engine.device)
+        loss += objective.loss(engine, _on_device(batch, engine.device), 1)
     engine.train()
     return _sum_over_ranks(loss).item() / max(1, int(_sum_over_ranks(num_items)))
 
 
-def _count_valid(batches: list[Batch], device: torch.device) -> Tensor:
-    count = sum(int((batch["shift_labels"] != IGNORE_INDEX).sum()) for batch in batches)
-    return torch.tensor(count, device=device)
+def _count(objective: Objective, batches: list[Batch], device: torch.device) -> Tensor:
+    return torch.tensor(sum(objective.num_items(batch) for batch in batches), device=device)
 
 
 def _on_device(batch: Batch, device: torch.device) -> Batch:

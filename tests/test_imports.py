@@ -19,7 +19,7 @@ LAYERS = [
     {"zero", "model_shape", "topology", "adapters", "recompute", "kept_in_fp32"},
     {"planner", "minisequence", "router_loss", "ulysses", "metrics", "data"},
     {"structure", "model_folder"},
-    {"patching", "trained"},
+    {"patching", "trained", "objectives"},
     {"preflight"},
     {"checkpoint", "interruption", "jit_build", "dry_run", "out_of_memory", "phase_memory", "scaling", "watchdog"},
     {"export", "failure"},

@@ -16,6 +16,7 @@ from tiny import tiny_llama
 from mst_ds import GIB, loop, make_plan
 from mst_ds.config import NonFinite
 from mst_ds.loop import StepResult, _is_skipped
+from mst_ds.objectives import CROSS_ENTROPY
 from mst_ds.phase_memory import PhaseMeter
 
 
@@ -92,8 +93,9 @@ def test_the_first_step_is_measured_and_the_peak_over_the_run_outlives_the_reset
 ) -> None:
     peaks, meters = {"forward": 300, "backward": 900}, []
 
-    def train_step(engine: Any, micro_batches: Any, meter: PhaseMeter | None = None) -> StepResult:
+    def train_step(engine: Any, micro_batches: Any, meter: PhaseMeter | None = None, *, objective: Any) -> StepResult:
         meters.append(meter)
+        assert objective is CROSS_ENTROPY
         if meter is not None:
             meter.peaks = dict(peaks)
         return StepResult(1.0, 1.0, 1.0, True)
@@ -151,3 +153,36 @@ def test_a_step_ends_its_phases_in_order(monkeypatch: pytest.MonkeyPatch, accumu
     loop.train_step(engine, [batch] * accumulation, meter)
     micro_batch = ["model", "loss", "gradients", "backward", "update"]
     assert events == micro_batch * accumulation + ["optimizer_step"]
+
+
+class SumOfIds:
+    """An objective that no model computes: each id is an item, and its loss."""
+
+    def num_items(self, batch: Any) -> int:
+        return int(batch["input_ids"].numel())
+
+    def loss(self, model: Any, batch: Any, num_items: Any) -> torch.Tensor:
+        return batch["input_ids"].sum() * model.weight / num_items
+
+
+def test_another_objective_decides_what_counts_and_what_is_minimised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "_sum_over_ranks", lambda value: value)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    weight, gradients = torch.ones((), requires_grad=True), []
+    engine: Any = SimpleNamespace(
+        device=torch.device("cpu"),
+        weight=weight,
+        train=lambda: None,
+        eval=lambda: None,
+        backward=lambda loss, **_: gradients.append(torch.autograd.grad(loss, weight)[0].item()),
+        step=lambda: None,
+        is_gradient_accumulation_boundary=lambda: True,
+        zero_optimization_stage=lambda: 3,
+        get_global_grad_norm=lambda: 1.0,
+        was_step_applied=lambda: True,
+    )
+    batches = [{"input_ids": torch.tensor([1, 2])}, {"input_ids": torch.tensor([3, 4, 5])}]
+    # One item, one weight: 15 / 5, of which the batches have 3 / 5 and 12 / 5.
+    assert loop.train_step(engine, batches, objective=SumOfIds()).loss == pytest.approx(3)
+    assert gradients == pytest.approx([0.6, 2.4])
+    assert loop.evaluate(engine, batches, objective=SumOfIds()) == pytest.approx(3)
