@@ -17,8 +17,8 @@ from test_resume import assert_same_weights
 from trainings import Training
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from launch.export import main
 from mst_ds.checkpoint import read_checkpoint
+from mst_ds.commands.export import main
 
 FLAGS = ("--max_steps", "3", "--save_steps", "2", "--seq_len", "256", "--preflight", "false", "--learning_rate", "1e-3")
 

@@ -17,8 +17,8 @@ import pytest
 from test_readme import ROOT
 from trainings import Training
 
-from launch.train import _write_model, main
 from mst_ds.checkpoint import STATE_FILE, newest_checkpoint, read_checkpoint
+from mst_ds.commands.train import _write_model, main
 from mst_ds.data.tokenizer import byte_tokenizer
 
 FLAGS = ("--seq_len", "256", "--preflight", "false", "--save_steps", "2")

@@ -23,6 +23,7 @@ LAYERS = [
     {"export", "failure"},
     {"engine"},
     {"loop", "saver"},
+    {"commands"},
 ]
 # These are read before a process group or an accelerator exists, also on a laptop without either.
 PURE = {"command", "config", "dataset_files", "flags", "owners", "read_file", "zero_checks"}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import plan as plan_command
+from mst_ds.commands import plan as plan_command
 from mst_ds.config import GIB
 from mst_ds.planner import longest_seq_len, make_plan
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from launch import plan as plan_command
+from mst_ds.commands import plan as plan_command
 from mst_ds.config import GIB
 from mst_ds.model_shape import ModelShape, unknown_positions
 from mst_ds.planner import longest_seq_len
