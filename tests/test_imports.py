@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "mst_ds"
 
 # From the bottom up. Modules of one line may import each other; each may import any line above this one.
 LAYERS = [
-    {"command", "config", "dataset_files", "flags", "host_memory", "live_memory", "read_file", "whole_file"},
+    {"command", "config", "dataset_files", "flags", "host_memory", "live_memory", "read_file", "shipped", "whole_file"},
     {"zero_checks"},
     {"owners"},
     {"zero", "model_shape", "topology", "adapters", "recompute", "kept_in_fp32"},
@@ -26,7 +26,7 @@ LAYERS = [
     {"commands"},
 ]
 # These are read before a process group or an accelerator exists, also on a laptop without either.
-PURE = {"command", "config", "dataset_files", "flags", "owners", "read_file", "zero_checks"}
+PURE = {"command", "config", "dataset_files", "flags", "owners", "read_file", "shipped", "zero_checks"}
 PURE |= {"zero", "model_shape", "topology", "planner"}
 # Within a layer these have nothing to do with each other.
 APART = {"planner", "minisequence", "router_loss", "ulysses", "metrics", "data"}

@@ -51,7 +51,11 @@ def _parser() -> argparse.ArgumentParser:
         type=os.path.expanduser,
         help="Shipped config, Hugging Face id, or folder with a config.json; well-known ids need no network.",
     )
-    parser.add_argument("--ds_config", default=DEFAULT_DS_CONFIG, help="DeepSpeed JSON with an optional 'mst' block.")
+    parser.add_argument(
+        "--ds_config",
+        default=DEFAULT_DS_CONFIG,
+        help="DeepSpeed JSON with an optional 'mst' block, or a shipped one's name.",
+    )
     parser.add_argument(
         "--peft_config", help="adapter_config.json of peft, or its folder: only these adapters are trained."
     )

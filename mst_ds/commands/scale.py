@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="scale.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--sweep", type=Path, help="YAML file of the sweep; a flag given beside it wins.")
+    parser.add_argument("--sweep", type=Path, help="YAML file, or a shipped one's name; a flag given beside it wins.")
     parser.add_argument("--output_dir", type=Path, help="Folder of the points, results.csv, report.md and plots/.")
     parser.add_argument("--sp_size", type=int, nargs="+", help="Ranks that share a sequence (default: 1).")
     parser.add_argument("--seq_len", nargs="+", help="Tokens in a sequence: 4096 32K 1M.")

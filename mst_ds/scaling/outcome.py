@@ -1,4 +1,4 @@
-"""What a launch of launch/train.py came to: from its exit code, its log and its metrics."""
+"""What a launch of the training command came to: from its exit code, its log and its metrics."""
 
 from __future__ import annotations
 

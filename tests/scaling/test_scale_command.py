@@ -324,7 +324,7 @@ def test_srun_takes_the_first_nodes_of_a_job(sweep: Sweep, tmp_path: Path) -> No
     assert command[:5] == ["srun", "--nodes=1", "--ntasks=2", "--ntasks-per-node=2", "--nodelist=n1"]
     script = command.index(str(ROOT / "slurm" / "rank.sh"))
     assert command[script + 1 : script + 3] == [str(ROOT / "slurm" / "stoppable.sh"), str(tmp_path / "stopped")]
-    assert command[-2:] == [str(ROOT / "launch" / "train.py"), "--seq_len=256"]
+    assert command[-4:] == [sys.executable, "-m", "mst_ds.commands.train", "--seq_len=256"]
     for program in command[script : script + 2]:
         assert os.access(program, os.X_OK)
     for launcher in (SrunLauncher((), tasks=2), SrunLauncher(("n1",), tasks=1)):
