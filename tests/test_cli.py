@@ -64,7 +64,7 @@ def nothing_has_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iter
 
 @pytest.fixture
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run the command, on one of `world_size` ranks; return its one line, without "train.py: error: "."""
+    """Run the command, on one of `world_size` ranks; return its one line, without "mst-train: error: "."""
 
     def run(*flags: str, world_size: int | str = 1) -> str:
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500} if world_size != 1 else {}
@@ -79,10 +79,10 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 
 def only_line(stderr: str) -> str:
-    assert stderr.startswith("train.py: error: ")
+    assert stderr.startswith("mst-train: error: ")
     assert stderr.count("\n") == 1, stderr
     assert stderr.endswith("\n")
-    return stderr.removeprefix("train.py: error: ")
+    return stderr.removeprefix("mst-train: error: ")
 
 
 def write(path: Path, content: str | dict[str, Any]) -> str:
@@ -296,7 +296,7 @@ def test_two_ranks_say_it_once() -> None:
     command = ["deepspeed", "--num_gpus", "2", str(SCRIPT), "--seq_len", "0"]
     done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    said = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("train.py: error")]
+    said = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("mst-train: error")]
     assert len(said) == 1
     assert "seq_len is 0" in said[0]
 

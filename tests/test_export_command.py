@@ -106,6 +106,6 @@ def test_what_is_refused(run: Path, tmp_path: Path, case: str, capsys: pytest.Ca
         file.write_bytes(data[:100] if case == "cut off" else data)
     assert main([str(source), str(target)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("export.py: error: ")
+    assert line.startswith("mst-export: error: ")
     assert says[case] in line
     assert not target.exists() or [path.name for path in target.iterdir()] == ["notes.txt"]

@@ -174,7 +174,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def error_lines(output: str) -> list[str]:
-    return [line for line in output.splitlines() if line.startswith("train.py: error: ")]
+    return [line for line in output.splitlines() if line.startswith("mst-train: error: ")]
 
 
 @pytest.mark.parametrize("fault", REFUSED, ids=lambda fault: fault.name)

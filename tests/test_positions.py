@@ -111,7 +111,7 @@ def test_the_plan_of_a_model_with_a_table(tmp_path, capsys):
     code, (line,) = planned(capsys, tmp_path, "--seq_len", "2051")
     assert (code, line) == (
         2,
-        "plan.py: error: seq_len is 2051, but the model has 2050 positions; allowed: --seq_len 2050 or less",
+        "mst-plan: error: seq_len is 2051, but the model has 2050 positions; allowed: --seq_len 2050 or less",
     )
     assert planned(capsys, tmp_path, "--seq_len", "2050")[0] == 0
     code, lines = planned(capsys, tmp_path, "--max_seq_len")

@@ -1,4 +1,4 @@
-"""Turn a checkpoint into a Hugging Face folder: python launch/export.py runs/mine models/mine
+"""Turn a checkpoint into a Hugging Face folder: mst-export runs/mine models/mine
 
 Takes the folder of a checkpoint, or of a run, whose newest it then is. Needs no accelerator, and the memory of the
 weights in fp32. The exit code is 2, with one line on stderr, for what cannot be exported.
@@ -20,7 +20,7 @@ from mst_ds.read_file import expanded
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code."""
     parser = OneLineParser(
-        prog="export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("source", type=Path, help="Folder of a checkpoint, or output_dir of a run.")
     parser.add_argument("folder", type=Path, help="Where the model goes: a folder that is not there yet, or empty.")
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
 
         export_checkpoint(checkpoint, folder)
     except REQUEST_ERRORS as error:
-        return refuse("export.py", error)
+        return refuse("mst-export", error)
     print(f"step {checkpoint.step} of {checkpoint.folder} is the model in {folder}")
     return 0
 
@@ -55,7 +55,7 @@ def _find(source: Path) -> Checkpoint:
 
 def cli() -> int:
     """The command of a process; returns its exit code."""
-    return run_command("export.py", main)
+    return run_command("mst-export", main)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What fits, before anything runs: python launch/plan.py --model ... --num_gpus 8 --gpu H100 --seq_len 1M
+"""What fits, before anything runs: mst-plan --model ... --num_gpus 8 --gpu H100 --seq_len 1M
 
 Needs neither weights nor a GPU. The exit code is 0 if the plan fits, 1 if it does not, 2 (and one line on stderr) for a
 request that cannot be planned.
@@ -43,7 +43,7 @@ _MOST_RANKS = 2**17
 
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
-        prog="plan.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
         "--model",
@@ -101,7 +101,7 @@ def main(argv: Sequence[str]) -> int:
             plot_plan(plan, expanded(options.plot, "plot"))
         traced = _trace(options, plan) if options.trace else None
     except REQUEST_ERRORS as error:
-        return refuse("plan.py", error)
+        return refuse("mst-plan", error)
     if options.json:
         print(json.dumps(_as_json(request, plan, longest, changes) | ({"trace": traced} if traced else {}), indent=2))
     else:
@@ -277,7 +277,7 @@ def _print_plan(request: Request, plan: Plan, longest: int, changes: tuple[Chang
 
 def cli() -> int:
     """The command of a process; returns its exit code."""
-    return run_command("plan.py", main)
+    return run_command("mst-plan", main)
 
 
 if __name__ == "__main__":

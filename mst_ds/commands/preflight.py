@@ -1,4 +1,4 @@
-"""Check that a model trains exactly: python launch/preflight.py --model ... --ds_config ... [flags of train.py]."""
+"""Check that a model trains exactly: mst-preflight --model ... --ds_config ... [flags of mst-train]."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         report = _check(argv)
     except REQUEST_ERRORS as error:
-        return refuse("preflight.py", error)
+        return refuse("mst-preflight", error)
     from mst_ds.preflight import report_table
 
     console().print(report_table(report))
@@ -41,7 +41,7 @@ def _check(argv: Sequence[str]) -> Report:
 
 def cli() -> int:
     """The command of a process; returns its exit code."""
-    return run_command("preflight.py", main)
+    return run_command("mst-preflight", main)
 
 
 if __name__ == "__main__":

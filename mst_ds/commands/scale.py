@@ -1,8 +1,8 @@
 """Sweep sizes and settings, each point a launch of its own:
 
-python launch/scale.py --sweep launch/sweeps/laptop.yaml --output_dir runs/scaling
+mst-scale --sweep laptop.yaml --output_dir runs/scaling
 
-Any flag of launch/train.py may be given too, with a value, and is one of every point. A point that has a result is not
+Any flag of mst-train may be given too, with a value, and is one of every point. A point that has a result is not
 run again. The exit code is 0 when every point has one, whatever it is; 2, and one line on stderr, for a sweep that
 cannot run; 75 where it was stopped, or another process is at a point: the same command goes on.
 """
@@ -33,12 +33,12 @@ from mst_ds.scaling import (
 )
 from mst_ds.scaling.sweep_file import train_flags
 
-_GOES_ON = 75  # EX_TEMPFAIL, as launch/train.py has it
+_GOES_ON = 75  # EX_TEMPFAIL, as mst-train has it
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
-        prog="scale.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--sweep", type=Path, help="YAML file, or a shipped one's name; a flag given beside it wins.")
     parser.add_argument("--output_dir", type=Path, help="Folder of the points, results.csv, report.md and plots/.")
@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
             return _predict(sweep, output_dir, options)
         return _run(sweep, output_dir, options.point)
     except REQUEST_ERRORS as error:
-        return refuse("scale.py", error)
+        return refuse("mst-scale", error)
 
 
 def _output_dir(options: argparse.Namespace) -> Path:
@@ -143,7 +143,7 @@ def _describe(result: Result) -> str:
 
 def cli() -> int:
     """The command of a process; returns its exit code."""
-    return run_command("scale.py", main)
+    return run_command("mst-scale", main)
 
 
 if __name__ == "__main__":

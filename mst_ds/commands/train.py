@@ -1,4 +1,4 @@
-"""Train: deepspeed launch/train.py --ds_config ds_configs/zero3_mst.json [flags]; --help lists the flags."""
+"""Train: deepspeed --module mst_ds.commands.train --ds_config zero3_mst.json [flags]; --help lists the flags."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
             if not isinstance(error, (OSError, MemoryError)):
                 traceback.print_exc()
             message = explain(error, run.plan, config.hang_timeout)
-            say(f"train.py: error: rank {run.launch.rank}: {message}")
+            say(f"mst-train: error: rank {run.launch.rank}: {message}")
         # Not after another collective: the others wait in theirs until the launcher ends them, because this rank ended.
         os._exit(1)
     finally:
@@ -89,7 +89,7 @@ def _say_once(error: Exception) -> None:
         # The launcher ends this process when the first rank has spoken. Ending sooner would have the first rank killed
         # before it could; still here, the error is this rank's alone.
         time.sleep(_SECONDS_FOR_THE_FIRST_RANK)
-    say(f"train.py: error: {one_line(error)}")
+    say(f"mst-train: error: {one_line(error)}")
 
 
 def _train(run: Run, folder: Path) -> int:
@@ -178,7 +178,7 @@ def _write_model(run: Run, engine: DeepSpeedEngine, folder: Path) -> None:
         if newest is None:
             work = "the run made no checkpoints, so that its work is lost; --save_steps makes them"
         else:
-            work = f"the run's work is in {newest.folder}, of which launch/export.py makes the model"
+            work = f"the run's work is in {newest.folder}, of which mst-export makes the model"
         raise OSError(f"{error}; {work}") from error
 
 
@@ -220,7 +220,7 @@ def _claim(folder: Path) -> FileLock:
 
 def cli() -> int:
     """The command of a process; returns its exit code."""
-    return run_command("train.py", main)
+    return run_command("mst-train", main)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def test_bad_input(flags: list[str], says: str, capsys: pytest.CaptureFixture[st
     assert main(flags) == 2
     output = capsys.readouterr()
     assert output.out == ""
-    assert output.err.startswith("preflight.py: error: ")
+    assert output.err.startswith("mst-preflight: error: ")
     assert output.err.count("\n") == 1
     assert says in output.err
 

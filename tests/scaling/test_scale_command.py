@@ -241,7 +241,7 @@ def test_a_sweep_that_cannot_run_is_refused_in_one_line(tmp_path: Path, flags: l
             assert scale.main(output) == 2
     with os.fdopen(read) as said:
         (line,) = said.read().splitlines()
-    assert line.startswith("scale.py: error: ")
+    assert line.startswith("mst-scale: error: ")
     assert message in line
     assert not (tmp_path / "points").exists()
 
