@@ -1,4 +1,4 @@
-# The environment is made in .venv, once; it is brought up to date when pyproject.toml or constraints.txt change.
+# The environment is made in .venv, once; it is brought up to date when pyproject.toml, setup.py or constraints.txt change.
 PYTHON ?= python3
 ARGS ?=
 
@@ -59,7 +59,7 @@ clean:  ## Removes caches and build output. To start over, remove .venv too.
 
 # The stamp is written last: an install that was broken off is taken up again by the next command.
 # PyTorch comes before the rest, so that an already installed or locally provided build is kept.
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "error: $(PYTHON) must be Python 3.10 or newer; choose another with: make PYTHON=python3.11"; exit 1; }
 	@command -v "$${CXX:-c++}" >/dev/null || \

@@ -1,57 +1,8 @@
-"""Turn a checkpoint into a Hugging Face folder: python launch/export.py runs/mine models/mine
+"""The command `mst-export` as a file; see `mst_ds.commands.export`."""
 
-Takes the folder of a checkpoint, or of a run, whose newest it then is. Needs no accelerator, and the memory of the
-weights in fp32. The exit code is 2, with one line on stderr, for what cannot be exported.
-"""
-
-from __future__ import annotations
-
-import argparse
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-from mst_ds.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
-from mst_ds.command import REQUEST_ERRORS, refuse, run_command
-from mst_ds.flags import OneLineParser
-from mst_ds.read_file import expanded
-
-
-def main(argv: Sequence[str]) -> int:
-    """Returns the exit code."""
-    parser = OneLineParser(
-        prog="export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("source", type=Path, help="Folder of a checkpoint, or output_dir of a run.")
-    parser.add_argument("folder", type=Path, help="Where the model goes: a folder that is not there yet, or empty.")
-    try:
-        options = parser.parse_args(argv)
-        folder = expanded(options.folder, "folder")
-        checkpoint = _find(expanded(options.source, "source"))
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"{folder} is not empty; allowed: a new folder")
-        place = folder.resolve()
-        if place.is_mount() or place == Path.cwd():
-            # The model is renamed into its place.
-            raise ValueError(f"{folder} is where a disk is mounted, or where you are; allowed: a new folder below it")
-        if checkpoint.folder.resolve() in place.parents:
-            raise ValueError(
-                f"{folder} is in the checkpoint, which would be damaged by it; allowed: a folder elsewhere"
-            )
-        # From here on imports take seconds.
-        from mst_ds.export import export_checkpoint
-
-        export_checkpoint(checkpoint, folder)
-    except REQUEST_ERRORS as error:
-        return refuse("export.py", error)
-    print(f"step {checkpoint.step} of {checkpoint.folder} is the model in {folder}")
-    return 0
-
-
-def _find(source: Path) -> Checkpoint:
-    checkpoint = newest_checkpoint(source / "checkpoints")
-    return read_checkpoint(source) if checkpoint is None else checkpoint
-
+from mst_ds.commands.export import cli
 
 if __name__ == "__main__":
-    sys.exit(run_command("export.py", main))
+    sys.exit(cli())

@@ -19,11 +19,12 @@ from typing import Any, Literal, TypeAlias, cast, get_args
 
 from mst_ds.flags import OneLineParser, unknown_flag
 from mst_ds.read_file import existing_file, expanded, read_yaml
+from mst_ds.shipped import shipped_folder
 
 GIB = 2**30
 DEFAULT_MODEL = "small_llama"
-# Beside the package in its repository, so that the command runs from any folder.
-DEFAULT_DS_CONFIG = str(Path(__file__).parents[1] / "ds_configs" / "zero3_mst.json")
+# Its full path, so that the command runs from any folder.
+DEFAULT_DS_CONFIG = str(shipped_folder("ds_configs") / "zero3_mst.json")
 
 Auto: TypeAlias = Literal["auto"]
 AUTO: Auto = "auto"
@@ -110,7 +111,11 @@ class TrainConfig:
     config: str | None = _flag(
         None, "YAML file with values for any of these flags; a flag given beside it wins.", os.path.expanduser
     )
-    ds_config: str = _flag(DEFAULT_DS_CONFIG, "DeepSpeed JSON with an optional 'mst' block.", os.path.expanduser)
+    ds_config: str = _flag(
+        DEFAULT_DS_CONFIG,
+        "DeepSpeed JSON with an optional 'mst' block, or a shipped one's name.",
+        os.path.expanduser,
+    )
     model: str = _flag(
         DEFAULT_MODEL,
         "Shipped config, Hugging Face id, or folder. A folder with only a config starts from random weights.",

@@ -17,7 +17,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 class Interruption:
     """Within its context the signals are noted instead of ending the process. `signal_name` is None until one comes.
 
-    Before and after it SIGTERM ends the process, and SIGUSR1 waits, as launch/train.py has asked for.
+    Before and after it SIGTERM ends the process, and SIGUSR1 waits, as the training command has asked for.
     """
 
     def __init__(self) -> None:

@@ -61,7 +61,7 @@ class Watchdog:
                 continue
             if not self._stop.wait(_GRACE_SECONDS):
                 try:
-                    print(f"train.py: error: rank {dist.get_rank()}: {ended}", file=sys.stderr, flush=True)
+                    print(f"mst-train: error: rank {dist.get_rank()}: {ended}", file=sys.stderr, flush=True)
                 finally:  # whoever read that may be gone, too
                     os._exit(1)
 

@@ -11,8 +11,9 @@ from typing import Any, Literal, TypeAlias, cast
 
 from mst_ds.config import AUTO, TrainConfig
 from mst_ds.owners import require_agreement
-from mst_ds.read_file import existing_file, read_json
+from mst_ds.read_file import read_json
 from mst_ds.settings import MstConfig
+from mst_ds.shipped import existing_or_shipped_file
 from mst_ds.zero_checks import ACCUMULATION, MICRO_BATCH, MST, TRAIN_BATCH, ZERO, block, check, stage
 
 OffloadDevice: TypeAlias = Literal["none", "cpu", "nvme"]
@@ -80,7 +81,7 @@ def load_ds_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> DsConf
     if isinstance(source, Mapping):
         config: Any = copy.deepcopy(dict(source))
     else:
-        config = read_json(existing_file(source, "ds_config", "an existing DeepSpeed JSON file"))
+        config = read_json(existing_or_shipped_file(source, "ds_config", "ds_configs", "DeepSpeed JSON file"))
     if not isinstance(config, dict):
         raise ValueError(f"the DeepSpeed config is a {type(config).__name__}; allowed: an object with DeepSpeed's keys")
     check(config)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import datasets
@@ -21,6 +19,7 @@ from transformers import PreTrainedModel
 import mst_ds.model_shape.positions
 import mst_ds.model_shape.shape
 from mst_ds.command import one_line
+from mst_ds.commands import train
 from mst_ds.config import parse_train_config
 from mst_ds.engine import Launch, prepare
 from mst_ds.minisequence import mlp
@@ -39,16 +38,6 @@ TINY = {
 
 class TooLateError(BaseException):  # no error of a run, at which the command ends its process
     """No ValueError, so that `main` lets it through."""
-
-
-@pytest.fixture(scope="module")
-def train() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("launch_train", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(autouse=True)
@@ -74,10 +63,8 @@ def nothing_has_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iter
 
 
 @pytest.fixture
-def refused(
-    train: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., str]:
-    """Run the command, on one of `world_size` ranks; return its one line, without "train.py: error: "."""
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run the command, on one of `world_size` ranks; return its one line, without "mst-train: error: "."""
 
     def run(*flags: str, world_size: int | str = 1) -> str:
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500} if world_size != 1 else {}
@@ -92,10 +79,10 @@ def refused(
 
 
 def only_line(stderr: str) -> str:
-    assert stderr.startswith("train.py: error: ")
+    assert stderr.startswith("mst-train: error: ")
     assert stderr.count("\n") == 1, stderr
     assert stderr.endswith("\n")
-    return stderr.removeprefix("train.py: error: ")
+    return stderr.removeprefix("mst-train: error: ")
 
 
 def write(path: Path, content: str | dict[str, Any]) -> str:
@@ -262,7 +249,7 @@ def test_a_peft_config_that_is_not_there(refused: Callable[..., str], tmp_path: 
 
 
 def test_a_model_that_would_not_train_exactly(
-    train: ModuleType, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     flags = ["--dataset", write(tmp_path / "text.txt", "some text " * 20), "--seq_len", "64"]
     flags += ["--output_dir", str(tmp_path / "run")]
@@ -294,7 +281,7 @@ def test_output_dir_below_a_file(refused: Callable[..., str], tmp_path: Path) ->
 
 
 def test_another_rank_lets_the_first_of_its_node_speak(
-    train: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     order = []
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -309,7 +296,7 @@ def test_two_ranks_say_it_once() -> None:
     command = ["deepspeed", "--num_gpus", "2", str(SCRIPT), "--seq_len", "0"]
     done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    said = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("train.py: error")]
+    said = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("mst-train: error")]
     assert len(said) == 1
     assert "seq_len is 0" in said[0]
 
@@ -356,7 +343,7 @@ def test_flags_that_argparse_refuses(refused: Callable[..., str], flags: tuple[s
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RecursionError("x"), OverflowError("x")])
 def test_what_a_request_may_raise(
-    error: Exception, train: ModuleType, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    error: Exception, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def raises(argv: object) -> None:
         raise error
@@ -365,7 +352,7 @@ def test_what_a_request_may_raise(
     assert refused() == f"{one_line(error)}\n"
 
 
-def test_a_mistake_of_ours_shows_its_traceback(train: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistake_of_ours_shows_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "parse_train_config", None)
     with pytest.raises(TypeError):
         train.main([])
@@ -375,7 +362,7 @@ def test_an_environment_that_is_no_launchers(refused: Callable[..., str]) -> Non
     assert "WORLD_SIZE is 'x'" in refused(world_size="x")
 
 
-def test_a_request_that_can_run_lets_processes_meet(train: ModuleType, tmp_path: Path) -> None:
+def test_a_request_that_can_run_lets_processes_meet(tmp_path: Path) -> None:
     # Without this one, all others would pass with a command that refuses everything, or meets by another way.
     dataset = write(tmp_path / "text.txt", "some text " * 20)
     with pytest.raises(TooLateError, match=r"init_(distributed|process_group)"):

@@ -17,8 +17,8 @@ from test_resume import assert_same_weights
 from trainings import Training
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from launch.export import main
 from mst_ds.checkpoint import read_checkpoint
+from mst_ds.commands.export import main
 
 FLAGS = ("--max_steps", "3", "--save_steps", "2", "--seq_len", "256", "--preflight", "false", "--learning_rate", "1e-3")
 
@@ -106,6 +106,6 @@ def test_what_is_refused(run: Path, tmp_path: Path, case: str, capsys: pytest.Ca
         file.write_bytes(data[:100] if case == "cut off" else data)
     assert main([str(source), str(target)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("export.py: error: ")
+    assert line.startswith("mst-export: error: ")
     assert says[case] in line
     assert not target.exists() or [path.name for path in target.iterdir()] == ["notes.txt"]

@@ -17,8 +17,8 @@ import pytest
 from test_readme import ROOT
 from trainings import Training
 
-from launch.train import _write_model, main
 from mst_ds.checkpoint import STATE_FILE, newest_checkpoint, read_checkpoint
+from mst_ds.commands.train import _write_model, main
 from mst_ds.data.tokenizer import byte_tokenizer
 
 FLAGS = ("--seq_len", "256", "--preflight", "false", "--save_steps", "2")
@@ -174,7 +174,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def error_lines(output: str) -> list[str]:
-    return [line for line in output.splitlines() if line.startswith("train.py: error: ")]
+    return [line for line in output.splitlines() if line.startswith("mst-train: error: ")]
 
 
 @pytest.mark.parametrize("fault", REFUSED, ids=lambda fault: fault.name)

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "mst_ds"
 # From the bottom up. Modules of one line may import each other; each may import any line above this one.
 LAYERS = [
     {"command", "config", "dataset_files", "dtypes", "flags", "geometry", "host_memory", "live_memory", "read_file"},
-    {"gpus", "whole_file"},
+    {"gpus", "shipped", "whole_file"},
     {"settings"},
     {"zero_checks"},
     {"owners"},
@@ -25,10 +25,11 @@ LAYERS = [
     {"export", "failure"},
     {"engine"},
     {"loop", "saver"},
+    {"commands"},
 ]
 # These are read before a process group or an accelerator exists, also on a laptop without either.
 PURE = {"command", "config", "dataset_files", "flags", "geometry", "gpus", "owners", "read_file", "zero_checks"}
-PURE |= {"settings", "zero", "model_shape", "topology", "planner"}
+PURE |= {"settings", "shipped", "zero", "model_shape", "topology", "planner"}
 # Within a layer these have nothing to do with each other.
 APART = {"planner", "minisequence", "router_loss", "ulysses", "metrics", "data"}
 

@@ -130,7 +130,7 @@ def kill(training: Training, generator: random.Random, *, is_in_a_save: bool) ->
     assert not [*Path("/dev/shm").glob(f"*_{training.port}_*")]
     for other in set(range(ranks)) - {rank}:
         assert codes[other] == 1
-        assert f"train.py: error: rank {other}: " in training.output
+        assert f"mst-train: error: rank {other}: " in training.output
 
 
 def kill_after(training: Training, rank: int, *, steps: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import plan as plan_command
+from mst_ds.commands import plan as plan_command
 from mst_ds.config import GIB
 from mst_ds.planner import longest_seq_len, make_plan
 
@@ -35,7 +35,7 @@ def refuse(capsys, *flags):
     done = capsys.readouterr()
     (error,) = done.err.splitlines()
     assert done.out == ""
-    assert error.startswith("plan.py: error: ")
+    assert error.startswith("mst-plan: error: ")
     return error
 
 
@@ -207,4 +207,4 @@ def test_a_refusal_is_the_command_s_exit_code_and_its_only_line():
     done = run(*LLAMA_8B, "--seq_len", "0")
     error, imported = done.stderr.splitlines()
     assert (done.returncode, done.stdout, imported) == (2, "", "[]")
-    assert error == "plan.py: error: seq_len is 0; allowed: a whole number >= 1"
+    assert error == "mst-plan: error: seq_len is 0; allowed: a whole number >= 1"

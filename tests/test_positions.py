@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from launch import plan as plan_command
+from mst_ds.commands import plan as plan_command
 from mst_ds.config import GIB
 from mst_ds.model_shape import ModelShape, unknown_positions
 from mst_ds.planner import longest_seq_len
@@ -111,7 +111,7 @@ def test_the_plan_of_a_model_with_a_table(tmp_path, capsys):
     code, (line,) = planned(capsys, tmp_path, "--seq_len", "2051")
     assert (code, line) == (
         2,
-        "plan.py: error: seq_len is 2051, but the model has 2050 positions; allowed: --seq_len 2050 or less",
+        "mst-plan: error: seq_len is 2051, but the model has 2050 positions; allowed: --seq_len 2050 or less",
     )
     assert planned(capsys, tmp_path, "--seq_len", "2050")[0] == 0
     code, lines = planned(capsys, tmp_path, "--max_seq_len")

@@ -219,8 +219,7 @@ def test_the_picture_shows_the_imports() -> None:
     picture, _ = blocks("mermaid", ROOT / "docs" / "architecture.md")
     drawn: dict[str, set[str]] = {name: set() for name in actual}
     for lower, upper in re.findall(r"^ +(\w+) --> (\w+)", picture, re.MULTILINE):
-        if upper not in {"train", "check", "plan_command", "scale", "export_command"}:  # scripts
-            drawn[upper].add(lower)
+        drawn[upper].add(lower)
     assert closure(drawn) == closure(actual)
 
 

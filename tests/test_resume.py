@@ -162,7 +162,7 @@ def launched(output_dir: Path, *flags: str) -> Iterator[Launched]:
 
 
 def first_error(output: str) -> str:
-    return next(line for line in output.splitlines() if line.startswith("train.py: error: "))
+    return next(line for line in output.splitlines() if line.startswith("mst-train: error: "))
 
 
 def test_a_rank_that_dies_ends_the_run_which_goes_on(uninterrupted: Path, tmp_path: Path) -> None:

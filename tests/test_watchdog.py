@@ -36,5 +36,5 @@ def test_a_rank_ends_with_the_others(capfd: pytest.CaptureFixture[str], ends_ear
     for each in ranks:
         each.join(timeout=200)
     assert [each.exitcode for each in ranks] == codes
-    said = "train.py: error: rank 0: another rank has ended, whose error tells why (rank 1)" in capfd.readouterr().err
+    said = "mst-train: error: rank 0: another rank has ended, whose error tells why (rank 1)" in capfd.readouterr().err
     assert said == ends_early

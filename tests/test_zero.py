@@ -101,8 +101,18 @@ def test_a_bad_file_is_refused(tmp_path, content, message):
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="allowed: an existing DeepSpeed JSON file"):
+    with pytest.raises(ValueError, match=r"allowed: an existing DeepSpeed JSON file, or one that ships: zero2_"):
         load_ds_config(tmp_path / "ds.json")
+
+
+def test_a_shipped_file_goes_by_its_name_where_the_user_has_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (shipped,) = (path for path in DS_CONFIGS if path.name == "zero2_mst.json")
+    assert load_ds_config("zero2_mst.json") == json.loads(shipped.read_text(encoding="utf-8"))
+    with pytest.raises(ValueError, match="allowed: an existing DeepSpeed JSON file"):
+        load_ds_config("elsewhere/zero2_mst.json")
+    (tmp_path / "zero2_mst.json").write_text("{}", encoding="utf-8")
+    assert load_ds_config("zero2_mst.json") == {}
 
 
 @pytest.mark.parametrize(

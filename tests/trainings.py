@@ -100,6 +100,6 @@ def _train(variables: dict[str, str], arguments: list[str], log: Path) -> None:
         stream.flush()
         os.dup2(descriptor, stream.fileno())
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    from launch.train import main
+    from mst_ds.commands.train import main
 
     sys.exit(main(arguments))

@@ -19,14 +19,12 @@ from typing import Protocol
 
 from mst_ds.scaling.guard import kill_tree
 from mst_ds.scaling.sweep import Point, Sweep
+from mst_ds.shipped import shipped_folder
 
-# Beside the package in its repository, as the JSONs are.
-_ROOT = Path(__file__).parents[2]
-_TRAIN = str(_ROOT / "launch" / "train.py")
-_SLURM = _ROOT / "slurm"
+_TRAIN = "mst_ds.commands.train"
 _SECONDS_TO_STOP = 30.0
 _LOOK_SECONDS = 0.5
-# Exit code of ranks that were asked to stop, launch/train.py's.
+# Exit code of ranks that were asked to stop, the training command's.
 _INTERRUPTED = 75
 
 
@@ -41,8 +39,8 @@ class Launcher(Protocol):
         """Raises ValueError for a point that has no place here."""
 
     def command(self, point: Point, arguments: Sequence[str], stopped: Path) -> list[str]:
-        """What runs launch/train.py with these arguments on each rank. Where ranks that were asked to stop do not end
-        the command with 75, the file `stopped` is left."""
+        """What trains with these arguments on each rank. Where ranks that were asked to stop do not end the command
+        with 75, the file `stopped` is left."""
 
     def environment(self) -> dict[str, str]:
         """Variables of the command, where the user has not set them."""
@@ -72,7 +70,8 @@ class DeepSpeedLauncher:
         # Without the folder of the guard among those that it imports from.
         guard = [sys.executable, "-I", str(Path(__file__).with_name("guard.py")), str(os.getpid())]
         deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-        return [*guard, deepspeed, "--num_gpus", str(point.num_gpus), "--master_port", port, _TRAIN, *arguments]
+        ranks = ["--num_gpus", str(point.num_gpus), "--master_port", port]
+        return [*guard, deepspeed, *ranks, "--module", _TRAIN, *arguments]
 
     def environment(self) -> dict[str, str]:
         return {"OMP_NUM_THREADS": str(self.threads)}
@@ -129,10 +128,11 @@ class SrunLauncher:
             "--kill-on-bad-exit=1",
             "--wait=0",
             "--quit-on-interrupt",
-            str(_SLURM / "rank.sh"),
-            str(_SLURM / "stoppable.sh"),
+            str(shipped_folder("slurm") / "rank.sh"),
+            str(shipped_folder("slurm") / "stoppable.sh"),
             str(stopped),
             sys.executable,
+            "-m",
             _TRAIN,
             *arguments,
         ]
@@ -190,7 +190,7 @@ def launch(launcher: Launcher, point: Point, arguments: Sequence[str], *, log: P
     """Runs a point to its end.
 
     Args:
-        arguments: of launch/train.py.
+        arguments: of the training command.
         log: gets all that is written.
         limit: seconds after which the ranks are stopped.
 

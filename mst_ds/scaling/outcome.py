@@ -1,4 +1,4 @@
-"""What a launch of launch/train.py came to: from its exit code, its log and its metrics."""
+"""What a launch of the training command came to: from its exit code, its log and its metrics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from mst_ds.scaling.result import DONE, FAILED, OUT_OF_MEMORY, REFUSED, TIMED_OUT
 
 # Of a rank, and of slurm/rank.sh, which makes one of a task.
-_ERROR = re.compile(r"^(?:train\.py|rank\.sh): error: (.*)", re.MULTILINE)
+_ERROR = re.compile(r"^(?:mst-train|rank\.sh): error: (.*)", re.MULTILINE)
 # How the error of one rank begins; a refusal is that of all.
 _OF_RANK = "rank "
 # Of a rank that only saw another one end.

@@ -10,8 +10,9 @@ from typing import Any
 
 from mst_ds.config import MOST_TOKENS, TrainConfig, nearest, parse_seq_len
 from mst_ds.flags import unknown_flag
-from mst_ds.read_file import existing_file, read_yaml
+from mst_ds.read_file import read_yaml
 from mst_ds.scaling.sweep import Setting, Sweep
+from mst_ds.shipped import existing_or_shipped_file
 
 _SIZES = ("sp_size", "seq_len", "num_nodes", "num_gpus")
 _KEYS = (*_SIZES, "settings", "train", "time_limit")
@@ -30,10 +31,11 @@ def read_sweep(
     """What is to be run.
 
     Args:
-        path: YAML with any of the keys `sp_size`, `seq_len`, `num_nodes`, `num_gpus` (a number, or a list), `settings`
-            (name -> "mst", "ds_config", "train"), `train` (flag -> value) and `time_limit` (minutes).
+        path: YAML, or the name of a shipped one, with any of the keys `sp_size`, `seq_len`, `num_nodes`, `num_gpus` (a
+            number, or a list), `settings` (name -> "mst", "ds_config", "train"), `train` (flag -> value) and
+            `time_limit` (minutes).
         given: the same keys; wins over the file. Of `settings` it lists names: only these are left.
-        train: flags of launch/train.py; win over those of the file, not over a setting's.
+        train: flags of mst-train; win over those of the file, not over a setting's.
 
     Raises:
         ValueError: the file is missing or malformed, or anything in it or in the arguments is not allowed, in one line.
@@ -64,7 +66,7 @@ def train_flags(words: Iterable[str]) -> dict[str, str]:
     """What a command line has of train flags, each with a value: `--max_steps 3` or `--max_steps=3`.
 
     Raises:
-        ValueError: no flag of launch/train.py, or one without a value.
+        ValueError: no flag of mst-train, or one without a value.
     """
     flags, rest = {}, iter(words)
     for word in rest:
@@ -79,7 +81,8 @@ def train_flags(words: Iterable[str]) -> dict[str, str]:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    return _object(f"sweep {path}", read_yaml(existing_file(path, "sweep", "an existing YAML file")), _KEYS)
+    file = existing_or_shipped_file(path, "sweep", "sweeps", "YAML file")
+    return _object(f"sweep {path}", read_yaml(file), _KEYS)
 
 
 def _object(what: str, value: Any, allowed: Iterable[str]) -> dict[str, Any]:

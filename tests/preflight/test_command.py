@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from transformers import AutoConfig
 
 import mst_ds.minisequence.mlp
+from mst_ds.commands.preflight import main
 
-ROOT = Path(__file__).parents[2]
 LLAMA_3_1_8B = {
     "vocab_size": 128256,
     "hidden_size": 4096,
@@ -36,16 +34,6 @@ LLAMA_3_1_8B = {
 }
 
 
-@pytest.fixture(scope="module")
-def command() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("launch_preflight", ROOT / "launch" / "preflight.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def model(folder: Path, model_type: str, **values: Any) -> str:
     AutoConfig.for_model(model_type, **values).save_pretrained(folder / model_type)
     return str(folder / model_type)
@@ -57,8 +45,8 @@ def ds_config(folder: Path, **mst: Any) -> str:
     return str(path)
 
 
-def test_llama_is_exact(command: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main(["--model", model(tmp_path, "llama", **LLAMA_3_1_8B)]) == 0
+def test_llama_is_exact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", model(tmp_path, "llama", **LLAMA_3_1_8B)]) == 0
     output = capsys.readouterr()
     assert output.err == ""
     *table, verdict = output.out.splitlines()
@@ -69,9 +57,7 @@ def test_llama_is_exact(command: ModuleType, tmp_path: Path, capsys: pytest.Capt
         assert sum(words in line for line in settings) == 1
 
 
-def test_a_defect(
-    command: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_defect(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     backward = mst_ds.minisequence.mlp._ChunkedMLP.backward
 
     def doubled(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
@@ -80,15 +66,15 @@ def test_a_defect(
 
     monkeypatch.setattr(mst_ds.minisequence.mlp._ChunkedMLP, "backward", staticmethod(doubled))
     ds = ds_config(tmp_path, sp_size=1)
-    assert command.main(["--model", model(tmp_path, "llama"), "--ds_config", ds]) == 1
+    assert main(["--model", model(tmp_path, "llama"), "--ds_config", ds]) == 1
     output = capsys.readouterr()
     assert output.err == ""
     assert "LlamaForCausalLM is not exact: model.layers.1.mlp: the gradient of its input is off by " in output.out
     assert "sp 2" not in output.out
 
 
-def test_a_refusal(command: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main(["--model", model(tmp_path, "gptj"), "--packing", "none"]) == 1
+def test_a_refusal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", model(tmp_path, "gptj"), "--packing", "none"]) == 1
     output = capsys.readouterr()
     assert output.err == ""
     assert output.out.splitlines()[-1].startswith("GPTJForCausalLM is refused at sp ")
@@ -104,15 +90,15 @@ def test_a_refusal(command: ModuleType, tmp_path: Path, capsys: pytest.CaptureFi
         (["--chunks", "4"], "unknown flag '--chunks'"),
     ],
 )
-def test_bad_input(command: ModuleType, flags: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main(flags) == 2
+def test_bad_input(flags: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(flags) == 2
     output = capsys.readouterr()
     assert output.out == ""
-    assert output.err.startswith("preflight.py: error: ")
+    assert output.err.startswith("mst-preflight: error: ")
     assert output.err.count("\n") == 1
     assert says in output.err
 
 
-def test_what_cannot_be_checked(command: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main(["--model", model(tmp_path, "bert")]) == 2
+def test_what_cannot_be_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", model(tmp_path, "bert")]) == 2
     assert "'bert' is not a decoder" in capsys.readouterr().err

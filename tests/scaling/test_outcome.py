@@ -16,7 +16,7 @@ from mst_ds.scaling.outcome import Outcome, judge, read_environment, read_metric
 from mst_ds.scaling.result import DONE, FAILED, OUT_OF_MEMORY, REFUSED, TIMED_OUT
 
 PLAN = make_plan("small_llama", {}, world_size=1, seq_len=1024, device_memory=GIB)
-LOST = "train.py: error: rank 0: " + explain(RuntimeError("Connection closed by peer"), PLAN, 1.0)
+LOST = "mst-train: error: rank 0: " + explain(RuntimeError("Connection closed by peer"), PLAN, 1.0)
 
 
 def judged(log: str, exit_code: int | None = 1, *, has_begun: bool = True) -> Outcome:
@@ -38,7 +38,7 @@ def test_a_run_that_is_done() -> None:
     ],
 )
 def test_memory_that_runs_out_is_known_by_its_words(message: str) -> None:
-    found = judged(f"step 1/3\n{LOST}\ntrain.py: error: rank 1: {message}\nsrun: error: n1: task 1: Exited\n")
+    found = judged(f"step 1/3\n{LOST}\nmst-train: error: rank 1: {message}\nsrun: error: n1: task 1: Exited\n")
     assert found == Outcome(OUT_OF_MEMORY, f"rank 1: {message}".strip())
 
 
@@ -48,16 +48,16 @@ def test_slurm_kills_who_takes_more_than_the_job_has() -> None:
 
 
 def test_the_rank_that_failed_is_quoted_not_those_that_lost_it() -> None:
-    log = f"{LOST}\ntrain.py: error: rank 1: ValueError: no\ntrain.py: error: rank 2: rank 1 did not answer\n"
+    log = f"{LOST}\nmst-train: error: rank 1: ValueError: no\nmst-train: error: rank 2: rank 1 did not answer\n"
     assert judged(log) == Outcome(FAILED, "rank 1: ValueError: no")
 
 
 @pytest.mark.parametrize("exit_code", [2, 137])
 def test_a_refusal_is_that_of_all_ranks_before_the_first_step(exit_code: int) -> None:
-    log = "train.py: error: dataset is 'x'; allowed: y\n"
+    log = "mst-train: error: dataset is 'x'; allowed: y\n"
     assert judged(log, exit_code, has_begun=False) == Outcome(REFUSED, "dataset is 'x'; allowed: y")
-    assert judged("train.py: error: the loss of step 2 is nan\n").status == FAILED
-    assert judged("train.py: error: rank 0: No space left\n", has_begun=False).status == FAILED
+    assert judged("mst-train: error: the loss of step 2 is nan\n").status == FAILED
+    assert judged("mst-train: error: rank 0: No space left\n", has_begun=False).status == FAILED
 
 
 def test_a_task_that_becomes_no_rank_is_refused_with_its_reason() -> None:
@@ -67,7 +67,7 @@ def test_a_task_that_becomes_no_rank_is_refused_with_its_reason() -> None:
 
 def test_the_time_is_over() -> None:
     assert judged("step 1/3\n", None) == Outcome(TIMED_OUT, "not done after 2.5 minutes")
-    found = judged("train.py: error: rank 1: ValueError: no\n", None)
+    found = judged("mst-train: error: rank 1: ValueError: no\n", None)
     assert found == Outcome(TIMED_OUT, "not done after 2.5 minutes; rank 1: ValueError: no")
 
 
@@ -76,7 +76,7 @@ def test_a_rank_that_was_killed_says_nothing(log: str, exit_code: int) -> None:
     found = judged(log, exit_code)
     assert found.died_silently
     assert found.status == FAILED
-    watched = judged("train.py: error: rank 0: rank 1 has ended, whose error tells why\n")
+    watched = judged("mst-train: error: rank 0: rank 1 has ended, whose error tells why\n")
     assert watched.died_silently
 
 

@@ -18,6 +18,7 @@ from filelock import FileLock
 from processes import assert_ended
 from test_readme import ROOT, run
 
+from mst_ds.commands import scale
 from mst_ds.interruption import EXIT_CODE
 from mst_ds.scaling import launcher_here, read_results, read_sweep, run_point
 from mst_ds.scaling.launchers import DeepSpeedLauncher, Interrupted, SrunLauncher, launch
@@ -174,16 +175,14 @@ def test_ranks_that_are_asked_to_stop_are_no_result(sweep: Sweep, tmp_path: Path
 def test_results_of_other_flags_are_found_before_any_point_runs(
     file: Path, sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import launch.scale
-
     run_point(sweep, sweep.points[-1], tmp_path, Shell("true"))
-    monkeypatch.setattr(launch.scale, "launcher_here", lambda _: Shell("true"))
+    monkeypatch.setattr(scale, "launcher_here", lambda _: Shell("true"))
     flags = ["--sweep", str(file), "--output_dir", str(tmp_path)]
-    assert launch.scale.main([*flags, "--max_steps", "4"]) == 2
+    assert scale.main([*flags, "--max_steps", "4"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"points/{sweep.points[-1].name} has the result of other flags" in line
     assert not (tmp_path / "points" / sweep.points[0].name).exists()
-    assert launch.scale.main(flags) == 0
+    assert scale.main(flags) == 0
     assert len(read_results(tmp_path)) == 2
 
 
@@ -233,18 +232,16 @@ def test_a_point_that_another_process_runs_is_left_to_it(sweep: Sweep, tmp_path:
     ],
 )
 def test_a_sweep_that_cannot_run_is_refused_in_one_line(tmp_path: Path, flags: list[str], message: str) -> None:
-    from launch.scale import main
-
     output = [str(tmp_path) if flag == "OUT" else flag for flag in flags]
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("SLURM_JOB_ID", raising=False)
         read, write = os.pipe()
         with os.fdopen(write, "w") as stderr:
             patch.setattr(sys, "stderr", stderr)
-            assert main(output) == 2
+            assert scale.main(output) == 2
     with os.fdopen(read) as said:
         (line,) = said.read().splitlines()
-    assert line.startswith("scale.py: error: ")
+    assert line.startswith("mst-scale: error: ")
     assert message in line
     assert not (tmp_path / "points").exists()
 
@@ -327,7 +324,7 @@ def test_srun_takes_the_first_nodes_of_a_job(sweep: Sweep, tmp_path: Path) -> No
     assert command[:5] == ["srun", "--nodes=1", "--ntasks=2", "--ntasks-per-node=2", "--nodelist=n1"]
     script = command.index(str(ROOT / "slurm" / "rank.sh"))
     assert command[script + 1 : script + 3] == [str(ROOT / "slurm" / "stoppable.sh"), str(tmp_path / "stopped")]
-    assert command[-2:] == [str(ROOT / "launch" / "train.py"), "--seq_len=256"]
+    assert command[-4:] == [sys.executable, "-m", "mst_ds.commands.train", "--seq_len=256"]
     for program in command[script : script + 2]:
         assert os.access(program, os.X_OK)
     for launcher in (SrunLauncher((), tasks=2), SrunLauncher(("n1",), tasks=1)):

@@ -153,5 +153,6 @@ def test_lengths_as_people_write_them() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "launch" / "sweeps").glob("*.yaml")), ids=lambda path: path.name)
 def test_the_shipped_sweeps(path: Path) -> None:
     sweep = read_sweep(path)
+    assert sweep == read_sweep(Path(path.name))  # in a folder that has no such file
     sweep.check()
     assert len({each.name for each in sweep.points}) == len(sweep.points) > 1

@@ -99,7 +99,7 @@ def write_model_and_data(folder: Path) -> None:
 def is_rank(process: Any) -> bool:
     """Not what is started before it, whose arguments are the same and more."""
     try:
-        return process.cmdline()[1:2] == [str(ROOT / "launch" / "train.py")]
+        return process.cmdline()[1:3] == ["-m", "mst_ds.commands.train"]
     except psutil.NoSuchProcess:  # it has ended since it was found
         return False
 

@@ -179,10 +179,10 @@ def test_a_rank_that_raises_fails_the_job_with_its_error(cluster: Cluster, runs:
     job = runs.submit(options=("--nodes=2", "--hold"))
     log = runs.output_dir / "logs" / job.number / "rank-0.log"
     log.parent.mkdir(parents=True)
-    log.write_text("rank 0 of 2 on n1\ntrain.py: error: rank 0: of an earlier start\n", encoding="utf-8")
+    log.write_text("rank 0 of 2 on n1\nmst-train: error: rank 0: of an earlier start\n", encoding="utf-8")
     cluster.run("scontrol", "release", job.number)
     assert job.end() == "FAILED"
-    assert "train.py: error: rank 0: [Errno 21] Is a directory:" in job.output()
+    assert "mst-train: error: rank 0: [Errno 21] Is a directory:" in job.output()
     assert "another rank has ended" not in job.output()
     assert "of an earlier start" not in job.output()
 

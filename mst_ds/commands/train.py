@@ -1,0 +1,227 @@
+"""Train: deepspeed --module mst_ds.commands.train --ds_config zero3_mst.json [flags]; --help lists the flags."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mst_ds.command import (
+    EXIT_REFUSED,
+    REQUEST_ERRORS,
+    RequestError,
+    console,
+    one_line,
+    run_command,
+    run_on_without_output,
+    say,
+)
+from mst_ds.config import TrainConfig, parse_train_config
+from mst_ds.dataset_files import find_files
+
+if TYPE_CHECKING:
+    import torch
+    from deepspeed import DeepSpeedEngine
+    from filelock import FileLock
+
+    from mst_ds.engine import Run
+    from mst_ds.interruption import Interruption
+    from mst_ds.metrics import MetricsWriter
+
+# What libraries say to each other of names that will change: every rank would say it, at each of its calls.
+_OF_LIBRARIES = (
+    r"`torch\.distributed\.\w+` is deprecated",
+    "`is_gradient_checkpointing` is deprecated",
+)
+_SECONDS_FOR_THE_FIRST_RANK = 10.0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit code: 2, and one line on stderr, for a request that cannot run."""
+    # Weights may take longer to load than the warning is early.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    try:
+        config = parse_train_config(argv)
+        find_files(config)
+        # From here on imports take seconds; a mistyped flag or file has been answered already.
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        for message in _OF_LIBRARIES:
+            warnings.filterwarnings("ignore", message, FutureWarning)
+        from mst_ds.engine import Launch, prepare
+
+        run = prepare(config, Launch.from_environment())
+        folder = _output_dir(config)
+        lock = _claim(folder) if run.launch.rank == 0 else None
+    except REQUEST_ERRORS as error:
+        _say_once(error)
+        return EXIT_REFUSED
+    from mst_ds.failure import explain
+
+    try:
+        return _train(run, folder)
+    except Exception as error:
+        if isinstance(error, (FloatingPointError, RequestError)):
+            _say_once(error)
+        else:
+            if not isinstance(error, (OSError, MemoryError)):
+                traceback.print_exc()
+            message = explain(error, run.plan, config.hang_timeout)
+            say(f"mst-train: error: rank {run.launch.rank}: {message}")
+        # Not after another collective: the others wait in theirs until the launcher ends them, because this rank ended.
+        os._exit(1)
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _say_once(error: Exception) -> None:
+    """One line a node, of an error that every rank has."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        # The launcher ends this process when the first rank has spoken. Ending sooner would have the first rank killed
+        # before it could; still here, the error is this rank's alone.
+        time.sleep(_SECONDS_FOR_THE_FIRST_RANK)
+    say(f"mst-train: error: {one_line(error)}")
+
+
+def _train(run: Run, folder: Path) -> int:
+    """Returns the exit code."""
+    import deepspeed
+    import torch.distributed as dist
+
+    from mst_ds.engine import meet
+    from mst_ds.interruption import EXIT_CODE, Interruption
+    from mst_ds.watchdog import Watchdog
+
+    run_on_without_output()
+    run = meet(run)
+    # A name made of the time may be another on each rank.
+    folders = [folder]
+    dist.broadcast_object_list(folders)
+    with Watchdog(), Interruption() as interruption:
+        is_done = _take_steps(run, folders[0], interruption)
+    deepspeed.comm.destroy_process_group()
+    return 0 if is_done else EXIT_CODE
+
+
+def _take_steps(run: Run, folder: Path, interruption: Interruption) -> bool:
+    """Returns whether the last step was reached; then the model is written, too."""
+    from mst_ds.data import describe, eval_batches
+    from mst_ds.engine import build_engine, checkpoints_folder, training_batches
+    from mst_ds.loop import train
+    from mst_ds.metrics import device_name
+    from mst_ds.planner import plan_table
+    from mst_ds.saver import Saver
+
+    config, plan, data = run.config, run.plan, run.data
+    is_first = run.launch.rank == 0
+    samples_per_step = plan.micro_batch_size * plan.gradient_accumulation_steps * plan.dp_size
+    amounts = data.amounts(config.max_steps, samples_per_step)
+    if is_first:
+        print(describe(amounts, config.max_steps))
+        console().print(plan_table(plan))
+        for note in run.notes:
+            print(note)
+        if run.checkpoint is not None:
+            print(f"goes on after step {run.steps_done}, from {run.checkpoint.folder}")
+    engine = build_engine(run)
+    batches = training_batches(run)
+    held_out = None
+    if data.held_out is not None:
+        held_out = functools.partial(eval_batches, data.held_out, plan.topology, micro_batch_size=plan.micro_batch_size)
+    with _metrics(run, folder, engine.device) as metrics:
+        is_done = train(
+            engine,
+            plan,
+            batches,
+            metrics,
+            max_steps=config.max_steps,
+            steps_done=run.steps_done,
+            eval_steps=config.eval_steps,
+            held_out=held_out,
+            non_finite=config.non_finite,
+            after_step=Saver(run, engine, batches, checkpoints_folder(folder), interruption).after_step,
+        )
+        if is_done:
+            _write_model(run, engine, folder)
+            of_run = {
+                "device": device_name(engine.device),
+                "data": amounts,
+                "plan": plan.as_dict(),
+                "ds_config": run.ds_config,
+            }
+            metrics.write_summary(of_run)
+    if is_first and is_done:
+        print(f"Done: {folder / 'metrics.jsonl'}, {folder / 'summary.json'} and the model in {folder / 'model'}")
+    engine.destroy()
+    return is_done
+
+
+def _write_model(run: Run, engine: DeepSpeedEngine, folder: Path) -> None:
+    """Raises OSError, with where the run's work is, for a model that could not be written."""
+    from mst_ds.checkpoint import newest_checkpoint
+    from mst_ds.engine import checkpoints_folder
+    from mst_ds.export import export_model
+
+    try:
+        export_model(engine, run.data.tokenizer, folder / "model", source=run.config.model)
+    except OSError as error:
+        newest = newest_checkpoint(checkpoints_folder(folder))
+        if newest is None:
+            work = "the run made no checkpoints, so that its work is lost; --save_steps makes them"
+        else:
+            work = f"the run's work is in {newest.folder}, of which mst-export makes the model"
+        raise OSError(f"{error}; {work}") from error
+
+
+def _metrics(run: Run, folder: Path, device: torch.device) -> MetricsWriter:
+    from mst_ds.metrics import MetricsWriter, peak_flops
+    from mst_ds.model_shape import ModelShape, flops_per_token
+
+    flops = peak_flops(device, run.dtype)
+    return MetricsWriter(
+        folder,
+        max_steps=run.config.max_steps,
+        steps_done=run.steps_done,
+        rank=run.launch.rank,
+        flops_per_token=flops_per_token(ModelShape.from_config(run.model_config), run.config.seq_len),
+        peak_flops=None if flops is None else flops * run.launch.world_size,
+    )
+
+
+def _output_dir(config: TrainConfig) -> Path:
+    return Path(config.output_dir or f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}").expanduser()
+
+
+def _claim(folder: Path) -> FileLock:
+    """Makes the folder, and makes it this run's alone: the kernel's lock ends with its holder."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"output_dir {str(folder)!r} is that of a run which is going on; allowed: another output_dir"
+        ) from None
+    except OSError as error:
+        raise ValueError(f"output_dir {str(folder)!r} cannot be made: {error.strerror}") from None
+    return lock
+
+
+def cli() -> int:
+    """The command of a process; returns its exit code."""
+    return run_command("mst-train", main)
+
+
+if __name__ == "__main__":
+    sys.exit(cli())
