@@ -21,6 +21,7 @@ from mst_ds.live_memory import LiveMemory
 from mst_ds.minisequence import chunked_loss, chunked_loss_of_head
 
 RANK = 8
+LONG = (3, 1021)
 
 
 class AdaptedHead(nn.Module):
@@ -191,18 +192,17 @@ def test_dropout_draws_once_and_the_gradient_has_the_same_mask():
 
 
 @functools.cache
-def bf16_cases(shape):
-    head, (x, labels) = AdaptedHead(torch.bfloat16), hidden_states(torch.bfloat16, shape)
+def bf16_cases():
+    head, (x, labels) = AdaptedHead(torch.bfloat16), hidden_states(torch.bfloat16, LONG)
     exact = AdaptedHead(torch.float64)
     exact.load_state_dict(head.state_dict())
     truth = loss_and_gradients(lambda x: plain_loss_of(exact, x, labels), exact, x.detach().double().requires_grad_())
     return head, x, labels, truth, loss_and_gradients(lambda x: plain_loss_of(head, x, labels), head, x)
 
 
-@pytest.mark.parametrize("chunks", [1, 4, 64, 256])
-@pytest.mark.parametrize("shape", [(1, 507), (3, 1021)], ids=str)
-def test_error_budget_in_bf16_of_a_plain_head(shape, chunks):
-    tensors, labels = make_tensors(torch.bfloat16, shape), make_labels(shape)
+@pytest.mark.parametrize("chunks", [4, 256])
+def test_error_budget_in_bf16_of_a_plain_head(chunks):
+    tensors, labels = make_tensors(torch.bfloat16, LONG), make_labels(LONG)
     plain = functools.partial(plain_loss, labels)
     truth, reference = (value_and_gradients(plain, tensors, dtype, ONE) for dtype in (torch.float64, torch.bfloat16))
 
@@ -213,10 +213,9 @@ def test_error_budget_in_bf16_of_a_plain_head(shape, chunks):
     assert_within_budget(value_and_gradients(ours, tensors, torch.bfloat16, ONE), reference, truth)
 
 
-@pytest.mark.parametrize("chunks", [1, 4, 64, 256])
-@pytest.mark.parametrize("shape", [(1, 507), (3, 1021)], ids=str)
-def test_error_budget_in_bf16_of_an_adapted_head(shape, chunks):
-    head, x, labels, truth, reference = bf16_cases(shape)
+@pytest.mark.parametrize("chunks", [4, 256])
+def test_error_budget_in_bf16_of_an_adapted_head(chunks):
+    head, x, labels, truth, reference = bf16_cases()
     assert_within_budget(loss_and_gradients(our_loss_of(head, labels, chunks), head, x), reference, truth)
 
 
