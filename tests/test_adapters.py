@@ -26,16 +26,8 @@ from adapted import (
 )
 from distributed import run_ranks
 from peft import PeftModel, get_peft_model
-from steps import (
-    assert_close,
-    build_engine,
-    loss_and_gradients,
-    patched_step,
-    relative_errors,
-    simulated_step,
-    train,
-    zero_block,
-)
+from plain_model import assert_close, loss_and_gradients
+from steps import build_engine, patched_step, relative_errors, simulated_step, train, zero_block
 from tiny import Outcome, plain_training, samples, tiny_llama, tiny_plan
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -261,7 +253,7 @@ def train_under_zero(rank: int, stage: int) -> dict[str, Outcome]:
         plan = tiny_plan(topology, SEQ_LEN, zero_stage=stage, mlp_chunks=2 + 3 * rank, loss_chunks=1 + 2 * rank)
         apply_plan(model, plan)
         engine = build_engine(model, zero_optimization=zero_block(stage))
-        outcomes[case] = train(engine, shard(samples(2, SEQ_LEN), topology), steps=2)
+        outcomes[case] = train(engine, [shard(samples(2, SEQ_LEN), topology)], steps=2)
         engine.destroy()
     return outcomes
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 from distributed import run_ranks
 from peft import LoraConfig, get_peft_model
+from steps import build_engine
 from tiny import tiny_llama
 from transformers import AutoModelForCausalLM, LlamaConfig, get_scheduler
 
@@ -48,19 +49,6 @@ def identity_of(config: Any, stage: int, **changes: Any) -> Identity:
 
 def make_engine(model: Any, stage: int, checkpoint: Any = None, world_size: int = 1, **settings: Any) -> Any:
     """`settings` are of DeepSpeed's JSON, but for `schedule`."""
-    import deepspeed
-
-    from mst_ds.jit_build import build_shared_memory_collective
-
-    build_shared_memory_collective()
-    schedule = settings.pop("schedule", None)
-    ds_config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": stage},
-        **universal_setting(checkpoint, world_size),
-        **settings,
-    }
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [parameter for parameter in trained if parameter.dim() > 1], "weight_decay": 0.5},
@@ -68,9 +56,8 @@ def make_engine(model: Any, stage: int, checkpoint: Any = None, world_size: int 
     ]
     groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=1e-2, fused=True)
-    return deepspeed.initialize(
-        model=model, model_parameters=trained, optimizer=optimizer, lr_scheduler=schedule, config=ds_config
-    )[0]
+    settings |= universal_setting(checkpoint, world_size)
+    return build_engine(model, optimizer=optimizer, zero_optimization={"stage": stage}, **settings)
 
 
 def step(engine: Any, seed: int) -> float:

@@ -6,18 +6,18 @@ real run: shard, patched model, DeepSpeed engine, `train_step`.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from distributed import run_ranks
-from tiny import LEARNING_RATE, Outcome, plain_training, rows, samples, tiny_llama, tiny_plan
+from steps import build_engine, train, zero_block
+from tiny import Outcome, plain_training, rows, samples, tiny_llama, tiny_plan
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mst_ds import apply_plan
 from mst_ds.data import shard
 from mst_ds.topology import Topology
 
@@ -26,6 +26,7 @@ SEQ_LEN = 131
 STEPS = 3
 # fp32 sums in another order; measured: gradients up to 5e-7, losses up to 2e-7.
 TOLERANCE = 1e-5
+DROPS_GATHERED = ("stage3_prefetch_bucket_size", "stage3_max_live_parameters")
 
 
 def make_engine(
@@ -37,43 +38,13 @@ def make_engine(
     keep_gathered: bool = True,
     **settings: Any,
 ) -> Any:
-    import deepspeed
-
-    from mst_ds.jit_build import build_shared_memory_collective
-    from mst_ds.patching import apply_plan
-
-    build_shared_memory_collective()
-    model = tiny_llama(**dimensions)
-    apply_plan(model, tiny_plan(topology, SEQ_LEN, zero_stage=stage, **settings))
-    # Off: a parameter is gathered for the module that runs, and dropped after it, as in a model that fills its memory.
-    buffers = {} if keep_gathered else {"stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0}
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE),
-        config={
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": settings.get("gradient_accumulation_steps", 1),
-            "gradient_clipping": 0.0,  # DeepSpeed's default clips at 1, the reference does not
-            "zero_allow_untested_optimizer": True,
-            "zero_optimization": {
-                "stage": stage,
-                "reduce_scatter": reduce_scatter,
-                "stage3_param_persistence_threshold": 0,  # gather every parameter, however small
-                **buffers,
-            },
-        },
-    )
-    return engine
-
-
-def keep_gradients(engine: Any, step: Callable[[], None], gradients: dict[str, torch.Tensor]) -> None:
-    """Take the step, but first read the whole gradients that it will use."""
-    from deepspeed.utils import safe_get_full_grad
-
-    if engine.is_gradient_accumulation_boundary():
-        for name, parameter in engine.module.named_parameters():
-            gradients[name] = safe_get_full_grad(parameter).clone()
-    step()
+    model = apply_plan(tiny_llama(**dimensions), tiny_plan(topology, SEQ_LEN, zero_stage=stage, **settings))
+    zero = zero_block(stage, reduce_scatter=reduce_scatter)
+    # Else a parameter is gathered for the module that runs, and dropped after it, as in a model that fills its memory.
+    if keep_gathered:
+        zero = {name: value for name, value in zero.items() if name not in DROPS_GATHERED}
+    accumulation = settings.get("gradient_accumulation_steps", 1)
+    return build_engine(model, gradient_accumulation_steps=accumulation, zero_optimization=zero)
 
 
 def train_sharded(
@@ -86,8 +57,6 @@ def train_sharded(
     **settings: Any,
 ) -> Outcome:
     """Train on `batch_size` samples, split over the data-parallel ranks and micro-batches."""
-    from mst_ds.loop import train_step
-
     per_micro_batch = batch_size // topology.dp_size // micro_batches
     data = samples(batch_size, SEQ_LEN)
     engine = make_engine(topology, dimensions=dimensions or {}, gradient_accumulation_steps=micro_batches, **settings)
@@ -96,15 +65,9 @@ def train_sharded(
         shard(rows(data, range(start, start + per_micro_batch)), topology)
         for start in range(first, first + micro_batches * per_micro_batch, per_micro_batch)
     ]
-    gradients: dict[str, torch.Tensor] = {}
-    losses = []
-    for step in range(steps):
-        with pytest.MonkeyPatch.context() as patch:
-            if step == 0:
-                patch.setattr(engine, "step", functools.partial(keep_gradients, engine, engine.step, gradients))
-            losses.append(train_step(engine, shards).loss)
+    outcome = train(engine, shards, steps)
     engine.destroy()
-    return Outcome(losses, gradients if topology.rank == 0 else {})
+    return outcome if topology.rank == 0 else Outcome(outcome.losses, {})
 
 
 def every_stage(rank: int, world_size: int, sp_size: int, batch_size: int) -> dict[str, Outcome]:
