@@ -28,6 +28,7 @@ from distributed import run_ranks
 from peft import PeftModel, get_peft_model
 from plain_model import assert_close, loss_and_gradients
 from steps import build_engine, patched_step, relative_errors, simulated_step, train, zero_block
+from tiers import slow_but_for
 from tiny import Outcome, plain_training, samples, tiny_llama, tiny_plan
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -263,7 +264,7 @@ def plain_outcome(case: str) -> Outcome:
     return plain_training(fp32_adapted(case), samples(2, SEQ_LEN), steps=2)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", slow_but_for([3], [2, 3]))
 def test_adapters_train_under_zero_as_in_one_process(stage: int) -> None:
     outcomes, _ = run_ranks(train_under_zero, 2, stage)
     for case, outcome in outcomes.items():

@@ -19,6 +19,7 @@ import torch
 from distributed import run_ranks
 from peft import LoraConfig, get_peft_model
 from steps import build_engine
+from tiers import slow_but_for
 from tiny import tiny_llama
 from transformers import AutoModelForCausalLM, LlamaConfig, get_scheduler
 
@@ -121,7 +122,7 @@ def copied(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "checkpoints"))
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", slow_but_for([3], range(4)))
 def test_training_goes_on(tmp_path: Path, stage: int) -> None:
     expected = run_ranks(save_two, 2, tmp_path / "checkpoints", stage)
     assert run_ranks(go_on, 2, tmp_path / "checkpoints", stage, 2) == expected
@@ -365,7 +366,7 @@ def load_what_is_planted(rank: int, folder: Path, stage: int) -> dict[str, list[
     return said
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", slow_but_for([2], [0, 2, 3]))
 def test_a_planted_pickle_runs_no_code(tmp_path: Path, stage: int) -> None:
     (said,) = run_ranks(load_what_is_planted, 1, tmp_path, stage)
     assert len(said) == (2 if stage == 0 else 3)
@@ -486,7 +487,7 @@ def save_model(rank: int, folder: Path, stage: int, has_adapters: bool) -> torch
 
 
 @pytest.mark.parametrize("has_adapters", [False, True])
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", slow_but_for([3], [0, 2, 3]))
 def test_an_export_gives_the_trained_models_logits(tmp_path: Path, stage: int, has_adapters: bool) -> None:
     expected = run_ranks(save_model, 2, tmp_path / "checkpoints", stage, has_adapters)[0]
     checkpoint = newest_checkpoint(tmp_path / "checkpoints")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from distributed import run_ranks
 from steps import build_engine, train, zero_block
+from tiers import slow_but_for
 from tiny import Outcome, plain_training, rows, samples, tiny_llama, tiny_plan
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -101,8 +102,9 @@ def assert_exact(candidate: Outcome, reference: Outcome, setting: str = "") -> N
     assert error <= TOLERANCE, f"{setting}: a loss is off by {error:.1e}"
 
 
-@pytest.mark.parametrize(("world_size", "sp_size"), [(1, 1), (2, 2), (2, 1), (4, 4), (4, 2)])
-def test_every_zero_stage_trains_as_one_process(world_size: int, sp_size: int) -> None:
+@pytest.mark.parametrize("mesh", slow_but_for([(2, 2)], [(1, 1), (2, 2), (2, 1), (4, 4), (4, 2)]), ids=str)
+def test_every_zero_stage_trains_as_one_process(mesh: tuple[int, int]) -> None:
+    world_size, sp_size = mesh
     # peers.md rows 5 and 6: chunk counts differ from rank to rank, and no stage scales gradients by sp.
     batch_size = 2 * (world_size // sp_size)
     reference = plain_training(tiny_llama(), samples(batch_size, SEQ_LEN), STEPS)
@@ -125,25 +127,23 @@ def with_chunks(rank: int, chunks_by_rank: list[int]) -> Outcome:
     )
 
 
+@pytest.mark.slow
 def test_two_chunks_beside_eight_under_zero3() -> None:
     reference = plain_training(tiny_llama(), samples(1, SEQ_LEN), STEPS)
     outcome, _ = run_ranks(with_chunks, 2, [2, 8])
     assert_exact(outcome, reference)
 
 
-def accumulate(rank: int, batch_size: int) -> list[Outcome]:
+def accumulate(rank: int, batch_size: int, stage: int) -> list[Outcome]:
     topology = Topology(rank, 2, 2)
-    return [
-        train_sharded(topology, batch_size=batch_size, micro_batches=count, stage=stage)
-        for stage in range(4)
-        for count in (1, 2, 4)
-    ]
+    return [train_sharded(topology, batch_size=batch_size, micro_batches=count, stage=stage) for count in (1, 2, 4)]
 
 
-def test_accumulation_equals_one_large_batch() -> None:
+@pytest.mark.parametrize("stage", slow_but_for([3], range(4)))
+def test_accumulation_equals_one_large_batch(stage: int) -> None:
     # The samples have different numbers of ignored labels, one of them no valid label at all.
     reference = plain_training(tiny_llama(), samples(4, SEQ_LEN), STEPS)
-    for outcome in run_ranks(accumulate, 2, 4)[0]:
+    for outcome in run_ranks(accumulate, 2, 4, stage)[0]:
         assert_exact(outcome, reference)
 
 
@@ -159,7 +159,7 @@ def with_dropout(rank: int, sp_size: int) -> list[Outcome]:
     return outcomes
 
 
-@pytest.mark.parametrize("sp_size", [1, 2])
+@pytest.mark.parametrize("sp_size", slow_but_for([2], [1, 2]))
 def test_what_is_kept_changes_no_dropout_under_zero3(sp_size: int) -> None:
     first, *others = run_ranks(with_dropout, 2, sp_size)[0]
     plain = plain_training(tiny_llama(), samples(2, SEQ_LEN), STEPS)
@@ -175,7 +175,7 @@ def nine_heads(rank: int, world_size: int) -> Outcome:
     return train_sharded(Topology(rank, world_size, world_size), batch_size=2, stage=3, dimensions=NINE_HEADS)
 
 
-@pytest.mark.parametrize("sp_size", [2, 4])
+@pytest.mark.parametrize("sp_size", slow_but_for([2], [2, 4]))
 def test_heads_that_sp_does_not_divide(sp_size: int) -> None:
     reference = plain_training(tiny_llama(**NINE_HEADS), samples(2, SEQ_LEN), STEPS)
     assert_exact(run_ranks(nine_heads, sp_size, sp_size)[0], reference)
@@ -234,6 +234,7 @@ def evaluate_sharded(rank: int) -> float:
     return evaluate(engine, batches)
 
 
+@pytest.mark.slow
 def test_evaluation_is_the_mean_over_all_tokens() -> None:
     data = samples(4, SEQ_LEN)
     expected = tiny_llama()(input_ids=data["input_ids"], labels=data["labels"]).loss.item()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from distributed import run_ranks
 from steps import build_engine
+from tiers import slow_but_for
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
@@ -111,7 +112,7 @@ def _bytes(phase: Phase) -> int:
     return phase.device_bytes + phase.host_bytes
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but_for(["stage 3, activations too"], CASES))
 def test_a_process_grows_by_what_is_planned(case: str) -> None:
     for results in run_ranks(measure, 2, case, fresh=True):
         # Where activations stay on the device, the forward ends below its highest point.

@@ -58,6 +58,7 @@ OF_STAGE_3: list[Case] = [
     (1, SEQ_LEN, {"stage3_max_reuse_distance": 2 * 256 * VOCAB + 1}, CHUNKS_4),
 ]
 CASES = {0: COMMON, 1: COMMON + OFFLOADED, 2: COMMON + OFFLOADED, 3: COMMON + OFFLOADED + OF_STAGE_3}
+FEW_CASES = [(1, 256, {}, CHUNKS_4), (2, SEQ_LEN, OFFLOAD_ALL, CHUNKS_4)]
 
 
 def ds_config_of(stage: int, zero: dict[str, Any], mst: dict[str, Any]) -> dict[str, Any]:
@@ -117,10 +118,16 @@ def _measure(rank: int, stage: int, case: Case) -> dict[str, tuple[int, int]]:
     }
 
 
-@pytest.mark.parametrize("stage", CASES)
-def test_every_phase_needs_what_is_planned_for_it(stage: int) -> None:
-    of_ranks = run_ranks(measure, 2, stage, CASES[stage], limit=500)
-    for case, *results in zip(CASES[stage], *of_ranks, strict=True):
+@pytest.mark.parametrize(
+    ("stage", "cases"),
+    [
+        pytest.param(3, FEW_CASES, id="few"),
+        *(pytest.param(stage, cases, id=f"stage {stage}", marks=pytest.mark.slow) for stage, cases in CASES.items()),
+    ],
+)
+def test_every_phase_needs_what_is_planned_for_it(stage: int, cases: list[Case]) -> None:
+    of_ranks = run_ranks(measure, 2, stage, cases, limit=500)
+    for case, *results in zip(cases, *of_ranks, strict=True):
         assert list(results[0]) == ["forward", "loss", "backward", "optimizer_step"]
         for phase, (planned, _) in results[0].items():
             # Which gradients a rank keeps, and so when it needs most, differs; the plan is for the one that needs more.
