@@ -7,15 +7,17 @@ INSTALLED := $(VENV)/.installed
 # DeepSpeed starts `python` and `ninja` by name, so the environment's own must come first.
 IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 TRAIN := launch/train.py --ds_config ds_configs/zero3_mst.json
+# A file's tests share what it builds once, so a file goes to one of the two processes.
+PYTEST := python -m pytest -q -n 2 --dist loadfile --ignore=tests/slurm
 # Accelerators, and the CPU threads for each of 2 ranks. torch counts the cores that this process may use.
 COUNT_DEVICES := import torch; print(torch.accelerator.device_count(), max(1, torch.get_num_threads() // 2))
 
-.PHONY: help train test test-slurm bench lint format clean
+.PHONY: help train test test-slow test-slurm bench lint format clean
 
 help:  ## Lists these commands.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo '  ARGS="..." goes on to train, test, test-slurm and bench: make train ARGS="--output_dir /tmp/run --max_steps 20"'
+	@echo '  ARGS="..." goes on to train, test, test-slow, test-slurm and bench: make train ARGS="--output_dir /tmp/run --max_steps 20"'
 
 train: $(INSTALLED)  ## Trains a model: on all accelerators, or with 2 ranks on the CPU where there is none.
 	@found=$$($(VENV)/bin/python -c '$(COUNT_DEVICES)') || exit 1; \
@@ -30,10 +32,13 @@ train: $(INSTALLED)  ## Trains a model: on all accelerators, or with 2 ranks on 
 	  $(IN_VENV) OMP_NUM_THREADS=$$threads deepspeed --num_gpus 2 $(TRAIN) $(ARGS); \
 	fi
 
-test: $(INSTALLED)  ## Runs every test that needs no SLURM.
+test: $(INSTALLED)  ## Runs the tests of a change: every kind of behaviour, in at most 10 minutes on 2 cores.
 	@echo "==> Running the tests. The first run also compiles DeepSpeed's shared-memory collective (about 40 s)."
-	@echo "    Those of the jobs for SLURM are not among them: make test-slurm"
-	@$(IN_VENV) OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile --ignore=tests/slurm $(ARGS)
+	@echo "    Not among them: the longer ones (make test-slow) and those of the jobs for SLURM (make test-slurm)."
+	@$(IN_VENV) OMP_NUM_THREADS=1 $(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: $(INSTALLED)  ## Runs the longer tests: launched runs, kills, grids that repeat a proof.
+	@$(IN_VENV) OMP_NUM_THREADS=1 $(PYTEST) -m slow $(ARGS)
 
 test-slurm: $(INSTALLED)  ## Runs the tests of slurm/, on a cluster that they start on this machine.
 	@command -v sbatch >/dev/null && command -v munge >/dev/null || \

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from plain_model import loss_and_gradients
 from tiny import LEARNING_RATE, Outcome, tiny_settings
 from torch import Tensor, nn
 
@@ -14,15 +15,6 @@ from mst_ds import apply_settings
 from mst_ds.data import IGNORE_INDEX, Batch, shard, shift_labels
 from mst_ds.topology import Topology
 from mst_ds.ulysses import SequenceGroup, run_simulated
-
-
-def loss_and_gradients(model: nn.Module, **batch: Any) -> dict[str, Tensor]:
-    """Of one forward and backward: the loss, and the gradient of each parameter that has one."""
-    model.zero_grad()
-    loss = model(**batch).loss
-    loss.backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    return {"loss": loss.detach(), **gradients}
 
 
 def alone(model: nn.Module, sequences: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -60,8 +52,10 @@ def simulated_step(model: nn.Module, batch: Batch, sp_size: int = 2, **settings:
     return {name: sum(of_rank.get(name, torch.zeros(())) for of_rank in of_ranks) for name in names}
 
 
-def build_engine(model: nn.Module, **config: Any) -> Any:
-    """A DeepSpeed engine with AdamW on what is trainable; `config` adds to its configuration."""
+def build_engine(
+    model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None, schedule: Any = None, **config: Any
+) -> Any:
+    """A DeepSpeed engine; `config` adds to its configuration. Without an optimizer AdamW has all that is trainable."""
     import deepspeed
 
     from mst_ds.jit_build import build_shared_memory_collective
@@ -70,7 +64,8 @@ def build_engine(model: nn.Module, **config: Any) -> Any:
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=torch.optim.AdamW(trainable, lr=LEARNING_RATE),
+        optimizer=optimizer or torch.optim.AdamW(trainable, lr=LEARNING_RATE),
+        lr_scheduler=schedule,
         config={
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
@@ -88,8 +83,8 @@ def zero_block(stage: int, **settings: Any) -> dict[str, Any]:
     return {"stage": stage, **everything, "stage3_max_live_parameters": 0, **settings}
 
 
-def train(engine: Any, batch: Batch, steps: int) -> Outcome:
-    """Take `steps` on this rank's shard; the gradients are those that the first step used, of what is trainable."""
+def train(engine: Any, micro_batches: Sequence[Batch], steps: int) -> Outcome:
+    """Take `steps` on this rank's shards; the gradients are those that the first step used, of what is trainable."""
     from deepspeed.utils import safe_get_full_grad
 
     from mst_ds.loop import train_step
@@ -98,13 +93,14 @@ def train(engine: Any, batch: Batch, steps: int) -> Outcome:
     step = engine.step
 
     def keep_gradients() -> None:
-        for name, parameter in engine.module.named_parameters():
-            if parameter.requires_grad and name not in gradients:
-                gradients[name] = safe_get_full_grad(parameter).clone()
+        if engine.is_gradient_accumulation_boundary():
+            for name, parameter in engine.module.named_parameters():
+                if parameter.requires_grad and name not in gradients:
+                    gradients[name] = safe_get_full_grad(parameter).clone()
         step()
 
     engine.step = keep_gradients
-    losses = [train_step(engine, [batch]).loss for _ in range(steps)]
+    losses = [train_step(engine, micro_batches).loss for _ in range(steps)]
     engine.step = step
     return Outcome(losses, gradients)
 
@@ -115,11 +111,3 @@ def relative_errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> d
     norms = {name: tensor.norm() for name, tensor in expected.items()}
     assert all(norm > 0 for norm in norms.values()), [name for name, norm in norms.items() if norm == 0]
     return {name: float((actual[name] - expected[name]).norm() / norms[name]) for name in expected}
-
-
-def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """No relative error above `tolerance`."""
-    errors = relative_errors(actual, expected)
-    # Not `<=` alone: a NaN must not pass for small.
-    over = {name: error for name, error in errors.items() if not error <= tolerance}
-    assert not over, f"off by {max(over.values()):.1e}: {', '.join(over)}"

@@ -23,7 +23,8 @@ from adapted import (
     randomise,
 )
 from peft import PeftModel, get_peft_model
-from steps import assert_close, loss_and_gradients, patched_step
+from plain_model import assert_close, loss_and_gradients
+from steps import patched_step
 from tiny import tiny_settings
 from torch import Tensor, nn
 from transformers import PreTrainedModel

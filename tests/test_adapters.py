@@ -26,16 +26,9 @@ from adapted import (
 )
 from distributed import run_ranks
 from peft import PeftModel, get_peft_model
-from steps import (
-    assert_close,
-    build_engine,
-    loss_and_gradients,
-    patched_step,
-    relative_errors,
-    simulated_step,
-    train,
-    zero_block,
-)
+from plain_model import assert_close, loss_and_gradients
+from steps import build_engine, patched_step, relative_errors, simulated_step, train, zero_block
+from tiers import slow_but_for
 from tiny import Outcome, plain_training, samples, tiny_llama, tiny_settings
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -261,7 +254,7 @@ def train_under_zero(rank: int, stage: int) -> dict[str, Outcome]:
         settings = tiny_settings(topology.sp_size, mlp_chunks=2 + 3 * rank, loss_chunks=1 + 2 * rank)
         apply_settings(model, settings, zero_stage=stage)
         engine = build_engine(model, zero_optimization=zero_block(stage))
-        outcomes[case] = train(engine, shard(samples(2, SEQ_LEN), topology), steps=2)
+        outcomes[case] = train(engine, [shard(samples(2, SEQ_LEN), topology)], steps=2)
         engine.destroy()
     return outcomes
 
@@ -271,7 +264,7 @@ def plain_outcome(case: str) -> Outcome:
     return plain_training(fp32_adapted(case), samples(2, SEQ_LEN), steps=2)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", slow_but_for([3], [2, 3]))
 def test_adapters_train_under_zero_as_in_one_process(stage: int) -> None:
     outcomes, _ = run_ranks(train_under_zero, 2, stage)
     for case, outcome in outcomes.items():

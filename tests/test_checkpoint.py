@@ -18,6 +18,8 @@ import pytest
 import torch
 from distributed import run_ranks
 from peft import LoraConfig, get_peft_model
+from steps import build_engine
+from tiers import slow_but_for
 from tiny import tiny_llama
 from transformers import AutoModelForCausalLM, LlamaConfig, get_scheduler
 
@@ -48,19 +50,6 @@ def identity_of(config: Any, stage: int, **changes: Any) -> Identity:
 
 def make_engine(model: Any, stage: int, checkpoint: Any = None, world_size: int = 1, **settings: Any) -> Any:
     """`settings` are of DeepSpeed's JSON, but for `schedule`."""
-    import deepspeed
-
-    from mst_ds.jit_build import build_shared_memory_collective
-
-    build_shared_memory_collective()
-    schedule = settings.pop("schedule", None)
-    ds_config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": stage},
-        **universal_setting(checkpoint, world_size),
-        **settings,
-    }
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [parameter for parameter in trained if parameter.dim() > 1], "weight_decay": 0.5},
@@ -68,9 +57,8 @@ def make_engine(model: Any, stage: int, checkpoint: Any = None, world_size: int 
     ]
     groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=1e-2, fused=True)
-    return deepspeed.initialize(
-        model=model, model_parameters=trained, optimizer=optimizer, lr_scheduler=schedule, config=ds_config
-    )[0]
+    settings |= universal_setting(checkpoint, world_size)
+    return build_engine(model, optimizer=optimizer, zero_optimization={"stage": stage}, **settings)
 
 
 def step(engine: Any, seed: int) -> float:
@@ -134,7 +122,7 @@ def copied(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "checkpoints"))
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", slow_but_for([3], range(4)))
 def test_training_goes_on(tmp_path: Path, stage: int) -> None:
     expected = run_ranks(save_two, 2, tmp_path / "checkpoints", stage)
     assert run_ranks(go_on, 2, tmp_path / "checkpoints", stage, 2) == expected
@@ -378,7 +366,7 @@ def load_what_is_planted(rank: int, folder: Path, stage: int) -> dict[str, list[
     return said
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", slow_but_for([2], [0, 2, 3]))
 def test_a_planted_pickle_runs_no_code(tmp_path: Path, stage: int) -> None:
     (said,) = run_ranks(load_what_is_planted, 1, tmp_path, stage)
     assert len(said) == (2 if stage == 0 else 3)
@@ -499,7 +487,7 @@ def save_model(rank: int, folder: Path, stage: int, has_adapters: bool) -> torch
 
 
 @pytest.mark.parametrize("has_adapters", [False, True])
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", slow_but_for([3], [0, 2, 3]))
 def test_an_export_gives_the_trained_models_logits(tmp_path: Path, stage: int, has_adapters: bool) -> None:
     expected = run_ranks(save_model, 2, tmp_path / "checkpoints", stage, has_adapters)[0]
     checkpoint = newest_checkpoint(tmp_path / "checkpoints")

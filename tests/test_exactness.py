@@ -6,18 +6,19 @@ real run: shard, patched model, DeepSpeed engine, `train_step`.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from distributed import run_ranks
-from tiny import LEARNING_RATE, Outcome, plain_training, rows, samples, tiny_llama, tiny_settings
+from steps import build_engine, train, zero_block
+from tiers import slow_but_for
+from tiny import Outcome, plain_training, rows, samples, tiny_llama, tiny_settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mst_ds import apply_settings
 from mst_ds.data import shard
 from mst_ds.topology import Topology
 
@@ -26,6 +27,7 @@ SEQ_LEN = 131
 STEPS = 3
 # fp32 sums in another order; measured: gradients up to 5e-7, losses up to 2e-7.
 TOLERANCE = 1e-5
+DROPS_GATHERED = ("stage3_prefetch_bucket_size", "stage3_max_live_parameters")
 
 
 def make_engine(
@@ -37,43 +39,13 @@ def make_engine(
     keep_gathered: bool = True,
     **settings: Any,
 ) -> Any:
-    import deepspeed
-
-    from mst_ds.jit_build import build_shared_memory_collective
-    from mst_ds.patching import apply_settings
-
-    build_shared_memory_collective()
-    model = tiny_llama(**dimensions)
-    apply_settings(model, tiny_settings(topology.sp_size, **settings), zero_stage=stage)
-    # Off: a parameter is gathered for the module that runs, and dropped after it, as in a model that fills its memory.
-    buffers = {} if keep_gathered else {"stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0}
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE),
-        config={
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": settings.get("gradient_accumulation_steps", 1),
-            "gradient_clipping": 0.0,  # DeepSpeed's default clips at 1, the reference does not
-            "zero_allow_untested_optimizer": True,
-            "zero_optimization": {
-                "stage": stage,
-                "reduce_scatter": reduce_scatter,
-                "stage3_param_persistence_threshold": 0,  # gather every parameter, however small
-                **buffers,
-            },
-        },
-    )
-    return engine
-
-
-def keep_gradients(engine: Any, step: Callable[[], None], gradients: dict[str, torch.Tensor]) -> None:
-    """Take the step, but first read the whole gradients that it will use."""
-    from deepspeed.utils import safe_get_full_grad
-
-    if engine.is_gradient_accumulation_boundary():
-        for name, parameter in engine.module.named_parameters():
-            gradients[name] = safe_get_full_grad(parameter).clone()
-    step()
+    model = apply_settings(tiny_llama(**dimensions), tiny_settings(topology.sp_size, **settings), zero_stage=stage)
+    zero = zero_block(stage, reduce_scatter=reduce_scatter)
+    # Else a parameter is gathered for the module that runs, and dropped after it, as in a model that fills its memory.
+    if keep_gathered:
+        zero = {name: value for name, value in zero.items() if name not in DROPS_GATHERED}
+    accumulation = settings.get("gradient_accumulation_steps", 1)
+    return build_engine(model, gradient_accumulation_steps=accumulation, zero_optimization=zero)
 
 
 def train_sharded(
@@ -86,8 +58,6 @@ def train_sharded(
     **settings: Any,
 ) -> Outcome:
     """Train on `batch_size` samples, split over the data-parallel ranks and micro-batches."""
-    from mst_ds.loop import train_step
-
     per_micro_batch = batch_size // topology.dp_size // micro_batches
     data = samples(batch_size, SEQ_LEN)
     engine = make_engine(topology, dimensions=dimensions or {}, gradient_accumulation_steps=micro_batches, **settings)
@@ -96,15 +66,9 @@ def train_sharded(
         shard(rows(data, range(start, start + per_micro_batch)), topology)
         for start in range(first, first + micro_batches * per_micro_batch, per_micro_batch)
     ]
-    gradients: dict[str, torch.Tensor] = {}
-    losses = []
-    for step in range(steps):
-        with pytest.MonkeyPatch.context() as patch:
-            if step == 0:
-                patch.setattr(engine, "step", functools.partial(keep_gradients, engine, engine.step, gradients))
-            losses.append(train_step(engine, shards).loss)
+    outcome = train(engine, shards, steps)
     engine.destroy()
-    return Outcome(losses, gradients if topology.rank == 0 else {})
+    return outcome if topology.rank == 0 else Outcome(outcome.losses, {})
 
 
 def every_stage(rank: int, world_size: int, sp_size: int, batch_size: int) -> dict[str, Outcome]:
@@ -138,8 +102,9 @@ def assert_exact(candidate: Outcome, reference: Outcome, setting: str = "") -> N
     assert error <= TOLERANCE, f"{setting}: a loss is off by {error:.1e}"
 
 
-@pytest.mark.parametrize(("world_size", "sp_size"), [(1, 1), (2, 2), (2, 1), (4, 4), (4, 2)])
-def test_every_zero_stage_trains_as_one_process(world_size: int, sp_size: int) -> None:
+@pytest.mark.parametrize("mesh", slow_but_for([(2, 2)], [(1, 1), (2, 2), (2, 1), (4, 4), (4, 2)]), ids=str)
+def test_every_zero_stage_trains_as_one_process(mesh: tuple[int, int]) -> None:
+    world_size, sp_size = mesh
     # peers.md rows 5 and 6: chunk counts differ from rank to rank, and no stage scales gradients by sp.
     batch_size = 2 * (world_size // sp_size)
     reference = plain_training(tiny_llama(), samples(batch_size, SEQ_LEN), STEPS)
@@ -162,25 +127,23 @@ def with_chunks(rank: int, chunks_by_rank: list[int]) -> Outcome:
     )
 
 
+@pytest.mark.slow
 def test_two_chunks_beside_eight_under_zero3() -> None:
     reference = plain_training(tiny_llama(), samples(1, SEQ_LEN), STEPS)
     outcome, _ = run_ranks(with_chunks, 2, [2, 8])
     assert_exact(outcome, reference)
 
 
-def accumulate(rank: int, batch_size: int) -> list[Outcome]:
+def accumulate(rank: int, batch_size: int, stage: int) -> list[Outcome]:
     topology = Topology(rank, 2, 2)
-    return [
-        train_sharded(topology, batch_size=batch_size, micro_batches=count, stage=stage)
-        for stage in range(4)
-        for count in (1, 2, 4)
-    ]
+    return [train_sharded(topology, batch_size=batch_size, micro_batches=count, stage=stage) for count in (1, 2, 4)]
 
 
-def test_accumulation_equals_one_large_batch() -> None:
+@pytest.mark.parametrize("stage", slow_but_for([3], range(4)))
+def test_accumulation_equals_one_large_batch(stage: int) -> None:
     # The samples have different numbers of ignored labels, one of them no valid label at all.
     reference = plain_training(tiny_llama(), samples(4, SEQ_LEN), STEPS)
-    for outcome in run_ranks(accumulate, 2, 4)[0]:
+    for outcome in run_ranks(accumulate, 2, 4, stage)[0]:
         assert_exact(outcome, reference)
 
 
@@ -196,7 +159,7 @@ def with_dropout(rank: int, sp_size: int) -> list[Outcome]:
     return outcomes
 
 
-@pytest.mark.parametrize("sp_size", [1, 2])
+@pytest.mark.parametrize("sp_size", slow_but_for([2], [1, 2]))
 def test_what_is_kept_changes_no_dropout_under_zero3(sp_size: int) -> None:
     first, *others = run_ranks(with_dropout, 2, sp_size)[0]
     plain = plain_training(tiny_llama(), samples(2, SEQ_LEN), STEPS)
@@ -212,7 +175,7 @@ def nine_heads(rank: int, world_size: int) -> Outcome:
     return train_sharded(Topology(rank, world_size, world_size), batch_size=2, stage=3, dimensions=NINE_HEADS)
 
 
-@pytest.mark.parametrize("sp_size", [2, 4])
+@pytest.mark.parametrize("sp_size", slow_but_for([2], [2, 4]))
 def test_heads_that_sp_does_not_divide(sp_size: int) -> None:
     reference = plain_training(tiny_llama(**NINE_HEADS), samples(2, SEQ_LEN), STEPS)
     assert_exact(run_ranks(nine_heads, sp_size, sp_size)[0], reference)
@@ -271,6 +234,7 @@ def evaluate_sharded(rank: int) -> float:
     return evaluate(engine, batches)
 
 
+@pytest.mark.slow
 def test_evaluation_is_the_mean_over_all_tokens() -> None:
     data = samples(4, SEQ_LEN)
     expected = tiny_llama()(input_ids=data["input_ids"], labels=data["labels"]).loss.item()

@@ -16,16 +16,8 @@ import torch.nn.functional as F
 from distributed import run_ranks
 from error_budget import assert_within_budget, value_and_gradients
 from peft import LoraConfig, get_peft_model
-from steps import (
-    alone,
-    assert_close,
-    build_engine,
-    loss_and_gradients,
-    patched_step,
-    simulated_step,
-    train,
-    zero_block,
-)
+from plain_model import assert_close, loss_and_gradients
+from steps import alone, build_engine, patched_step, simulated_step, train, zero_block
 from tiny import Outcome, plain_training, samples, tiny_llama, tiny_settings
 from tiny_models import tiny_model
 from torch import Tensor
@@ -107,7 +99,7 @@ def engine_steps(rank: int, stages: list[int], seq_len: int, chunks: list[int], 
         settings = tiny_settings(topology.sp_size, mlp_chunks=chunks[rank], loss_chunks=chunks[rank])
         model = apply_settings(tiny_llama(), settings, zero_stage=stage)
         engine = build_engine(model, zero_optimization=zero_block(stage, reduce_scatter=reduce_scatter))
-        outcomes.append(train(engine, shard(samples(1, seq_len), topology), steps=2))
+        outcomes.append(train(engine, [shard(samples(1, seq_len), topology)], steps=2))
         engine.destroy()
     return outcomes
 

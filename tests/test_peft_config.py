@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from processes import free_port
-from test_readme import run
 from tiny import tiny_llama
+from trainings import Training
 from transformers import AutoModelForCausalLM
 
 from mst_ds.adapters import add_adapters, load_peft_config
@@ -70,11 +69,9 @@ def test_a_run_trains_adapters_that_peft_loads(tmp_path: Path) -> None:
     byte_tokenizer().save_pretrained(tmp_path / "base")
     write(tmp_path, LORA)
     config = TrainConfig(model=str(tmp_path / "base"), seq_len=256, max_steps=3, eval_steps=3, eval_samples=3)
-    flags = f"--model {config.model} --seq_len 256 --max_steps 3 --eval_steps 3 --eval_samples 3"
-    command = ["deepspeed", "--num_gpus", "2", "--master_port", free_port(), "launch/train.py", *flags.split()]
-    command += ["--learning_rate", "0.05", "--peft_config", str(tmp_path), "--output_dir", str(tmp_path / "run")]
-    done = run(command, limit=540)  # the first run on a machine compiles for a minute
-    assert done.returncode == 0, done.stdout
+    flags = f"--model {config.model} --seq_len 256 --max_steps 3 --eval_steps 3 --eval_samples 3 --learning_rate 0.05"
+    training = Training(tmp_path / "run", *flags.split(), "--peft_config", str(tmp_path))
+    assert training.end(limit=300) == [0, 0], training.output
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     evaluated = next(record["eval_loss"] for record in records if "eval_loss" in record)
 

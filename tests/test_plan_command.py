@@ -103,13 +103,19 @@ def test_a_picture(tmp_path):
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
+DRY_RUN = ("--model", "meta-llama/Llama-3.2-1B", "--gpu", "H100", "--seq_len", "8K", "--trace")
+
+
 def test_a_dry_run_stands_beside_the_formulas():
-    flags = ("--model", "meta-llama/Llama-3.2-1B", "--gpu", "H100", "--seq_len", "8K", "--trace")
-    found = json.loads(run(*flags, "--json").stdout)["trace"]
+    found = json.loads(run(*DRY_RUN, "--json").stdout)["trace"]
     assert list(found) == ["forward", "loss", "backward"]
     planned, measured = (max(phase[f"{kind}_bytes"] for phase in found.values()) for kind in ("planned", "dry_run"))
     assert planned == pytest.approx(measured, rel=0.02)
-    assert "dry run GiB" in run(*flags).stdout
+
+
+@pytest.mark.slow
+def test_a_dry_run_is_a_column_of_the_table():
+    assert "dry run GiB" in run(*DRY_RUN).stdout
 
 
 def test_times_are_predicted_and_what_does_not_fit_is_mended():

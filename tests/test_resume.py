@@ -19,6 +19,7 @@ import pytest
 from processes import assert_ended, free_port
 from safetensors.torch import load_file
 from test_readme import ROOT
+from tiers import slow_but_for
 from trainings import Training
 
 from mst_ds.checkpoint import Identity, newest_checkpoint
@@ -84,6 +85,7 @@ def test_a_run_keeps_its_newest_checkpoints(uninterrupted: Path) -> None:
     assert sorted(os.listdir(uninterrupted / "checkpoints")) == ["step-00000009", "step-00000012"]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_done_changes_nothing_more(uninterrupted: Path, tmp_path: Path) -> None:
     finish(tmp_path / "run")
     again = finish(tmp_path / "run", *GO_ON)
@@ -91,10 +93,13 @@ def test_a_run_that_is_done_changes_nothing_more(uninterrupted: Path, tmp_path: 
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
-@pytest.mark.parametrize(("rank", "number"), [(0, signal.SIGUSR1), (1, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    "asked", slow_but_for([(1, signal.SIGTERM)], [(0, signal.SIGUSR1), (1, signal.SIGTERM)]), ids=str
+)
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on(
-    uninterrupted: Path, tmp_path: Path, rank: int, number: signal.Signals
+    uninterrupted: Path, tmp_path: Path, asked: tuple[int, signal.Signals]
 ) -> None:
+    rank, number = asked
     first = Training(tmp_path / "run", *FLAGS, "--save_steps", "0")
     assert first.wait_for(lambda: "memory of step 1," in first.output), first.output
     first.send(rank, number)
@@ -104,6 +109,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_first_step_is_not_lost(uninterrupted: Path, tmp_path: Path) -> None:
     first = Training(tmp_path / "run", *FLAGS)
     assert first.wait_for(lambda: first.blocks(0, signal.SIGUSR1)), first.output
@@ -165,6 +171,7 @@ def first_error(output: str) -> str:
     return next(line for line in output.splitlines() if line.startswith("mst-train: error: "))
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_run_which_goes_on(uninterrupted: Path, tmp_path: Path) -> None:
     with launched(tmp_path / "run") as run:
         run.wait_for(tmp_path / "run" / "checkpoints" / "step-00000003")
@@ -178,6 +185,7 @@ def test_a_rank_that_dies_ends_the_run_which_goes_on(uninterrupted: Path, tmp_pa
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_answer_is_named_and_ends_the_run(tmp_path: Path) -> None:
     with launched(tmp_path / "run", "--max_steps", "1000", "--hang_timeout", "10") as run:
         run.wait_for(tmp_path / "run" / "checkpoints" / "step-00000003")
@@ -189,6 +197,7 @@ def test_a_rank_that_does_not_answer_is_named_and_ends_the_run(tmp_path: Path) -
     assert_ended(ranks)
 
 
+@pytest.mark.slow
 def test_a_rank_that_raises_ends_the_run_with_its_error(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").mkdir()
     with launched(tmp_path) as run:
@@ -208,6 +217,7 @@ def test_ranks_that_see_different_checkpoints_do_not_begin(uninterrupted: Path, 
     assert "allowed: a folder that all ranks see" in first_error(training.output)
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_folder_does_not_begin(tmp_path: Path) -> None:
     first = Training(tmp_path / "run", *FLAGS, "--max_steps", "100000", "--save_steps", "0")
     assert first.wait_for(lambda: "memory of step 1," in first.output), first.output
@@ -225,6 +235,7 @@ def test_a_second_run_in_the_same_folder_does_not_begin(tmp_path: Path) -> None:
     first.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills_inner", [False, True])
 def test_a_launcher_that_is_killed_takes_the_ranks_with_it(tmp_path: Path, kills_inner: bool) -> None:
     with launched(tmp_path / "run", "--max_steps", "100000", "--save_steps", "0") as run:
@@ -274,6 +285,7 @@ def four_samples_a_step(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sp_size", "dp_size"), [(1, 1), (1, 2), (4, 1)])
 def test_another_mesh_goes_on(four_samples_a_step: Path, tmp_path: Path, sp_size: int, dp_size: int) -> None:
     ds_config = with_mesh(tmp_path, sp_size=sp_size, accumulation=4 // dp_size)

@@ -10,12 +10,14 @@ def test_ordinary_recompute_needs_a_whole_layer():
     assert 7 * 3.5 < working_set("recompute") == pytest.approx(32.8, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mst_ds", "mst_ds, offload"])
 def test_ours_needs_little_more_than_a_third_of_it(name: str):
     # Neither an MLP's intermediate tensors nor fp32 copies of the shard.
     assert 5 < working_set(name) < 12.5
 
 
+@pytest.mark.slow
 def test_what_lies_on_the_host_is_left_out():
     sizes = {"size": "cpu-small", "seq_len": 8192, "chunks": 4}
     growth_on_device, growth_on_host = (

@@ -93,7 +93,8 @@ VARIANTS = {
 
 
 @functools.cache
-def truth_and_reference(dtype, count, name):
+def truth_and_reference(dtype, name):
+    count = 3063
     of_tensors, settings = VARIANTS[name]
     tensors, index = make_tensors(dtype, count, **of_tensors), make_index(count)
     grad_output = torch.randn_like(tensors["x"])
@@ -102,12 +103,11 @@ def truth_and_reference(dtype, count, name):
     return tensors, index, grad_output, truth, value_and_gradients(plain, tensors, dtype, grad_output)
 
 
-@pytest.mark.parametrize("chunks", [1, 4, 64, 256])
+@pytest.mark.parametrize("chunks", [4, 256])
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("count", [507, 3063])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_error_budget(dtype, count, name, chunks):
-    tensors, index, grad_output, truth, reference = truth_and_reference(dtype, count, name)
+def test_error_budget(dtype, name, chunks):
+    tensors, index, grad_output, truth, reference = truth_and_reference(dtype, name)
     ours = functools.partial(our_experts, chunks, index, **VARIANTS[name][1])
     candidate = value_and_gradients(ours, tensors, dtype, grad_output)
     assert_within_budget(candidate, reference, truth)

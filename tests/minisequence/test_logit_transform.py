@@ -39,20 +39,20 @@ def our_loss_of_head(chunks, labels, tensors, **kwargs):
 
 
 @functools.cache
-def truth_and_reference(dtype, shape, name):
+def truth_and_reference(dtype, name):
+    shape = (3, 1021)
     tensors, labels = make_tensors(dtype, shape), make_labels(shape)
     plain = functools.partial(plain_loss, labels, **TRANSFORMS[name])
     truth = value_and_gradients(plain, tensors, torch.float64, ONE)
     return tensors, labels, truth, value_and_gradients(plain, tensors, dtype, ONE)
 
 
-@pytest.mark.parametrize("chunks", [1, 4, 64, 256])
+@pytest.mark.parametrize("chunks", [4, 256])
 @pytest.mark.parametrize("name", TRANSFORMS)
-@pytest.mark.parametrize("shape", [(1, 507), (3, 1021)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_error_budget(dtype, shape, name, chunks):
+def test_error_budget(dtype, name, chunks):
     """The reference computes scale, cap and loss in fp32; transformers' models round the capped logits to 16 bits."""
-    tensors, labels, truth, reference = truth_and_reference(dtype, shape, name)
+    tensors, labels, truth, reference = truth_and_reference(dtype, name)
     ours = functools.partial(our_loss, chunks, labels, **TRANSFORMS[name])
     candidate = value_and_gradients(ours, tensors, dtype, ONE)
     assert_within_budget(candidate, reference, truth)

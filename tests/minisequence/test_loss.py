@@ -32,7 +32,8 @@ assert_same = functools.partial(assert_equal_but_for_order, atol=1e-14)
 
 
 @functools.cache
-def truth_and_reference(dtype, shape, bias):
+def truth_and_reference(dtype, bias):
+    shape = (3, 1021)
     tensors = make_tensors(dtype, shape, bias=bias)
     labels = make_labels(shape)
     plain = functools.partial(plain_loss, labels)
@@ -40,12 +41,11 @@ def truth_and_reference(dtype, shape, bias):
     return tensors, labels, truth, value_and_gradients(plain, tensors, dtype, ONE)
 
 
-@pytest.mark.parametrize("chunks", [1, 4, 64, 256])
+@pytest.mark.parametrize("chunks", [4, 256])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-@pytest.mark.parametrize("shape", [(1, 507), (3, 507), (1, 1021), (3, 1021)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_error_budget(dtype, shape, bias, chunks):
-    tensors, labels, truth, reference = truth_and_reference(dtype, shape, bias)
+def test_error_budget(dtype, bias, chunks):
+    tensors, labels, truth, reference = truth_and_reference(dtype, bias)
     candidate = value_and_gradients(functools.partial(our_loss, chunks, labels), tensors, dtype, ONE)
     assert_within_budget(candidate, reference, truth)
     assert candidate["output"].dtype == torch.float32
@@ -53,7 +53,7 @@ def test_error_budget(dtype, shape, bias, chunks):
 
 
 def test_bf16_error_does_not_grow_with_the_number_of_chunks():
-    tensors, labels, truth, _ = truth_and_reference(torch.bfloat16, (3, 1021), True)
+    tensors, labels, truth, _ = truth_and_reference(torch.bfloat16, True)
     errors = {}
     for chunks in (1, 512):
         candidate = value_and_gradients(functools.partial(our_loss, chunks, labels), tensors, torch.bfloat16, ONE)

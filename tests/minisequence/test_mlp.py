@@ -26,38 +26,28 @@ assert_same = functools.partial(assert_equal_but_for_order, atol=1e-12)
 
 
 @functools.cache
-def truth_and_reference(dtype, shape, gate, bias):
-    tensors = make_tensors(dtype, shape, gate=gate, bias=bias)
+def truth_and_reference(dtype, gate, bias):
+    tensors = make_tensors(dtype, (3, 1021), gate=gate, bias=bias)
     grad_output = torch.randn_like(tensors["x"])
     truth = value_and_gradients(plain_mlp, tensors, torch.float64, grad_output)
     reference = value_and_gradients(plain_mlp, tensors, dtype, grad_output)
     return tensors, grad_output, truth, reference
 
 
-@pytest.mark.parametrize("chunks", [1, 4, 64, 256])
+@pytest.mark.parametrize("chunks", [4, 256])
 @pytest.mark.parametrize(
     ("gate", "bias"), [(True, True), (True, False), (False, True)], ids=["gate-bias", "gate", "bias"]
 )
-@pytest.mark.parametrize("shape", [(1, 507), (3, 1021)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_error_budget(dtype, shape, gate, bias, chunks):
-    tensors, grad_output, truth, reference = truth_and_reference(dtype, shape, gate, bias)
+def test_error_budget(dtype, gate, bias, chunks):
+    tensors, grad_output, truth, reference = truth_and_reference(dtype, gate, bias)
     candidate = value_and_gradients(functools.partial(our_mlp, chunks), tensors, dtype, grad_output)
     assert_within_budget(candidate, reference, truth)
     assert all(candidate[name].dtype == dtype for name in candidate)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("shape", [(3, 507), (1, 1021)], ids=str)
-def test_error_budget_at_the_other_batch_sizes(dtype, shape):
-    tensors, grad_output, truth, reference = truth_and_reference(dtype, shape, True, True)
-    for chunks in (1, 4, 64, 256):
-        candidate = value_and_gradients(functools.partial(our_mlp, chunks), tensors, dtype, grad_output)
-        assert_within_budget(candidate, reference, truth)
-
-
 def test_bf16_error_does_not_grow_with_the_number_of_chunks():
-    tensors, grad_output, truth, _ = truth_and_reference(torch.bfloat16, (3, 1021), True, True)
+    tensors, grad_output, truth, _ = truth_and_reference(torch.bfloat16, True, True)
     errors = {}
     for chunks in (1, 512):
         candidate = value_and_gradients(functools.partial(our_mlp, chunks), tensors, torch.bfloat16, grad_output)

@@ -40,25 +40,24 @@ def plain_stored_mlp(layout, tensors, activation=F.silu):
 
 
 @functools.cache
-def truth_and_reference(dtype, shape, name, gate, bias):
+def truth_and_reference(dtype, name, gate, bias):
     layout = LAYOUTS[name]
-    tensors = stored(make_tensors(dtype, shape, gate=gate, bias=bias), **layout)
+    tensors = stored(make_tensors(dtype, (3, 1021), gate=gate, bias=bias), **layout)
     grad_output = torch.randn_like(tensors["x"])
     plain = functools.partial(plain_stored_mlp, layout)
     truth = value_and_gradients(plain, tensors, torch.float64, grad_output)
     return tensors, grad_output, truth, value_and_gradients(plain, tensors, dtype, grad_output)
 
 
-@pytest.mark.parametrize("chunks", [1, 4, 64, 256])
+@pytest.mark.parametrize("chunks", [4, 256])
 @pytest.mark.parametrize(
     ("layout", "gate", "bias"),
     [("gate-in-up", True, False), ("transposed", False, True), ("gate-in-up-transposed", True, True)],
     ids=["phi3", "gpt2", "both-bias"],
 )
-@pytest.mark.parametrize("shape", [(1, 507), (3, 1021)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_error_budget(dtype, shape, layout, gate, bias, chunks):
-    tensors, grad_output, truth, reference = truth_and_reference(dtype, shape, layout, gate, bias)
+def test_error_budget(dtype, layout, gate, bias, chunks):
+    tensors, grad_output, truth, reference = truth_and_reference(dtype, layout, gate, bias)
     ours = functools.partial(our_mlp, chunks, **LAYOUTS[layout])
     candidate = value_and_gradients(ours, tensors, dtype, grad_output)
     assert_within_budget(candidate, reference, truth)

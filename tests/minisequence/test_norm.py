@@ -16,7 +16,6 @@ WIDTH, EPSILON = 64, 1e-5
 # The weight of Gemma's is counted from 1.
 NORMS = {"llama": (LlamaRMSNorm, 0.0), "gemma": (GemmaRMSNorm, 1.0)}
 DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")]
-SHAPES = [(1, 507), (3, 507), (1, 1021)]
 
 
 def formula(offset, tensors):
@@ -55,8 +54,8 @@ def case(kind, dtype, shape):
     return module, tensors, grad_output, truth, reference
 
 
-@pytest.mark.parametrize("chunks", [1, 4, 64])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("chunks", [1, 64])
+@pytest.mark.parametrize("shape", [(3, 507), (1, 1021)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", NORMS)
 def test_forward_is_the_models_own_and_gradients_are_within_the_budget(kind, dtype, shape, chunks):

@@ -318,7 +318,8 @@ def test_autocast_around_the_backward_alone_changes_nothing():
 
 
 @functools.cache
-def bf16_cases(shape, linear, trained):
+def bf16_cases(linear, trained):
+    shape = (3, 1021)
     module, x = PlainMlp(torch.bfloat16, linear), tokens(*shape, dtype=torch.bfloat16, hidden=128)
     exact = PlainMlp(torch.float64, linear)
     exact.load_state_dict(module.state_dict())
@@ -329,14 +330,13 @@ def bf16_cases(shape, linear, trained):
     return module, x, grad_output, truth, value_and_gradients(module, module, x, grad_output=grad_output)
 
 
-@pytest.mark.parametrize(("chunks", "recompute"), [(1, False), (4, False), (64, False), (256, False), (256, True)])
+@pytest.mark.parametrize(("chunks", "recompute"), [(4, False), (256, False), (256, True)])
 @pytest.mark.parametrize(
     ("linear", "trained"), [(nn.Linear, ""), (nn.Linear, "bias"), (Conv1D, "")], ids=["linear", "biases", "conv1d"]
 )
-@pytest.mark.parametrize("shape", [(1, 507), (3, 1021)], ids=str)
-def test_error_budget_in_bf16(shape, linear, trained, chunks, recompute):
+def test_error_budget_in_bf16(linear, trained, chunks, recompute):
     """Autograd would round each chunk's weight gradients; under recompute the parameters are still recognised."""
-    module, x, grad_output, truth, reference = bf16_cases(shape, linear, trained)
+    module, x, grad_output, truth, reference = bf16_cases(linear, trained)
     function = ours(module, chunks)
     run = functools.partial(checkpoint, function, use_reentrant=False) if recompute else function
     assert_within_budget(value_and_gradients(run, module, x, grad_output=grad_output), reference, truth)

@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 from adapted import ATTENTION, MLP, adapted
-from plain_model import assert_close, make_batch
+from plain_model import assert_close, gradients_of, make_batch
 from tiny import tiny_settings
 from tiny_models import tiny_model
 
@@ -41,7 +41,7 @@ def some_loss(hidden_states, start=0):
 
 def results(model, loss):
     loss.backward()
-    return {"loss": loss.detach(), **{name: parameter.grad for name, parameter in model.named_parameters()}}
+    return {"loss": loss.detach(), **gradients_of(model)}
 
 
 @functools.cache
@@ -82,9 +82,9 @@ def test_alone_on_shards(name):
         return loss.detach()
 
     actual = {"loss": torch.stack(run_simulated(run, 2)).sum()}
-    for named in zip(*(model.named_parameters() for model in copies), strict=True):
-        grads = [parameter.grad for _, parameter in named if parameter.grad is not None]
-        actual[named[0][0]] = sum(grads) if grads else None
+    of_ranks = [gradients_of(model) for model in copies]
+    for name_of_parameter in of_ranks[0] | of_ranks[1]:
+        actual[name_of_parameter] = sum(grads[name_of_parameter] for grads in of_ranks if name_of_parameter in grads)
     assert_close(actual, each_alone(name), TOLERANCE)
 
 

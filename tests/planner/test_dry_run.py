@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from tiers import slow_but_for
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     ArceeConfig,
@@ -29,8 +30,9 @@ from mst_ds.model_shape import load_config_of_shape
 from mst_ds.planner import make_plan
 from mst_ds.planner.mlp import TENSORS_OF_ACTIVATION
 
-# Seconds each. 60 held when the formulas were written.
-NUM_CASES = 24
+# Seconds each, some of them ten and more. 60 held when the formulas were written.
+NUM_CASES = 12
+QUICK_CASES = (3, 4, 7, 8)
 TOLERANCE = 0.02
 # Sizes at which nothing small, such as a position or a sum over tokens, is 1% of anything.
 FAMILIES = (LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, GemmaConfig)
@@ -82,7 +84,7 @@ def random_case(seed):
     return config, settings | mst
 
 
-@pytest.mark.parametrize("seed", range(NUM_CASES))
+@pytest.mark.parametrize("seed", slow_but_for(QUICK_CASES, range(NUM_CASES)))
 def test_formulas_give_the_peak_of_the_dry_run(seed):
     config, settings = random_case(seed)
     planned, measured = plan_and_peaks(config, **settings)
@@ -103,11 +105,13 @@ LLAMA_8B_CASES = (
     (131_072, 1, KEPT),
     (1_048_576, 8, KEPT),
 )
+QUICK_LLAMA_8B_CASES = ((16_384, 1, OFF), (16_384, 1, OFFLOADED_MLP), (131_072, 8, KEPT))
 
 
-@pytest.mark.parametrize(("seq_len", "sp_size", "mst"), LLAMA_8B_CASES)
-def test_formulas_give_each_phase_of_llama_8b(seq_len, sp_size, mst):
+@pytest.mark.parametrize("case", slow_but_for(QUICK_LLAMA_8B_CASES, LLAMA_8B_CASES), ids=str)
+def test_formulas_give_each_phase_of_llama_8b(case):
     """Of four of its layers, of which all are alike."""
+    seq_len, sp_size, mst = case
     config = load_config_of_shape("meta-llama/Llama-3.1-8B")
     config.num_hidden_layers = 4
     planned, measured = plan_and_peaks(config, seq_len=seq_len, sp_size=sp_size, **mst)
@@ -115,7 +119,7 @@ def test_formulas_give_each_phase_of_llama_8b(seq_len, sp_size, mst):
         assert planned[phase] == pytest.approx(count, rel=TOLERANCE), phase
 
 
-@pytest.mark.parametrize("seq_len", [2048, 2060])
+@pytest.mark.parametrize("seq_len", slow_but_for([2060], [2048, 2060]))
 @pytest.mark.parametrize("layer_type", ["sliding_attention", "full_attention"])
 @pytest.mark.parametrize("mst", [OFF, AGAIN])
 def test_the_largest_blocks_of_attention_give_the_peak_of_all(monkeypatch, seq_len, layer_type, mst):
@@ -161,10 +165,12 @@ WINDOW_CASES = (
     # A softcap has no kernel at all.
     (Gemma2Config, MIXED | GROUPED, {"seq_len": 16_384}),
 )
+QUICK_WINDOW_CASES = (WINDOW_CASES[1], WINDOW_CASES[6], WINDOW_CASES[-3])  # grouped heads on shards, a whole row, both
 
 
-@pytest.mark.parametrize(("family", "sizes", "settings"), WINDOW_CASES)
-def test_formulas_give_the_backward_of_layers_with_a_window(family, sizes, settings):
+@pytest.mark.parametrize("case", slow_but_for(QUICK_WINDOW_CASES, WINDOW_CASES))
+def test_formulas_give_the_backward_of_layers_with_a_window(case):
+    family, sizes, settings = case
     # MLPs are so small that attention makes the backward's peak, where they are not `WIDE`.
     config = family(**{**SIZES, "intermediate_size": 1024, **sizes})
     settings = ({} if settings.keys() & AGAIN.keys() else AGAIN) | settings
@@ -191,7 +197,7 @@ MLP_CASES = (
 )
 
 
-@pytest.mark.parametrize("mst", [OFF, AGAIN, KEPT_MLP], ids=["off", "again", "kept"])
+@pytest.mark.parametrize("mst", slow_but_for([AGAIN], [OFF, AGAIN, KEPT_MLP]))
 @pytest.mark.parametrize(("family", "changes"), MLP_CASES, ids=lambda value: getattr(value, "model_type", None))
 def test_formulas_give_mlps_of_any_activation(family, changes, mst):
     config = family(**NARROW | changes, vocab_size=16_000)

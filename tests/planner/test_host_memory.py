@@ -10,6 +10,8 @@ import psutil
 import pytest
 import torch
 from distributed import run_ranks
+from steps import build_engine
+from tiers import slow_but_for
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
@@ -67,11 +69,6 @@ def measure(rank: int, case: str) -> dict[str, tuple[int, int]]:
 def _steps(
     rank: int, sizes: dict[str, Any], stage: int, seq_len: int, zero: dict[str, Any], mst: dict[str, Any]
 ) -> dict[str, tuple[int, int]]:
-    import deepspeed
-
-    from mst_ds.jit_build import build_shared_memory_collective
-
-    build_shared_memory_collective()
     ds_config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_allow_untested_optimizer": True,
@@ -94,9 +91,7 @@ def _steps(
     model = LlamaForCausalLM._from_config(config) if at_stage_3 else LlamaForCausalLM(config)
     apply_plan(model.train(), plan)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=list(model.parameters()), optimizer=optimizer, config=ds_config
-    )
+    engine = build_engine(model, optimizer=optimizer, **ds_config)
     ids = torch.randint(2, config.vocab_size, (1, seq_len))
     batch = shard({"input_ids": ids, "labels": ids}, plan.topology)
     at_forwards_end = []
@@ -117,7 +112,7 @@ def _bytes(phase: Phase) -> int:
     return phase.device_bytes + phase.host_bytes
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but_for(["stage 3, activations too"], CASES))
 def test_a_process_grows_by_what_is_planned(case: str) -> None:
     for results in run_ranks(measure, 2, case, fresh=True):
         # Where activations stay on the device, the forward ends below its highest point.

@@ -1,7 +1,6 @@
 """The terms: each is what its formula says, and stands where and when it should."""
 
 import math
-import re
 
 import pytest
 import torch
@@ -26,13 +25,10 @@ from planned import (
 from transformers import AutoModelForCausalLM
 
 
-@pytest.mark.parametrize("stage", range(4))
-@pytest.mark.parametrize("recompute", [True, False])
-@pytest.mark.parametrize("sp_size", [1, 4])
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("model", [MODEL, EXPERTS, GEMMA2, GPT_NEOX], ids=lambda config: config.model_type)
-def test_every_formula_gives_its_bytes_and_terms_sum_to_the_phase(model, stage, recompute, sp_size, dtype):
-    plan = plan_of(stage, model=model, mst={"recompute": recompute}, sp_size=sp_size, dtype=dtype)
+def test_the_phases_of_a_plan_and_its_peak(model):
+    """What holds of the terms of any plan is in test_random_plans."""
+    plan = plan_of(3, model=model, sp_size=4)
     assert [phase.name for phase in plan.phases] == [
         "initialisation",
         "forward",
@@ -40,12 +36,7 @@ def test_every_formula_gives_its_bytes_and_terms_sum_to_the_phase(model, stage, 
         "backward",
         "optimizer_step",
     ]
-    for phase in plan.phases:
-        assert phase.terms
-        for term in phase.terms:
-            factors = [int(re.search(r" (\d+)$", factor)[1]) for factor in term.formula.split(" x ")]
-            assert math.prod(factors) == term.bytes > 0
-        assert phase.device_bytes == sum(term.bytes for term in phase.terms if term.place == "device")
+    assert all(phase.terms for phase in plan.phases)
     assert plan.peak_bytes == max(phase.device_bytes for phase in plan.phases) == plan.peak_phase.device_bytes
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from peft import LoraConfig, PeftConfig
 from planned import bytes_of, plan_of
+from tiers import slow_but_for
 from transformers import LlamaConfig
 
 from mst_ds.adapters import model_on_meta
@@ -87,18 +88,19 @@ def test_dropout_of_adapters_is_kept_with_its_mask() -> None:
     assert bytes_of(plan, "backward")["adapter_dropout"] == 4000 * 4 * HIDDEN * (2 + 1)
 
 
-@pytest.mark.parametrize(
-    ("targets", "mst", "tolerance"),
-    [
-        (ATTENTION, {"recompute": False, "keep_mlp": False}, 0.02),
-        (ATTENTION, {"recompute": False, "keep_mlp": True}, 0.02),
-        (ATTENTION, {"keep_attention": True, "keep_mlp": False}, 0.02),
-        (ATTENTION, {"keep_attention": True, "keep_mlp": True}, 0.02),
-        # An MLP with adapters is differentiated by autograd, chunk by chunk, for which no term is exact.
-        *(([*ATTENTION, *MLP], {"keep_attention": True, "mlp_chunks": chunks}, 0.05) for chunks in ("auto", 1, 2)),
-    ],
-)
-def test_the_plan_is_that_of_a_dry_run(targets: list[str], mst: dict[str, Any], tolerance: float) -> None:
+DRY_RUNS: list[tuple[list[str], dict[str, Any], float]] = [
+    (ATTENTION, {"recompute": False, "keep_mlp": False}, 0.02),
+    (ATTENTION, {"recompute": False, "keep_mlp": True}, 0.02),
+    (ATTENTION, {"keep_attention": True, "keep_mlp": False}, 0.02),
+    (ATTENTION, {"keep_attention": True, "keep_mlp": True}, 0.02),
+    # An MLP with adapters is differentiated by autograd, chunk by chunk, for which no term is exact.
+    *(([*ATTENTION, *MLP], {"keep_attention": True, "mlp_chunks": chunks}, 0.05) for chunks in ("auto", 1, 2)),
+]
+
+
+@pytest.mark.parametrize("case", slow_but_for([DRY_RUNS[3], DRY_RUNS[4]], DRY_RUNS))
+def test_the_plan_is_that_of_a_dry_run(case: tuple[list[str], dict[str, Any], float]) -> None:
+    targets, mst, tolerance = case
     config, adapters = load_config_of_shape("meta-llama/Llama-3.1-8B"), lora(targets)
     config.num_hidden_layers = 4
     ds_config = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}, "mst": {"attention": "sdpa"} | mst}

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_ranks
-from steps import alone, assert_close, build_engine, train, zero_block
+from plain_model import assert_close
+from steps import alone, build_engine, train, zero_block
 from tiny import tiny_llama
 
 from mst_ds import GIB, Plan, apply_plan, make_plan
@@ -59,7 +60,7 @@ def train_on_unequal_ranks(rank: int) -> tuple[int, Any]:
     model = apply_plan(tiny_llama(**DIMENSIONS), plan)
     engine = build_engine(model, zero_optimization=zero_block(3))
     batch = shard({"input_ids": tokens(), "labels": tokens()}, plan.topology)
-    outcome = train(engine, batch, STEPS)
+    outcome = train(engine, [batch], STEPS)
     engine.destroy()
     return plan.settings.loss_chunks, outcome
 

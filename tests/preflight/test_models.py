@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiers import slow_but_for
 
 from mst_ds.preflight import check_model
 
@@ -28,6 +29,7 @@ PROMISED = (
     "GPT-NeoX",
     "GPT-2",
 )
+QUICK = ("Llama 3.1", "Qwen 3 MoE")
 
 
 sys.path.insert(0, str(DOCS))
@@ -50,7 +52,7 @@ def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-@pytest.mark.parametrize("name", PROMISED)
+@pytest.mark.parametrize("name", slow_but_for(QUICK, PROMISED))
 def test_promised_architectures_are_exact(name: str) -> None:
     """At sp 1 and 2, with 1, 4 and 64 chunks."""
     row = survey(name)
@@ -73,7 +75,7 @@ def test_the_page_has_the_rows_of_the_table() -> None:
     assert [row[1][1:].split("]")[0] for row in rows] == [architecture.example for architecture in writer.ARCHITECTURES]
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", slow_but_for(QUICK, ARCHITECTURES))
 def test_the_page_says_what_the_code_does(name: str) -> None:
     row = survey(name)
     (said,) = (cells(line) for line in page() if line.startswith(f"| {name} |"))

@@ -59,6 +59,7 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.01)  # looks, not waits: it ends when the file is there
 
 
+@pytest.mark.slow
 def test_a_sweep_is_killed_and_goes_on(file: Path, tmp_path: Path) -> None:
     output_dir = tmp_path / "sweep"
     flags = ["--sweep", str(file), "--output_dir", str(output_dir)]
