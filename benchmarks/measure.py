@@ -14,8 +14,8 @@ from transformers import LlamaForCausalLM
 from benchmarks.contenders import Contender, Work, build_contender
 from benchmarks.flops import Counts, count_flops
 from benchmarks.sizes import Size
-from mst_ds.dry_run import host_left_out
-from mst_ds.live_memory import LiveMemory
+from mst_ds.memory.dry_run import host_left_out
+from mst_ds.memory.live import LiveMemory
 
 Part: TypeAlias = Literal["step", "layers"]
 PARTS: tuple[Part, ...] = ("step", "layers")

@@ -22,8 +22,8 @@ from transformers.models.llama import modeling_llama
 
 from benchmarks.contenders import CONTENDERS, Work, build_contender
 from benchmarks.sizes import SIZES
-from mst_ds.dry_run import as_on_an_accelerator, host_left_out
-from mst_ds.live_memory import LiveMemory
+from mst_ds.memory.dry_run import as_on_an_accelerator, host_left_out
+from mst_ds.memory.live import LiveMemory
 
 _COMPARED = ("recompute", "DeepSpeed ALST", "mst_ds, attention again", "mst_ds", "mst_ds, offload")
 _FEW, _MANY = 2, 4

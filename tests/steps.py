@@ -58,7 +58,7 @@ def build_engine(
     """A DeepSpeed engine; `config` adds to its configuration. Without an optimizer AdamW has all that is trainable."""
     import deepspeed
 
-    from mst_ds.jit_build import build_shared_memory_collective
+    from mst_ds.engine.jit_build import build_shared_memory_collective
 
     build_shared_memory_collective()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -87,7 +87,7 @@ def train(engine: Any, micro_batches: Sequence[Batch], steps: int) -> Outcome:
     """Take `steps` on this rank's shards; the gradients are those that the first step used, of what is trainable."""
     from deepspeed.utils import safe_get_full_grad
 
-    from mst_ds.loop import train_step
+    from mst_ds.training.loop import train_step
 
     gradients: dict[str, Tensor] = {}
     step = engine.step

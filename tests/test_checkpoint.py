@@ -35,10 +35,10 @@ from mst_ds.checkpoint import (
     universal_setting,
 )
 from mst_ds.checkpoint.checksums import checksum
+from mst_ds.checkpoint.export import export_checkpoint
 from mst_ds.checkpoint.random_states import seed_generators
 from mst_ds.checkpoint.state import checked, to_text
 from mst_ds.data.tokenizer import byte_tokenizer
-from mst_ds.export import export_checkpoint
 
 DATA = {"samples_seen": 7, "seed": 3}
 

@@ -198,7 +198,7 @@ class AllGathers(TorchDispatchMode):
 
 
 def gathers_per_step(rank: int) -> list[dict[str, int]]:
-    from mst_ds.loop import train_step
+    from mst_ds.training.loop import train_step
 
     topology = Topology(rank, 2, 2)
     counts = []
@@ -224,7 +224,7 @@ def test_all_gathers_do_not_grow_with_chunks() -> None:
 
 
 def evaluate_sharded(rank: int) -> float:
-    from mst_ds.loop import evaluate
+    from mst_ds.training.loop import evaluate
 
     topology = Topology(rank, 4, 2)
     engine = make_engine(topology, stage=3, dimensions={})
@@ -243,7 +243,7 @@ def test_evaluation_is_the_mean_over_all_tokens() -> None:
 
 
 def norms_by_stage(rank: int) -> list[float]:
-    from mst_ds.loop import train_step
+    from mst_ds.training.loop import train_step
 
     topology = Topology(rank, 2, 2)
     norms = []

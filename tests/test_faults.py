@@ -225,7 +225,7 @@ def test_a_model_that_cannot_be_written(
     def fail(*_: object, **__: object) -> None:
         raise OSError("no room")
 
-    monkeypatch.setattr("mst_ds.export.export_model", fail)
+    monkeypatch.setattr("mst_ds.checkpoint.export.export_model", fail)
     if not has_checkpoint:
         shutil.rmtree(output_dir / "checkpoints")
     run: Any = SimpleNamespace(data=SimpleNamespace(tokenizer=None), config=SimpleNamespace(model="small_llama"))

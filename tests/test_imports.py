@@ -11,27 +11,26 @@ PACKAGE = Path(__file__).parents[1] / "mst_ds"
 
 # From the bottom up. Modules of one line may import each other; each may import any line above this one.
 LAYERS = [
-    {"command", "config", "dataset_files", "dtypes", "flags", "geometry", "host_memory", "live_memory", "read_file"},
-    {"gpus", "shipped", "whole_file"},
-    {"settings"},
+    {"command", "dtypes", "flags", "geometry", "read_file", "whole_file"},
+    {"adapters", "kept_in_fp32", "recompute", "shipped"},
+    {"config"},
+    {"dataset_files", "gpus", "model_shape", "objectives", "settings", "topology"},
     {"zero_checks"},
     {"owners"},
-    {"zero", "model_shape", "topology", "adapters", "recompute", "kept_in_fp32"},
-    {"planner", "minisequence", "router_loss", "ulysses", "metrics", "data"},
+    {"zero"},
+    {"planner", "minisequence", "ulysses", "metrics", "data"},
     {"structure", "model_folder"},
-    {"patching", "trained", "objectives"},
-    {"preflight"},
-    {"checkpoint", "interruption", "jit_build", "dry_run", "out_of_memory", "phase_memory", "scaling", "watchdog"},
-    {"export", "failure"},
-    {"engine"},
-    {"loop", "saver"},
+    {"patching", "checkpoint"},
+    {"preflight", "memory", "scaling"},
+    {"engine", "resilience"},
+    {"training"},
     {"commands"},
 ]
 # These are read before a process group or an accelerator exists, also on a laptop without either.
 PURE = {"command", "config", "dataset_files", "flags", "geometry", "gpus", "owners", "read_file", "zero_checks"}
 PURE |= {"settings", "shipped", "zero", "model_shape", "topology", "planner"}
 # Within a layer these have nothing to do with each other.
-APART = {"planner", "minisequence", "router_loss", "ulysses", "metrics", "data"}
+APART = {"planner", "minisequence", "ulysses", "metrics", "data"}
 
 
 def modules():

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mst_ds import host_memory
+from mst_ds.memory import host as host_memory
 
 NODE = psutil.virtual_memory().total
 GROUP = "/slurm/job_7/step_0"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mst_ds.live_memory import LiveMemory
+from mst_ds.memory.live import LiveMemory
 
 KIB = 1024
 

@@ -14,11 +14,12 @@ from test_checkpoint import make_engine
 from tiers import slow_but_for
 from tiny import tiny_llama
 
-from mst_ds import GIB, loop, make_plan
+from mst_ds import GIB, make_plan
 from mst_ds.config import NonFinite
-from mst_ds.loop import StepResult, _is_skipped
+from mst_ds.memory.phases import PhaseMeter
 from mst_ds.objectives import CROSS_ENTROPY
-from mst_ds.phase_memory import PhaseMeter
+from mst_ds.training import loop
+from mst_ds.training.loop import StepResult, _is_skipped
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from mst_ds import GIB, Plan, loop, make_plan
-from mst_ds.out_of_memory import OutOfMemoryError, during, explanation
+from mst_ds import GIB, Plan, make_plan
+from mst_ds.memory.out_of_memory import OutOfMemoryError, during, explanation
+from mst_ds.training import loop
 
 CPU_MESSAGE = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mst_ds import GIB, make_plan
-from mst_ds.phase_memory import PhaseMemory, PhaseMeter, _standing_bytes, compare, planned_bytes
+from mst_ds.memory.phases import PhaseMemory, PhaseMeter, _standing_bytes, compare, planned_bytes
 from mst_ds.planner import MemoryTerm, Phase
 
 CPU = torch.device("cpu")

@@ -25,7 +25,7 @@ from trainings import Training
 from mst_ds.checkpoint import Identity, newest_checkpoint
 from mst_ds.config import parse_train_config
 from mst_ds.engine import Launch, prepare
-from mst_ds.interruption import EXIT_CODE
+from mst_ds.resilience.interruption import EXIT_CODE
 
 FLAGS = ("--max_steps", "12", "--seq_len", "256", "--preflight", "false", "--save_steps", "3")
 LIMIT = 240

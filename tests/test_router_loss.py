@@ -9,7 +9,7 @@ from tiny_models import ARCHITECTURES, build, tiny_model
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from mst_ds import apply_settings
-from mst_ds.router_loss import router_loss
+from mst_ds.minisequence.router_loss import router_loss
 from mst_ds.ulysses import run_simulated
 
 MIXTURES = ["mixtral", "qwen3-moe", "olmoe", "gpt-oss"]

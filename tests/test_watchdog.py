@@ -10,8 +10,8 @@ import pytest
 import torch.distributed as dist
 from processes import free_port
 
-from mst_ds import watchdog
-from mst_ds.watchdog import Watchdog
+from mst_ds.resilience import watchdog
+from mst_ds.resilience.watchdog import Watchdog
 
 
 def rank_of_two(rank: int, port: str, ends_early: bool) -> None:

@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
                 f"{folder} is in the checkpoint, which would be damaged by it; allowed: a folder elsewhere"
             )
         # From here on imports take seconds.
-        from mst_ds.export import export_checkpoint
+        from mst_ds.checkpoint.export import export_checkpoint
 
         export_checkpoint(checkpoint, folder)
     except REQUEST_ERRORS as error:

@@ -137,7 +137,7 @@ def _trace(options: argparse.Namespace, plan: Plan) -> dict[str, dict[str, int]]
     # What the libraries have to say must not mix with the result.
     with contextlib.redirect_stdout(sys.stderr):
         from mst_ds.adapters import load_peft_config
-        from mst_ds.dry_run import dry_run, planned_activations
+        from mst_ds.memory.dry_run import dry_run, planned_activations
 
         peft_config = load_peft_config(options.peft_config) if options.peft_config is not None else None
         planned, measured = planned_activations(plan), dry_run(load_config_of_shape(options.model), plan, peft_config)
@@ -177,7 +177,7 @@ def _request(options: argparse.Namespace, *, num_nodes: int, sp_size: int | None
 def _adapted_shape(model: str, path: str) -> ModelShape:
     """The model's shape with adapters in it, which takes the seconds that torch, transformers and peft take to load."""
     from mst_ds.adapters import load_peft_config, model_on_meta
-    from mst_ds.trained import trained_shape
+    from mst_ds.structure.trained import trained_shape
 
     peft_config = load_peft_config(path)
     return trained_shape(load_model_shape(model), model_on_meta(load_config_of_shape(model), peft_config)[0])

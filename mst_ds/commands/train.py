@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from filelock import FileLock
 
     from mst_ds.engine import Run
-    from mst_ds.interruption import Interruption
     from mst_ds.metrics import MetricsWriter
+    from mst_ds.resilience.interruption import Interruption
 
 # What libraries say to each other of names that will change: every rank would say it, at each of its calls.
 _OF_LIBRARIES = (
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
     except REQUEST_ERRORS as error:
         _say_once(error)
         return EXIT_REFUSED
-    from mst_ds.failure import explain
+    from mst_ds.resilience.failure import explain
 
     try:
         return _train(run, folder)
@@ -98,8 +98,8 @@ def _train(run: Run, folder: Path) -> int:
     import torch.distributed as dist
 
     from mst_ds.engine import meet
-    from mst_ds.interruption import EXIT_CODE, Interruption
-    from mst_ds.watchdog import Watchdog
+    from mst_ds.resilience.interruption import EXIT_CODE, Interruption
+    from mst_ds.resilience.watchdog import Watchdog
 
     run_on_without_output()
     run = meet(run)
@@ -116,10 +116,10 @@ def _take_steps(run: Run, folder: Path, interruption: Interruption) -> bool:
     """Returns whether the last step was reached; then the model is written, too."""
     from mst_ds.data import describe, eval_batches
     from mst_ds.engine import build_engine, checkpoints_folder, training_batches
-    from mst_ds.loop import train
     from mst_ds.metrics import device_name
     from mst_ds.planner import plan_table
-    from mst_ds.saver import Saver
+    from mst_ds.training.loop import train
+    from mst_ds.training.saver import Saver
 
     config, plan, data = run.config, run.plan, run.data
     is_first = run.launch.rank == 0
@@ -168,8 +168,8 @@ def _take_steps(run: Run, folder: Path, interruption: Interruption) -> bool:
 def _write_model(run: Run, engine: DeepSpeedEngine, folder: Path) -> None:
     """Raises OSError, with where the run's work is, for a model that could not be written."""
     from mst_ds.checkpoint import newest_checkpoint
+    from mst_ds.checkpoint.export import export_model
     from mst_ds.engine import checkpoints_folder
-    from mst_ds.export import export_model
 
     try:
         export_model(engine, run.data.tokenizer, folder / "model", source=run.config.model)

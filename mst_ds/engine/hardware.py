@@ -6,7 +6,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from mst_ds.engine.launch import Launch
-from mst_ds.host_memory import host_memory
+from mst_ds.memory.host import host_memory
 from mst_ds.planner import Gpu, gpu_of_device
 
 

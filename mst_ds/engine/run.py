@@ -27,8 +27,8 @@ from mst_ds.patching import find_parts
 from mst_ds.planner import DEFAULT_RESERVE, Plan, make_plan
 from mst_ds.preflight import require_exact
 from mst_ds.structure import position_table, why_own_attention
+from mst_ds.structure.trained import trained_shape
 from mst_ds.topology import choose_sp_size
-from mst_ds.trained import trained_shape
 from mst_ds.zero import DsConfig, has_block, kept_blocks, load_ds_config, resolve, split_mst
 
 if TYPE_CHECKING:

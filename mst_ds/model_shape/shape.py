@@ -60,7 +60,7 @@ class ModelShape(Dimensions):
         rotary_positions: up to which its RoPE is meant, None where it has none or one that follows the length.
         head_parameter_count: 0 where the head's weight is the embedding's (tie_word_embeddings).
         active_parameter_count: what one token meets: all but the experts that it is not routed to.
-        trained: of these parameters those that are trained: all, where `mst_ds.trained` has not counted.
+        trained: of these parameters those that are trained: all, where `mst_ds.structure.trained` has not counted.
         counts_are_exact: False for a family whose layers are counted as if they were Llama's or Mixtral's.
     """
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from mst_ds.config import IGNORE_INDEX
+from mst_ds.minisequence.router_loss import router_loss
 from mst_ds.patching.decoder import check_known, named_arguments, padding_mask, uses_cache
 from mst_ds.patching.guards import CHANGED
 from mst_ds.patching.logits import LogitsLeftOutByThePlan, compute_logits, take_logits_wanted, warn_of_logits
 from mst_ds.patching.patched import PatchedModel, own_attention
-from mst_ds.router_loss import router_loss
 
 
 def causal_lm_forward(original: Callable[..., Any], patched: PatchedModel, *args: Any, **kwargs: Any) -> Any:

@@ -51,7 +51,7 @@ def make_plan(
 
     Args:
         model_config: a Hugging Face config, or a name or folder as `load_model_shape` takes it; or a shape, such as
-            `mst_ds.trained.trained_shape` gives for a model with adapters.
+            `mst_ds.structure.trained.trained_shape` gives for a model with adapters.
         ds_config: a DeepSpeed JSON, or a mapping of the same content, with or without its "mst" block.
         world_size: ranks of the run.
         seq_len: S, tokens of a whole sequence.

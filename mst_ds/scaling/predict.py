@@ -72,7 +72,7 @@ def _shape(model: str, peft_config: str | None) -> ModelShape:
     # torch, transformers and peft, which take seconds to load.
     from mst_ds.adapters import load_peft_config, model_on_meta
     from mst_ds.model_shape import load_config_of_shape
-    from mst_ds.trained import trained_shape
+    from mst_ds.structure.trained import trained_shape
 
     on_meta, _ = model_on_meta(load_config_of_shape(model), load_peft_config(peft_config))
     return trained_shape(load_model_shape(model), on_meta)

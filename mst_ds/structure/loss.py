@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mst_ds.config import IGNORE_INDEX
-from mst_ds.router_loss import router_loss
+from mst_ds.minisequence.router_loss import router_loss
 from mst_ds.structure import probe
 from mst_ds.structure.mlps import is_tokenwise
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RouterLoss:
-    """What a mixture of experts adds to its loss: coefficient times `mst_ds.router_loss`."""
+    """What a mixture of experts adds to its loss: coefficient times `mst_ds.minisequence.router_loss`."""
 
     coefficient: float
     top_k: int

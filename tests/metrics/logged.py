@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mst_ds.memory.phases import PhaseMemory
 from mst_ds.metrics import MetricsWriter
-from mst_ds.phase_memory import PhaseMemory
 
 MEMORY = [PhaseMemory("forward", 2 * 2**30, 2**30), PhaseMemory("backward", 4 * 2**30, 5 * 2**30)]
 BY_PHASE = {

@@ -10,7 +10,7 @@ from logged import MEMORY, STEP, quiet, shown, writer
 from rich.console import Console
 
 from mst_ds.config import GIB
-from mst_ds.phase_memory import PhaseMemory
+from mst_ds.memory.phases import PhaseMemory
 
 
 def test_without_a_terminal_a_line_comes_every_ten_seconds_of_steps(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from error_budget import (
 )
 from torch.utils.checkpoint import checkpoint
 
-from mst_ds.live_memory import LiveMemory
+from mst_ds.memory.live import LiveMemory
 from mst_ds.minisequence import chunked_experts
 
 EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 6, 2, 64, 96

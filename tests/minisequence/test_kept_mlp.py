@@ -10,7 +10,7 @@ from error_budget import gradients, leaves, value_and_gradients
 from plain_mlp import HIDDEN, INTERMEDIATE, make_tensors, our_mlp, stored
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mst_ds.live_memory import LiveMemory
+from mst_ds.memory.live import LiveMemory
 from mst_ds.minisequence import KeptProjections
 from mst_ds.recompute import KeptOnDevice
 

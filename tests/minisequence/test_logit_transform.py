@@ -14,7 +14,7 @@ from error_budget import (
 from plain_loss import ONE, make_labels, make_tensors, plain_loss
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mst_ds.live_memory import LiveMemory
+from mst_ds.memory.live import LiveMemory
 from mst_ds.minisequence import chunked_loss, chunked_loss_of_head
 
 MIB = 2**20

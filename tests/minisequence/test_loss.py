@@ -18,7 +18,7 @@ from error_budget import (
 from plain_loss import HIDDEN, ONE, VOCAB, make_labels, make_tensors, plain_loss
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mst_ds.live_memory import LiveMemory
+from mst_ds.memory.live import LiveMemory
 from mst_ds.minisequence import chunked_loss
 
 MIB = 2**20

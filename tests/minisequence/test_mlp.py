@@ -17,7 +17,7 @@ from error_budget import (
 from plain_mlp import HIDDEN, INTERMEDIATE, make_tensors, our_mlp, plain_mlp
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mst_ds.live_memory import LiveMemory
+from mst_ds.memory.live import LiveMemory
 
 MIB = 2**20
 

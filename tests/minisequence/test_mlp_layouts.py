@@ -9,7 +9,7 @@ from count_products import CountProducts
 from error_budget import assert_equal_but_for_order, assert_within_budget, gradients, leaves, value_and_gradients
 from plain_mlp import HIDDEN, INTERMEDIATE, make_tensors, our_mlp, plain_mlp, stored
 
-from mst_ds.live_memory import LiveMemory
+from mst_ds.memory.live import LiveMemory
 
 assert_same = functools.partial(assert_equal_but_for_order, atol=1e-12)
 

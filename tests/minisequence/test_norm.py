@@ -9,7 +9,7 @@ from torch.func import functional_call
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from mst_ds.live_memory import LiveMemory
+from mst_ds.memory.live import LiveMemory
 from mst_ds.minisequence.norm import chunked_rms_norm
 
 WIDTH, EPSILON = 64, 1e-5

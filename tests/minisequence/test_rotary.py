@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 
-from mst_ds.live_memory import LiveMemory
+from mst_ds.memory.live import LiveMemory
 from mst_ds.minisequence import chunks, rotary, rotary_embedding
 
 BATCH, HEADS, DIM = 2, 3, 16

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from mst_ds.geometry import chunk_slices
-from mst_ds.live_memory import LiveMemory
+from mst_ds.memory.live import LiveMemory
 from mst_ds.minisequence import chunked_tokenwise
 
 HIDDEN, INTERMEDIATE = 16, 40

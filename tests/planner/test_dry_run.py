@@ -22,9 +22,9 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 
-import mst_ds.dry_run
-from mst_ds.dry_run import as_on_an_accelerator, dry_run, planned_activations
-from mst_ds.live_memory import LiveMemory
+import mst_ds.memory.dry_run
+from mst_ds.memory.dry_run import as_on_an_accelerator, dry_run, planned_activations
+from mst_ds.memory.live import LiveMemory
 from mst_ds.minisequence import chunked_mlp
 from mst_ds.model_shape import load_config_of_shape
 from mst_ds.planner import make_plan
@@ -136,7 +136,7 @@ def test_the_largest_blocks_of_attention_give_the_peak_of_all(monkeypatch, seq_l
         layer_types=[layer_type],
     )
     of_largest = plan_and_peaks(config, seq_len=seq_len, **mst)[1]
-    monkeypatch.setattr(mst_ds.dry_run, "only_the_largest_blocks", nullcontext)
+    monkeypatch.setattr(mst_ds.memory.dry_run, "only_the_largest_blocks", nullcontext)
     assert of_largest == plan_and_peaks(config, seq_len=seq_len, **mst)[1]
 
 

@@ -17,8 +17,8 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from mst_ds import apply_plan, make_plan
 from mst_ds.data import shard
-from mst_ds.loop import train_step
 from mst_ds.planner import Phase
+from mst_ds.training.loop import train_step
 
 SMALL: dict[str, Any] = {
     "hidden_size": 64,

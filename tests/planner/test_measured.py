@@ -9,7 +9,7 @@ from tiers import slow_but_for
 
 from mst_ds import apply_plan, make_plan
 from mst_ds.config import GIB
-from mst_ds.live_memory import LiveMemory
+from mst_ds.memory.live import LiveMemory
 from mst_ds.recompute import stores
 
 TOKENS, CHUNKS, VOCAB = 1024, 8, 64

@@ -15,9 +15,9 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from mst_ds import apply_plan, make_plan
 from mst_ds.data import shard
 from mst_ds.geometry import ELEMENTS_THAT_KEEP_BUSY
-from mst_ds.live_memory import LiveMemory
-from mst_ds.loop import train_step
+from mst_ds.memory.live import LiveMemory
 from mst_ds.minisequence import chunks
+from mst_ds.training.loop import train_step
 
 VOCAB, SEQ_LEN = 2000, 4096
 MODEL: dict[str, Any] = {

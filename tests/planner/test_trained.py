@@ -11,10 +11,10 @@ from tiers import slow_but_for
 from transformers import LlamaConfig
 
 from mst_ds.adapters import model_on_meta
-from mst_ds.dry_run import dry_run, planned_activations
+from mst_ds.memory.dry_run import dry_run, planned_activations
 from mst_ds.model_shape import ModelShape, TrainedCounts, load_config_of_shape
 from mst_ds.planner import make_plan
-from mst_ds.trained import trained_shape
+from mst_ds.structure.trained import trained_shape
 
 HIDDEN, INTERMEDIATE, VOCAB, LAYERS, RANK = 64, 192, 1000, 3, 4
 CONFIG = LlamaConfig(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import dropout, scaled_dot_product_attention
 
-from mst_ds.live_memory import LiveMemory
+from mst_ds.memory.live import LiveMemory
 from mst_ds.recompute import KeptGraph, KeptOnDevice
 
 SHAPE = (2, 4, 64, 16)

@@ -26,7 +26,7 @@ NO_RECOMPUTE = {"recompute": False}
 
 
 def patched(model, **settings):
-    return apply_settings(copy.deepcopy(model), tiny_settings(seq_len=LENGTH, **settings))
+    return apply_settings(copy.deepcopy(model), tiny_settings(**settings))
 
 
 @functools.cache

@@ -8,8 +8,8 @@ import torch
 from tiny import tiny_llama
 
 from benchmarks.contenders import Work, build_contender
-from mst_ds.dry_run import host_left_out
-from mst_ds.live_memory import LiveMemory
+from mst_ds.memory.dry_run import host_left_out
+from mst_ds.memory.live import LiveMemory
 
 WORK = Work(seq_len=256, mlp_chunks=4, loss_chunks=4)
 HIDDEN, INTERMEDIATE = 64, 224

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from mst_ds.dry_run import host_left_out
-from mst_ds.live_memory import LiveMemory
+from mst_ds.memory.dry_run import host_left_out
+from mst_ds.memory.live import LiveMemory
 from mst_ds.recompute import DeviceStore, HostStore, KeptOnDevice
 
 SIZE = 64 * 1024  # bytes of `kept_tensor`

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from mst_ds.config import GIB
-from mst_ds.failure import explain
-from mst_ds.out_of_memory import OutOfMemoryError, explanation
+from mst_ds.memory.out_of_memory import OutOfMemoryError, explanation
 from mst_ds.planner import make_plan
+from mst_ds.resilience.failure import explain
 from mst_ds.scaling.outcome import Outcome, judge, read_environment, read_metrics
 from mst_ds.scaling.result import DONE, FAILED, OUT_OF_MEMORY, REFUSED, TIMED_OUT
 

@@ -19,7 +19,7 @@ from processes import assert_ended
 from test_readme import ROOT, run
 
 from mst_ds.commands import scale
-from mst_ds.interruption import EXIT_CODE
+from mst_ds.resilience.interruption import EXIT_CODE
 from mst_ds.scaling import launcher_here, read_results, read_sweep, run_point
 from mst_ds.scaling.launchers import DeepSpeedLauncher, Interrupted, SrunLauncher, launch
 from mst_ds.scaling.result import DONE, FAILED, REFUSED, TIMED_OUT

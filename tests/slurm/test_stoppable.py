@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_readme import ROOT
 
-from mst_ds.interruption import EXIT_CODE
+from mst_ds.resilience.interruption import EXIT_CODE
 
 # Says that it is ready, and ends with 75 when a signal comes, which it tells.
 STOPS = f"""

@@ -13,7 +13,7 @@ from tiny import samples, tiny_llama, tiny_settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mst_ds.data import IGNORE_INDEX, Batch, shard, shift_labels
-from mst_ds.live_memory import LiveMemory
+from mst_ds.memory.live import LiveMemory
 from mst_ds.patching import apply_settings
 from mst_ds.topology import Topology
 

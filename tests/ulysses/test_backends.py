@@ -16,7 +16,7 @@ from distributed import run_ranks
 from torch import Tensor, nn
 
 from mst_ds.geometry import HeadLayout
-from mst_ds.live_memory import LiveMemory
+from mst_ds.memory.live import LiveMemory
 from mst_ds.ulysses import SequenceGroup, UlyssesContext, new_sequence_group, run_simulated, ulysses_attention
 from mst_ds.ulysses.backends import causal_backend
 from mst_ds.ulysses.documents import DocumentAttention

@@ -9,7 +9,7 @@ import torch
 from dense_attention import dense_attention, heads
 
 from mst_ds.geometry import HeadLayout
-from mst_ds.live_memory import LiveMemory
+from mst_ds.memory.live import LiveMemory
 from mst_ds.recompute import HostStore, LayerRecompute
 from mst_ds.ulysses import run_simulated
 from mst_ds.ulysses.backends import causal_backend

@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-from mst_ds.out_of_memory import OutOfMemoryError, explanation
+from mst_ds.memory.out_of_memory import OutOfMemoryError, explanation
 from mst_ds.planner import Plan
 
 # Ranks begin to wait at different times, and so do not give up together.

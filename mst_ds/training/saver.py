@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mst_ds.checkpoint import save_checkpoint
 from mst_ds.data import ShardedLoader
 from mst_ds.engine import Run
-from mst_ds.interruption import Interruption, any_rank
+from mst_ds.resilience.interruption import Interruption, any_rank
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

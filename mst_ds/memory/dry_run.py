@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from mst_ds.adapters import model_on_meta
 from mst_ds.dtypes import DTYPES
 from mst_ds.geometry import ELEMENTS_THAT_KEEP_BUSY
-from mst_ds.live_memory import LiveMemory
+from mst_ds.memory.live import LiveMemory
 from mst_ds.minisequence import chunks
 from mst_ds.patching import apply_plan, decoder, find_parts
 from mst_ds.planner import Plan, activation_bytes

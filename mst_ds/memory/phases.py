@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mst_ds.config import GIB
-from mst_ds.live_memory import LiveMemory
+from mst_ds.memory.live import LiveMemory
 from mst_ds.planner import Phase, Plan
 
 # An excess above the plan divided by this is worth a warning.

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from mst_ds.config import NonFinite
 from mst_ds.data import Batch
+from mst_ds.memory.out_of_memory import during
+from mst_ds.memory.phases import PhaseMeter, compare
 from mst_ds.metrics import MetricsWriter, peak_memory_bytes
 from mst_ds.objectives import CROSS_ENTROPY, Objective
-from mst_ds.out_of_memory import during
-from mst_ds.phase_memory import PhaseMeter, compare
 from mst_ds.planner import Plan
 
 if TYPE_CHECKING:
