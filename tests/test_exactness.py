@@ -37,6 +37,7 @@ def make_engine(
     reduce_scatter: bool = True,
     dimensions: dict[str, Any],
     keep_gathered: bool = True,
+    gradient_accumulation_steps: int = 1,
     **settings: Any,
 ) -> Any:
     model = apply_settings(tiny_llama(**dimensions), tiny_settings(topology.sp_size, **settings), zero_stage=stage)
@@ -44,8 +45,7 @@ def make_engine(
     # Else a parameter is gathered for the module that runs, and dropped after it, as in a model that fills its memory.
     if keep_gathered:
         zero = {name: value for name, value in zero.items() if name not in DROPS_GATHERED}
-    accumulation = settings.get("gradient_accumulation_steps", 1)
-    return build_engine(model, gradient_accumulation_steps=accumulation, zero_optimization=zero)
+    return build_engine(model, gradient_accumulation_steps=gradient_accumulation_steps, zero_optimization=zero)
 
 
 def train_sharded(
