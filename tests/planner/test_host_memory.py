@@ -112,7 +112,7 @@ def _bytes(phase: Phase) -> int:
     return phase.device_bytes + phase.host_bytes
 
 
-@pytest.mark.parametrize("case", slow_but_for(["stage 3, activations too"], CASES))
+@pytest.mark.parametrize("case", slow_but_for(["stage 3, parameters too"], CASES))
 def test_a_process_grows_by_what_is_planned(case: str) -> None:
     for results in run_ranks(measure, 2, case, fresh=True):
         # Where activations stay on the device, the forward ends below its highest point.

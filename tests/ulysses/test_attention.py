@@ -52,7 +52,7 @@ def one_document_a_row(rank: int, world_size: int, recompute: bool) -> tuple[flo
     return sharded_gradients(topology, shard(data, topology), valid(data["labels"]), recompute=recompute)
 
 
-@pytest.mark.parametrize(("sp_size", "recompute"), [(2, True), (3, False)])
+@pytest.mark.parametrize(("sp_size", "recompute"), [(2, True), pytest.param(3, False, marks=pytest.mark.slow)])
 def test_gradients_in_fp64(sp_size: int, recompute: bool) -> None:
     data = samples(3, SEQ_LEN)
     model = tiny_llama().double()
