@@ -28,6 +28,11 @@ _PREFIX = "step-"
 _ALLOWED = "allowed: an earlier checkpoint, which --resume auto takes where this one is removed"
 
 
+def checkpoints_folder(output_dir: str | os.PathLike[str]) -> Path:
+    """Where a run with this output folder keeps its checkpoints."""
+    return Path(output_dir).expanduser() / "checkpoints"
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A complete one.

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mst_ds.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
+from mst_ds.checkpoint import Checkpoint, checkpoints_folder, newest_checkpoint, read_checkpoint
 from mst_ds.command import REQUEST_ERRORS, refuse, run_command
 from mst_ds.flags import OneLineParser
 from mst_ds.read_file import expanded
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _find(source: Path) -> Checkpoint:
-    checkpoint = newest_checkpoint(source / "checkpoints")
+    checkpoint = newest_checkpoint(checkpoints_folder(source))
     return read_checkpoint(source) if checkpoint is None else checkpoint
 
 

@@ -114,8 +114,9 @@ def _train(run: Run, folder: Path) -> int:
 
 def _take_steps(run: Run, folder: Path, interruption: Interruption) -> bool:
     """Returns whether the last step was reached; then the model is written, too."""
+    from mst_ds.checkpoint import checkpoints_folder
     from mst_ds.data import describe, eval_batches
-    from mst_ds.engine import build_engine, checkpoints_folder, training_batches
+    from mst_ds.engine import build_engine, training_batches
     from mst_ds.metrics import device_name
     from mst_ds.planner import plan_table
     from mst_ds.training.loop import train
@@ -167,9 +168,8 @@ def _take_steps(run: Run, folder: Path, interruption: Interruption) -> bool:
 
 def _write_model(run: Run, engine: DeepSpeedEngine, folder: Path) -> None:
     """Raises OSError, with where the run's work is, for a model that could not be written."""
-    from mst_ds.checkpoint import newest_checkpoint
+    from mst_ds.checkpoint import checkpoints_folder, newest_checkpoint
     from mst_ds.checkpoint.export import export_model
-    from mst_ds.engine import checkpoints_folder
 
     try:
         export_model(engine, run.data.tokenizer, folder / "model", source=run.config.model)

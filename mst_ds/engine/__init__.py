@@ -3,14 +3,13 @@
 from mst_ds.engine.build import build_engine
 from mst_ds.engine.launch import Launch
 from mst_ds.engine.meeting import RanksDisagreeError, meet
-from mst_ds.engine.run import Run, checkpoints_folder, prepare, training_batches
+from mst_ds.engine.run import Run, prepare, training_batches
 
 __all__ = [
     "Launch",
     "RanksDisagreeError",
     "Run",
     "build_engine",
-    "checkpoints_folder",
     "meet",
     "prepare",
     "training_batches",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from mst_ds.adapters import load_peft_config, model_on_meta
-from mst_ds.checkpoint import Checkpoint, Identity, newest_checkpoint, read_checkpoint
+from mst_ds.checkpoint import Checkpoint, Identity, checkpoints_folder, newest_checkpoint, read_checkpoint
 from mst_ds.config import AUTO, TrainConfig
 from mst_ds.data import ShardedLoader, TrainingData, load_training_data
 from mst_ds.dtypes import DTYPES
@@ -261,11 +260,6 @@ def _require_unfinished(config: TrainConfig) -> None:
                 f"output_dir has the {name} of a run that is done, which this run would overwrite, and no checkpoint "
                 "to go on from; allowed: another output_dir, or an empty one"
             )
-
-
-def checkpoints_folder(output_dir: str | os.PathLike[str]) -> Path:
-    """Where a run with this output folder keeps its checkpoints."""
-    return Path(output_dir).expanduser() / "checkpoints"
 
 
 def training_batches(run: Run) -> ShardedLoader:
