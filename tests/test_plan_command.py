@@ -42,7 +42,7 @@ def refuse(capsys, *flags):
 def test_a_known_model_is_planned_without_torch_and_transformers():
     done = run(*LLAMA_8B, "--num_nodes", "64", "--host_memory_gib", "1900", "--seq_len", "1M")
     assert (done.returncode, done.stderr) == (0, "[]\n")
-    assert "rank 0 of 512: sp 8, dp 64, 131072 of 1048576 tokens" in done.stdout
+    assert "rank 0 of 512, dp 64: 131072 of 1048576 tokens" in done.stdout
     assert "fits in" in done.stdout
 
 

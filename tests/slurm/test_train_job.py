@@ -90,7 +90,8 @@ def test_two_nodes_train_one_model(runs: Runs, local: Path) -> None:
     assert job.end() == "COMPLETED", job.output()
     for rank in range(2):
         assert f"rank {rank} of 2 on n{rank + 1}\n" in runs.rank_log(rank)
-    assert "rank 0 of 2: sp 2, dp 1" in runs.rank_log(0)
+    assert "rank 0 of 2, dp 1: " in runs.rank_log(0)
+    assert "sp_size 2" in runs.rank_log(0)
     assert_same_run(runs.output_dir, local)
 
 
