@@ -109,7 +109,10 @@ def _parquet_columns(file: Path) -> list[str]:
 def _text(file: str, number: int, row: Mapping[str, Any], column: str) -> str | None:
     text = row.get(column)
     if not isinstance(text, str | None):
-        fix = CHAT_AS_TEXT if isinstance(text, list | dict) else "quotation marks around it"
+        of_text = [name for name, value in row.items() if isinstance(value, str)]
+        fix = f"--text_column {of_text[0]}" if of_text else "quotation marks around it"
+        if isinstance(text, list | dict):
+            fix = CHAT_AS_TEXT
         raise ValueError(
             f"line {number} of {file!r} has a {type(text).__name__} in {column!r}, {json.dumps(text)[:60]}; "
             f"allowed: a column of text; nearest: {fix}"

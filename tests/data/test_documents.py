@@ -215,6 +215,7 @@ def test_parquet_column_that_is_not_needed_may_change(tmp_path: Path) -> None:
     ("line", "reason"),
     [
         (b'{"text": 7}', "has a int in 'text', 7; allowed: a column of text; nearest: quotation marks"),
+        (b'{"text": 7, "body": "words"}', "7; allowed: a column of text; nearest: --text_column body"),
         (b'["x"]', "is not an object"),
         (b'{"text": "\xff"}', "is not JSON in UTF-8 ('utf-8' codec can't decode byte 0xff"),
         (b'{"text": "\\ud800"}', "half a surrogate pair"),
