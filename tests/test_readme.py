@@ -163,17 +163,25 @@ def first_screen() -> dict[str, list[str]]:
     return {re.split("[,:]", name)[0]: cells for name, *cells in rows}
 
 
+def longest(*flags: str) -> str:
+    found = re.search(r"longest sequence that fits: \d+ tokens \((\d+K)\)", run_command("mst-plan", *flags).stdout)
+    assert found
+    return found[1]
+
+
 def test_the_planned_lengths_of_the_first_screen() -> None:
-    """By the README's own command, as it stands and with the change that the text beside it says."""
+    """By the README's own command, as it stands and with the changes that the text beside it names."""
+    page = " ".join(README.read_text(encoding="utf-8").split())
     (flags,) = [words[1:] for words in shell_lines(README) if words[0] == "mst-plan"]
-    recompute = ["--ds_config", "benchmarks/recompute.json"]
-    assert " ".join(recompute) in README.read_text(encoding="utf-8")
-    outputs = [
-        run_command("mst-plan", *flags, *more).stdout for more in (recompute, [], [*recompute, "--sp_size", "1"])
-    ]
-    *planned, alone = [re.search(r"longest sequence that fits: \d+ tokens \((\d+K)\)", output)[1] for output in outputs]
-    assert first_screen()["longest sequence"] == [planned[0], "–", planned[1]]
-    assert f"without it, it has {alone}" in README.read_text(encoding="utf-8").replace("\n", " ")
+    recompute = [*flags, "--ds_config", "benchmarks/recompute.json"]
+    assert " ".join(recompute[-2:]) in page
+    assert first_screen()["longest sequence"] == [longest(*recompute), "–", longest(*flags)]
+    assert f"recompute without sequence parallelism has {longest(*recompute, '--sp_size', '1')}" in page
+    plan = json.loads(run_command("mst-plan", *flags, "--json").stdout)
+    at = flags.index("--host_memory_gib")
+    host = 8 * max(phase["host_bytes"] for phase in plan["phases"]) / 2**30
+    assert f"puts {host:.0f} of the node's {flags[at + 1]} GiB to use" in page
+    assert f"without host memory it has {longest(*flags[:at], *flags[at + 2 :])}" in page
 
 
 def test_the_measured_figures_of_the_first_screen() -> None:
