@@ -84,7 +84,7 @@ OF_A_CLUSTER = {"apt-get", "export", "squeue", "slurm/local/start.sh", "slurm/lo
 
 
 def test_every_shell_command_is_of_a_kind_that_is_tested() -> None:
-    known = {"make", "deepspeed", "source", ".venv/bin/pre-commit"} | SHOWN.keys()
+    known = {"make", "deepspeed", "python", "source", ".venv/bin/pre-commit"} | SHOWN.keys()
     slurm = ROOT / "docs" / "slurm.md"
     assert {words[0] for words in shell_lines(*(page for page in PAGES if page != slurm))} == known
     assert {words[0] for words in shell_lines(slurm)} == OF_A_CLUSTER | {"sbatch"}
@@ -180,7 +180,7 @@ def test_the_planned_lengths_of_the_first_screen() -> None:
     plan = json.loads(run_command("mst-plan", *flags, "--json").stdout)
     at = flags.index("--host_memory_gib")
     host = 8 * max(phase["host_bytes"] for phase in plan["phases"]) / 2**30
-    assert f"puts {host:.0f} of the node's {flags[at + 1]} GiB to use" in page
+    assert f"keeps {host:.0f} GiB of activations in the node's {flags[at + 1]} GiB of host memory" in page
     assert f"without host memory it has {longest(*flags[:at], *flags[at + 2 :])}" in page
 
 
@@ -199,7 +199,22 @@ def test_the_measured_figures_of_the_first_screen() -> None:
     (words,) = [words for words in shell_lines(README) if words[:2] == ["make", "bench"]]
     options = parse_options(shlex.split(words[2].partition("=")[2]))
     assert (options.lengths, options.contenders, options.parts) == ([record["seq_len"]], names, [record["part"]])
+    assert options.output == file.relative_to(ROOT)
     assert (found["where"]["threads"], found["where"]["cores"]) == (1, 2)
+
+
+def test_the_loss_curve_is_of_the_run_beside_it(tmp_path: Path) -> None:
+    ((_, script, _, picture),) = commands("python")
+    metrics = ROOT / "docs" / "finetune" / "metrics.jsonl"
+    done = run([sys.executable, script, str(metrics), str(tmp_path / picture)], limit=120)
+    assert done.returncode == 0, done.stdout
+    assert "<svg" in (tmp_path / picture).read_text(encoding="utf-8")
+    records = map(json.loads, metrics.read_text(encoding="utf-8").splitlines())
+    first, *_, last = [record for record in records if "eval_loss" in record]
+    said = f"{first['eval_loss']:.2f} (step {first['step']}) to {last['eval_loss']:.2f} (step {last['step']})"
+    assert said in " ".join(README.read_text(encoding="utf-8").split())
+    (command,) = [words for words in commands("deepspeed") if "/tmp/own_text.jsonl" in words]
+    assert parse_train_config(parse_launcher_args(command[1:]).user_args).max_steps == last["step"]
 
 
 def test_troubleshooting_has_the_words_of_the_messages() -> None:
