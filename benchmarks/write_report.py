@@ -18,6 +18,15 @@ _HEAD = """# Benchmarks
 
 Written by `python -m benchmarks.write_report` from `benchmarks/results/`, which `make bench` fills.
 
+```bash
+make bench ARGS="--lengths 512 4096"
+```
+
+runs a training step of ordinary recompute, per-chunk checkpoint, DeepSpeed ALST and this project, in turns, on the same
+weights and data. It compares their gradients first, then prints time, peak memory and FLOPs of each, and writes this
+page. `python -m benchmarks.step --help` lists sizes, for a GPU too, and `--longest` finds the longest sequence that
+each can train on. DeepSpeed ALST stands for its tiled MLP and tiled loss in recomputed layers, on one rank.
+
 Contenders run interleaved in one process, on the same weights and data, after their gradients were compared. Ratios are
 medians of the ratio within a round. Memory is what is alive at the peak above the weights: gradients and activations;
 on a CPU without what was put on the host on purpose.

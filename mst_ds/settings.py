@@ -77,7 +77,7 @@ class Settings:
     """What one rank executes. Without recompute, `keep_attention` and `offload_activations` are False."""
 
     sp_size: int = _count(
-        "ranks that share a sequence; divides the world size, at most the number of query heads",
+        "sequence parallelism: ranks that share a sequence; divides the world size, at most the number of query heads",
         "the most that fit in a node",
         tried=(1, 2),
         several=2,
@@ -95,7 +95,8 @@ class Settings:
         several=3,
     )
     recompute: bool = _switch(
-        "drop a layer's activations and compute them again in the backward, but never the MLP's forward",
+        "activation checkpointing: drop a layer's activations and compute them again in the backward, but never the "
+        "MLP's forward",
         "`true` if they do not fit",
         choices=(False, True),
         ranks_agree=True,

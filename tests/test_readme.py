@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -53,14 +54,21 @@ def run(command: list[str], *, limit: float) -> subprocess.CompletedProcess[str]
     return subprocess.CompletedProcess(command, process.returncode, output)
 
 
-def blocks(language: str, page: Path = README) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+def blocks(language: str, *pages: Path) -> list[str]:
+    """The blocks of a language on these pages; on all of them where none is given."""
+    fence = re.compile(rf"^```{language}\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    return [block for page in pages or PAGES for block in fence.findall(page.read_text(encoding="utf-8"))]
+
+
+def shell_lines(*pages: Path) -> list[list[str]]:
+    """Every command of the shell blocks, once, split into words."""
+    lines = "".join(blocks("bash", *pages)).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in dict.fromkeys(lines)]
 
 
 def commands(program: str) -> list[list[str]]:
-    """Every command of README's shell blocks that begins with `program`, split into words."""
-    lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    return [words for words in map(shlex.split, lines) if words[:1] == [program]]
+    """Those that begin with `program`, wherever they stand."""
+    return [words for words in shell_lines() if words[:1] == [program]]
 
 
 def assert_flags_are_known(flags: list[str]) -> None:
@@ -72,11 +80,32 @@ def in_the_projects_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
+OF_A_CLUSTER = {"apt-get", "export", "squeue", "slurm/local/start.sh", "slurm/local/stop.sh"}  # tests/slurm has them
+
+
 def test_every_shell_command_is_of_a_kind_that_is_tested() -> None:
-    lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    known = {"make", "deepspeed", "python", "source", "sbatch", ".venv/bin/pre-commit"}
-    assert {words[0] for words in map(shlex.split, lines)} == known
-    assert len(blocks("bash")) == README.read_text(encoding="utf-8").count("```bash")
+    known = {"make", "deepspeed", "python", "source", ".venv/bin/pre-commit"} | SHOWN.keys()
+    slurm = ROOT / "docs" / "slurm.md"
+    assert {words[0] for words in shell_lines(*(page for page in PAGES if page != slurm))} == known
+    assert {words[0] for words in shell_lines(slurm)} == OF_A_CLUSTER | {"sbatch"}
+    assert all((ROOT / word).is_file() for word in OF_A_CLUSTER if "/" in word)
+
+
+@pytest.mark.parametrize("language", ["bash", "python", "yaml", "json", "mermaid", "text"])
+def test_every_block_is_read(language: str) -> None:
+    begun = sum(page.read_text(encoding="utf-8").count(f"```{language}") for page in PAGES)
+    assert len(blocks(language)) == begun > 0
+
+
+def test_no_block_is_of_another_language() -> None:
+    begun = {
+        word for page in PAGES for word in re.findall(r"^```(\w+)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert begun == {"bash", "python", "yaml", "json", "mermaid", "text"}
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text(encoding="utf-8").split()) <= 1500
 
 
 def test_make_targets() -> None:
@@ -96,32 +125,116 @@ def test_make_targets() -> None:
 
 
 SHOWN = {
-    "launch/plan.py": (0, "longest sequence that fits"),
-    "launch/preflight.py": (0, "LlamaForCausalLM is exact"),
-    "launch/export.py": (2, "runs/long is no checkpoint"),  # which is not here
-    "launch/scale.py": (0, "results: "),
+    "mst-plan": (0, "longest sequence that fits"),
+    "mst-preflight": (0, "LlamaForCausalLM is exact"),
+    "mst-export": (2, "runs/long is no checkpoint"),  # which is not here
+    "mst-scale": (0, "results: "),
 }
 
 
-def test_python_commands_are_of_scripts_that_are_run() -> None:
-    assert {command[1] for command in commands("python")} == SHOWN.keys()
+def run_command(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    """A command of the package by its module, since this checkout may not be what is installed."""
+    return run([sys.executable, "-m", f"mst_ds.commands.{name.removeprefix('mst-')}", *flags], limit=540)
+
+
+def test_all_commands_of_the_package_are_shown() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    scripts = re.findall(r'^(mst-\w+) = "mst_ds\.commands\.(\w+):cli"$', project, re.MULTILINE)
+    assert {f"mst-{module}" for _, module in scripts} == {name for name, _ in scripts} == {*SHOWN, "mst-train"}
 
 
 @pytest.mark.parametrize(
-    "script", [pytest.param(script, marks=pytest.mark.slow if "scale" in script else ()) for script in SHOWN]
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "mst-scale" else ()) for name in SHOWN]
 )
-def test_python_commands(script: str) -> None:
-    code, text = SHOWN[script]
-    for _, _, *flags in (words for words in commands("python") if words[1] == script):
-        done = run([sys.executable, script, *flags], limit=540)
+def test_commands_of_the_package(name: str) -> None:
+    code, text = SHOWN[name]
+    assert commands(name)
+    for _, *flags in commands(name):
+        done = run_command(name, *flags)
         assert done.returncode == code, done.stdout
         assert text in done.stdout
 
 
+def first_screen() -> dict[str, list[str]]:
+    """The cells of the README's first table by row: ordinary recompute, DeepSpeed ALST, mst_ds."""
+    rows = re.findall(
+        r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", README.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    return {re.split("[,:]", name)[0]: cells for name, *cells in rows}
+
+
+def longest(*flags: str) -> str:
+    found = re.search(r"longest sequence that fits: \d+ tokens \((\d+K)\)", run_command("mst-plan", *flags).stdout)
+    assert found
+    return found[1]
+
+
+def test_the_planned_lengths_of_the_first_screen() -> None:
+    """By the README's own command, as it stands and with the changes that the text beside it names."""
+    page = " ".join(README.read_text(encoding="utf-8").split())
+    (flags,) = [words[1:] for words in shell_lines(README) if words[0] == "mst-plan"]
+    recompute = [*flags, "--ds_config", "benchmarks/recompute.json"]
+    assert " ".join(recompute[-2:]) in page
+    assert first_screen()["longest sequence"] == [longest(*recompute), "–", longest(*flags)]
+    assert f"recompute without sequence parallelism has {longest(*recompute, '--sp_size', '1')}" in page
+    plan = json.loads(run_command("mst-plan", *flags, "--json").stdout)
+    at = flags.index("--host_memory_gib")
+    host = 8 * max(phase["host_bytes"] for phase in plan["phases"]) / 2**30
+    assert f"keeps {host:.0f} GiB of activations in the node's {flags[at + 1]} GiB of host memory" in page
+    assert f"without host memory it has {longest(*flags[:at], *flags[at + 2 :])}" in page
+
+
+def test_the_measured_figures_of_the_first_screen() -> None:
+    """They are those of the results; docs/benchmarks.md is written from the same files."""
+    file = ROOT / "benchmarks" / "results" / "cpu-small-16k-step-cpu.json"
+    found = json.loads(file.read_text(encoding="utf-8"))
+    (record,) = found["records"]
+    results = {result["contender"]: result for result in record["results"]}
+    names = ["recompute", "DeepSpeed ALST", "mst_ds"]
+    seconds = [statistics.median(results[name]["seconds"]) / record["seq_len"] for name in names]
+    screen = first_screen()
+    assert screen["time per token"] == [f"{1000 * value:.1f} ms" for value in seconds]
+    peaks = [results[name]["peak_bytes"] / 2**30 for name in names]
+    assert screen["memory above the weights"] == [f"{value:.2f} GiB" for value in peaks]
+    (words,) = [words for words in shell_lines(README) if words[:2] == ["make", "bench"]]
+    options = parse_options(shlex.split(words[2].partition("=")[2]))
+    assert (options.lengths, options.contenders, options.parts) == ([record["seq_len"]], names, [record["part"]])
+    assert options.output == file.relative_to(ROOT)
+    assert (found["where"]["threads"], found["where"]["cores"]) == (1, 2)
+
+
+def test_the_loss_curve_is_of_the_run_beside_it(tmp_path: Path) -> None:
+    ((_, script, _, picture),) = commands("python")
+    metrics = ROOT / "docs" / "finetune" / "metrics.jsonl"
+    done = run([sys.executable, script, str(metrics), str(tmp_path / picture)], limit=120)
+    assert done.returncode == 0, done.stdout
+    assert "<svg" in (tmp_path / picture).read_text(encoding="utf-8")
+    records = map(json.loads, metrics.read_text(encoding="utf-8").splitlines())
+    first, *_, last = [record for record in records if "eval_loss" in record]
+    said = f"{first['eval_loss']:.2f} (step {first['step']}) to {last['eval_loss']:.2f} (step {last['step']})"
+    assert said in " ".join(README.read_text(encoding="utf-8").split())
+    (command,) = [words for words in commands("deepspeed") if "/tmp/own_text.jsonl" in words]
+    assert parse_train_config(parse_launcher_args(command[1:]).user_args).max_steps == last["step"]
+
+
+def test_troubleshooting_has_the_words_of_the_messages() -> None:
+    page = README.read_text(encoding="utf-8")
+    section = page[page.index("## Troubleshooting") : page.index("## Limits")]
+    shown = [
+        text
+        for cell in re.findall(r"^\| (`.*?`,?.*?) \|", section, re.MULTILINE)
+        for text in re.findall("`(.*?)`", cell)
+    ]
+    sources = [*(ROOT / "mst_ds").rglob("*.py"), ROOT / "Makefile"]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sources)
+    parts = [part.strip() for words in shown for part in words.split("…") if part.strip()]
+    assert len(parts) >= 6
+    assert [part for part in parts if part not in text] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_sbatch_commands(page: Path) -> None:
-    lines = "".join(blocks("bash", page)).replace("\\\n", " ").splitlines()
-    for _, *words in (words for words in map(shlex.split, lines) if words[:1] == ["sbatch"]):
+    for _, *words in (words for words in shell_lines(page) if words[:1] == ["sbatch"]):
         script = next(word for word in words if word.endswith(".sbatch"))
         assert (ROOT / script).is_file()
         assert_flags_are_known(words[words.index(script) + 1 :])
@@ -149,7 +262,7 @@ def test_python_snippets(tmp_path: Path) -> None:
     for index, text in enumerate(blocks("python")):
         files.append(tmp_path / f"snippet_{index}.py")
         files[-1].write_text(text, encoding="utf-8")
-    assert len(files) == README.read_text(encoding="utf-8").count("```python") > 0
+    assert files
     # One process, for the sake of its imports; each snippet has a namespace of its own.
     script = "import runpy, sys\nfor path in sys.argv[1:]:\n    runpy.run_path(path)"
     done = run([sys.executable, "-c", script, *map(str, files)], limit=120)
@@ -167,13 +280,18 @@ def test_yaml_and_json(tmp_path: Path) -> None:
         load_ds_config(json.loads(text))
 
 
+def names_in_rows(page: Path) -> set[str]:
+    """What stands in code in the first column of a page's tables, where it is one word."""
+    rows = re.findall(r"^\| (`.*?`) \|", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {name for row in rows for name in re.findall(r"`([\w-]+)`", row)}
+
+
 def test_flags_and_mst_keys_of_the_tables() -> None:
-    rows = re.findall(r"^\| (`.*?`) \|", README.read_text(encoding="utf-8"), re.MULTILINE)
-    names = {name for row in rows for name in re.findall(r"`([\w-]+)`", row)}
-    flags = {name.removeprefix("--") for name in names if name.startswith("--")}
-    assert flags
-    assert flags <= vars(TrainConfig()).keys()
-    keys = {name for name in names if not name.startswith("--")}
+    flags = names_in_rows(ROOT / "docs" / "training.md")
+    assert len(flags) > 20
+    assert all(name.startswith("--") for name in flags)
+    assert {name.removeprefix("--") for name in flags} <= vars(TrainConfig()).keys()
+    keys = names_in_rows(README)
     load_ds_config({"mst": dict.fromkeys(keys, "auto")})
     assert len(keys) == 11
 
@@ -188,7 +306,7 @@ def paths_named(page: Path) -> Iterator[str]:
             yield code
 
 
-RUN_LEAVES = {"tensorboard/", "model/", "plots/", "report.md", "runs/long/checkpoints"}
+RUN_LEAVES = {"tensorboard/", "model/", "plots/", "report.md", "runs/books", "runs/long/checkpoints"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -199,7 +317,7 @@ def test_paths(page: Path) -> None:
 
 
 def test_the_tree_is_there() -> None:
-    (tree,) = [block for block in blocks("text") if block.startswith("mst_ds/\n")]
+    (tree,) = [block for block in blocks("text", ROOT / "docs" / "architecture.md") if block.startswith("mst_ds/\n")]
     entries = [(len(indent), name) for indent, name in re.findall(r"^( *)(\S+)", tree, re.MULTILINE)]
     package = {name for indent, name in entries if indent}
     assert package == {

@@ -1,4 +1,4 @@
-"""Writes a checkpoint beside its place, and renames it into that when all of it is on disk."""
+"""Writes a checkpoint, atomically renamed into place when all of it is on disk."""
 
 from __future__ import annotations
 

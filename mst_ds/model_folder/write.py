@@ -1,4 +1,4 @@
-"""Writes a model folder, beside its place until all of it is on disk: nothing that was cut off looks whole."""
+"""Writes a model folder, atomically renamed when all of it is on disk: nothing that was cut off looks whole."""
 
 from __future__ import annotations
 
