@@ -58,7 +58,9 @@ OF_STAGE_3: list[Case] = [
     (1, SEQ_LEN, {"stage3_max_reuse_distance": 0}, CHUNKS_4),
     (1, SEQ_LEN, {"stage3_max_reuse_distance": 2 * 256 * VOCAB + 1}, CHUNKS_4),
 ]
-CASES = {0: COMMON, 1: COMMON + OFFLOADED, 2: COMMON + OFFLOADED, 3: COMMON + OFFLOADED + OF_STAGE_3}
+# What layers keep is the same at every stage; gradients and states are not.
+OF_STATES = [COMMON[1], COMMON[-1], OFFLOADED[0]]
+CASES = {0: COMMON, 1: OF_STATES, 2: OF_STATES, 3: COMMON + OFFLOADED + OF_STAGE_3}
 FEW_CASES = [(1, 256, {}, CHUNKS_4), (2, SEQ_LEN, OFFLOAD_ALL, CHUNKS_4)]
 
 
