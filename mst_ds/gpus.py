@@ -45,9 +45,11 @@ _GPUS: Mapping[str, Gpu] = {
         Gpu("L4", 22 * GIB, 121e12, 30.3e12, 300e9, _PCIE_4, _ETHERNET_100, _PCIE_4),
         Gpu("L40S", 44 * GIB, 362.05e12, 91.6e12, 864e9, _PCIE_4, _INFINIBAND_200, _PCIE_4),
         Gpu("H100", 79 * GIB, 989.5e12, 67e12, 3350e9, 450e9, _INFINIBAND_400, _PCIE_5),
-        # By the PCIe slot alone: a bridge between two cards is not counted on.
+        # Cards for a slot: a bridge between some of them is not counted on.
         Gpu("H100-PCIE", 79 * GIB, 756.5e12, 51e12, 2039e9, _PCIE_5, _INFINIBAND_200, _PCIE_5),
+        Gpu("H100-NVL", 93 * GIB, 835.5e12, 60e12, 3900e9, _PCIE_5, _INFINIBAND_200, _PCIE_5),
         Gpu("H200", 139 * GIB, 989.5e12, 67e12, 4800e9, 450e9, _INFINIBAND_400, _PCIE_5),
+        Gpu("H200-NVL", 139 * GIB, 835.5e12, 60e12, 4800e9, _PCIE_5, _INFINIBAND_200, _PCIE_5),
         Gpu("B200", 178 * GIB, 2250e12, 75e12, 8000e9, 900e9, _INFINIBAND_400, _PCIE_5),
     )
 }
@@ -57,8 +59,8 @@ _DRIVERS: tuple[tuple[str, tuple[str, ...] | float], ...] = (
     ("MIG", ()),  # a part of a GPU, of unknown size
     ("GB200", 2500e12),
     ("B200", ("B200",)),
-    ("H100 NVL", 835.5e12),
-    ("H200 NVL", 835.5e12),
+    ("H100 NVL", ("H100-NVL",)),
+    ("H200 NVL", ("H200-NVL",)),
     ("H100 PCIE", ("H100-PCIE",)),
     ("H800 PCIE", 756.5e12),
     ("H100", ("H100",)),

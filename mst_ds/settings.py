@@ -32,7 +32,7 @@ class Knob:
         needs_recompute: whether it says something of what recompute keeps, and is off without it.
         needs_sharding: whether it is without effect on a sequence that is not sharded.
         ranks_agree: whether the ranks of a sequence would wait for each other, or worse, if they differed in it.
-        tried: what each of a preflight's settings has.
+        tried: what each of a preflight's four cases has, in their order; of `sp_size` with what each is tried.
         several: the least number that stands for any greater one in a comparison of results; 0: it is no number.
     """
 
@@ -135,7 +135,7 @@ class Settings:
     attention: str = _word(ATTENTION_IMPLEMENTATIONS, "flash attention if it is installed and the model is in 16 bits")
 
     def __str__(self) -> str:
-        """By the names of the `"mst"` block, without what is off: "sp_size 2, mlp_chunks 4, …, recompute, sdpa"."""
+        """By the names of the `"mst"` block, without what is off: "sp_size 2, …, recompute, attention sdpa"."""
         values = dataclasses.asdict(self)
         return ", ".join(_described(name, value) for name, value in values.items() if value is not False)
 
@@ -143,7 +143,7 @@ class Settings:
 def _described(name: str, value: object) -> str:
     if value is True:
         return name
-    return f"{name} {value}" if isinstance(value, int) else str(value)
+    return f"{name} {value}"
 
 
 KNOBS: Mapping[str, Knob] = {each.name: each.metadata["knob"] for each in dataclasses.fields(Settings)}

@@ -92,9 +92,12 @@ def test_a_search_tries_what_is_not_settled_in_the_order_of_preference():
 
 def test_settings_are_described_by_the_names_of_the_block():
     off = Settings()
-    assert str(off) == "sp_size 1, mlp_chunks 1, loss_chunks 1, head_groups 1, sdpa"
+    assert str(off) == "sp_size 1, mlp_chunks 1, loss_chunks 1, head_groups 1, attention sdpa"
     on = Settings(sp_size=2, mlp_chunks=3, loss_chunks=4, recompute=True, keep_mlp=True, attention="flash_attention_2")
-    assert str(on) == "sp_size 2, mlp_chunks 3, loss_chunks 4, recompute, keep_mlp, head_groups 1, flash_attention_2"
+    assert (
+        str(on)
+        == "sp_size 2, mlp_chunks 3, loss_chunks 4, recompute, keep_mlp, head_groups 1, attention flash_attention_2"
+    )
 
 
 def test_each_knob_is_whole():
@@ -104,6 +107,8 @@ def test_each_knob_is_whole():
         assert knob.is_allowed(default), name
         assert all(knob.is_allowed(value) for value in (*knob.choices, *knob.tried)), name
         assert (knob.several > 0) == (type(default) is int), name
+    assert all(knob.tried for knob in KNOBS.values() if knob.needs_recompute)
+    assert all(knob.several for knob in KNOBS.values() if knob.needs_sharding)
     rows = {len(knob.tried) for name, knob in KNOBS.items() if knob.tried and name != "sp_size"}
     assert rows == {4}
 

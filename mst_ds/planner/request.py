@@ -27,7 +27,7 @@ _MOST_TOKENS = 2**40
 
 @dataclass(frozen=True)
 class Request:
-    """The settings of `work` are still to be chosen, but for `sp_size` and `attention`.
+    """Of the settings of `work` chunk counts, groups of heads and what a search chooses are still to be chosen.
 
     Attributes:
         device_memory: bytes of each rank of the world.
@@ -108,11 +108,13 @@ def read_request(
         dp_size=topology.dp_size,
     )
     zero = read_zero(resolved, dp_world_size=world_size)
+    # What no search chooses is as the user settled it, or the default.
+    settled = {**mst.given, "sp_size": sp_size, "attention": _attention(mst.get("attention"), zero.dtype)}
     work = Workload(
         shape=shape,
         zero=zero,
         seq_len=seq_len,
-        settings=Settings(sp_size=sp_size, attention=_attention(mst.get("attention"), zero.dtype)),
+        settings=Settings(**settled),
         reserve=_reserve(reserve, mst),
         ranks_per_node=ranks_per_node or world_size,
     )

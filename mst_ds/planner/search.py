@@ -36,7 +36,7 @@ def choose_settings(
     kept attention or offload that the user asks for means recompute.
 
     Args:
-        work: of whose settings only `sp_size` and `attention` are read.
+        work: whose chunk counts, groups of heads and knobs with `choices` are not read.
         device_memory: bytes of this rank's device, which its chunk counts follow from.
         host_memory: bytes of the host that this rank may use; None: not known, and nothing is kept there by choice.
         gpu: whose rates predict.

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, Olmo2Config, StableLmConfig
 
 from mst_ds.config import GIB, TrainConfig
 from mst_ds.planner import make_plan, plan_table
+from mst_ds.settings import MstConfig, Settings
 from mst_ds.zero import load_ds_config, resolve
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
@@ -402,3 +403,16 @@ def test_the_reserve_is_a_term_of_every_phase():
     assert not small_plan(device_memory=GIB, reserve=GIB).fits
     with pytest.raises(ValueError, match="reserve is -1; allowed: a whole number of bytes >= 0"):
         small_plan(reserve=-1)
+
+
+def test_a_knob_that_no_search_chooses_is_as_the_user_settled_it(monkeypatch):
+    """A trial one, which formulas know nothing of."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class WithTrial(Settings):
+        trial: int = 1
+
+    monkeypatch.setattr("mst_ds.planner.request.Settings", WithTrial)
+    monkeypatch.setattr(MstConfig, "from_dict", classmethod(lambda cls, block: MstConfig(block)))
+    assert small_plan({"mst": {"trial": 8}}).settings.trial == 8
+    assert small_plan({}).settings.trial == 1

@@ -290,7 +290,7 @@ def test_a_defect_weighs_more_than_a_refusal(monkeypatch: pytest.MonkeyPatch) ->
     refused = Check(ONE_RANK, refusal="too early")
     assert replace(report, checks=(refused, *report.checks)).verdict == (
         "LlamaForCausalLM is not exact: model.layers.1.mlp: the gradient of its down_proj.weight is off by 1.0e-03 "
-        "(relative), at sp_size 2, mlp_chunks 3, loss_chunks 3, recompute, head_groups 1, sdpa, packed"
+        "(relative), at sp_size 2, mlp_chunks 3, loss_chunks 3, recompute, head_groups 1, attention sdpa, packed"
     )
 
 
@@ -338,7 +338,7 @@ def test_a_run_is_refused_before_it_starts(packed: bool, monkeypatch: pytest.Mon
     assert refusal(lambda: require_exact(config(), plan.settings, packed=packed)) == (
         "preflight: LlamaForCausalLM is not exact: model.layers.1.mlp: the gradient of its down_proj.weight is off by "
         "1.0e-03 (relative), at sp_size 2, mlp_chunks 3, loss_chunks 1, recompute, keep_attention, keep_mlp, "
-        "head_groups 1, sdpa, " + ("packed" if packed else "padded")
+        "head_groups 1, attention sdpa, " + ("packed" if packed else "padded")
     )
 
 
