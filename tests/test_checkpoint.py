@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from distributed import run_ranks
 from peft import LoraConfig, get_peft_model
 from steps import build_engine
@@ -374,6 +375,26 @@ def test_a_planted_pickle_runs_no_code(tmp_path: Path, stage: int) -> None:
         refused = [line for line in lines if f"{name} holds exec, which is no state of a run" in line]
         # Neither the universal form nor an export opens random states.
         assert len(refused) == (1 if "random_states" in name else 4), lines
+
+
+class ByName:
+    """Pickled as the attribute of something, as some releases of Python 3.11 pickle the members of an enum."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.owner, self.name)
+
+
+def test_a_zero_stage_that_another_python_has_pickled_is_read_and_nothing_else(tmp_path: Path) -> None:
+    torch.save({"zero_stage": ByName(ZeroStageEnum, "weights")}, tmp_path / "states.pt")
+    with only_states(tmp_path):
+        assert torch.load(tmp_path / "states.pt", weights_only=False) == {"zero_stage": ZeroStageEnum.weights}
+    for owner, name in ((ZeroStageEnum, "__init__"), (ZeroStageEnum, "mro"), (torch.Tensor, "share_memory_")):
+        torch.save(ByName(owner, name), tmp_path / "states.pt")
+        with pytest.raises(OSError, match=r"states\.pt holds getattr, which is no state"), only_states(tmp_path):
+            torch.load(tmp_path / "states.pt", weights_only=False)
 
 
 def test_an_environment_that_allows_pickles_has_no_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,13 @@ def _classes_of_states() -> list[Any]:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    def member(owner: Any, name: str) -> Any:
+        """How some releases of Python 3.11 pickle an enum, 3.11.2 among them: `getattr` of it and a name."""
+        if owner is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
+            raise pickle.UnpicklingError("Unsupported global: GLOBAL getattr was not an allowed global")
+        return ZeroStageEnum[name]
+
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address, (member, "builtins.getattr")]
 
 
 def _explanation(error: Exception, folder: Path) -> str:

@@ -129,7 +129,7 @@ def test_keys_and_values_are_repeated_where_the_kernel_does_not_group_them():
     assert repeated == 4 * 4000 * 8 * 128 * 4  # and their gradients
     assert "repeated_key_value" not in attention_backward(dtype="fp32", num_key_value_heads=8)
     for attention in ("sdpa", "flash_attention_2"):
-        assert plan_of(mst={"attention": attention}).attention == attention
+        assert plan_of(mst={"attention": attention}).settings.attention == attention
         assert "repeated_key_value" not in attention_backward(mst={"attention": attention})
     # 8 query heads over 3 ranks: the second rank's range of heads begins inside a group, and each head gets a copy.
     uneven = attention_backward(world_size=3, sp_size=3, seq_len=3999)

@@ -51,10 +51,14 @@ def test_llama_is_exact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert output.err == ""
     *table, verdict = output.out.splitlines()
     assert verdict.startswith("LlamaForCausalLM is exact: loss and every gradient within ")
-    settings = [line for line in table if "recompute, " in line and "exact" in line]
-    assert len(settings) == 6
-    for words in ("sp 1, 1 chunk,", "sp 1, 64 chunks,", "sp 2, 4 chunks,"):
-        assert sum(words in line for line in settings) == 1
+    rows = [line for line in table if "sp_size" in line and "exact" in line]
+    assert len(rows) == 8
+    for words, count in (
+        ("sp_size 1, mlp_chunks 1,", 1),
+        ("sp_size 1, mlp_chunks 64,", 1),
+        ("sp_size 2, mlp_chunks 4,", 2),
+    ):
+        assert sum(words in line for line in rows) == count
 
 
 def test_a_defect(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,14 +74,14 @@ def test_a_defect(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     output = capsys.readouterr()
     assert output.err == ""
     assert "LlamaForCausalLM is not exact: model.layers.1.mlp: the gradient of its input is off by " in output.out
-    assert "sp 2" not in output.out
+    assert "sp_size 2" not in output.out
 
 
 def test_a_refusal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--model", model(tmp_path, "gptj"), "--packing", "none"]) == 1
     output = capsys.readouterr()
     assert output.err == ""
-    assert output.out.splitlines()[-1].startswith("GPTJForCausalLM is refused at sp ")
+    assert output.out.splitlines()[-1].startswith("GPTJForCausalLM is refused at sp_size ")
     assert "padded" in output.out
 
 

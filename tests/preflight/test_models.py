@@ -57,7 +57,7 @@ def test_promised_architectures_are_exact(name: str) -> None:
     """At sp 1 and 2, with 1, 4 and 64 chunks."""
     row = survey(name)
     assert (row.mlp, row.loss, row.packing, row.sharding) == (None,) * 4
-    report = check_model(ARCHITECTURES[name].config(), row.settings(writer.CHUNKS))
+    report = check_model(ARCHITECTURES[name].config(), row.cases(writer.CHUNKS))
     assert [
         (check.case.settings.sp_size, check.case.settings.mlp_chunks, check.case.settings.loss_chunks)
         for check in report.checks

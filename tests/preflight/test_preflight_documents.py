@@ -7,14 +7,13 @@ import torch
 
 from mst_ds.preflight.documents import Documents
 from mst_ds.preflight.shrink import _ORIGINAL_POSITIONS
-from mst_ds.topology import Topology
 
 KINDS = {"packed": Documents.packed(41, 50), "padded": Documents.padded(41, 50)}
 
 
 def whole(documents: Documents, sp_size: int = 1) -> dict[str, torch.Tensor]:
     """The shards of all ranks put together."""
-    shards = [documents.shard(Topology(rank, sp_size, sp_size)) for rank in range(sp_size)]
+    shards = [documents.shard(rank, sp_size) for rank in range(sp_size)]
     return {name: torch.cat([shard[name] for shard in shards], dim=1) for name in shards[0]}
 
 
