@@ -32,7 +32,7 @@ train: $(INSTALLED)  ## Trains a model: on all accelerators, or with 2 ranks on 
 	  $(IN_VENV) OMP_NUM_THREADS=$$threads deepspeed --num_gpus 2 $(TRAIN) $(ARGS); \
 	fi
 
-test: $(INSTALLED)  ## Runs the tests of a change: every kind of behaviour, in at most 10 minutes on 2 cores.
+test: $(INSTALLED)  ## Runs the tests of a change: every kind of behaviour, in about 10 minutes on 2 cores.
 	@echo "==> Running the tests. The first run also compiles DeepSpeed's shared-memory collective (about 40 s)."
 	@echo "    Not among them: the longer ones (make test-slow) and those of the jobs for SLURM (make test-slurm)."
 	@$(IN_VENV) OMP_NUM_THREADS=1 $(PYTEST) -m "not slow" $(ARGS)

@@ -26,7 +26,7 @@ def ceil_divide(dividend: int, divisor: int) -> int:
 
 def shard_length(seq_len: int, sp_size: int) -> int:
     """L, the tokens of a shard: all are equal, as the sequence is padded to a multiple of `sp_size`."""
-    return -(-seq_len // sp_size)
+    return ceil_divide(seq_len, sp_size)
 
 
 def shard_slice(seq_len: int, sp_size: int, sp_rank: int) -> slice:

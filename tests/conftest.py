@@ -29,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(autouse=True)
 def _the_next_test_finds_the_process_as_it_was() -> Iterator[None]:
-    """launch/train.py's main has signals wait, and writes where DeepSpeed looks that it is one process, which in
+    """The training command's main has signals wait, and writes where DeepSpeed looks that it is one process, which in
     this process would be so for every test after it, and for every run that such a test starts."""
     signals = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     environment = dict(os.environ)

@@ -19,6 +19,7 @@ from typing import Any
 from mst_ds.command import REQUEST_ERRORS, console, refuse, run_command
 from mst_ds.config import DEFAULT_DS_CONFIG, DEFAULT_MODEL, GIB, parse_seq_len
 from mst_ds.flags import OneLineParser
+from mst_ds.gpus import DEFAULT_GPU, gpu_by_name
 from mst_ds.model_shape import ModelShape, load_config_of_shape, load_model_shape, unknown_positions
 from mst_ds.planner import (
     DEFAULT_RESERVE,
@@ -27,7 +28,6 @@ from mst_ds.planner import (
     Plan,
     Request,
     changes_that_fit,
-    gpu_by_name,
     longest_of_request,
     plan_of_request,
     plan_table,
@@ -36,7 +36,6 @@ from mst_ds.planner import (
 )
 from mst_ds.read_file import expanded
 
-_GPU_OF_RATES = "H100"
 _MOST_BYTES = 2**60
 _MOST_RANKS = 2**17
 
@@ -169,7 +168,7 @@ def _request(options: argparse.Namespace, *, num_nodes: int, sp_size: int | None
         host_memory=_bytes(options, "host_memory_gib", ranks=options.num_gpus),
         sp_size=sp_size,
         ranks_per_node=options.num_gpus,
-        gpu=gpu or gpu_by_name(_GPU_OF_RATES),
+        gpu=gpu or DEFAULT_GPU,
     )
 
 
@@ -263,7 +262,7 @@ def _as_json(request: Request, plan: Plan, longest: int, changes: tuple[Change, 
 def _print_plan(request: Request, plan: Plan, longest: int, changes: tuple[Change, ...], gpu: str | None) -> None:
     console().print(plan_table(plan))
     if gpu is None:
-        print(f"times are by the rates of a {_GPU_OF_RATES}, as no --gpu is named")
+        print(f"times are by the rates of a {DEFAULT_GPU.name}, as no --gpu is named")
     if (warning := unknown_positions(request.work.shape.rotary_positions, plan.seq_len)) is not None:
         print(warning)
     if longest:

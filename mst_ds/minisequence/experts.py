@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mst_ds.dtypes import sum_dtype
-from mst_ds.geometry import chunk_slices
+from mst_ds.geometry import ceil_divide, chunk_slices
 
 from .chunks import (
     add_column_sums,
@@ -111,13 +111,14 @@ def _chunks_by_expert(expert_index: Tensor, num_experts: int, chunks: int) -> It
     flat = expert_index.flatten()
     order = flat.argsort(stable=True)
     counts = torch.bincount(flat.clamp(max=num_experts), minlength=num_experts + 1)[:num_experts].tolist()
-    longest = max(1, -(-len(flat) // chunks))
+    longest = max(1, ceil_divide(len(flat), chunks))
     start = 0
     for expert, count in enumerate(counts):
         places = order[start : start + count]
         start += count
         if count:
-            yield [_Rows(expert, places[rows] // k, places[rows]) for rows in chunk_slices(count, -(-count // longest))]
+            slices = chunk_slices(count, ceil_divide(count, longest))
+            yield [_Rows(expert, places[rows] // k, places[rows]) for rows in slices]
 
 
 def _compute(

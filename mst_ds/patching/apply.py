@@ -136,7 +136,7 @@ def apply_settings(
     """
     # Everything that can be refused is refused before anything is changed.
     parts = find_parts(model, settings)
-    base = without_adapters(model, settings)
+    base = base_model(model)
     group = _sequence_group(settings, sequence_group)
     if isinstance(group, ProcessSequenceGroup):
         _require_agreement(settings, group)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+from mst_ds.geometry import ceil_divide
 from mst_ds.planner.plan import longest_of_request
 from mst_ds.planner.request import Request
 
@@ -69,7 +70,7 @@ def _offloaded_states(request: Request) -> _Changes:
 def _more_nodes(request: Request) -> _Changes:
     """With the ranks to a sequence as they are, or else as many as it takes."""
     ranks, zero, work = request.topology.world_size, request.work.zero, request.work
-    nodes = -(-ranks // work.ranks_per_node)
+    nodes = ceil_divide(ranks, work.ranks_per_node)
     times = 2
     while times <= _MOST_TIMES_THE_NODES:
         more = replace(zero, dp_world_size=times * zero.dp_world_size)

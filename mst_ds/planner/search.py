@@ -106,8 +106,7 @@ def _unchunked_candidates(work: Workload, mst: MstConfig) -> Iterator[Workload]:
 def _head_groups(work: Workload, given: int | Auto) -> list[int]:
     """The counts to try, from the fewest on with which attention no longer makes the peak."""
     if given != AUTO:
-        most = 1 if work.sp_size == 1 else work.shape.num_attention_heads // work.sp_size
-        return [min(given, most)]
+        return [len(work.with_settings(head_groups=given).heads.groups)]
     counts = work.heads.group_counts
     enough = (
         index for index, count in enumerate(counts) if _attention_is_not_the_peak(work.with_settings(head_groups=count))

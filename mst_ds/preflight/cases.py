@@ -34,11 +34,10 @@ def case_of_run(settings: Settings, *, packed: bool) -> Case:
 
 def cases_to_try(mst: MstConfig, *, packed: bool) -> list[Case]:
     """One rank and two, few chunks and many, without recompute and with; what the "mst" block rules out is left out."""
-    ranks = KNOBS["sp_size"].tried
-    rows = zip(*(knob.tried for name, knob in KNOBS.items() if knob.tried and name != "sp_size"), strict=True)
-    names = [name for name, knob in KNOBS.items() if knob.tried and name != "sp_size"]
-    tried = [dict(zip(names, row, strict=True)) for row in rows]
-    cases = [Case(_settings(mst, {"sp_size": sp_size, **values}), packed) for sp_size in ranks for values in tried]
+    columns = {name: knob.tried for name, knob in KNOBS.items() if knob.tried}
+    ranks = columns.pop("sp_size")
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    cases = [Case(_settings(mst, {"sp_size": sp_size, **values}), packed) for sp_size in ranks for values in rows]
     return list(dict.fromkeys(cases))
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mst_ds.geometry import ceil_divide
 from mst_ds.model_shape import ModelShape
 from mst_ds.preflight.cases import Case, case_of_run
 from mst_ds.preflight.compare import Outcome, run_plain, run_planned
@@ -174,7 +175,7 @@ class _Truth:
 
 def _seq_len(case: Case) -> int:
     """As short as gives each rank the tokens for its chunks, and odd, so that a shard is padded."""
-    length_of_shard = -(-case.min_tokens() // _BATCH_SIZE)
+    length_of_shard = ceil_divide(case.min_tokens(), _BATCH_SIZE)
     return max(_MIN_SEQ_LEN, case.settings.sp_size * length_of_shard + 1) | 1
 
 

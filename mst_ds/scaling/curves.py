@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from mst_ds.geometry import shard_length
 from mst_ds.scaling.result import DONE, Result
 from mst_ds.scaling.sweep import short_length
 
@@ -69,7 +70,7 @@ def weak_curves(results: Iterable[Result]) -> list[Curve]:
             _tokens_of_rank(result),
         ),
         lambda result: (
-            f"longer, {short_length(-(-result.seq_len // result.sp_size))} a rank, {_sequences(result)} a step"
+            f"longer, {short_length(shard_length(result.seq_len, result.sp_size))} a rank, {_sequences(result)} a step"
         ),
     )
     return more + longer
