@@ -29,12 +29,6 @@ def shard_length(seq_len: int, sp_size: int) -> int:
     return ceil_divide(seq_len, sp_size)
 
 
-def shard_slice(seq_len: int, sp_size: int, sp_rank: int) -> slice:
-    """The part of the sequence, padded to `sp_size * shard_length` tokens, that `sp_rank` holds."""
-    length = shard_length(seq_len, sp_size)
-    return slice(sp_rank * length, (sp_rank + 1) * length)
-
-
 def chunk_slices(num_tokens: int, chunks: int) -> Iterator[slice]:
     """Yield `chunks` slices that cover `range(num_tokens)` exactly once, their lengths differing by at most one.
 

@@ -12,7 +12,7 @@ from tiny import tiny_settings
 from torch import Tensor
 
 from mst_ds import apply_settings
-from mst_ds.ulysses import SequenceGroup, run_simulated
+from mst_ds.sequence_parallel import SequenceGroup, run_simulated
 
 
 def sharded_loss_and_gradients(

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from mst_ds import apply_settings
 from mst_ds.data import IGNORE_INDEX, Batch, shard, shift_labels
+from mst_ds.sequence_parallel import SequenceGroup, run_simulated
 from mst_ds.topology import Topology
-from mst_ds.ulysses import SequenceGroup, run_simulated
 
 
 def alone(model: nn.Module, sequences: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -35,8 +35,8 @@ from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from mst_ds import apply_settings, remove_plan
 from mst_ds.data import IGNORE_INDEX, shard
+from mst_ds.sequence_parallel import ProcessSequenceGroup
 from mst_ds.topology import Topology
-from mst_ds.ulysses import ProcessSequenceGroup
 
 ADAPTERS: dict[str, tuple[str, Adapter]] = {
     "attention": ("llama", {"target_modules": ATTENTION}),

@@ -12,13 +12,13 @@ PACKAGE = Path(__file__).parents[1] / "mst_ds"
 # From the bottom up. Modules of one line may import each other; each may import any line above this one.
 LAYERS = [
     {"command", "dtypes", "flags", "geometry", "read_file", "whole_file"},
-    {"adapters", "kept_in_fp32", "recompute", "shipped"},
-    {"config"},
+    {"adapters", "kept_in_fp32", "recompute", "shipped", "token_layout"},
+    {"attention", "config"},
     {"dataset_files", "gpus", "model_shape", "objectives", "settings", "topology"},
     {"zero_checks"},
     {"owners"},
     {"zero"},
-    {"planner", "minisequence", "ulysses", "metrics", "data"},
+    {"planner", "minisequence", "sequence_parallel", "metrics", "data"},
     {"structure", "model_folder"},
     {"patching", "checkpoint"},
     {"preflight", "memory", "scaling"},
@@ -30,7 +30,7 @@ LAYERS = [
 PURE = {"command", "config", "dataset_files", "flags", "geometry", "gpus", "owners", "read_file", "zero_checks"}
 PURE |= {"settings", "shipped", "zero", "model_shape", "topology", "planner"}
 # Within a layer these have nothing to do with each other.
-APART = {"planner", "minisequence", "ulysses", "metrics", "data"}
+APART = {"planner", "minisequence", "sequence_parallel", "metrics", "data"}
 
 
 def modules():

@@ -10,7 +10,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from mst_ds import apply_settings
 from mst_ds.minisequence.router_loss import router_loss
-from mst_ds.ulysses import run_simulated
+from mst_ds.sequence_parallel import run_simulated
 
 MIXTURES = ["mixtral", "qwen3-moe", "olmoe", "gpt-oss"]
 LENGTH = 30

@@ -2,7 +2,6 @@
 
 import pytest
 
-from mst_ds.geometry import shard_length, shard_slice
 from mst_ds.topology import Topology, choose_sp_size
 
 
@@ -33,16 +32,6 @@ def test_sp_is_innermost():
 def test_a_place_outside_the_world_is_refused(values, message):
     with pytest.raises(ValueError, match=message):
         Topology(*values)
-
-
-@pytest.mark.parametrize(("seq_len", "sp_size"), [(4096, 1), (4096, 4), (1021, 4), (3, 4), (1, 1)])
-def test_shards_are_equal_and_cover_the_sequence_once(seq_len, sp_size):
-    length = shard_length(seq_len, sp_size)
-    padded = range(length * sp_size)
-    shards = [padded[shard_slice(seq_len, sp_size, sp_rank)] for sp_rank in range(sp_size)]
-    assert [position for shard in shards for position in shard] == list(padded)
-    assert {len(shard) for shard in shards} == {length}
-    assert 0 <= len(padded) - seq_len < sp_size
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mst_ds.config import IGNORE_INDEX
-from mst_ds.geometry import shard_length, shard_slice
+from mst_ds.token_layout import TokenLayout
 from mst_ds.topology import Topology
 
 Batch: TypeAlias = dict[str, Tensor]
-
-"""The label of a position that does not count in the loss, as in `torch.nn.functional.cross_entropy`."""
 
 
 def shift_labels(labels: Tensor) -> Tensor:
@@ -42,17 +40,18 @@ def shard(batch: Batch, topology: Topology, pad_id: int = 0) -> Batch:
     """
     input_ids = batch["input_ids"]
     batch_size, seq_len = input_ids.shape
-    part = shard_slice(seq_len, topology.sp_size, topology.sp_rank)
-    added = topology.sp_size * shard_length(seq_len, topology.sp_size) - seq_len
+    layout = TokenLayout(topology.sp_size)
     position_ids = batch.get("position_ids", torch.arange(seq_len).expand(batch_size, -1))
     attention_mask = batch.get("attention_mask", torch.ones_like(input_ids))
     # Padding counts from 0 again: a learned position beyond S may not exist. It never has more than S tokens, save in
     # a world with more ranks than tokens.
-    padding_positions = torch.arange(added).expand(batch_size, -1) % seq_len
     whole = {
-        "input_ids": pad(input_ids, (0, added), value=pad_id),
-        "shift_labels": pad(shift_labels(batch["labels"]), (0, added), value=IGNORE_INDEX),
-        "position_ids": torch.cat([position_ids, padding_positions], dim=1),
-        "attention_mask": pad(attention_mask, (0, added), value=0),
+        "input_ids": layout.padded(input_ids, pad_id),
+        "shift_labels": layout.padded(shift_labels(batch["labels"]), IGNORE_INDEX),
+        "position_ids": layout.padded(position_ids, 0),
+        "attention_mask": layout.padded(attention_mask, 0),
     }
-    return {name: tensor[:, part].contiguous() for name, tensor in whole.items()}
+    added = whole["position_ids"].shape[1] - seq_len
+    if added:
+        whole["position_ids"][:, seq_len:] = torch.arange(added) % seq_len
+    return {name: layout.split(tensor, dim=1)[topology.sp_rank].contiguous() for name, tensor in whole.items()}

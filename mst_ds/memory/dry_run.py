@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from mst_ds.adapters import model_on_meta
+from mst_ds.attention import blockwise
 from mst_ds.dtypes import DTYPES
 from mst_ds.geometry import ELEMENTS_THAT_KEEP_BUSY
 from mst_ds.memory.live import LiveMemory
@@ -21,7 +22,6 @@ from mst_ds.minisequence import chunks
 from mst_ds.patching import apply_plan, decoder, find_parts
 from mst_ds.planner import Plan, activation_bytes
 from mst_ds.recompute import stores
-from mst_ds.ulysses import blockwise
 
 if TYPE_CHECKING:
     from peft import PeftConfig

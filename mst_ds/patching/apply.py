@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from mst_ds.attention import causal_backend
 from mst_ds.patching.adapters import base_model, without_adapters
 from mst_ds.patching.causal_lm import causal_lm_forward, generate
 from mst_ds.patching.decoder import decoder_forward, known_arguments
@@ -19,6 +20,13 @@ from mst_ds.patching.patched import OwnConfig, PatchedModel
 from mst_ds.patching.undo import Undo
 from mst_ds.planner import Plan
 from mst_ds.recompute import DeviceStore, HostStore, LayerRecompute
+from mst_ds.sequence_parallel import (
+    ATTENTION_NAME,
+    ProcessSequenceGroup,
+    SequenceGroup,
+    new_sequence_group,
+    register_attention,
+)
 from mst_ds.settings import KNOBS, Settings
 from mst_ds.structure import (
     Chunkable,
@@ -36,14 +44,6 @@ from mst_ds.structure import (
     require_shardable,
     why_own_attention,
 )
-from mst_ds.ulysses import (
-    ATTENTION_NAME,
-    ProcessSequenceGroup,
-    SequenceGroup,
-    new_sequence_group,
-    register_attention,
-)
-from mst_ds.ulysses.backends import causal_backend
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mst_ds.attention import DocumentStarts
 from mst_ds.config import nearest
 from mst_ds.patching.document_arguments import take_document_starts
 from mst_ds.patching.guards import check_unchanged
 from mst_ds.patching.patched import PatchedModel, own_attention
-from mst_ds.ulysses import UlyssesContext, document_lengths, find_document_starts, positions_in_documents
+from mst_ds.sequence_parallel import UlyssesContext, document_lengths, find_document_starts, positions_in_documents
+from mst_ds.token_layout import TokenLayout
 
 # Of a causal language model, beside those that its class and transformers name.
 _TARGETS = {"labels", "shift_labels", "num_items_in_batch", "ignore_index", "skip_logits"}
@@ -137,14 +139,14 @@ def _planned_arguments(patched: PatchedModel, kwargs: dict[str, Any]) -> dict[st
 
 def _find_documents(
     patched: PatchedModel, positions: Any, mask: Tensor | None, inputs: Tensor
-) -> tuple[Any, list[list[int]] | None]:
+) -> tuple[Any, DocumentStarts | None]:
     """Positions in the whole sequence, None where they tell nothing new, and where documents begin. Rotary embeddings
     that depend on how long these are get to know it."""
     group, lengths, are_given = patched.group, patched.document_lengths, positions is not None
     if not are_given and (group is not None or mask is not None or lengths is not None):
         batch, length = inputs.shape[:2]
-        rank = 0 if group is None else group.rank
-        positions = (torch.arange(length, device=inputs.device) + rank * length).expand(batch, -1)
+        layout, rank = (TokenLayout(), 0) if group is None else (TokenLayout(group.size), group.rank)
+        positions = layout.positions(rank, length, inputs.device).expand(batch, -1)
     # On a shard always: another rank may have padding, and this is a collective call.
     starts = None if positions is None else find_document_starts(positions, mask, group)
     if lengths is not None:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mst_ds.attention import DocumentStarts
+
 _LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k")
 _LONGEST = ("max_length_q", "max_length_k")
 
@@ -17,7 +19,7 @@ class ToldDocuments:
     """What such an argument says; starts: for each row of `length` tokens the first index of each document."""
 
     argument: str
-    starts: list[list[int]]
+    starts: DocumentStarts
     length: int
 
     @property
@@ -25,7 +27,7 @@ class ToldDocuments:
         """Whether a row holds more than one document."""
         return any(len(row) > 1 for row in self.starts)
 
-    def check(self, found: list[list[int]] | None) -> None:
+    def check(self, found: DocumentStarts | None) -> None:
         """Compare them with what `position_ids` say: starts as `find_document_starts` gives them.
 
         Raises:

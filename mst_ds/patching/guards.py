@@ -10,10 +10,10 @@ from torch import nn
 
 from mst_ds.patching.patched import PatchedModel
 from mst_ds.patching.undo import Undo
+from mst_ds.sequence_parallel import ATTENTION_NAME
 from mst_ds.settings import Settings
 from mst_ds.structure import MlpStructure
 from mst_ds.structure.probe import is_changed_by_user
-from mst_ds.ulysses import ATTENTION_NAME
 
 CHANGED = (
     "{} was changed after mst_ds.apply_plan, such as by {}: call mst_ds.remove_plan(model), "

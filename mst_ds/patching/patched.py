@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from mst_ds.recompute import LayerRecompute
+from mst_ds.sequence_parallel import ATTENTION_NAME, SequenceGroup, register_attention
 from mst_ds.settings import Settings
 from mst_ds.structure import Chunkable, DocumentLengths, LossStructure
-from mst_ds.ulysses import ATTENTION_NAME, SequenceGroup, register_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

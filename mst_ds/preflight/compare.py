@@ -21,9 +21,9 @@ from mst_ds.preflight.documents import Documents
 from mst_ds.preflight.errors import relative_error
 from mst_ds.preflight.float64 import Float64
 from mst_ds.preflight.trace import Trace, Tracer, join_shards
+from mst_ds.sequence_parallel import SequenceGroup
+from mst_ds.sequence_parallel.simulated import run_simulated
 from mst_ds.structure import Chunkable, MlpStructure
-from mst_ds.ulysses import SequenceGroup
-from mst_ds.ulysses.simulated import run_simulated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from mst_ds.config import IGNORE_INDEX
-from mst_ds.geometry import shard_length, shard_slice
+from mst_ds.token_layout import TokenLayout
 
 _PADDING = 6
 
@@ -71,11 +71,9 @@ class Documents:
             whole["shift_labels"][row, part] = targets
             whole["attention_mask"][row, part] = 1
             whole["position_ids"][row, part.stop :] = torch.arange(self.seq_len - part.stop)
-        part = shard_slice(self.seq_len, sp_size, sp_rank)
-        added = sp_size * shard_length(self.seq_len, sp_size) - self.seq_len
-        fill = {"shift_labels": IGNORE_INDEX}
+        layout, fill = TokenLayout(sp_size), {"shift_labels": IGNORE_INDEX}
         return {
-            name: pad(values, (0, added), value=fill.get(name, 0))[:, part].contiguous()
+            name: layout.split(layout.padded(values, fill.get(name, 0)), dim=1)[sp_rank].contiguous()
             for name, values in whole.items()
         }
 

@@ -9,6 +9,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from mst_ds.token_layout import TokenLayout
+
 
 @dataclass
 class ModuleRecord:
@@ -108,7 +110,7 @@ def _join(records: Sequence[ModuleRecord], tokens: Callable[[Tensor], Tensor]) -
         if name == "scalar":
             value = torch.stack(parts).sum()
         else:
-            whole = torch.cat(parts, dim=1)
+            whole = TokenLayout(len(parts)).join(parts, dim=1)
             value = tokens(whole)
             if name.endswith("gradient"):
                 # Of what stands on padding only this is to be compared: no gradient comes from there.

@@ -12,7 +12,7 @@ from tiny_models import tiny_model
 
 from mst_ds import apply_settings, remove_plan
 from mst_ds.preflight.float64 import Float64
-from mst_ds.ulysses import run_simulated
+from mst_ds.sequence_parallel import run_simulated
 
 LENGTH = 30
 # The second shard of two begins inside a document of both rows.

@@ -20,7 +20,7 @@ import mst_ds.minisequence.mlp
 import mst_ds.patching.apply
 import mst_ds.patching.causal_lm
 import mst_ds.patching.decoder
-import mst_ds.ulysses.all_to_all
+import mst_ds.sequence_parallel.all_to_all
 from mst_ds.planner import make_plan
 from mst_ds.preflight import Case, Check, cases_to_try, check_model, require_exact
 from mst_ds.preflight.compare import Outcome
@@ -116,7 +116,7 @@ def test_scaled_gradient_of_the_last_hidden_states(monkeypatch: pytest.MonkeyPat
 def test_scaled_gradient_inside_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tied weight is off as well, since what reaches the embeddings is: that is not the head's doing."""
     # Of the query: (batch, heads, length of the shard, head dim).
-    scale_gradient(monkeypatch, mst_ds.ulysses.sequence_attention._SequenceAttention, 2, 8, 21, 4)
+    scale_gradient(monkeypatch, mst_ds.sequence_parallel.sequence_attention._SequenceAttention, 2, 8, 21, 4)
     said = defect(PACKED, tie_word_embeddings=True)
     assert said.startswith("model.layers.1.self_attn: the gradient of its input is off by ")
 

@@ -8,14 +8,12 @@ import pytest
 import torch
 from dense_attention import dense_attention, heads
 
+from mst_ds.attention import AttentionSpec, DocumentAttention, causal_backend
 from mst_ds.geometry import HeadLayout
 from mst_ds.memory.live import LiveMemory
 from mst_ds.recompute import HostStore, LayerRecompute
-from mst_ds.ulysses import run_simulated
-from mst_ds.ulysses.backends import causal_backend
-from mst_ds.ulysses.documents import DocumentAttention
-from mst_ds.ulysses.sequence_attention import SequenceAttention
-from mst_ds.ulysses.spec import AttentionSpec
+from mst_ds.sequence_parallel import run_simulated
+from mst_ds.sequence_parallel.sequence_attention import SequenceAttention
 
 LENGTH, SCALING = 36, 0.3
 # Both rows have other documents; shards of 18 or 12 meet inside of documents.

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, masking_utils
 
-from mst_ds.ulysses import (
+from mst_ds.attention import SlidingWindow
+from mst_ds.sequence_parallel import (
     ATTENTION_NAME,
     SequenceGroup,
     UlyssesContext,
     register_attention,
     run_simulated,
 )
-from mst_ds.ulysses.masks import SlidingWindow
 
 LENGTH = 12
 

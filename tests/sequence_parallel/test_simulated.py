@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mst_ds.ulysses import SequenceGroup, run_simulated
+from mst_ds.sequence_parallel import SequenceGroup, run_simulated
 
 
 def exchanges(group: SequenceGroup) -> tuple[list[int], list[Tensor], Tensor]:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mst_ds.attention import DocumentAttention
 from mst_ds.dtypes import sum_dtype
 from mst_ds.geometry import HeadLayout
 from mst_ds.recompute import Kept, KeptGraph, KeptOnDevice, LayerRecompute, RandomState
 
 from .all_to_all import gather_sequence, scatter_sequence
-from .documents import DocumentAttention
 from .groups import SequenceGroup
 
 

@@ -7,7 +7,7 @@ import torch
 from dense_attention import dense_attention, heads
 from torch import Tensor, nn
 
-from mst_ds.ulysses import (
+from mst_ds.sequence_parallel import (
     SequenceGroup,
     UlyssesContext,
     document_lengths,

@@ -15,14 +15,11 @@ from dense_attention import dense_attention, heads, visible
 from distributed import run_ranks
 from torch import Tensor, nn
 
+from mst_ds.attention import AttentionSpec, DocumentAttention, SlidingWindow, causal_backend
 from mst_ds.geometry import HeadLayout
 from mst_ds.memory.live import LiveMemory
-from mst_ds.ulysses import SequenceGroup, UlyssesContext, new_sequence_group, run_simulated, ulysses_attention
-from mst_ds.ulysses.backends import causal_backend
-from mst_ds.ulysses.documents import DocumentAttention
-from mst_ds.ulysses.masks import SlidingWindow
-from mst_ds.ulysses.sequence_attention import SequenceAttention
-from mst_ds.ulysses.spec import AttentionSpec
+from mst_ds.sequence_parallel import SequenceGroup, UlyssesContext, new_sequence_group, run_simulated, ulysses_attention
+from mst_ds.sequence_parallel.sequence_attention import SequenceAttention
 
 # fp64, sums of some tens of terms.
 EXACT = {"rtol": 1e-12, "atol": 1e-13}
@@ -337,7 +334,7 @@ def test_flash_attention_is_handed_what_it_can_do(
 
 
 def test_backends_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mst_ds.ulysses.backends.find_spec", lambda name: None)
+    monkeypatch.setattr("mst_ds.attention.kernels.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs the package flash-attn"):
         causal_backend("flash_attention_2")
     with pytest.raises(ValueError, match="'eager'"):

@@ -9,15 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mst_ds.attention import (
+    AttentionSpec,
+    CausalAttention,
+    DocumentAttention,
+    DocumentStarts,
+    SlidingWindow,
+    causal_backend,
+    describe_mask,
+)
 from mst_ds.geometry import HeadLayout
 from mst_ds.recompute import LayerRecompute
 
-from .backends import CausalAttention, causal_backend
-from .documents import DocumentAttention
 from .groups import SequenceGroup
-from .masks import SlidingWindow, describe_mask
 from .sequence_attention import SequenceAttention
-from .spec import AttentionSpec
 
 ATTENTION_NAME = "mst_ulysses"
 
@@ -39,7 +44,7 @@ class UlyssesContext:
 
     group: SequenceGroup | None
     backend: str
-    document_starts: list[list[int]] | None
+    document_starts: DocumentStarts | None
     head_groups: int = 1
     recompute: LayerRecompute | None = None
 
@@ -101,48 +106,6 @@ def ulysses_attention(
     layout = HeadLayout(query.shape[1], key.shape[1], sp_size, head_groups)
     attention = SequenceAttention(DocumentAttention(ulysses.attend, spec, ulysses.document_starts), group, layout)
     return attention(query, key, value, kwargs.get("s_aux"), recompute=ulysses.recompute), None
-
-
-def find_document_starts(
-    position_ids: Tensor, attention_mask: Tensor | None, group: SequenceGroup | None
-) -> list[list[int]] | None:
-    """Find where documents begin in the whole sequence, with one all-gather.
-
-    A document begins where a position does not go on by one, and where padding begins or ends. A run of padding is one
-    document, whatever its positions: real tokens never see it, on either side.
-
-    Args:
-        position_ids: (B, L) of this rank's shard; one row may stand for all.
-        attention_mask: (B, L) of this rank's shard, 1 for a token and 0 for padding; None where all are tokens.
-        group: the sequence group; None where the sequence is not sharded.
-
-    Returns:
-        For each row the first index of each document in the whole sequence, or None when every row is one document.
-
-    Raises:
-        ValueError: positions that are not one row for each sequence, or a mask of another shape or with other values
-            than 0 and 1.
-    """
-    if position_ids.dim() != 2:
-        raise ValueError(f"position_ids must be (batch, length), got shape {tuple(position_ids.shape)}")
-    # Position and mask of a token travel as one number, so that ranks with and without a mask exchange the same.
-    tokens = 2 * position_ids.long() + 1
-    if attention_mask is not None:
-        is_binary = bool(((attention_mask == 0) | (attention_mask == 1)).all())
-        if attention_mask.dim() != 2 or attention_mask.shape[1] != position_ids.shape[1] or not is_binary:
-            raise ValueError(
-                f"attention_mask must be (batch, {position_ids.shape[1]}), 1 for a token and 0 for padding; "
-                f"got shape {tuple(attention_mask.shape)}{'' if is_binary else ' and other values'}"
-            )
-        tokens = tokens - 1 + attention_mask.long()
-    if group is not None:
-        tokens = torch.cat(group.all_gather(tokens), dim=1)
-    is_padding = tokens % 2 == 0
-    goes_on = (tokens[:, 1:] == tokens[:, :-1] + 2) | (is_padding[:, 1:] & is_padding[:, :-1])
-    is_start = torch.ones_like(tokens, dtype=torch.bool)
-    is_start[:, 1:] = ~goes_on
-    starts = [row.nonzero().flatten().tolist() for row in is_start]
-    return None if all(row == [0] for row in starts) else starts
 
 
 def _check_request(

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from mst_ds.dtypes import sum_dtype
 from mst_ds.recompute import Kept, KeptGraph
 
-from .backends import CausalAttention
+from .kernels import CausalAttention
 from .spec import AttentionSpec
 
 DocumentStarts = list[list[int]]

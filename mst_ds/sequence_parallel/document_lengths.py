@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mst_ds.geometry import shard_slice
+from mst_ds.attention import DocumentStarts
+from mst_ds.token_layout import TokenLayout
 
-from .documents import DocumentStarts
 from .groups import SequenceGroup
 
 
@@ -41,7 +41,7 @@ def document_lengths(
     Returns:
         (B, L), 1 on padding, which decides nothing.
     """
-    whole = position_ids if group is None else torch.cat(group.all_gather(position_ids), dim=1)
+    whole = position_ids if group is None else TokenLayout(group.size).join(group.all_gather(position_ids), dim=1)
     length = whole.shape[1]
     documents = _documents(starts, length, whole.device)
     batch = max(len(documents), len(whole))
@@ -61,4 +61,4 @@ def _documents(starts: DocumentStarts | None, length: int, device: torch.device)
 
 def _shard(whole: Tensor, group: SequenceGroup | None) -> Tensor:
     """This rank's part of (B, S)."""
-    return whole if group is None else whole[:, shard_slice(whole.shape[1], group.size, group.rank)]
+    return whole if group is None else TokenLayout(group.size).split(whole, dim=1)[group.rank]

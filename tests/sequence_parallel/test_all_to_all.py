@@ -3,12 +3,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mst_ds.attention import AttentionSpec, DocumentAttention, causal_backend
 from mst_ds.geometry import HeadLayout
-from mst_ds.ulysses import SequenceGroup, run_simulated
-from mst_ds.ulysses.backends import causal_backend
-from mst_ds.ulysses.documents import DocumentAttention
-from mst_ds.ulysses.sequence_attention import SequenceAttention
-from mst_ds.ulysses.spec import AttentionSpec
+from mst_ds.sequence_parallel import SequenceGroup, run_simulated
+from mst_ds.sequence_parallel.sequence_attention import SequenceAttention
 
 
 def test_gradients_of_a_shared_head_are_not_rounded_one_by_one() -> None:

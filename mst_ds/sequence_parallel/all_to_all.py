@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mst_ds.token_layout import TokenLayout
+
 from .groups import SequenceGroup
 
 
@@ -34,8 +36,9 @@ def gather_sequence(
         for tensor, part in zip(tensors, heads[group.rank], strict=True)
     ]
     received = _exchange(sends, [shapes] * group.size, group)
-    # received[source][i] is (B, n_i, L, D_i): the shards follow each other along the sequence.
-    return tuple(torch.cat(shards, dim=2) for shards in zip(*received, strict=True))
+    # received[source][i] is (B, n_i, L, D_i).
+    layout = TokenLayout(group.size)
+    return tuple(layout.join(shards, dim=2) for shards in zip(*received, strict=True))
 
 
 def scatter_sequence(
@@ -50,7 +53,7 @@ def scatter_sequence(
     Returns:
         From each rank a (B, len(heads[rank][i]), L, D_i) for each tensor, views of one buffer.
     """
-    shards = [tensor.chunk(group.size, dim=2) for tensor in tensors]
+    shards = [TokenLayout(group.size).split(tensor, dim=2) for tensor in tensors]
     shapes = [
         [
             torch.Size((tensor.shape[0], len(part), tensor.shape[2] // group.size, tensor.shape[3]))

@@ -1,7 +1,8 @@
 """Ulysses sequence parallelism (arXiv 2309.14509): sequence shards outside attention, head shards inside it."""
 
-from .attention import ATTENTION_NAME, UlyssesContext, find_document_starts, register_attention, ulysses_attention
+from .attention_function import ATTENTION_NAME, UlyssesContext, register_attention, ulysses_attention
 from .document_lengths import document_lengths, positions_in_documents
+from .document_starts import find_document_starts
 from .groups import ProcessSequenceGroup, SequenceGroup, new_sequence_group
 from .simulated import run_simulated
 
