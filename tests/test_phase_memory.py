@@ -127,8 +127,8 @@ def test_on_an_accelerator_each_phase_has_a_peak_of_its_own(monkeypatch: pytest.
 
 def phase_of(name: str, device: int, host: int = 0, reserve: int = 0) -> Phase:
     places: list[tuple[str, int, Any]] = [("a", device, "device"), ("b", host, "host"), ("c", 1000, "nvme")]
-    places.append(("reserve", reserve, "device"))
-    return Phase(name, tuple(MemoryTerm(term, count, place, ()) for term, count, place in places))
+    terms = tuple(MemoryTerm(term, count, place, ()) for term, count, place in places)
+    return Phase(name, (*terms, MemoryTerm("d", reserve, "device", (), "reserve")))
 
 
 def test_what_is_planned_is_without_the_reserve_and_on_the_cpu_with_the_host() -> None:

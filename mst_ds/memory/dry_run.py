@@ -20,7 +20,7 @@ from mst_ds.geometry import ELEMENTS_THAT_KEEP_BUSY
 from mst_ds.memory.live import LiveMemory
 from mst_ds.minisequence import chunks
 from mst_ds.patching import apply_plan, decoder, find_parts
-from mst_ds.planner import Plan, activation_bytes
+from mst_ds.planner import Plan
 from mst_ds.recompute import stores
 
 if TYPE_CHECKING:
@@ -137,5 +137,7 @@ def host_left_out(memory: LiveMemory) -> Iterator[None]:
 def planned_activations(plan: Plan) -> Mapping[str, int]:
     """What the plan's formulas say for each phase of `dry_run`."""
     return {
-        phase.name: activation_bytes(phase) for phase in plan.phases if phase.name in ("forward", "loss", "backward")
+        phase.name: phase.kind_bytes("activation")
+        for phase in plan.phases
+        if phase.name in ("forward", "loss", "backward")
     }

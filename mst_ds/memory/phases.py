@@ -138,8 +138,7 @@ def _decoder(model: Any) -> nn.Module:
 def planned_bytes(phase: Phase, device: torch.device) -> int:
     """What of a phase can be measured: all but the reserve, which tensors do not take. On the CPU the host is the
     device, and counts too."""
-    reserve = sum(term.bytes for term in phase.terms if term.name == "reserve")
-    return phase.device_bytes - reserve + (phase.host_bytes if device.type == "cpu" else 0)
+    return phase.device_bytes - phase.kind_bytes("reserve") + (phase.host_bytes if device.type == "cpu" else 0)
 
 
 def compare(plan: Plan, peaks: Mapping[str, int], device: torch.device) -> list[PhaseMemory]:

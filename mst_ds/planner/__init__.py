@@ -2,7 +2,6 @@
 
 from mst_ds.gpus import Gpu, gpu_by_name, gpu_of_device
 from mst_ds.planner.advice import Change, changes_that_fit
-from mst_ds.planner.phases import activation_bytes
 from mst_ds.planner.plan import (
     DEFAULT_RESERVE,
     LENGTH_STEP,
@@ -26,7 +25,6 @@ __all__ = [
     "Phase",
     "Plan",
     "Request",
-    "activation_bytes",
     "changes_that_fit",
     "gpu_by_name",
     "gpu_of_device",

@@ -13,30 +13,6 @@ from mst_ds.planner.workload import Workload
 
 Terms = tuple[MemoryTerm, ...]
 
-# What is there whatever a micro-batch computes.
-_STATES = frozenset(
-    {
-        "reserve",
-        "parameters",
-        "gathered_parameters",
-        "persistent_parameters",
-        "gradients",
-        "averaged_gradients",
-        "reduce_bucket",
-        "master_parameters",
-        "optimizer_moments",
-        "fp32_gradient",
-        "parameter_staging",
-        "gradient_staging_on_host",
-        "gradient_staging",
-    }
-)
-
-
-def activation_bytes(phase: Phase) -> int:
-    """Of a phase's device memory what is no state of the model and none of ZeRO's buffers for these."""
-    return total_bytes(term for term in phase.terms if term.place == "device" and term.name not in _STATES)
-
 
 def step_phases(work: Workload) -> tuple[Phase, ...]:
     """All phases, in the order in which they happen."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Literal
 
@@ -19,9 +20,13 @@ _FP32_BYTES = 4
 _ALL_REDUCE_ELEMENTS = 5 * 10**8
 
 
+# All but the reserve.
+_state = functools.partial(product_term, kind="state")
+
+
 def reserve(work: Workload) -> Terms:
     """What CUDA's context and NCCL's buffers take, and what the allocator loses between blocks."""
-    return (product_term("reserve", "device", ("bytes", work.reserve)),) if work.reserve else ()
+    return (product_term("reserve", "device", ("bytes", work.reserve), kind="reserve"),) if work.reserve else ()
 
 
 def parameters(work: Workload) -> Terms:
@@ -30,11 +35,11 @@ def parameters(work: Workload) -> Terms:
     zero = work.zero
     count = work.sharded(work.shape.parameter_count, from_stage=3)
     place = _OFFLOAD_PLACES[zero.param_offload]
-    terms = (product_term("parameters", place, ("parameters of this rank", count), ("bytes", zero.dtype_bytes)),)
+    terms = (_state("parameters", place, ("parameters of this rank", count), ("bytes", zero.dtype_bytes)),)
     if place != "nvme":
         return terms
     buffers = ("buffer_count", zero.param_buffer_count), ("buffer_size", zero.param_buffer_size)
-    return (*terms, product_term("parameter_swap_buffers", "host", *buffers, ("bytes", zero.dtype_bytes)))
+    return (*terms, _state("parameter_swap_buffers", "host", *buffers, ("bytes", zero.dtype_bytes)))
 
 
 def gathered_parameters(work: Workload, phase: Literal["forward", "loss", "backward"]) -> Terms:
@@ -67,9 +72,7 @@ def gathered_parameters(work: Workload, phase: Literal["forward", "loss", "backw
         "gathered_parameters": ("live parameters", min(shape.parameter_count - persistent.all, count)),
     }
     return tuple(
-        product_term(name, "device", elements, ("bytes", zero.dtype_bytes))
-        for name, elements in live.items()
-        if elements[1]
+        _state(name, "device", elements, ("bytes", zero.dtype_bytes)) for name, elements in live.items() if elements[1]
     )
 
 
@@ -116,12 +119,12 @@ def gradients(work: Workload, *, so_far: int | None = None) -> Terms:
     zero, count = work.zero, work.shape.trained.all
     if zero.stage < 2:
         count = min(count, so_far) if so_far is not None else count
-        return (product_term("gradients", "device", ("gradients of this rank", count), ("bytes", zero.dtype_bytes)),)
+        return (_state("gradients", "device", ("gradients of this rank", count), ("bytes", zero.dtype_bytes)),)
     if _has_fp32_gradient_on_host(work) and zero.stage == 2:
         return ()
     place: Place = "device" if zero.optimizer_offload == "none" else "host"
     of_rank = ("gradients of this rank", work.sharded(count, from_stage=2))
-    return (product_term("gradients", place, of_rank, ("bytes", zero.grad_accum_dtype_bytes)),)
+    return (_state("gradients", place, of_rank, ("bytes", zero.grad_accum_dtype_bytes)),)
 
 
 def gradient_reduction(work: Workload) -> Terms:
@@ -131,7 +134,7 @@ def gradient_reduction(work: Workload) -> Terms:
     if zero.stage > 1 or zero.dp_world_size == 1 or _has_fp32_gradient_on_host(work):
         return ()
     copied = min(count, _ALL_REDUCE_ELEMENTS) if zero.stage == 0 else work.sharded(count, from_stage=1)
-    return (product_term("averaged_gradients", "device", ("gradients", copied), ("bytes", zero.dtype_bytes)),)
+    return (_state("averaged_gradients", "device", ("gradients", copied), ("bytes", zero.dtype_bytes)),)
 
 
 def _has_fp32_gradient_on_host(work: Workload) -> bool:
@@ -144,7 +147,7 @@ def reduce_bucket(work: Workload) -> Terms:
         return ()
     buffers = 2 if work.zero.overlap_comm and work.zero.stage < 3 else 1
     return (
-        product_term(
+        _state(
             "reduce_bucket",
             "device",
             ("buffers", buffers),
@@ -168,31 +171,29 @@ def optimizer_states(work: Workload) -> Terms:
     moments: Terms = ()
     if zero.optimizer_moments:
         moments = (
-            product_term(
-                "optimizer_moments", place, ("moments", zero.optimizer_moments), of_rank, ("bytes", _FP32_BYTES)
-            ),
+            _state("optimizer_moments", place, ("moments", zero.optimizer_moments), of_rank, ("bytes", _FP32_BYTES)),
         )
     # Every ZeRO stage has a master copy, of fp32 parameters too; only plain fp32 is updated in place.
     if zero.stage == 0 and zero.dtype == "fp32":
         return moments
-    master = product_term("master_parameters", place, of_rank, ("bytes", _FP32_BYTES))
+    master = _state("master_parameters", place, of_rank, ("bytes", _FP32_BYTES))
     if not _has_fp32_gradient_on_host(work):
         return (master, *moments)
-    gradient = product_term("fp32_gradient", "host", of_rank, ("bytes", _FP32_BYTES))
+    gradient = _state("fp32_gradient", "host", of_rank, ("bytes", _FP32_BYTES))
     if zero.stage == 3:
         if place != "nvme":
             return (master, *moments, gradient)
         sub_group = ("trained parameters of a sub-group", min(count, zero.sub_group_size))
         buffers = ("buffer_count", zero.optimizer_buffer_count), sub_group, ("bytes", _FP32_BYTES)
-        return (master, *moments, gradient, product_term("optimizer_swap_buffers", "host", *buffers))
+        return (master, *moments, gradient, _state("optimizer_swap_buffers", "host", *buffers))
     largest = ("largest weight", work.shape.trained.largest)
     return (
         master,
         *moments,
         gradient,
-        product_term("parameter_staging", "host", of_rank, ("bytes", zero.dtype_bytes)),
-        product_term("gradient_staging_on_host", "host", largest, ("bytes", zero.dtype_bytes)),
-        product_term("gradient_staging", "device", largest, ("bytes", zero.dtype_bytes)),
+        _state("parameter_staging", "host", of_rank, ("bytes", zero.dtype_bytes)),
+        _state("gradient_staging_on_host", "host", largest, ("bytes", zero.dtype_bytes)),
+        _state("gradient_staging", "device", largest, ("bytes", zero.dtype_bytes)),
     )
 
 
@@ -210,9 +211,9 @@ def optimizer_step(work: Workload) -> Terms:
     count = work.sharded(work.shape.trained.all, from_stage=1)
     if zero.stage == 3:
         count = min(count, zero.sub_group_size)
-    copy = product_term("fp32_gradient", "device", ("trained parameters of this step", count), ("bytes", _FP32_BYTES))
+    copy = _state("fp32_gradient", "device", ("trained parameters of this step", count), ("bytes", _FP32_BYTES))
     if zero.stage == 1:
         # Those of the other ranks' parameters are freed before the copy is made.
-        own = product_term("gradients", "device", ("gradients of this rank", count), ("bytes", zero.dtype_bytes))
+        own = _state("gradients", "device", ("gradients of this rank", count), ("bytes", zero.dtype_bytes))
         return max(gradients(work), (own, copy), key=total_bytes)
     return (*gradients(work), copy, *bucket)

@@ -12,16 +12,20 @@ from mst_ds.settings import Settings
 from mst_ds.topology import Topology
 
 Place: TypeAlias = Literal["device", "host", "nvme"]
+# State: parameters, gradients, optimizer, and ZeRO's buffers for them, whatever a micro-batch computes. Activation: all
+# that it does. Reserve: what tensors do not take.
+Kind: TypeAlias = Literal["state", "activation", "reserve"]
 
 
 @dataclass(frozen=True)
 class MemoryTerm:
-    """One thing that occupies memory: how many bytes, where, and the named factors that gave them."""
+    """One thing that occupies memory: how many bytes, where, of what kind, and the named factors that gave them."""
 
     name: str
     bytes: int
     place: Place
     factors: tuple[tuple[str, int], ...]
+    kind: Kind = "activation"
 
     @property
     def formula(self) -> str:
@@ -29,9 +33,9 @@ class MemoryTerm:
         return " x ".join(f"{label} {value}" for label, value in self.factors if value != 1)
 
 
-def product_term(name: str, place: Place, *factors: tuple[str, int]) -> MemoryTerm:
+def product_term(name: str, place: Place, *factors: tuple[str, int], kind: Kind = "activation") -> MemoryTerm:
     """A term that is the product of named factors, so that its formula cannot differ from its bytes."""
-    return MemoryTerm(name, math.prod([value for _, value in factors]), place, factors)
+    return MemoryTerm(name, math.prod([value for _, value in factors]), place, factors, kind)
 
 
 def total_bytes(terms: Iterable[MemoryTerm]) -> int:
@@ -52,6 +56,10 @@ class Phase:
     @property
     def host_bytes(self) -> int:
         return self._bytes("host")
+
+    def kind_bytes(self, kind: Kind) -> int:
+        """Of one kind, on the device."""
+        return total_bytes(term for term in self.terms if term.place == "device" and term.kind == kind)
 
     def _bytes(self, place: Place) -> int:
         return total_bytes(term for term in self.terms if term.place == place)
@@ -147,7 +155,13 @@ class Plan:
             {
                 "name": phase.name,
                 "terms": [
-                    {"name": term.name, "bytes": term.bytes, "place": term.place, "formula": term.formula}
+                    {
+                        "name": term.name,
+                        "kind": term.kind,
+                        "bytes": term.bytes,
+                        "place": term.place,
+                        "formula": term.formula,
+                    }
                     for term in phase.terms
                 ],
                 "device_bytes": phase.device_bytes,

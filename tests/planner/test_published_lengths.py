@@ -9,7 +9,7 @@ from tiers import slow_but_for
 from benchmarks.working_set import working_set
 from mst_ds.config import GIB
 from mst_ds.model_shape import load_model_shape
-from mst_ds.planner import DEFAULT_RESERVE, activation_bytes, longest_seq_len, make_plan
+from mst_ds.planner import DEFAULT_RESERVE, longest_seq_len, make_plan
 
 # Llama 8B on 8 H100 of 80 GB under DeepSpeed ALST (arXiv 2506.13996): ZeRO-3, optimizer on the host, recompute. A rung
 # is (sp_size, chunked MLP, activations on the host); all have the chunked loss.
@@ -80,5 +80,5 @@ def longest_of_alst(sp_size: int, *, chunks_mlp: bool, offloads: bool) -> int:
         * load_model_shape(MODEL).hidden_size
         * 2
     )
-    states = backward.device_bytes - activation_bytes(backward)
+    states = backward.device_bytes - backward.kind_bytes("activation")
     return int(seq_len * (plan.device_memory - states) / (kept + layer))
