@@ -1,17 +1,15 @@
-"""From config files to a plan, and the plan as people read it."""
+"""From config files to a plan."""
 
 import dataclasses
-import io
 import json
 from pathlib import Path
 
 import pytest
 from planned import EXPERTS, HIDDEN, experts_with
-from rich.console import Console
-from transformers import LlamaConfig, Olmo2Config, StableLmConfig
+from transformers import LlamaConfig, Olmo2Config
 
 from mst_ds.config import GIB, TrainConfig
-from mst_ds.planner import make_plan, plan_table
+from mst_ds.planner import make_plan
 from mst_ds.settings import MstConfig, Settings
 from mst_ds.zero import load_ds_config, resolve
 
@@ -324,70 +322,6 @@ def test_longer_sequences_never_need_less(recompute):
         for seq_len in (8192, 65536, 131072, 131073, 1_000_000, 2**20)
     ]
     assert peaks == sorted(peaks)
-
-
-def test_the_report_shows_every_phase_with_its_largest_terms_and_the_verdict():
-    plan = small_plan()
-    text = rendered(plan)
-    for phase in plan.phases:
-        (line,) = [line for line in text.splitlines() if phase.name in line and "│" in line]
-        on_device = sorted((term.bytes, term.name) for term in phase.terms if term.place == "device")
-        assert f"{phase.device_bytes / GIB:.3f}" in line
-        assert on_device[-1][1] in line
-        assert on_device[0][1] not in line
-    assert f"mlp_chunks {plan.settings.mlp_chunks}, loss_chunks {plan.settings.loss_chunks}" in text
-    assert f"at the peak ({plan.peak_phase.name}) fits in 8.000 GiB" in text
-    assert "does NOT fit in" in rendered(small_plan(device_memory=1))
-
-
-def test_the_report_shows_what_is_kept_and_what_that_costs():
-    text = rendered(llama_8b_plan(keep_attention=True, offload_activations=True, head_groups=2))
-    assert "mlp_chunks 64, loss_chunks 64, recompute, keep_attention, offload_activations, head_groups 2" in text
-    assert f"{ATTENTION / 10**12:.3f} TFLOPs" in text.replace("-", "")
-    costs = text[text.index("TFLOPs a micro-batch") :]
-    assert costs.index("recompute true") < costs.index("keep_attention true") < costs.index("offload_activations true")
-    assert "GiB copied" in costs
-    on_device = {"keep_attention": False, "offload_activations": False, "head_groups": 1}
-    kept_on_device = rendered(llama_8b_plan(**on_device, keep_mlp=False))
-    assert "recompute, head_groups" in kept_on_device
-    assert "recompute, keep_mlp, head_groups" in rendered(llama_8b_plan(**on_device, keep_mlp=True))
-    assert "loss_chunks 64, head_groups" in rendered(llama_8b_plan(recompute=False, keep_mlp=False, head_groups=1))
-    nothing_twice = llama_8b_plan(recompute=False, keep_mlp=True, head_groups=1)
-    text = " ".join(rendered(nothing_twice).split())  # wherever lines end
-    assert "loss_chunks 64, keep_mlp, head_groups" in text
-    assert f"keep_mlp true: +{choices_of(nothing_twice)['keep_mlp'].device_bytes / GIB:.3f} GiB on the device" in text
-
-
-def test_the_report_says_where_parameters_are_not_counted_exactly():
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"num_key_value_heads": 4}
-    plans = [
-        make_plan(config(**sizes), {}, world_size=1, seq_len=64, device_memory=GIB)
-        for config in (LlamaConfig, StableLmConfig)
-    ]
-    assert [plan.counts_are_exact for plan in plans] == [True, False]
-    # Wherever its line ends.
-    assert ["an estimate" in " ".join(rendered(plan).split()) for plan in plans] == [False, True]
-
-
-def test_layers_that_are_not_attention_are_planned_on_one_rank_and_said_to_be_an_estimate():
-    kinds = ["full_attention", "linear_attention"]
-    hybrid = LlamaConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, layer_types=kinds
-    )
-    arguments = {"model_config": hybrid, "ds_config": {}, "world_size": 2, "seq_len": 64, "device_memory": GIB}
-    text = " ".join(rendered(make_plan(**arguments, sp_size=1)).split())
-    assert "layers of type linear_attention planned as if they were attention, an estimate" in text
-    with pytest.raises(
-        ValueError, match="layers of type linear_attention, which sequence parallelism does not support"
-    ):
-        make_plan(**arguments, sp_size=2)
-
-
-def rendered(plan):
-    console = Console(file=io.StringIO(), width=250)
-    console.print(plan_table(plan))
-    return console.file.getvalue()
 
 
 def test_the_reserve_is_a_term_of_every_phase():

@@ -22,10 +22,9 @@ import mst_ds.patching.causal_lm
 import mst_ds.patching.decoder
 import mst_ds.sequence_parallel.all_to_all
 from mst_ds.planner import make_plan
-from mst_ds.preflight import Case, Check, cases_to_try, check_model, require_exact
-from mst_ds.preflight.compare import Outcome
-from mst_ds.preflight.errors import TOLERANCE, is_exact, relative_error
-from mst_ds.settings import MstConfig, Settings
+from mst_ds.preflight import Case, Check, check_model, require_exact
+from mst_ds.preflight.errors import TOLERANCE
+from mst_ds.settings import Settings
 
 PACKED = Case(Settings(sp_size=2, mlp_chunks=3, loss_chunks=3, recompute=True), packed=True)
 ONE_RANK = replace(PACKED, settings=replace(PACKED.settings, sp_size=1))
@@ -340,77 +339,3 @@ def test_a_run_is_refused_before_it_starts(packed: bool, monkeypatch: pytest.Mon
         "1.0e-03 (relative), at sp_size 2, mlp_chunks 3, loss_chunks 1, recompute, keep_attention, keep_mlp, "
         "head_groups 1, attention sdpa, " + ("packed" if packed else "padded")
     )
-
-
-def test_cases_to_try() -> None:
-    cases = cases_to_try(MstConfig(), packed=True)
-    tried = [case.settings for case in cases]
-    assert [(settings.sp_size, settings.mlp_chunks, settings.loss_chunks) for settings in tried] == [
-        (1, 1, 1),
-        (1, 4, 4),
-        (1, 4, 4),
-        (1, 64, 64),
-        (2, 1, 1),
-        (2, 4, 4),
-        (2, 4, 4),
-        (2, 64, 64),
-    ]
-    assert all(case.packed for case in cases)
-    assert [settings.recompute for settings in tried] == [True, False, True, True] * 2
-    kept = [(settings.keep_attention, settings.offload_activations) for settings in tried]
-    assert kept == [(False, False), (False, False), (True, False), (True, True)] * 2
-    assert [settings.keep_mlp for settings in tried] == [False, True, False, True] * 2
-    assert [settings.head_groups for settings in tried] == [1] * 7 + [2]
-
-
-def settings_to_try(**mst: Any) -> list[Settings]:
-    return [case.settings for case in cases_to_try(MstConfig(mst), packed=True)]
-
-
-def test_settings_that_the_json_rules_out_are_not_tried() -> None:
-    tried = settings_to_try(sp_size=1, mlp_chunks=1, recompute=False)
-    assert [(settings.sp_size, settings.mlp_chunks, settings.loss_chunks, settings.keep_mlp) for settings in tried] == [
-        (1, 1, 1, False),
-        (1, 1, 4, True),
-        (1, 1, 4, False),
-        (1, 1, 64, True),
-    ]
-    assert not any(settings.recompute for settings in tried)
-    assert not any(settings.keep_attention or settings.offload_activations for settings in tried)
-    assert all(settings.recompute for settings in settings_to_try(recompute=True))
-    kept = settings_to_try(keep_mlp=True)
-    assert all(settings.keep_mlp for settings in kept)
-    assert {settings.recompute for settings in kept} == {True, False}
-    assert not any(settings.keep_mlp for settings in settings_to_try(keep_mlp=False))
-    without_chunks = Settings(recompute=True, keep_attention=True)
-    of_two = replace(without_chunks, sp_size=2)
-    assert settings_to_try(loss_chunks=1, mlp_chunks=1, sp_size=2, keep_attention=True, offload_activations=False) == [
-        without_chunks,
-        replace(without_chunks, keep_mlp=True),
-        of_two,
-        replace(of_two, keep_mlp=True),
-        replace(of_two, keep_mlp=True, head_groups=2),
-    ]
-    # Numbers of the user stand for any above 1, as those that are tried do.
-    assert {settings.mlp_chunks for settings in settings_to_try(mlp_chunks=7)} == {1, 4, 64}
-
-
-def test_a_gradient_of_zero_may_come_out_as_rounding_errors() -> None:
-    """As that of a key's bias without rotary embedding does: relative to itself it would be off by 1 or more."""
-    gradients = {"weight": torch.tensor([1.0, 2.0]), "bias": torch.tensor([0.0, 3e-17])}
-    rounded = Outcome(torch.tensor(1.0), gradients | {"bias": torch.tensor([2e-17, 0.0])})
-    wrong = Outcome(torch.tensor(1.0), gradients | {"bias": torch.tensor([2e-14, 0.0])})
-    reference = Outcome(torch.tensor(1.0), gradients)
-    assert is_exact(rounded.gradient_errors(reference)["bias"])
-    assert not is_exact(wrong.gradient_errors(reference)["bias"])
-    assert rounded.gradient_errors(reference)["weight"] == 0
-
-
-def test_errors() -> None:
-    expected = torch.tensor([3.0, 4.0])
-    assert relative_error(expected * 1.5, expected) == 0.5
-    assert relative_error(torch.tensor([0.0, 2.0]), torch.zeros(2)) == 2.0
-    assert relative_error(torch.tensor([0.0, 2.0]), torch.zeros(2), least_norm=10.0) == 0.2
-    assert is_exact(TOLERANCE)
-    assert not is_exact(2 * TOLERANCE)
-    assert not is_exact(float("nan"))
