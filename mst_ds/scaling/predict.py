@@ -80,8 +80,7 @@ def _shape(model: str, peft_config: str | None) -> ModelShape:
 
 def _planned_bytes(plan: Plan) -> dict[str, int]:
     """By phase, without the reserve: as a run logs it."""
-    reserve = {phase.name: sum(term.bytes for term in phase.terms if term.name == "reserve") for phase in plan.phases}
-    return {phase.name: phase.device_bytes - reserve[phase.name] for phase in plan.phases}
+    return {phase.name: phase.device_bytes - phase.kind_bytes("reserve") for phase in plan.phases}
 
 
 def _excess(plan: Plan) -> str:
