@@ -58,6 +58,13 @@ def window_queries(window: int) -> int:
     return min(window, max(_WINDOW_QUERIES, window // 4))
 
 
+def flash_query_gradient(length: int, head_dim: int) -> tuple[int, int]:
+    """Rows and columns of the fp32 gradient of one head's queries in the backward of flash attention: `head_dim` and
+    the number of queries, rounded up (`mha_bwd` in flash_api.cpp)."""
+    multiple = 32 if head_dim <= 128 else 64
+    return ceil_divide(length, 128) * 128, ceil_divide(head_dim, multiple) * multiple
+
+
 @dataclass(frozen=True)
 class HeadLayout:
     """Contiguous, balanced ranges of heads for `sp_size` ranks; neither head count has to be divisible.

@@ -12,11 +12,12 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mst_ds.adapters import model_on_meta
 from mst_ds.attention import blockwise
 from mst_ds.dtypes import DTYPES
-from mst_ds.geometry import ELEMENTS_THAT_KEEP_BUSY
+from mst_ds.geometry import ELEMENTS_THAT_KEEP_BUSY, flash_query_gradient
 from mst_ds.memory.live import LiveMemory
 from mst_ds.minisequence import chunks
 from mst_ds.patching import apply_plan, decoder, find_parts
@@ -48,7 +49,8 @@ class _AbsentRanks:
 
 
 def dry_run(model_config: PreTrainedConfig, plan: Plan, peft_config: PeftConfig | None = None) -> dict[str, int]:
-    """The most bytes of activations alive on the device in the forward, the loss and the backward of a micro-batch.
+    """The most bytes of activations and of kernels' workspace alive on the device in the forward, the loss and the
+    backward of a micro-batch.
 
     All layers run, at the plan's length and chunk counts, with torch's attention kernel. Parameters and gradients stand
     there before, and what DeepSpeed does with them is not seen; compare with `planned_activations`.
@@ -82,7 +84,7 @@ def dry_run(model_config: PreTrainedConfig, plan: Plan, peft_config: PeftConfig 
 
         structure.decoder.register_forward_hook(begin_loss)
         try:
-            with memory, host_left_out(memory), only_the_largest_blocks():
+            with memory, host_left_out(memory), only_the_largest_blocks(), KernelWorkspace():
                 inputs = {"input_ids": tokens, "position_ids": tokens, "shift_labels": tokens}
                 loss = model(**inputs, num_items_in_batch=tokens.numel()).loss
                 loss.backward()
@@ -92,6 +94,28 @@ def dry_run(model_config: PreTrainedConfig, plan: Plan, peft_config: PeftConfig 
                 f"{type(model).__name__} decides by values what it computes, such as its experts, and has no dry run"
             ) from None
     return peaks
+
+
+class KernelWorkspace(TorchDispatchMode):
+    """What flash attention's backward allocates on an accelerator, beside what the CPU's operator is seen to."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        workspace: tuple[Tensor, ...] = ()
+        is_flash = func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+        # With a mask another kernel runs.
+        if is_flash and kwargs.get("attn_mask") is None and args[0].itemsize == 2:
+            query, key = args[1:3]
+            of_sequence = flash_query_gradient(query.shape[2], query.shape[3])
+            workspace = (query.new_empty(*query.shape[:2], *of_sequence, dtype=torch.float32),)
+            if key.shape[1] != query.shape[1]:
+                shape = (*query.shape[:2], *key.shape[2:])
+                workspace += key.new_empty(shape), key.new_empty(shape)
+        result = func(*args, **kwargs)
+        del workspace  # not before its gradients are there
+        return result
 
 
 @contextmanager
@@ -137,7 +161,7 @@ def host_left_out(memory: LiveMemory) -> Iterator[None]:
 def planned_activations(plan: Plan) -> Mapping[str, int]:
     """What the plan's formulas say for each phase of `dry_run`."""
     return {
-        phase.name: phase.kind_bytes("activation")
+        phase.name: phase.kind_bytes("activation") + phase.kind_bytes("workspace")
         for phase in plan.phases
         if phase.name in ("forward", "loss", "backward")
     }

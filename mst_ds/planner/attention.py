@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mst_ds.geometry import flash_query_gradient
 from mst_ds.model_shape import ModelShape
 from mst_ds.planner.types import MemoryTerm, product_term, total_bytes
 from mst_ds.planner.windows import has_blocks, window_gradients
@@ -48,9 +49,11 @@ def gathered_step(work: Workload, *, backward: bool) -> Terms:
     the exchange before the kernel, the kernel, and the exchange after it. An exchange has a flat buffer at either end.
     """
     kernel = (*_attention_scores(work, backward=backward), *_repeated_key_value(work, backward=backward))
+    if backward:
+        kernel += _kernel_workspace(work)
     # The forward's kernel makes a tensor of its own, which goes into the output.
     # A window's is put together of parts, which stay with the layer's graph if it is not computed again.
-    outputs_made = 2 if work.settings.recompute and has_blocks(work) and work.last_layer_has_window else 1
+    outputs_made = 2 if work.settings.recompute and _last_layer_has_blocks(work) else 1
     made = () if backward else (_gathered(work, "kernel_output", outputs_made, _group_output(work)),)
     if work.sp_size == 1:
         return (*kernel, *made)
@@ -77,7 +80,7 @@ def gathered_step(work: Workload, *, backward: bool) -> Terms:
 
 def window_step(work: Workload) -> Terms:
     """In the backward of a last layer with a window: the gradients of one group's blocks, beside what is gathered."""
-    if not (has_blocks(work) and work.last_layer_has_window):
+    if not _last_layer_has_blocks(work):
         return ()
     if work.sp_size == 1:
         return window_gradients(work)
@@ -111,10 +114,54 @@ def _gathered(work: Workload, name: str, tensors: int, width: int) -> MemoryTerm
 
 def _repeated_key_value(work: Workload, *, backward: bool) -> Terms:
     """Keys and values with a copy for each query head; in the backward their gradients, too."""
-    if not work.repeats_key_value or (has_blocks(work) and work.last_layer_has_window):
+    if not work.repeats_key_value or _last_layer_has_blocks(work):
         return ()  # blocks group heads themselves; of a window's first tokens the copies are small
     width = work.group_query_heads * work.shape.head_dim
     return (_gathered(work, "repeated_key_value", 4 if backward else 2, width),)
+
+
+def _kernel_workspace(work: Workload) -> Terms:
+    """What the backward of flash attention allocates for itself, with torch's allocator: the gradient of the queries in
+    fp32, and where heads are grouped a gradient of keys and values for each query head (`mha_bwd` in flash_api.cpp).
+
+    cuDNN, which torch prefers on some devices, does not say what it needs, and is planned as if it needed as much. In
+    fp32, with a softcap or in a window's blocks other kernels run.
+    """
+    shape = work.shape
+    is_sdpa = work.settings.attention == "sdpa"
+    if work.zero.dtype == "fp32" or (is_sdpa and shape.has_attention_softcap) or _last_layer_has_blocks(work):
+        return ()
+    heads = ("query heads of a group", work.group_query_heads)
+    of_sequence = flash_query_gradient(work.attention_length, shape.head_dim)
+    terms = [
+        product_term(
+            "kernel_query_gradient",
+            "device",
+            ("sequences", work.zero.micro_batch_size),
+            heads,
+            *zip(("tokens, rounded up", "head_dim, rounded up"), of_sequence, strict=True),
+            ("bytes", _FP32_BYTES),
+            kind="workspace",
+        )
+    ]
+    if work.group_key_value_heads != work.group_query_heads:
+        terms.append(
+            product_term(
+                "kernel_key_value_gradients",
+                "device",
+                ("tensors", 2),
+                ("tokens of all shards", work.attention_tokens),
+                heads,
+                ("head_dim", shape.head_dim),
+                ("bytes", work.zero.dtype_bytes),
+                kind="workspace",
+            )
+        )
+    return tuple(terms)
+
+
+def _last_layer_has_blocks(work: Workload) -> bool:
+    return has_blocks(work) and work.last_layer_has_window
 
 
 def _attention_scores(work: Workload, *, backward: bool) -> Terms:

@@ -13,8 +13,8 @@ from mst_ds.topology import Topology
 
 Place: TypeAlias = Literal["device", "host", "nvme"]
 # State: parameters, gradients, optimizer, and ZeRO's buffers for them, whatever a micro-batch computes. Activation: all
-# that it does. Reserve: what tensors do not take.
-Kind: TypeAlias = Literal["state", "activation", "reserve"]
+# tensors that it does. Workspace: what a kernel allocates for itself. Reserve: what torch does not allocate.
+Kind: TypeAlias = Literal["state", "activation", "workspace", "reserve"]
 
 
 @dataclass(frozen=True)

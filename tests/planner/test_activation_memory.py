@@ -94,7 +94,8 @@ def test_a_window_makes_attention_too_cheap_to_keep():
 
 def attention_backward(**settings):
     """The terms of attention's backward: of one head as wide as many, so that nothing else makes the peak."""
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 128, "vocab_size": 100}
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 100}
+    sizes["head_dim"] = settings.pop("head_dim", 128)
     model = LlamaConfig(**sizes, num_attention_heads=8, num_key_value_heads=settings.pop("num_key_value_heads", 4))
     mst = {"mlp_chunks": 16, "loss_chunks": 16} | settings.pop("mst", {})
     return bytes_of(plan_of(model=model, mst=mst, **settings), "backward")
@@ -108,17 +109,30 @@ def test_attention_works_on_the_whole_sequence_with_a_part_of_the_heads():
     assert no_sp["attention_gradients"] == 4000 * (8 + 4 + 4 + 8) * 128 * 2
     sp = attention_backward(sp_size=2, mst={"head_groups": 1})
     assert sp["query_key_value"] == no_sp["query_key_value"] / 2
-    # Of all tokens and half of the heads, when the output and its gradient come through flat buffers.
-    assert sp["gathered_query_key_value"] == 4000 * (4 + 2 + 2) * 128 * 2
-    assert sp["gathered_output_and_gradient"] == sp["all_to_all_buffers"] == 2 * 4000 * 4 * 128 * 2
+    # Of all tokens and half of the heads, when the kernel runs.
+    assert sp["gathered_query_key_value"] == sp["gathered_gradients"] == 4000 * (4 + 2 + 2) * 128 * 2
+    assert sp["gathered_output_and_gradient"] == 2 * 4000 * 4 * 128 * 2
+    # Without a workspace of the kernel: when the gradients leave through flat buffers.
+    exchange = attention_backward(sp_size=2, dtype="fp32", num_key_value_heads=8, mst={"head_groups": 1})
+    assert exchange["all_to_all_buffers"] == 2 * exchange["gathered_gradients"] == 2 * 4000 * (4 + 4 + 4) * 128 * 4
     # Fewer key/value heads than ranks: each rank has one of its own.
     few = attention_backward(sp_size=4, num_key_value_heads=2, mst={"head_groups": 1})
     assert few["gathered_query_key_value"] == 4000 * (2 + 1 + 1) * 128 * 2
 
 
+def test_the_kernels_backward_has_a_workspace():
+    """Flash attention's, in bytes by hand; its rows are multiples of 128 and its columns of 32."""
+    grouped = attention_backward()
+    assert grouped["kernel_query_gradient"] == 4096 * 8 * 128 * 4
+    assert grouped["kernel_key_value_gradients"] == 2 * 4000 * 8 * 128 * 2
+    assert "kernel_key_value_gradients" not in attention_backward(num_key_value_heads=8)
+    assert attention_backward(head_dim=72)["kernel_query_gradient"] == 4096 * 8 * 96 * 4
+    assert not [name for name in attention_backward(dtype="fp32") if name.startswith("kernel")]
+
+
 def test_one_group_of_heads_is_gathered_at_a_time():
     one, two = (attention_backward(sp_size=2, mst={"head_groups": groups}) for groups in (1, 2))
-    for name in ("gathered_query_key_value", "gathered_output_and_gradient", "all_to_all_buffers"):
+    for name in ("gathered_query_key_value", "gathered_output_and_gradient", "kernel_query_gradient"):
         assert two[name] == one[name] / 2
     for name in ("query_key_value", "attention_gradients"):
         assert two[name] == one[name]

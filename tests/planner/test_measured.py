@@ -9,6 +9,7 @@ from tiers import slow_but_for
 
 from mst_ds import apply_plan, make_plan
 from mst_ds.config import GIB
+from mst_ds.memory.dry_run import KernelWorkspace
 from mst_ds.memory.live import LiveMemory
 from mst_ds.recompute import stores
 
@@ -73,7 +74,7 @@ def planned_and_measured(family, changes, *, dtype="bf16", chunks=CHUNKS, **mst)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch_dtype).train()
     apply_plan(model, plan)
     input_ids = torch.randint(2, VOCAB, (1, TOKENS))
-    with LiveMemory() as memory:
+    with LiveMemory() as memory, KernelWorkspace():
         for parameter in model.parameters():  # as an earlier micro-batch leaves them
             parameter.grad = torch.zeros_like(parameter)
         with pytest.MonkeyPatch.context() as patch:

@@ -13,6 +13,7 @@ from tiny import tiny_llama
 
 from mst_ds import GIB, Plan, apply_plan, make_plan
 from mst_ds.data import shard
+from mst_ds.model_shape import load_config_of_shape
 from mst_ds.planner import longest_seq_len
 
 SEQ_LEN, STEPS = 2048, 2
@@ -23,7 +24,9 @@ TOLERANCE = 1e-5
 
 def llama_plans(memory: list[int], seq_len: int | None = None) -> list[Plan]:
     """Of both ranks; as long as the smaller device can hold it, if no length is given."""
-    model, ds_config = "meta-llama/Llama-3.2-1B", {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}
+    model = load_config_of_shape("meta-llama/Llama-3.2-1B")
+    model.intermediate_size *= 4  # so that chunks of the MLP need more than attention does
+    ds_config = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}
     arguments: dict[str, Any] = {"world_size": 2, "sp_size": 2, "device_memory": memory}
     seq_len = seq_len or longest_seq_len(model, ds_config, **arguments)
     return [make_plan(model, ds_config, rank=rank, seq_len=seq_len, **arguments) for rank in range(2)]
