@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "mst_ds"
 
 # From the bottom up. Modules of one line may import each other; each may import any line above this one.
 LAYERS = [
-    {"command", "dtypes", "flags", "geometry", "read_file", "whole_file"},
+    {"command", "dtypes", "exit_protocol", "flags", "geometry", "read_file", "whole_file"},
     {"adapters", "kept_in_fp32", "recompute", "shipped"},
     {"config"},
     {"dataset_files", "gpus", "model_shape", "objectives", "settings", "topology"},
@@ -27,8 +27,8 @@ LAYERS = [
     {"commands"},
 ]
 # These are read before a process group or an accelerator exists, also on a laptop without either.
-PURE = {"command", "config", "dataset_files", "flags", "geometry", "gpus", "owners", "read_file", "zero_checks"}
-PURE |= {"settings", "shipped", "zero", "model_shape", "topology", "planner"}
+PURE = {"command", "config", "dataset_files", "exit_protocol", "flags", "geometry", "gpus", "owners", "read_file"}
+PURE |= {"zero_checks", "settings", "shipped", "zero", "model_shape", "topology", "planner"}
 # Within a layer these have nothing to do with each other.
 APART = {"planner", "minisequence", "ulysses", "metrics", "data"}
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mst_ds.command import (
-    EXIT_REFUSED,
     REQUEST_ERRORS,
     RequestError,
     console,
@@ -27,6 +26,7 @@ from mst_ds.command import (
 )
 from mst_ds.config import TrainConfig, parse_train_config
 from mst_ds.dataset_files import find_files
+from mst_ds.exit_protocol import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, TRAIN_COMMAND, error_line
 
 if TYPE_CHECKING:
     import torch
@@ -75,9 +75,9 @@ def main(argv: Sequence[str]) -> int:
             if not isinstance(error, (OSError, MemoryError)):
                 traceback.print_exc()
             message = explain(error, run.plan, config.hang_timeout)
-            say(f"mst-train: error: rank {run.launch.rank}: {message}")
+            say(error_line(TRAIN_COMMAND, message, rank=run.launch.rank))
         # Not after another collective: the others wait in theirs until the launcher ends them, because this rank ended.
-        os._exit(1)
+        os._exit(EXIT_FAILED)
     finally:
         if lock is not None:
             lock.release()
@@ -89,7 +89,7 @@ def _say_once(error: Exception) -> None:
         # The launcher ends this process when the first rank has spoken. Ending sooner would have the first rank killed
         # before it could; still here, the error is this rank's alone.
         time.sleep(_SECONDS_FOR_THE_FIRST_RANK)
-    say(f"mst-train: error: {one_line(error)}")
+    say(error_line(TRAIN_COMMAND, one_line(error)))
 
 
 def _train(run: Run, folder: Path) -> int:
@@ -98,7 +98,7 @@ def _train(run: Run, folder: Path) -> int:
     import torch.distributed as dist
 
     from mst_ds.engine import meet
-    from mst_ds.resilience.interruption import EXIT_CODE, Interruption
+    from mst_ds.resilience.interruption import Interruption
     from mst_ds.resilience.watchdog import Watchdog
 
     run_on_without_output()
@@ -109,7 +109,7 @@ def _train(run: Run, folder: Path) -> int:
     with Watchdog(), Interruption() as interruption:
         is_done = _take_steps(run, folders[0], interruption)
     deepspeed.comm.destroy_process_group()
-    return 0 if is_done else EXIT_CODE
+    return 0 if is_done else EXIT_STOPPED
 
 
 def _take_steps(run: Run, folder: Path, interruption: Interruption) -> bool:
@@ -220,7 +220,7 @@ def _claim(folder: Path) -> FileLock:
 
 def cli() -> int:
     """The command of a process; returns its exit code."""
-    return run_command("mst-train", main)
+    return run_command(TRAIN_COMMAND, main)
 
 
 if __name__ == "__main__":
