@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -98,10 +98,12 @@ def dry_run(model_config: PreTrainedConfig, plan: Plan, peft_config: PeftConfig 
 def as_on_an_accelerator() -> Iterator[None]:
     """Products of 16 bits are summed in fp32 without copies, elementwise work takes chunks as large as there; and
     positions, which have no values, begin no documents."""
-    no_documents = patch.object(decoder, "find_document_starts", lambda *_: None)
-    no_lengths = patch.object(decoder, "document_lengths", lambda *_: None)
-    no_copies = patch.object(chunks, "_gemm_accumulates_in_fp32", lambda *_: True)
-    with no_documents, no_lengths, no_copies, patch.object(chunks, "ELEMENTS_IN_CACHE_OF_CPU", ELEMENTS_THAT_KEEP_BUSY):
+    no_documents = {"find_document_starts": lambda *_: None, "document_lengths": lambda *_: None}
+    no_copies = {"_gemm_accumulates_in_fp32": lambda *_: True}
+    with (
+        _replaced(decoder, **no_documents),
+        _replaced(chunks, **no_copies, ELEMENTS_IN_CACHE_OF_CPU=ELEMENTS_THAT_KEEP_BUSY),
+    ):
         yield
 
 
@@ -117,7 +119,7 @@ def only_the_largest_blocks() -> Iterator[None]:
     def last_blocks(length: int, window: int | None) -> Iterator[tuple[Any, ...]]:
         yield from deque(blocks(length, window), maxlen=3)
 
-    with patch.object(blockwise, "_blocks", last_blocks):
+    with _replaced(blockwise, _blocks=last_blocks):
         yield
 
 
@@ -130,8 +132,23 @@ def host_left_out(memory: LiveMemory) -> Iterator[None]:
         with memory.leave_out():
             return empty_on_host(tensor)
 
-    with patch.object(stores, "_empty_on_host", uncounted):
+    with _replaced(stores, _empty_on_host=uncounted):
         yield
+
+
+@contextmanager
+def _replaced(module: ModuleType, **values: Any) -> Iterator[None]:
+    """Within, these names of a module have other values: operators have no knobs for what only a dry run wants.
+
+    Raises:
+        AttributeError: the module has no such name, so that nothing would be replaced.
+    """
+    before = {name: getattr(module, name) for name in values}
+    vars(module).update(values)
+    try:
+        yield
+    finally:
+        vars(module).update(before)
 
 
 def planned_activations(plan: Plan) -> Mapping[str, int]:
