@@ -10,7 +10,6 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -228,10 +227,9 @@ def test_a_model_that_cannot_be_written(
     monkeypatch.setattr("mst_ds.checkpoint.export.export_model", fail)
     if not has_checkpoint:
         shutil.rmtree(output_dir / "checkpoints")
-    run: Any = SimpleNamespace(data=SimpleNamespace(tokenizer=None), config=SimpleNamespace(model="small_llama"))
     engine: Any = None
     with pytest.raises(OSError, match=says):
-        _write_model(run, engine, output_dir)
+        _write_model(engine, byte_tokenizer(), output_dir, source="small_llama")
 
 
 def test_a_checkpoint_with_a_flipped_bit_is_not_loaded(output_dir: Path) -> None:

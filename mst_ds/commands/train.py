@@ -32,10 +32,13 @@ if TYPE_CHECKING:
     import torch
     from deepspeed import DeepSpeedEngine
     from filelock import FileLock
+    from transformers import PreTrainedTokenizerBase
 
+    from mst_ds.data import ShardedLoader
     from mst_ds.engine import Run
     from mst_ds.metrics import MetricsWriter
     from mst_ds.resilience.interruption import Interruption
+    from mst_ds.training.saver import Saver
 
 # What libraries say to each other of names that will change: every rank would say it, at each of its calls.
 _OF_LIBRARIES = (
@@ -114,13 +117,11 @@ def _train(run: Run, folder: Path) -> int:
 
 def _take_steps(run: Run, folder: Path, interruption: Interruption) -> bool:
     """Returns whether the last step was reached; then the model is written, too."""
-    from mst_ds.checkpoint import checkpoints_folder
     from mst_ds.data import describe, eval_batches
     from mst_ds.engine import build_engine, training_batches
     from mst_ds.metrics import device_name
     from mst_ds.planner import plan_table
     from mst_ds.training.loop import train
-    from mst_ds.training.saver import Saver
 
     config, plan, data = run.config, run.plan, run.data
     is_first = run.launch.rank == 0
@@ -138,6 +139,7 @@ def _take_steps(run: Run, folder: Path, interruption: Interruption) -> bool:
     held_out = None
     if data.held_out is not None:
         held_out = functools.partial(eval_batches, data.held_out, plan.topology, micro_batch_size=plan.micro_batch_size)
+    saver = _saver(run, engine, batches, folder, interruption)
     with _metrics(run, folder, engine.device) as metrics:
         is_done = train(
             engine,
@@ -149,10 +151,10 @@ def _take_steps(run: Run, folder: Path, interruption: Interruption) -> bool:
             eval_steps=config.eval_steps,
             held_out=held_out,
             non_finite=config.non_finite,
-            after_step=Saver(run, engine, batches, checkpoints_folder(folder), interruption).after_step,
+            after_step=saver.after_step,
         )
         if is_done:
-            _write_model(run, engine, folder)
+            _write_model(engine, data.tokenizer, folder, source=config.model)
             of_run = {
                 "device": device_name(engine.device),
                 "data": amounts,
@@ -166,13 +168,38 @@ def _take_steps(run: Run, folder: Path, interruption: Interruption) -> bool:
     return is_done
 
 
-def _write_model(run: Run, engine: DeepSpeedEngine, folder: Path) -> None:
+def _saver(
+    run: Run, engine: DeepSpeedEngine, batches: ShardedLoader, folder: Path, interruption: Interruption
+) -> Saver:
+    from mst_ds.checkpoint import CheckpointWriter, checkpoints_folder
+    from mst_ds.training.saver import Saver
+
+    config = run.config
+    writer = CheckpointWriter(
+        folder=checkpoints_folder(folder),
+        keep=config.save_total_limit,
+        identity=run.identity,
+        tokenizer=run.data.tokenizer,
+        source=config.model,
+    )
+    return Saver(
+        engine,
+        batches,
+        writer,
+        interruption,
+        max_steps=config.max_steps,
+        save_steps=config.save_steps,
+        save_minutes=config.save_minutes,
+    )
+
+
+def _write_model(engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, folder: Path, *, source: str) -> None:
     """Raises OSError, with where the run's work is, for a model that could not be written."""
     from mst_ds.checkpoint import checkpoints_folder, newest_checkpoint
     from mst_ds.checkpoint.export import export_model
 
     try:
-        export_model(engine, run.data.tokenizer, folder / "model", source=run.config.model)
+        export_model(engine, tokenizer, folder / "model", source=source)
     except OSError as error:
         newest = newest_checkpoint(checkpoints_folder(folder))
         if newest is None:
