@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 import mst_ds.model_shape.positions
 import mst_ds.model_shape.shape
+import mst_ds.zero
 from mst_ds.command import one_line
 from mst_ds.commands import train
 from mst_ds.config import parse_train_config
@@ -367,3 +368,22 @@ def test_a_request_that_can_run_lets_processes_meet(tmp_path: Path) -> None:
     dataset = write(tmp_path / "text.txt", "some text " * 20)
     with pytest.raises(TooLateError, match=r"init_(distributed|process_group)"):
         train.main(["--dataset", dataset, "--seq_len", "64", "--output_dir", str(tmp_path / "run")])
+
+
+def test_the_json_is_read_and_resolved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def counted(name: str) -> Callable[..., Any]:
+        function = getattr(mst_ds.zero, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in ("read_json", "resolve"):
+        monkeypatch.setattr(mst_ds.zero, name, counted(name))
+    flags = ["--dataset", write(tmp_path / "text.txt", "some text " * 20), "--seq_len", "64"]
+    prepare(parse_train_config([*flags, "--preflight", "false"]), Launch.from_environment())
+    assert calls == ["read_json", "resolve"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,12 +21,11 @@ from mst_ds.kept_in_fp32 import kept_in_fp32, require_no_adapters_on
 from mst_ds.model_folder import ModelLayout, Weights, find_weights, require_match
 from mst_ds.model_shape import ModelShape, load_model_config, require_positions, unknown_positions
 from mst_ds.patching import find_parts
-from mst_ds.planner import DEFAULT_RESERVE, Plan, make_plan
+from mst_ds.planner import DEFAULT_RESERVE, Plan, Request, make_request, plan_of_request
 from mst_ds.preflight import require_exact
 from mst_ds.structure import position_table, why_own_attention
 from mst_ds.structure.trained import trained_shape
-from mst_ds.topology import choose_sp_size
-from mst_ds.zero import DsConfig, has_block, kept_blocks, load_ds_config, resolve, split_mst
+from mst_ds.zero import DsConfig, ResolvedConfig, has_block, kept_blocks, read_resolved
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -39,8 +36,8 @@ if TYPE_CHECKING:
 class Run:
     """A run that has passed every check that needs neither weights nor other processes.
 
-    `ds_config` is what DeepSpeed gets: every "auto" filled in, without the "mst" block. `planned` makes the plan again
-    for the device memory of each rank. `own_attention` is the implementation that transformers loads the model with;
+    `ds_config` is what DeepSpeed gets: every "auto" filled in, without the "mst" block. `request` is what `plan` was
+    made of. `own_attention` is the implementation that transformers loads the model with;
     None leaves that to transformers. `weights` is None where they start from random ones; `layout` is of the model that
     was checked, and `notes` what a user should know of what is loaded. `checkpoint` is what the run goes on from.
     """
@@ -56,7 +53,7 @@ class Run:
     weights: Weights | None
     notes: tuple[str, ...]
     plan: Plan
-    planned: Callable[..., Plan]
+    request: Request
     data: TrainingData
     identity: Identity
     checkpoint: Checkpoint | None
@@ -81,27 +78,20 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
     _require_unfinished(config)
     model_config = load_model_config(config.model, trust_remote_code=config.trust_remote_code)
     shape = ModelShape.from_config(model_config)
-    raw = load_ds_config(config.ds_config)
-    mst = split_mst(raw)[1]
-    sp_size = choose_sp_size(
-        mst.get("sp_size"),
-        world_size=launch.world_size,
-        num_attention_heads=shape.num_attention_heads,
-        ranks_per_node=launch.local_world_size,
-    )
-    resolved = resolve(
-        raw,
+    resolved = read_resolved(
+        config.ds_config,
         train=config,
         hidden_size=shape.hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        world_size=launch.world_size,
+        ranks_per_node=launch.local_world_size,
         has_accelerator=has_accelerator(),
-        dp_size=launch.world_size // sp_size,
     )
-    ds_config, _ = split_mst(resolved)
-    require_accepted(ds_config)
+    require_accepted(resolved.ds_config, resolved.zero)
     peft_config = None if config.peft_config is None else load_peft_config(config.peft_config)
     model, adapted = model_on_meta(model_config, peft_config)
-    planned = _planner(config, launch, trained_shape(shape, model), resolved, sp_size)
-    plan = planned(device_memory=rank_device_memory(launch) if mst.device_memory_gib == AUTO else None)
+    request = _request(config, launch, trained_shape(shape, model), resolved)
+    plan = plan_of_request(request)
     _require_right_training(plan)
     require_positions(position_table(model), config.seq_len)
     beyond = unknown_positions(shape.rotary_positions, config.seq_len)
@@ -119,13 +109,13 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
         data.tokenizer,
         dtype=plan.dtype,
         zero_stage=plan.zero_stage,
-        training=_kept_settings(config, plan, resolved),
+        training=_kept_settings(config, plan, resolved.ds_config),
     )
     checkpoint = _checkpoint(config, identity)
     run = Run(
         config=config,
         launch=launch,
-        ds_config=ds_config,
+        ds_config=resolved.ds_config,
         model_config=model_config,
         peft_config=peft_config,
         own_attention=own_attention,
@@ -134,7 +124,7 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
         weights=weights,
         notes=(*notes, *(warning for warning in (beyond, data.warning) if warning is not None)),
         plan=plan,
-        planned=planned,
+        request=request,
         data=data,
         identity=identity,
         checkpoint=checkpoint,
@@ -145,20 +135,16 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
     return run
 
 
-def _planner(
-    config: TrainConfig, launch: Launch, shape: ModelShape, ds_config: DsConfig, sp_size: int
-) -> Callable[..., Plan]:
-    """Makes this rank's plan, for the `device_memory` that it is called with."""
-    return functools.partial(
-        make_plan,
+def _request(config: TrainConfig, launch: Launch, shape: ModelShape, resolved: ResolvedConfig) -> Request:
+    """What this rank's plan is made of, with its own device's memory for that of all."""
+    return make_request(
         shape,
-        ds_config,
-        world_size=launch.world_size,
+        resolved,
         seq_len=config.seq_len,
+        device_memory=rank_device_memory(launch) if resolved.mst.device_memory_gib == AUTO else None,
         # On the CPU no context and no communication buffers stand beside the tensors.
         reserve=DEFAULT_RESERVE if has_accelerator() else 0,
         host_memory=rank_host_memory(launch),
-        sp_size=sp_size,
         rank=launch.rank,
         ranks_per_node=launch.local_world_size,
         gpu=rank_gpu(launch),
