@@ -20,11 +20,11 @@ from transformers import PreTrainedModel
 import mst_ds.model_shape.positions
 import mst_ds.model_shape.shape
 import mst_ds.zero
-from mst_ds.command import one_line
 from mst_ds.commands import train
 from mst_ds.config import parse_train_config
 from mst_ds.data import training_data
 from mst_ds.engine import Launch, prepare
+from mst_ds.entry_point import one_line
 from mst_ds.minisequence import mlp
 
 ROOT = Path(__file__).parents[1]

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "mst_ds"
 
 # From the bottom up. Modules of one line may import each other; each may import any line above this one.
 LAYERS = [
-    {"command", "dtypes", "exit_protocol", "flags", "geometry", "read_file", "whole_file"},
+    {"dtypes", "entry_point", "exit_protocol", "flags", "geometry", "read_file", "whole_file"},
     {"adapters", "kept_in_fp32", "recompute", "shipped"},
     {"config"},
     {"dataset_files", "gpus", "model_shape", "objectives", "settings", "topology"},
@@ -27,7 +27,7 @@ LAYERS = [
     {"commands"},
 ]
 # These are read before a process group or an accelerator exists, also on a laptop without either.
-PURE = {"command", "config", "dataset_files", "exit_protocol", "flags", "geometry", "gpus", "owners", "read_file"}
+PURE = {"config", "dataset_files", "entry_point", "exit_protocol", "flags", "geometry", "gpus", "owners", "read_file"}
 PURE |= {"zero_checks", "settings", "shipped", "zero", "model_shape", "topology", "planner"}
 # Within a layer these have nothing to do with each other.
 APART = {"planner", "minisequence", "ulysses", "metrics", "data"}
@@ -87,7 +87,7 @@ def test_planning_names_neither_torch_nor_deepspeed():
 def test_flags_and_files_load_no_library_and_planning_neither_deepspeed_nor_a_process_group():
     script = """
 import sys
-import mst_ds.command, mst_ds.dataset_files
+import mst_ds.entry_point, mst_ds.dataset_files
 assert not {"torch", "transformers", "deepspeed", "datasets"} & set(sys.modules)
 import mst_ds.planner
 assert "deepspeed" not in sys.modules

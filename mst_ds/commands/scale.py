@@ -15,8 +15,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mst_ds.command import REQUEST_ERRORS, refuse, run_command
 from mst_ds.config import GIB
+from mst_ds.entry_point import REQUEST_ERRORS, refuse, run_command
 from mst_ds.exit_protocol import EXIT_STOPPED
 from mst_ds.flags import OneLineParser
 from mst_ds.planner import gpu_by_name
