@@ -18,7 +18,8 @@ from mst_ds.dtypes import DTYPES
 from mst_ds.geometry import ELEMENTS_THAT_KEEP_BUSY
 from mst_ds.memory.live import LiveMemory
 from mst_ds.minisequence import chunks
-from mst_ds.patching import apply_plan, decoder, find_parts
+from mst_ds.patching import apply_plan, decoder
+from mst_ds.patching.adapters import base_model
 from mst_ds.planner import Plan, activation_bytes
 from mst_ds.recompute import stores
 from mst_ds.ulysses import blockwise
@@ -59,7 +60,6 @@ def dry_run(model_config: PreTrainedConfig, plan: Plan, peft_config: PeftConfig 
     # Finding a model's structure runs small real tensors, so that it is not done on fake ones.
     model: Any = model_on_meta(model_config, peft_config, DTYPES[plan.dtype])[1]
     model.train()
-    structure = find_parts(model, plan.settings).loss
     apply_plan(model, plan, sequence_group=_AbsentRanks(plan.sp_rank, plan.sp_size) if plan.sp_size > 1 else None)
     peaks: dict[str, int] = {}
     shape = (plan.micro_batch_size, plan.shard_length)
@@ -80,7 +80,7 @@ def dry_run(model_config: PreTrainedConfig, plan: Plan, peft_config: PeftConfig 
             # The loss ends in the backward, where its gradients are scaled.
             outputs.last_hidden_state.register_hook(lambda _: end("loss"))
 
-        structure.decoder.register_forward_hook(begin_loss)
+        base_model(model).base_model.register_forward_hook(begin_loss)
         try:
             with memory, host_left_out(memory), only_the_largest_blocks():
                 inputs = {"input_ids": tokens, "position_ids": tokens, "shift_labels": tokens}
