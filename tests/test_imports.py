@@ -84,6 +84,11 @@ def test_planning_names_neither_torch_nor_deepspeed():
         assert not {"torch", "deepspeed"} & {parts[0] for parts in imported_parts(path)}, path
 
 
+def test_the_package_imports_no_tools_of_tests():
+    for path in modules():
+        assert not {"unittest", "pytest"} & {parts[0] for parts in imported_parts(path)}, path
+
+
 def test_flags_and_files_load_no_library_and_planning_neither_deepspeed_nor_a_process_group():
     script = """
 import sys
