@@ -187,11 +187,6 @@ class TrainConfig:
         return 4e-3 if self.model == DEFAULT_MODEL else 2e-5
 
     @property
-    def saves(self) -> bool:
-        """Whether the run makes checkpoints."""
-        return self.save_steps > 0 or self.save_minutes > 0
-
-    @property
     def num_warmup_steps(self) -> int:
         """Steps of warm-up, a tenth of the run where the user said nothing."""
         return self.max_steps // 10 if self.warmup_steps is None else self.warmup_steps

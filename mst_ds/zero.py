@@ -14,6 +14,7 @@ from mst_ds.owners import require_agreement
 from mst_ds.read_file import read_json
 from mst_ds.settings import MstConfig
 from mst_ds.shipped import existing_or_shipped_file
+from mst_ds.topology import choose_sp_size
 from mst_ds.zero_checks import ACCUMULATION, MICRO_BATCH, MST, TRAIN_BATCH, ZERO, block, check, stage
 
 OffloadDevice: TypeAlias = Literal["none", "cpu", "nvme"]
@@ -68,6 +69,24 @@ class ZeroConfig:
     def dtype_bytes(self) -> int:
         return _DTYPE_BYTES[self.dtype]
 
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether the optimizer's states lie on the host, where its step runs too."""
+        return self.optimizer_offload != "none"
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """A DeepSpeed JSON as one model in one world is trained with it: every "auto" of DeepSpeed's filled in.
+
+    ds_config: what DeepSpeed gets, without the "mst" block. sp_size: that of the "mst" block, or chosen.
+    """
+
+    ds_config: DsConfig
+    zero: ZeroConfig
+    mst: MstConfig
+    sp_size: int
+
 
 def load_ds_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> DsConfig:
     """Reads a DeepSpeed JSON, or copies one that is already a mapping.
@@ -94,6 +113,43 @@ def split_mst(ds_config: Mapping[str, Any]) -> tuple[DsConfig, MstConfig]:
     return rest, MstConfig.from_dict(rest.pop(MST, {}))
 
 
+def read_resolved(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    train: TrainConfig,
+    hidden_size: int,
+    num_attention_heads: int,
+    world_size: int,
+    ranks_per_node: int | None,
+    has_accelerator: bool,
+    sp_size: int | None = None,
+) -> ResolvedConfig:
+    """Reads a DeepSpeed JSON and settles what it leaves open.
+
+    Args:
+        hidden_size, num_attention_heads: of the model.
+        sp_size: in place of that of the "mst" block.
+
+    Raises:
+        ValueError: see `load_ds_config`, `choose_sp_size`, `resolve` and `read_zero`.
+    """
+    raw, mst = split_mst(load_ds_config(source))
+    sp_size = choose_sp_size(
+        mst.get("sp_size") if sp_size is None else sp_size,
+        world_size=world_size,
+        num_attention_heads=num_attention_heads,
+        ranks_per_node=ranks_per_node,
+    )
+    ds_config = resolve(
+        raw,
+        train=train,
+        hidden_size=hidden_size,
+        has_accelerator=has_accelerator,
+        dp_size=world_size // sp_size,
+    )
+    return ResolvedConfig(ds_config, read_zero(ds_config, dp_world_size=world_size), mst, sp_size)
+
+
 def resolve(
     ds_config: Mapping[str, Any], *, train: TrainConfig, hidden_size: int, has_accelerator: bool, dp_size: int
 ) -> DsConfig:
@@ -118,7 +174,7 @@ def resolve(
     _check_train_batch(resolved.pop(TRAIN_BATCH, AUTO), resolved[MICRO_BATCH], resolved[ACCUMULATION], dp_size)
     for path, value in _auto_values(resolved, train, hidden_size, has_accelerator).items():
         _fill(resolved, path, value)
-    if not has_accelerator and offloads_optimizer(resolved):
+    if not has_accelerator and read_zero(resolved, dp_world_size=1).offloads_optimizer:
         # DeepSpeed would ask for its own CPU Adam, and that for a build of 50 s.
         resolved.setdefault("zero_force_ds_cpu_optimizer", False)
     for path in _auto_paths(resolved):
@@ -176,11 +232,6 @@ def kept_blocks(ds_config: Mapping[str, Any]) -> DsConfig:
     if _dtype(ds_config) == "fp16":
         names.append("fp16")
     return {name: ds_config[name] for name in names if name in ds_config}
-
-
-def offloads_optimizer(ds_config: Mapping[str, Any]) -> bool:
-    """Whether the optimizer's states lie on the host, where its step runs too."""
-    return read_zero(ds_config, dp_world_size=1).optimizer_offload != "none"
 
 
 def _dtype(config: Mapping[str, Any]) -> Literal["fp32", "fp16", "bf16"]:

@@ -15,8 +15,8 @@ import pytest
 from test_readme import ROOT
 
 from mst_ds.adapters import load_peft_config, model_on_meta
-from mst_ds.command import _Lasting, console, one_line
 from mst_ds.engine.launch import Launch
+from mst_ds.entry_point import _Lasting, console, one_line
 from mst_ds.flags import OneLineParser
 from mst_ds.model_shape import ModelShape, load_model_config
 
@@ -181,7 +181,7 @@ BUFFERED = {"PYTHONUNBUFFERED": ""}
 # The least command: it prints its arguments, and a letter that is not ASCII.
 SCRIPT = """
 import sys
-from mst_ds.command import refuse, run_command
+from mst_ds.entry_point import refuse, run_command
 def main(argv):
     if argv == ["late"]:
         print("some output")

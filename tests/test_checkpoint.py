@@ -27,12 +27,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, get_scheduler
 from mst_ds.checkpoint import (
     STATE_FILE,
     Checkpoint,
+    CheckpointWriter,
     Identity,
     load_checkpoint,
     newest_checkpoint,
     only_states,
     read_checkpoint,
-    save_checkpoint,
     universal_setting,
 )
 from mst_ds.checkpoint.checksums import checksum
@@ -85,16 +85,9 @@ def draws() -> list[float]:
 
 
 def _save(engine: Any, folder: Path, number: int, stage: int, keep: int = 2) -> Path:
-    return save_checkpoint(
-        engine,
-        folder,
-        step=number,
-        keep=keep,
-        identity=identity_of(engine.module.config, stage),
-        data=DATA,
-        tokenizer=byte_tokenizer(),
-        source="small_llama",
-    )
+    identity = identity_of(engine.module.config, stage)
+    writer = CheckpointWriter(folder, keep, identity, byte_tokenizer(), source="small_llama")
+    return writer.save(engine, step=number, data=DATA)
 
 
 def go_on(rank: int, folder: Path, stage: int, world_size: int) -> list[float]:

@@ -13,15 +13,18 @@ import datasets
 import deepspeed
 import pytest
 import torch.distributed as dist
+from filelock import FileLock
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import mst_ds.model_shape.positions
 import mst_ds.model_shape.shape
-from mst_ds.command import one_line
+import mst_ds.zero
 from mst_ds.commands import train
 from mst_ds.config import parse_train_config
+from mst_ds.data import training_data
 from mst_ds.engine import Launch, prepare
+from mst_ds.entry_point import one_line
 from mst_ds.minisequence import mlp
 
 ROOT = Path(__file__).parents[1]
@@ -40,16 +43,16 @@ class TooLateError(BaseException):  # no error of a run, at which the command en
     """No ValueError, so that `main` lets it through."""
 
 
+def too_late(name: str) -> Callable[..., Any]:
+    def poisoned(*args: Any, **kwargs: Any) -> Any:
+        raise TooLateError(name)
+
+    return poisoned
+
+
 @pytest.fixture(autouse=True)
 def nothing_has_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """One process in the project's folder, for which it is too late once ranks meet or weights are read."""
-
-    def too_late(name: str) -> Callable[..., Any]:
-        def poisoned(*args: Any, **kwargs: Any) -> Any:
-            raise TooLateError(name)
-
-        return poisoned
-
     monkeypatch.setattr(deepspeed, "init_distributed", too_late("init_distributed"))
     monkeypatch.setattr(dist, "init_process_group", too_late("init_process_group"))
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", too_late("from_pretrained"))
@@ -259,11 +262,40 @@ def test_a_model_that_would_not_train_exactly(
         right(accumulator, 1.001 * left, right_side)
 
     monkeypatch.setattr(mlp, "add_outer_products", one_part_in_a_thousand_too_large)
-    line = refused(*flags)
+    with monkeypatch.context() as patched:
+        patched.setattr(training_data, "load_documents", too_late("load_documents"))
+        line = refused(*flags)
     assert "preflight: LlamaForCausalLM is not exact: model.layers." in line
     assert ".mlp" in line
     with pytest.raises(TooLateError, match=r"init_(distributed|process_group)"):
         train.main([*flags, "--preflight", "false"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--ds_config", "ds.json"], "which has no fp32"),
+        (["--model", "gpt2"], "the model has 63 positions"),
+        (["--model", "llama"], "are cut off or damaged"),
+        (["--output_dir", "held"], "is that of a run which is going on"),
+    ],
+    ids=["plan", "positions", "weights", "output_dir"],
+)
+def test_data_is_read_when_nothing_else_can_refuse_the_run(
+    flags: list[str], says: str, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write(tmp_path / "ds.json", {"mst": {"attention": "flash_attention_2"}})
+    model_folder(tmp_path / "gpt2", GPT2)
+    model_folder(tmp_path / "llama", {"model_type": "llama", **TINY})
+    (tmp_path / "held").mkdir()
+    monkeypatch.setattr(training_data, "load_documents", too_late("load_documents"))
+    others = ["--dataset", write(tmp_path / "text.txt", "some text " * 20), "--seq_len", "64", "--preflight", "false"]
+    others += ["--output_dir", str(tmp_path / "run")]
+    with FileLock(tmp_path / "held" / ".lock"):
+        assert says in refused(*others, flags[0], str(tmp_path / flags[1]))
+    with pytest.raises(TooLateError, match="load_documents"):
+        train.main(others)
+    assert not (tmp_path / "run").exists()
 
 
 def test_stage_0_in_16_bits(refused: Callable[..., str], tmp_path: Path) -> None:
@@ -367,3 +399,22 @@ def test_a_request_that_can_run_lets_processes_meet(tmp_path: Path) -> None:
     dataset = write(tmp_path / "text.txt", "some text " * 20)
     with pytest.raises(TooLateError, match=r"init_(distributed|process_group)"):
         train.main(["--dataset", dataset, "--seq_len", "64", "--output_dir", str(tmp_path / "run")])
+
+
+def test_the_json_is_read_and_resolved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def counted(name: str) -> Callable[..., Any]:
+        function = getattr(mst_ds.zero, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in ("read_json", "resolve"):
+        monkeypatch.setattr(mst_ds.zero, name, counted(name))
+    flags = ["--dataset", write(tmp_path / "text.txt", "some text " * 20), "--seq_len", "64"]
+    prepare(parse_train_config([*flags, "--preflight", "false"]), Launch.from_environment())
+    assert calls == ["read_json", "resolve"]

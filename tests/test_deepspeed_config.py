@@ -12,14 +12,15 @@ from deepspeed.accelerator import get_accelerator
 
 from mst_ds.config import TrainConfig
 from mst_ds.engine.deepspeed_config import require_accepted
-from mst_ds.zero import load_ds_config, resolve, split_mst
+from mst_ds.zero import load_ds_config, read_zero, resolve, split_mst
 
 DS_CONFIGS = sorted((Path(__file__).parents[1] / "ds_configs").glob("*.json"))
 
 
 def accept(source: Path | dict[str, Any]) -> None:
     resolved = resolve(load_ds_config(source), train=TrainConfig(), hidden_size=64, has_accelerator=False, dp_size=1)
-    require_accepted(split_mst(resolved)[0])
+    ds_config = split_mst(resolved)[0]
+    require_accepted(ds_config, read_zero(ds_config, dp_world_size=1))
 
 
 def zero3(**values: Any) -> dict[str, Any]:

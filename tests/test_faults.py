@@ -10,7 +10,6 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from trainings import Training
 
 from mst_ds.checkpoint import STATE_FILE, newest_checkpoint, read_checkpoint
 from mst_ds.commands.train import _write_model, main
+from mst_ds.data import training_data
 from mst_ds.data.tokenizer import byte_tokenizer
 
 FLAGS = ("--seq_len", "256", "--preflight", "false", "--save_steps", "2")
@@ -41,11 +41,13 @@ def output_dir(finished: Path, tmp_path: Path) -> Path:
 
 @dataclass(frozen=True)
 class Fault:
-    """Happens to `checkpoints/step-00000004`, or lies in the flags that it returns."""
+    """Happens to `checkpoints/step-00000004`, or lies in the flags that it returns; seen in the tokens alone, or before
+    there are any."""
 
     name: str
     happens: Callable[[Path, Path], list[str]]
     says: str
+    needs_tokens: bool = False
 
 
 def _optimizer_file(checkpoint: Path) -> Path:
@@ -153,8 +155,8 @@ REFUSED = (
     Fault("other tokenizer", other_tokenizer, "was made with another tokenizer"),
     Fault("other dtype", other_dtype, "was made with dtype 'fp32', but this run has 'bf16'"),
     Fault("other ZeRO stage", other_stage, "was made with zero_stage 3, but this run has 2"),
-    Fault("other seq_len", other_length, "was saved with seq_len 256"),
-    Fault("other data", other_data, "the position in the data was saved with"),
+    Fault("other seq_len", other_length, "was saved with seq_len 256", needs_tokens=True),
+    Fault("other data", other_data, "the position in the data was saved with", needs_tokens=True),
     Fault("adapters where none were", adapters, "was made with peft"),
     Fault("other learning rate", other_rate, "was made with training.learning_rate 0.004, but this run has 1e-05"),
     Fault("another run's checkpoint", another_run, "has a checkpoint of step 4, which this run would overwrite"),
@@ -179,8 +181,17 @@ def error_lines(output: str) -> list[str]:
 
 @pytest.mark.parametrize("fault", REFUSED, ids=lambda fault: fault.name)
 def test_what_is_refused_changes_nothing(
-    output_dir: Path, tmp_path: Path, fault: Fault, capsys: pytest.CaptureFixture[str]
+    output_dir: Path,
+    tmp_path: Path,
+    fault: Fault,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def too_early(*_: object) -> None:
+        raise AssertionError("data is read for a run that is refused without it")
+
+    if not fault.needs_tokens:
+        monkeypatch.setattr(training_data, "load_documents", too_early)
     (tmp_path / "other").mkdir()
     flags = fault.happens(output_dir / "checkpoints" / "step-00000004", tmp_path / "other")
     before = contents(output_dir)
@@ -228,10 +239,9 @@ def test_a_model_that_cannot_be_written(
     monkeypatch.setattr("mst_ds.checkpoint.export.export_model", fail)
     if not has_checkpoint:
         shutil.rmtree(output_dir / "checkpoints")
-    run: Any = SimpleNamespace(data=SimpleNamespace(tokenizer=None), config=SimpleNamespace(model="small_llama"))
     engine: Any = None
     with pytest.raises(OSError, match=says):
-        _write_model(run, engine, output_dir)
+        _write_model(engine, byte_tokenizer(), output_dir, source="small_llama")
 
 
 def test_a_checkpoint_with_a_flipped_bit_is_not_loaded(output_dir: Path) -> None:

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "mst_ds"
 
 # From the bottom up. Modules of one line may import each other; each may import any line above this one.
 LAYERS = [
-    {"command", "dtypes", "flags", "geometry", "read_file", "whole_file"},
+    {"dtypes", "entry_point", "exit_protocol", "flags", "geometry", "read_file", "whole_file"},
     {"adapters", "kept_in_fp32", "recompute", "shipped", "token_layout"},
     {"attention", "config"},
     {"dataset_files", "gpus", "model_shape", "objectives", "settings", "topology"},
@@ -27,8 +27,8 @@ LAYERS = [
     {"commands"},
 ]
 # These are read before a process group or an accelerator exists, also on a laptop without either.
-PURE = {"command", "config", "dataset_files", "flags", "geometry", "gpus", "owners", "read_file", "zero_checks"}
-PURE |= {"settings", "shipped", "zero", "model_shape", "topology", "planner"}
+PURE = {"config", "dataset_files", "entry_point", "exit_protocol", "flags", "geometry", "gpus", "owners", "read_file"}
+PURE |= {"zero_checks", "settings", "shipped", "zero", "model_shape", "topology", "planner"}
 # Within a layer these have nothing to do with each other.
 APART = {"planner", "minisequence", "sequence_parallel", "metrics", "data"}
 
@@ -84,10 +84,15 @@ def test_planning_names_neither_torch_nor_deepspeed():
         assert not {"torch", "deepspeed"} & {parts[0] for parts in imported_parts(path)}, path
 
 
+def test_the_package_imports_no_tools_of_tests():
+    for path in modules():
+        assert not {"unittest", "pytest"} & {parts[0] for parts in imported_parts(path)}, path
+
+
 def test_flags_and_files_load_no_library_and_planning_neither_deepspeed_nor_a_process_group():
     script = """
 import sys
-import mst_ds.command, mst_ds.dataset_files
+import mst_ds.entry_point, mst_ds.dataset_files
 assert not {"torch", "transformers", "deepspeed", "datasets"} & set(sys.modules)
 import mst_ds.planner
 assert "deepspeed" not in sys.modules

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from deepspeed.ops.op_builder.builder import OpBuilder
 
-from mst_ds.command import RequestError
 from mst_ds.engine import jit_build
+from mst_ds.entry_point import RequestError
 
 
 class Builder(OpBuilder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, GptOssConfig
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from mst_ds.adapters import model_on_meta
-from mst_ds.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from mst_ds.checkpoint import CheckpointWriter, load_checkpoint, newest_checkpoint
 from mst_ds.checkpoint.export import export_checkpoint, export_model
 from mst_ds.checkpoint.identity import Identity
 from mst_ds.config import parse_train_config
@@ -110,10 +111,10 @@ def train_and_resume(rank: int, source: Path, folder: Path, stage: int) -> tuple
     tokenizer = byte_tokenizer()
     first = step(engine)
     identity = Identity.of(engine.module.config, None, tokenizer, dtype="bf16", zero_stage=stage, training={})
-    settings: Any = {"keep": 1, "identity": identity, "data": {}, "tokenizer": tokenizer, "source": str(source)}
-    save_checkpoint(engine, folder / "checkpoints", step=1, **settings)
+    writer = CheckpointWriter(folder / "checkpoints", 1, identity, tokenizer, source=str(source))
+    writer.save(engine, step=1, data={})
     last = [step(engine)[0] for _ in range(2)]
-    save_checkpoint(engine, folder / "checkpoints-at-the-end", step=3, **settings)
+    replace(writer, folder=folder / "checkpoints-at-the-end").save(engine, step=3, data={})
     export_model(engine, tokenizer, folder / "model", source=str(source))
     resumed = load_engine(source, stage)
     for value in fp32_parameters(resumed.module).values():

@@ -25,7 +25,7 @@ from trainings import Training
 from mst_ds.checkpoint import Identity, newest_checkpoint
 from mst_ds.config import parse_train_config
 from mst_ds.engine import Launch, prepare
-from mst_ds.resilience.interruption import EXIT_CODE
+from mst_ds.exit_protocol import EXIT_STOPPED
 
 FLAGS = ("--max_steps", "12", "--seq_len", "256", "--preflight", "false", "--save_steps", "3")
 LIMIT = 240
@@ -103,7 +103,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(
     first = Training(tmp_path / "run", *FLAGS, "--save_steps", "0")
     assert first.wait_for(lambda: "memory of step 1," in first.output), first.output
     first.send(rank, number)
-    assert first.end() == [EXIT_CODE] * 2, first.output
+    assert first.end() == [EXIT_STOPPED] * 2, first.output
     assert f"by {number.name} on rank {rank}; --resume auto goes on" in first.output
     finish(tmp_path / "run", *GO_ON)
     assert_same_run(tmp_path / "run", uninterrupted)
@@ -114,7 +114,7 @@ def test_a_signal_before_the_first_step_is_not_lost(uninterrupted: Path, tmp_pat
     first = Training(tmp_path / "run", *FLAGS)
     assert first.wait_for(lambda: first.blocks(0, signal.SIGUSR1)), first.output
     first.send(0, signal.SIGUSR1)
-    assert first.end() == [EXIT_CODE] * 2, first.output
+    assert first.end() == [EXIT_STOPPED] * 2, first.output
     assert [step for step, _ in losses(tmp_path / "run")] == [1]
     finish(tmp_path / "run", *GO_ON)
     assert_same_run(tmp_path / "run", uninterrupted)

@@ -15,7 +15,7 @@ from test_readme import ROOT, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mst_ds.config import TrainConfig
-from mst_ds.data import eval_batches, load_training_data
+from mst_ds.data import eval_batches, load_tokenizer, load_training_data
 from mst_ds.model_shape import load_model_config
 from mst_ds.topology import Topology
 
@@ -87,7 +87,7 @@ def test_a_run_leaves_a_model_that_others_load(finished: FinishedRun) -> None:
 def held_out_loss(model: Any) -> float:
     """The plain model's mean loss over the tokens that the run held out of training."""
     config = TrainConfig(max_steps=STEPS, seq_len=SEQ_LEN, eval_steps=2, eval_samples=EVAL_SAMPLES)
-    held_out = load_training_data(config, load_model_config(config.model)).held_out
+    held_out = load_training_data(config, load_tokenizer(config, load_model_config(config.model))).held_out
     assert held_out is not None
     (batch,) = eval_batches(held_out, Topology(0, 1, 1), micro_batch_size=EVAL_SAMPLES)
     logits = model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits

@@ -9,7 +9,7 @@ import pytest
 
 from mst_ds.config import TrainConfig
 from mst_ds.settings import MstConfig
-from mst_ds.zero import has_block, kept_blocks, load_ds_config, offloads_optimizer, read_zero, resolve, split_mst
+from mst_ds.zero import has_block, kept_blocks, load_ds_config, read_zero, resolve, split_mst
 
 DS_CONFIGS = sorted((Path(__file__).parents[1] / "ds_configs").glob("*.json"))
 
@@ -349,8 +349,8 @@ def test_settings_of_the_wrong_type_are_refused(ds_config, message):
 
 def test_what_the_json_brings_itself():
     offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
-    assert offloads_optimizer(offload)
-    assert not offloads_optimizer({"zero_optimization": {"stage": 2}})
+    assert read_zero(offload, dp_world_size=1).offloads_optimizer
+    assert not read_zero({"zero_optimization": {"stage": 2}}, dp_world_size=1).offloads_optimizer
     assert has_block({"optimizer": {"type": "AdamW"}}, "optimizer")
     assert not has_block({"optimizer": {"type": "AdamW"}}, "scheduler")
 

@@ -19,7 +19,7 @@ from mst_ds.checkpoint.folder import (
 )
 from mst_ds.checkpoint.identity import Identity
 from mst_ds.checkpoint.load import load_checkpoint
-from mst_ds.checkpoint.save import save_checkpoint
+from mst_ds.checkpoint.save import CheckpointWriter
 from mst_ds.checkpoint.universal import universal_setting
 from mst_ds.checkpoint.unpickling import only_states
 
@@ -29,6 +29,7 @@ __all__ = [
     "STATES_FOLDER",
     "STATE_FILE",
     "Checkpoint",
+    "CheckpointWriter",
     "Identity",
     "checkpoints_folder",
     "load_checkpoint",
@@ -36,6 +37,5 @@ __all__ = [
     "only_states",
     "read_checkpoint",
     "require_intact",
-    "save_checkpoint",
     "universal_setting",
 ]

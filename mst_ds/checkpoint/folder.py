@@ -37,7 +37,7 @@ def checkpoints_folder(output_dir: str | os.PathLike[str]) -> Path:
 class Checkpoint:
     """A complete one.
 
-    world_size: of the ranks that wrote it. data: the place in the data. checksums: of its files, see `save_checkpoint`.
+    world_size: of the ranks that wrote it. data: the place in the data. checksums: of its files.
     """
 
     folder: Path

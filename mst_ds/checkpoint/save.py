@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,67 +39,80 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def save_checkpoint(
-    engine: DeepSpeedEngine,
-    folder: Path,
-    *,
-    step: int,
-    keep: int,
-    identity: Identity,
-    data: Mapping[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    source: str,
-) -> Path:
-    """Writes the checkpoint of `step` into `folder`, and then removes all but the `keep` newest. A collective call.
+@dataclass(frozen=True)
+class CheckpointWriter:
+    """Writes the checkpoints of one run into `folder`, and keeps the `keep` newest.
 
-    Args:
+    Attributes:
+        identity, tokenizer: of the run.
         source: of the model, see `write_files_of`.
-
-    Raises:
-        OSError: a file could not be written, on the rank that raises it. Earlier checkpoints are as they were; the
-            other ranks wait, so that this rank must end the job.
     """
-    target = folder / folder_name(step)
-    partial = unfinished(target)
-    rank = dist.get_rank()
-    if rank == 0:
-        remove_unfinished(folder)
-        (partial / MODEL_FOLDER).mkdir(parents=True)
-    dist.barrier()
-    try:
+
+    folder: Path
+    keep: int
+    identity: Identity
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+
+    def save(self, engine: DeepSpeedEngine, *, step: int, data: Mapping[str, Any]) -> Path:
+        """Writes the checkpoint of `step`, and then removes all but the newest. A collective call.
+
+        Args:
+            data: the place in the data.
+
+        Raises:
+            OSError: a file could not be written, on the rank that raises it. Earlier checkpoints are as they were; the
+                other ranks wait, so that this rank must end the job.
+        """
+        target = self.folder / folder_name(step)
+        partial = unfinished(target)
+        is_first = dist.get_rank() == 0
+        if is_first:
+            remove_unfinished(self.folder)
+            (partial / MODEL_FOLDER).mkdir(parents=True)
+        dist.barrier()
+        try:
+            self._write(engine, partial)
+        except Exception as error:
+            # torch says in a RuntimeError that a disk is full; safetensors and tokenizers have errors of their own.
+            if not isinstance(error, OSError | RuntimeError) and "os error" not in str(error):
+                raise
+            text = f"{' '.join(str(error).split())}; {shutil.disk_usage(self.folder).free} bytes are free there"
+            raise OSError(f"the checkpoint {target} could not be written: {text}") from error
+        dist.barrier()
+        names = [str(path.relative_to(partial)) for path in sorted(partial.rglob("*")) if path.is_file()]
+        checksums = shared_by_ranks(names, lambda name: _flush_and_checksum(partial / name))
+        if is_first:
+            state = {
+                "step": step,
+                "world_size": dist.get_world_size(),
+                "identity": asdict(self.identity),
+                "data": dict(data),
+                "sizes": {name: (partial / name).stat().st_size for name in names},
+                "checksums": checksums,
+            }
+            self._finish(partial, target, state)
+        dist.barrier()
+        return target
+
+    def _write(self, engine: DeepSpeedEngine, partial: Path) -> None:
+        """All files but the one that says that the checkpoint is whole."""
         engine.save_checkpoint(str(partial), tag=STATES_FOLDER, save_latest=False)
-        torch.save(random_states(engine.device), partial / random_file(rank))
+        torch.save(random_states(engine.device), partial / random_file(dist.get_rank()))
+        # Collective, so on every rank.
         exact = fp32_parameters(engine.module) | persistent_buffers(engine.module)
-        if rank == 0:
-            _write_model_folder(engine, tokenizer, source, exact, partial / MODEL_FOLDER)
-    except Exception as error:
-        # torch says in a RuntimeError that a disk is full; safetensors and tokenizers have errors of their own.
-        if not isinstance(error, OSError | RuntimeError) and "os error" not in str(error):
-            raise
-        text = f"{' '.join(str(error).split())}; {shutil.disk_usage(folder).free} bytes are free there"
-        raise OSError(f"the checkpoint {target} could not be written: {text}") from error
-    dist.barrier()
-    names = [str(path.relative_to(partial)) for path in sorted(partial.rglob("*")) if path.is_file()]
-    checksums = shared_by_ranks(names, lambda name: _flush_and_checksum(partial / name))
-    if rank == 0:
-        state = {
-            "step": step,
-            "world_size": dist.get_world_size(),
-            "identity": asdict(identity),
-            "data": dict(data),
-            "sizes": {name: (partial / name).stat().st_size for name in names},
-            "checksums": checksums,
-        }
+        if dist.get_rank() == 0:
+            _write_model_folder(engine, self.tokenizer, self.source, exact, partial / MODEL_FOLDER)
+
+    def _finish(self, partial: Path, target: Path, state: Mapping[str, Any]) -> None:
         (partial / STATE_FILE).write_text(to_text(state), encoding="utf-8")
         flush_to_disk(partial / STATE_FILE)
         if os.path.lexists(target):  # no complete one: a run goes on from the newest
             remove(target)
         partial.replace(target)
-        flush_to_disk(folder)
-        for old in complete_names(folder)[:-keep]:
-            remove_checkpoint(folder / old)
-    dist.barrier()
-    return target
+        flush_to_disk(self.folder)
+        for old in complete_names(self.folder)[: -self.keep]:
+            remove_checkpoint(self.folder / old)
 
 
 def _write_model_folder(

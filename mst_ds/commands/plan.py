@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mst_ds.command import REQUEST_ERRORS, console, refuse, run_command
 from mst_ds.config import DEFAULT_DS_CONFIG, DEFAULT_MODEL, GIB, parse_seq_len
+from mst_ds.entry_point import REQUEST_ERRORS, console, refuse, run_command
 from mst_ds.flags import OneLineParser
 from mst_ds.gpus import DEFAULT_GPU, gpu_by_name
 from mst_ds.model_shape import ModelShape, load_config_of_shape, load_model_shape, unknown_positions

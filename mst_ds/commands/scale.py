@@ -15,8 +15,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mst_ds.command import REQUEST_ERRORS, refuse, run_command
 from mst_ds.config import GIB
+from mst_ds.entry_point import REQUEST_ERRORS, refuse, run_command
+from mst_ds.exit_protocol import EXIT_STOPPED
 from mst_ds.flags import OneLineParser
 from mst_ds.planner import gpu_by_name
 from mst_ds.read_file import expanded
@@ -32,8 +33,6 @@ from mst_ds.scaling import (
     write_report,
 )
 from mst_ds.scaling.sweep_file import train_flags
-
-_GOES_ON = 75  # EX_TEMPFAIL, as mst-train has it
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -108,11 +107,11 @@ def _run(sweep: Sweep, output_dir: Path, number: int | None) -> int:
             result = run_point(sweep, point, output_dir, launcher)
         except Interrupted as error:
             print(f"{error}; the same command goes on")
-            return _GOES_ON
+            return EXIT_STOPPED
         elsewhere += result is None
         print("another process is at it" if result is None else _describe(result), flush=True)
     _report(output_dir)
-    return _GOES_ON if elsewhere else 0
+    return EXIT_STOPPED if elsewhere else 0
 
 
 def _predict(sweep: Sweep, output_dir: Path, options: argparse.Namespace) -> int:

@@ -10,13 +10,15 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Sequence
-from datetime import datetime
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mst_ds.command import (
-    EXIT_REFUSED,
+from mst_ds.config import parse_train_config
+from mst_ds.dataset_files import find_files
+from mst_ds.entry_point import (
     REQUEST_ERRORS,
     RequestError,
     console,
@@ -25,17 +27,18 @@ from mst_ds.command import (
     run_on_without_output,
     say,
 )
-from mst_ds.config import TrainConfig, parse_train_config
-from mst_ds.dataset_files import find_files
+from mst_ds.exit_protocol import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, TRAIN_COMMAND, error_line
 
 if TYPE_CHECKING:
     import torch
     from deepspeed import DeepSpeedEngine
-    from filelock import FileLock
+    from transformers import PreTrainedTokenizerBase
 
+    from mst_ds.data import ShardedLoader, TrainingData
     from mst_ds.engine import Run
     from mst_ds.metrics import MetricsWriter
     from mst_ds.resilience.interruption import Interruption
+    from mst_ds.training.saver import Saver
 
 # What libraries say to each other of names that will change: every rank would say it, at each of its calls.
 _OF_LIBRARIES = (
@@ -45,42 +48,77 @@ _OF_LIBRARIES = (
 _SECONDS_FOR_THE_FIRST_RANK = 10.0
 
 
+@dataclass(frozen=True)
+class _Job:
+    """All that a run is, before the processes meet."""
+
+    run: Run
+    data: TrainingData
+    batches: ShardedLoader
+    folder: Path
+
+
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code: 2, and one line on stderr, for a request that cannot run."""
     # Weights may take longer to load than the warning is early.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
-    try:
-        config = parse_train_config(argv)
-        find_files(config)
-        # From here on imports take seconds; a mistyped flag or file has been answered already.
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        for message in _OF_LIBRARIES:
-            warnings.filterwarnings("ignore", message, FutureWarning)
-        from mst_ds.engine import Launch, prepare
+    with ExitStack() as held:
+        try:
+            job = _checked(argv, held)
+        except REQUEST_ERRORS as error:
+            _say_once(error)
+            return EXIT_REFUSED
+        return _train_or_end(job)
 
-        run = prepare(config, Launch.from_environment())
-        folder = _output_dir(config)
-        lock = _claim(folder) if run.launch.rank == 0 else None
-    except REQUEST_ERRORS as error:
-        _say_once(error)
-        return EXIT_REFUSED
+
+def _checked(argv: Sequence[str], held: ExitStack) -> _Job:
+    """All that can refuse a run before the processes meet, from cheap to dear.
+
+    Args:
+        held: gets what lasts as long as the run.
+
+    Raises:
+        ValueError: anything in the request that cannot run, in one line.
+    """
+    config = parse_train_config(argv)
+    find_files(config)
+    # From here on imports take seconds; a mistyped flag or file has been answered already.
+    _quiet_libraries()
+    from mst_ds.data import load_training_data
+    from mst_ds.engine import Launch, claimed, output_folder, prepare, training_batches
+
+    run = prepare(config, Launch.from_environment())
+    folder = output_folder(config)
+    if run.launch.rank == 0:
+        held.enter_context(claimed(folder))
+    # Tokenising may take an hour: what can be refused without it has been.
+    data = load_training_data(config, run.tokenizer)
+    return _Job(run, data, training_batches(run, data), folder)
+
+
+def _quiet_libraries() -> None:
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    for message in _OF_LIBRARIES:
+        warnings.filterwarnings("ignore", message, FutureWarning)
+
+
+def _train_or_end(job: _Job) -> int:
+    """Returns the exit code; an error ends the process at once."""
     from mst_ds.resilience.failure import explain
 
+    run = job.run
     try:
-        return _train(run, folder)
+        return _train(job)
     except Exception as error:
         if isinstance(error, (FloatingPointError, RequestError)):
             _say_once(error)
         else:
             if not isinstance(error, (OSError, MemoryError)):
                 traceback.print_exc()
-            message = explain(error, run.plan, config.hang_timeout)
-            say(f"mst-train: error: rank {run.launch.rank}: {message}")
+            message = explain(error, run.plan, run.config.hang_timeout)
+            say(error_line(TRAIN_COMMAND, message, rank=run.launch.rank))
         # Not after another collective: the others wait in theirs until the launcher ends them, because this rank ended.
-        os._exit(1)
-    finally:
-        if lock is not None:
-            lock.release()
+        os._exit(EXIT_FAILED)
 
 
 def _say_once(error: Exception) -> None:
@@ -89,70 +127,66 @@ def _say_once(error: Exception) -> None:
         # The launcher ends this process when the first rank has spoken. Ending sooner would have the first rank killed
         # before it could; still here, the error is this rank's alone.
         time.sleep(_SECONDS_FOR_THE_FIRST_RANK)
-    say(f"mst-train: error: {one_line(error)}")
+    say(error_line(TRAIN_COMMAND, one_line(error)))
 
 
-def _train(run: Run, folder: Path) -> int:
+def _train(job: _Job) -> int:
     """Returns the exit code."""
     import deepspeed
     import torch.distributed as dist
 
     from mst_ds.engine import meet
-    from mst_ds.resilience.interruption import EXIT_CODE, Interruption
+    from mst_ds.resilience.interruption import Interruption
     from mst_ds.resilience.watchdog import Watchdog
 
     run_on_without_output()
-    run = meet(run)
+    run = meet(job.run)
     # A name made of the time may be another on each rank.
-    folders = [folder]
+    folders = [job.folder]
     dist.broadcast_object_list(folders)
     with Watchdog(), Interruption() as interruption:
-        is_done = _take_steps(run, folders[0], interruption)
+        is_done = _take_steps(replace(job, run=run, folder=folders[0]), interruption)
     deepspeed.comm.destroy_process_group()
-    return 0 if is_done else EXIT_CODE
+    return 0 if is_done else EXIT_STOPPED
 
 
-def _take_steps(run: Run, folder: Path, interruption: Interruption) -> bool:
+def _take_steps(job: _Job, interruption: Interruption) -> bool:
     """Returns whether the last step was reached; then the model is written, too."""
-    from mst_ds.checkpoint import checkpoints_folder
-    from mst_ds.data import describe, eval_batches
-    from mst_ds.engine import build_engine, training_batches
+    from mst_ds.data import eval_batches
+    from mst_ds.engine import build_engine
     from mst_ds.metrics import device_name
-    from mst_ds.planner import plan_table
     from mst_ds.training.loop import train
-    from mst_ds.training.saver import Saver
 
-    config, plan, data = run.config, run.plan, run.data
+    run, folder = job.run, job.folder
+    config, plan = run.config, run.plan
     is_first = run.launch.rank == 0
-    samples_per_step = plan.micro_batch_size * plan.gradient_accumulation_steps * plan.dp_size
-    amounts = data.amounts(config.max_steps, samples_per_step)
+    amounts = job.data.amounts(
+        config.max_steps, plan.micro_batch_size * plan.gradient_accumulation_steps * plan.dp_size
+    )
     if is_first:
-        print(describe(amounts, config.max_steps))
-        console().print(plan_table(plan))
-        for note in run.notes:
-            print(note)
-        if run.checkpoint is not None:
-            print(f"goes on after step {run.steps_done}, from {run.checkpoint.folder}")
+        _announce(job, amounts)
     engine = build_engine(run)
-    batches = training_batches(run)
     held_out = None
-    if data.held_out is not None:
-        held_out = functools.partial(eval_batches, data.held_out, plan.topology, micro_batch_size=plan.micro_batch_size)
+    if job.data.held_out is not None:
+        held_out = functools.partial(
+            eval_batches, job.data.held_out, plan.topology, micro_batch_size=plan.micro_batch_size
+        )
+    saver = _saver(job, engine, interruption)
     with _metrics(run, folder, engine.device) as metrics:
         is_done = train(
             engine,
             plan,
-            batches,
+            job.batches,
             metrics,
             max_steps=config.max_steps,
             steps_done=run.steps_done,
             eval_steps=config.eval_steps,
             held_out=held_out,
             non_finite=config.non_finite,
-            after_step=Saver(run, engine, batches, checkpoints_folder(folder), interruption).after_step,
+            after_step=saver.after_step,
         )
         if is_done:
-            _write_model(run, engine, folder)
+            _write_model(engine, run.tokenizer, folder, source=config.model)
             of_run = {
                 "device": device_name(engine.device),
                 "data": amounts,
@@ -166,13 +200,52 @@ def _take_steps(run: Run, folder: Path, interruption: Interruption) -> bool:
     return is_done
 
 
-def _write_model(run: Run, engine: DeepSpeedEngine, folder: Path) -> None:
+def _announce(job: _Job, amounts: Mapping[str, int | float]) -> None:
+    """What a user should know before the first step."""
+    from mst_ds.data import describe
+    from mst_ds.planner import plan_table
+
+    run = job.run
+    print(describe(amounts, run.config.max_steps))
+    console().print(plan_table(run.plan))
+    for note in run.notes:
+        print(note)
+    if job.data.warning is not None:
+        print(job.data.warning)
+    if run.checkpoint is not None:
+        print(f"goes on after step {run.steps_done}, from {run.checkpoint.folder}")
+
+
+def _saver(job: _Job, engine: DeepSpeedEngine, interruption: Interruption) -> Saver:
+    from mst_ds.checkpoint import CheckpointWriter, checkpoints_folder
+    from mst_ds.training.saver import Saver
+
+    run, config = job.run, job.run.config
+    writer = CheckpointWriter(
+        folder=checkpoints_folder(job.folder),
+        keep=config.save_total_limit,
+        identity=run.identity,
+        tokenizer=run.tokenizer,
+        source=config.model,
+    )
+    return Saver(
+        engine,
+        job.batches,
+        writer,
+        interruption,
+        max_steps=config.max_steps,
+        save_steps=config.save_steps,
+        save_minutes=config.save_minutes,
+    )
+
+
+def _write_model(engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, folder: Path, *, source: str) -> None:
     """Raises OSError, with where the run's work is, for a model that could not be written."""
     from mst_ds.checkpoint import checkpoints_folder, newest_checkpoint
     from mst_ds.checkpoint.export import export_model
 
     try:
-        export_model(engine, run.data.tokenizer, folder / "model", source=run.config.model)
+        export_model(engine, tokenizer, folder / "model", source=source)
     except OSError as error:
         newest = newest_checkpoint(checkpoints_folder(folder))
         if newest is None:
@@ -197,30 +270,9 @@ def _metrics(run: Run, folder: Path, device: torch.device) -> MetricsWriter:
     )
 
 
-def _output_dir(config: TrainConfig) -> Path:
-    return Path(config.output_dir or f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}").expanduser()
-
-
-def _claim(folder: Path) -> FileLock:
-    """Makes the folder, and makes it this run's alone: the kernel's lock ends with its holder."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        raise ValueError(
-            f"output_dir {str(folder)!r} is that of a run which is going on; allowed: another output_dir"
-        ) from None
-    except OSError as error:
-        raise ValueError(f"output_dir {str(folder)!r} cannot be made: {error.strerror}") from None
-    return lock
-
-
 def cli() -> int:
     """The command of a process; returns its exit code."""
-    return run_command("mst-train", main)
+    return run_command(TRAIN_COMMAND, main)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The one place that orders the data path: tokenizer, documents, tokens, split, samples."""
+"""The one place that orders the data path: documents, tokens, split, samples."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from mst_ds.config import TrainConfig
 from mst_ds.data.documents import load_documents
 from mst_ds.data.packing import PackedDataset, split_documents
 from mst_ds.data.tokenising import letters_warning, tokenise
-from mst_ds.data.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,6 @@ class TrainingData:
     warning: what a user should know of the documents, if anything.
     """
 
-    tokenizer: PreTrainedTokenizerBase
     train: PackedDataset
     held_out: PackedDataset | None
     warning: str | None = None
@@ -39,13 +37,12 @@ class TrainingData:
         }
 
 
-def load_training_data(config: TrainConfig, model_config: PreTrainedConfig) -> TrainingData:
+def load_training_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
     """Loads, tokenises and cuts `config.dataset` into samples. Needs no process group, and every rank gets the same.
 
     Raises:
-        ValueError: see `load_tokenizer`, `load_documents`, `split_documents` and `PackedDataset`.
+        ValueError: see `load_documents`, `tokenise`, `split_documents` and `PackedDataset`.
     """
-    tokenizer = load_tokenizer(config, model_config)
     documents = load_documents(config)
     tokens = tokenise(documents, tokenizer)
     num_held_out = config.eval_samples if config.eval_steps else 0
@@ -53,7 +50,6 @@ def load_training_data(config: TrainConfig, model_config: PreTrainedConfig) -> T
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     samples = partial(PackedDataset, tokens, config.seq_len, pad_id, packing=config.packing)
     return TrainingData(
-        tokenizer=tokenizer,
         train=samples(documents=train),
         held_out=samples(documents=held_out, max_samples=num_held_out) if num_held_out else None,
         warning=letters_warning(documents, tokenizer),

@@ -3,14 +3,18 @@
 from mst_ds.engine.build import build_engine
 from mst_ds.engine.launch import Launch
 from mst_ds.engine.meeting import RanksDisagreeError, meet
-from mst_ds.engine.run import Run, prepare, training_batches
+from mst_ds.engine.output_folder import claimed, output_folder
+from mst_ds.engine.preparation import prepare
+from mst_ds.engine.run import Run, training_batches
 
 __all__ = [
     "Launch",
     "RanksDisagreeError",
     "Run",
     "build_engine",
+    "claimed",
     "meet",
+    "output_folder",
     "prepare",
     "training_batches",
 ]

@@ -36,7 +36,7 @@ def build_engine(run: Run) -> DeepSpeedEngine:
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
-        optimizer=None if has_own_optimizer else adamw(model, run.config, run.ds_config),
+        optimizer=None if has_own_optimizer else adamw(model, run.config, run.request.work.zero),
         lr_scheduler=None if has_own_schedule else functools.partial(schedule, run.config),
         config=run.ds_config | universal_setting(run.checkpoint, run.launch.world_size),
     )

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from mst_ds.config import nearest
 from mst_ds.engine.stepped import check_optimizer, check_scheduler
 from mst_ds.read_file import expanded
-from mst_ds.zero import DsConfig, read_zero
+from mst_ds.zero import DsConfig, ZeroConfig
 
 # Blocks whose keys DeepSpeed asks for one by one, whatever their values. Of others it refuses what it does not know.
 _FLAT = ("activation_checkpointing", "aio", "checkpoint", "data_types", "flops_profiler", "optimizer", "scheduler")
@@ -30,8 +30,11 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
 }
 
 
-def require_accepted(ds_config: DsConfig) -> None:
+def require_accepted(ds_config: DsConfig, zero: ZeroConfig) -> None:
     """Make sure that DeepSpeed takes a resolved config, knows every key of it, and can do what it asks for here.
+
+    Args:
+        zero: what the config says, see `read_zero`.
 
     Raises:
         ValueError: in one line, with the key, its value and what is allowed.
@@ -41,13 +44,11 @@ def require_accepted(ds_config: DsConfig) -> None:
         _construct(asked)
     _check_known(asked)
     _check_types(asked)
-    zero = read_zero(ds_config, dp_world_size=1)
     if not getattr(get_accelerator(), f"is_{zero.dtype}_supported", lambda: True)():
         raise ValueError(f"the DeepSpeed JSON asks for {zero.dtype}, which this device does not compute in")
     _check_nvme(ds_config, zero.stage)
     with _quiet():
-        is_offloaded = zero.optimizer_offload != "none"
-        check_optimizer(ds_config, zero_stage=zero.stage, is_offloaded=is_offloaded)
+        check_optimizer(ds_config, zero_stage=zero.stage, is_offloaded=zero.offloads_optimizer)
         check_scheduler(ds_config, zero_stage=zero.stage)
 
 

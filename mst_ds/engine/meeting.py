@@ -12,10 +12,11 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from mst_ds.command import RequestError
 from mst_ds.engine.jit_build import build_shared_memory_collective, unlink_shared_memory
 from mst_ds.engine.launch import stand_alone, stay_on_node
 from mst_ds.engine.run import Run
+from mst_ds.entry_point import RequestError
+from mst_ds.planner import plan_of_request
 
 
 class RanksDisagreeError(RequestError):
@@ -54,7 +55,8 @@ def meet(run: Run) -> Run:
     dist.all_gather_object(of_ranks, run.plan.device_memory)
     if len(set(of_ranks)) == 1:
         return run
-    return replace(run, plan=run.planned(device_memory=of_ranks))
+    request = replace(run.request, device_memory=tuple(of_ranks))
+    return replace(run, request=request, plan=plan_of_request(request))
 
 
 def _require_free_port(rank: int) -> None:

@@ -10,13 +10,13 @@ from transformers import get_scheduler
 
 from mst_ds.config import TrainConfig
 from mst_ds.engine.hardware import has_accelerator
-from mst_ds.zero import DsConfig, offloads_optimizer
+from mst_ds.zero import ZeroConfig
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-def adamw(model: nn.Module, config: TrainConfig, ds_config: DsConfig) -> torch.optim.Optimizer:
+def adamw(model: nn.Module, config: TrainConfig, zero: ZeroConfig) -> torch.optim.Optimizer:
     """AdamW of what is trained; DeepSpeed's for the CPU where its states are offloaded to it."""
     decayed: list[torch.nn.Parameter] = []
     plain: list[torch.nn.Parameter] = []
@@ -35,7 +35,7 @@ def adamw(model: nn.Module, config: TrainConfig, ds_config: DsConfig) -> torch.o
         "eps": config.adam_epsilon,
     }
     groups = [group for group in groups if group["params"]]
-    if has_accelerator() and offloads_optimizer(ds_config):
+    if has_accelerator() and zero.offloads_optimizer:
         return DeepSpeedCPUAdam(groups, **settings)
     return torch.optim.AdamW(groups, **settings, fused=True)
 

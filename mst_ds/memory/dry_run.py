@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ from mst_ds.dtypes import DTYPES
 from mst_ds.geometry import ELEMENTS_THAT_KEEP_BUSY, flash_query_gradient
 from mst_ds.memory.live import LiveMemory
 from mst_ds.minisequence import chunks
-from mst_ds.patching import apply_plan, decoder, find_parts
+from mst_ds.patching import apply_plan, decoder
+from mst_ds.patching.adapters import base_model
 from mst_ds.planner import Plan
 from mst_ds.recompute import stores
 
@@ -61,7 +62,6 @@ def dry_run(model_config: PreTrainedConfig, plan: Plan, peft_config: PeftConfig 
     # Finding a model's structure runs small real tensors, so that it is not done on fake ones.
     model: Any = model_on_meta(model_config, peft_config, DTYPES[plan.dtype])[1]
     model.train()
-    structure = find_parts(model, plan.settings).loss
     apply_plan(model, plan, sequence_group=_AbsentRanks(plan.sp_rank, plan.sp_size) if plan.sp_size > 1 else None)
     peaks: dict[str, int] = {}
     shape = (plan.micro_batch_size, plan.shard_length)
@@ -82,7 +82,7 @@ def dry_run(model_config: PreTrainedConfig, plan: Plan, peft_config: PeftConfig 
             # The loss ends in the backward, where its gradients are scaled.
             outputs.last_hidden_state.register_hook(lambda _: end("loss"))
 
-        structure.decoder.register_forward_hook(begin_loss)
+        base_model(model).base_model.register_forward_hook(begin_loss)
         try:
             with memory, host_left_out(memory), only_the_largest_blocks(), KernelWorkspace():
                 inputs = {"input_ids": tokens, "position_ids": tokens, "shift_labels": tokens}
@@ -122,10 +122,12 @@ class KernelWorkspace(TorchDispatchMode):
 def as_on_an_accelerator() -> Iterator[None]:
     """Products of 16 bits are summed in fp32 without copies, elementwise work takes chunks as large as there; and
     positions, which have no values, begin no documents."""
-    no_documents = patch.object(decoder, "find_document_starts", lambda *_: None)
-    no_lengths = patch.object(decoder, "document_lengths", lambda *_: None)
-    no_copies = patch.object(chunks, "_gemm_accumulates_in_fp32", lambda *_: True)
-    with no_documents, no_lengths, no_copies, patch.object(chunks, "ELEMENTS_IN_CACHE_OF_CPU", ELEMENTS_THAT_KEEP_BUSY):
+    no_documents = {"find_document_starts": lambda *_: None, "document_lengths": lambda *_: None}
+    no_copies = {"_gemm_accumulates_in_fp32": lambda *_: True}
+    with (
+        _replaced(decoder, **no_documents),
+        _replaced(chunks, **no_copies, ELEMENTS_IN_CACHE_OF_CPU=ELEMENTS_THAT_KEEP_BUSY),
+    ):
         yield
 
 
@@ -141,7 +143,7 @@ def only_the_largest_blocks() -> Iterator[None]:
     def last_blocks(length: int, window: int | None) -> Iterator[tuple[Any, ...]]:
         yield from deque(blocks(length, window), maxlen=3)
 
-    with patch.object(blockwise, "_blocks", last_blocks):
+    with _replaced(blockwise, _blocks=last_blocks):
         yield
 
 
@@ -154,8 +156,23 @@ def host_left_out(memory: LiveMemory) -> Iterator[None]:
         with memory.leave_out():
             return empty_on_host(tensor)
 
-    with patch.object(stores, "_empty_on_host", uncounted):
+    with _replaced(stores, _empty_on_host=uncounted):
         yield
+
+
+@contextmanager
+def _replaced(module: ModuleType, **values: Any) -> Iterator[None]:
+    """Within, these names of a module have other values: operators have no knobs for what only a dry run wants.
+
+    Raises:
+        AttributeError: the module has no such name, so that nothing would be replaced.
+    """
+    before = {name: getattr(module, name) for name in values}
+    vars(module).update(values)
+    try:
+        yield
+    finally:
+        vars(module).update(before)
 
 
 def planned_activations(plan: Plan) -> Mapping[str, int]:

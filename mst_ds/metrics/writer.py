@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from mst_ds.command import console as wide_console
+from mst_ds.entry_point import console as wide_console
 from mst_ds.metrics.display import Display
 from mst_ds.metrics.environment import package_versions
 from mst_ds.metrics.records import PlannedMemory, Totals, Value, by_phase

@@ -12,7 +12,7 @@ from mst_ds.planner.plan import (
 )
 from mst_ds.planner.plot import plot_plan
 from mst_ds.planner.report import plan_table
-from mst_ds.planner.request import Request, read_request
+from mst_ds.planner.request import Request, make_request, read_request
 from mst_ds.planner.types import Choice, MemoryTerm, Phase, Plan
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "longest_of_request",
     "longest_seq_len",
     "make_plan",
+    "make_request",
     "plan_of_request",
     "plan_table",
     "plot_plan",

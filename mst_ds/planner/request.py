@@ -14,8 +14,8 @@ from mst_ds.model_shape import ModelShape, load_model_shape
 from mst_ds.planner.search import can_fit
 from mst_ds.planner.workload import Workload
 from mst_ds.settings import MstConfig, Settings
-from mst_ds.topology import Topology, choose_sp_size
-from mst_ds.zero import ZeroConfig, load_ds_config, read_zero, resolve, split_mst
+from mst_ds.topology import Topology
+from mst_ds.zero import ResolvedConfig, ZeroConfig, read_resolved
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -86,28 +86,52 @@ def read_request(
     if host_memory is not None and host_memory < 0:
         raise ValueError(f"host_memory is {host_memory}; allowed: a whole number of bytes >= 0")
     shape = _shape(model_config)
-    raw = load_ds_config(ds_config)
-    mst = split_mst(raw)[1]
-    sp_size = choose_sp_size(
-        mst.get("sp_size") if sp_size is None else sp_size,
-        world_size=world_size,
+    config = read_resolved(
+        ds_config,
+        train=TrainConfig(),  # fills rates only, which take no memory
+        hidden_size=shape.hidden_size,
         num_attention_heads=shape.num_attention_heads,
+        world_size=world_size,
         ranks_per_node=ranks_per_node,
+        has_accelerator=True,
+        sp_size=sp_size,
     )
+    return make_request(
+        shape,
+        config,
+        seq_len=seq_len,
+        device_memory=device_memory,
+        reserve=reserve,
+        host_memory=host_memory,
+        rank=rank,
+        ranks_per_node=ranks_per_node,
+        gpu=gpu,
+    )
+
+
+def make_request(
+    shape: ModelShape,
+    config: ResolvedConfig,
+    *,
+    seq_len: int,
+    device_memory: int | Sequence[int] | None,
+    reserve: int,
+    host_memory: int | None,
+    rank: int,
+    ranks_per_node: int | None,
+    gpu: Gpu | None,
+) -> Request:
+    """`read_request` for a JSON that has been read.
+
+    Raises:
+        ValueError: a setting that cannot be planned, in one line with what is allowed.
+    """
+    zero, mst, sp_size, world_size = config.zero, config.mst, config.sp_size, config.zero.dp_world_size
     if shape.other_layers and sp_size > 1:
         raise ValueError(
             f"the model has layers of type {', '.join(shape.other_layers)}, which sequence parallelism does not "
             "support: use sp_size 1 for this model"
         )
-    topology = Topology(rank, world_size, sp_size)
-    resolved = resolve(
-        raw,
-        train=TrainConfig(),  # fills rates only, which take no memory
-        hidden_size=shape.hidden_size,
-        has_accelerator=True,
-        dp_size=topology.dp_size,
-    )
-    zero = read_zero(resolved, dp_world_size=world_size)
     # What no search chooses is as the user settled it, or the default.
     settled = {**mst.given, "sp_size": sp_size, "attention": _attention(mst.get("attention"), zero.dtype)}
     work = Workload(
@@ -124,6 +148,7 @@ def read_request(
             f"of a rank; allowed: at most {_MOST_TOKENS}"
         )
     memory = _device_memory(device_memory, mst, world_size)
+    topology = Topology(rank, world_size, sp_size)
     return Request(topology, work, mst, memory, host_memory, gpu or DEFAULT_GPU, times_are_known=gpu is not None)
 
 

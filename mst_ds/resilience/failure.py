@@ -8,6 +8,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
+from mst_ds.exit_protocol import another_rank_ended
 from mst_ds.memory.out_of_memory import OutOfMemoryError, explanation
 from mst_ds.planner import Plan
 
@@ -25,7 +26,7 @@ def explain(error: BaseException, plan: Plan, hang_timeout: float) -> str:
     if isinstance(error, OSError) and error.errno is not None:
         return text
     if any(sign in text for sign in _LOST):
-        return f"another rank has ended, whose error tells why ({type(error).__name__})"
+        return another_rank_ended(type(error).__name__)
     if any(sign in text for sign in _TIMED_OUT) and dist.is_initialized():
         return f"{_silent_ranks()} did not answer within {hang_timeout:g} s; --hang_timeout says how long ranks wait"
     return text if isinstance(error, OSError) else f"{type(error).__name__}: {text}"

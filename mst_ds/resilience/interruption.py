@@ -9,8 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# EX_TEMPFAIL of sysexits.h: come back later. What a scheduler requeues on.
-EXIT_CODE = 75
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 

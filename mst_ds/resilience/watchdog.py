@@ -16,6 +16,8 @@ from types import TracebackType
 import psutil
 import torch.distributed as dist
 
+from mst_ds.exit_protocol import EXIT_FAILED, TRAIN_COMMAND, another_rank_ended, error_line
+
 _LOOK_SECONDS = 1.0
 # What an error of this rank's own, with more to say, has time for.
 _GRACE_SECONDS = 15.0
@@ -61,15 +63,15 @@ class Watchdog:
                 continue
             if not self._stop.wait(_GRACE_SECONDS):
                 try:
-                    print(f"mst-train: error: rank {dist.get_rank()}: {ended}", file=sys.stderr, flush=True)
+                    print(error_line(TRAIN_COMMAND, ended, rank=dist.get_rank()), file=sys.stderr, flush=True)
                 finally:  # whoever read that may be gone, too
-                    os._exit(1)
+                    os._exit(EXIT_FAILED)
 
     def _ended(self) -> str | None:
         if not all(map(_is_alive, self._launchers)):
             return "the process that started this one has ended"
         gone = [rank for rank, process in self._ranks.items() if not _is_alive(process)]
-        return f"another rank has ended, whose error tells why (rank {gone[0]})" if gone else None
+        return another_rank_ended(f"rank {gone[0]}") if gone else None
 
 
 def _launchers() -> list[psutil.Process]:

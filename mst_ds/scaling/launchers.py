@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
+from mst_ds.exit_protocol import EXIT_STOPPED
 from mst_ds.scaling.guard import kill_tree
 from mst_ds.scaling.sweep import Point, Sweep
 from mst_ds.shipped import shipped_folder
@@ -24,8 +25,6 @@ from mst_ds.shipped import shipped_folder
 _TRAIN = "mst_ds.commands.train"
 _SECONDS_TO_STOP = 30.0
 _LOOK_SECONDS = 0.5
-# Exit code of ranks that were asked to stop, the training command's.
-_INTERRUPTED = 75
 
 
 class Interrupted(Exception):
@@ -40,7 +39,7 @@ class Launcher(Protocol):
 
     def command(self, point: Point, arguments: Sequence[str], stopped: Path) -> list[str]:
         """What trains with these arguments on each rank. Where ranks that were asked to stop do not end the command
-        with 75, the file `stopped` is left."""
+        with `EXIT_STOPPED`, the file `stopped` is left."""
 
     def environment(self) -> dict[str, str]:
         """Variables of the command, where the user has not set them."""
@@ -219,7 +218,7 @@ def launch(launcher: Launcher, point: Point, arguments: Sequence[str], *, log: P
                 launcher.stop(process)
     if signals:
         raise Interrupted(f"stopped by {signals[0].name}")
-    if exit_code == _INTERRUPTED or stopped.exists():
+    if exit_code == EXIT_STOPPED or stopped.exists():
         raise Interrupted("its ranks were asked to stop")
     return exit_code
 

@@ -9,14 +9,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from mst_ds.exit_protocol import EXITS_BY_SIGKILL, said_errors
 from mst_ds.scaling.result import DONE, FAILED, OUT_OF_MEMORY, REFUSED, TIMED_OUT
 
-# Of a rank, and of slurm/rank.sh, which makes one of a task.
-_ERROR = re.compile(r"^(?:mst-train|rank\.sh): error: (.*)", re.MULTILINE)
-# How the error of one rank begins; a refusal is that of all.
-_OF_RANK = "rank "
-# Of a rank that only saw another one end.
-_OF_OTHERS = "has ended, whose error tells why"
 # Our own words, torch's for GPUs and CPUs, numpy's, Python's, SLURM's.
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|OutOfMemoryError|can't allocate memory|Unable to allocate|MemoryError",
@@ -44,23 +39,23 @@ def judge(exit_code: int | None, log: str, *, has_begun: bool, limit_minutes: fl
     """
     if exit_code == 0:
         return Outcome(DONE)
-    errors = [error.strip() for error in _ERROR.findall(log)]
-    own = [error for error in errors if _OF_OTHERS not in error]
+    errors = said_errors(log)
+    own = [error for error in errors if not error.is_consequence]
     if exit_code is None:
         # What a rank said before tells more than that the others went on waiting.
-        return Outcome(TIMED_OUT, f"not done after {limit_minutes:g} minutes" + (f"; {own[0]}" if own else ""))
-    of_memory = [error for error in own if _OUT_OF_MEMORY.search(error)]
+        return Outcome(TIMED_OUT, f"not done after {limit_minutes:g} minutes" + (f"; {own[0].text}" if own else ""))
+    of_memory = [error for error in own if _OUT_OF_MEMORY.search(error.text)]
     if of_memory:
-        return Outcome(OUT_OF_MEMORY, of_memory[0])
+        return Outcome(OUT_OF_MEMORY, of_memory[0].text)
     if own:
         # Not by the exit code: srun gives that of the ranks that it kills when the first ends.
-        is_refused = not has_begun and not own[0].startswith(_OF_RANK)
-        return Outcome(REFUSED if is_refused else FAILED, own[0])
+        is_refused = not has_begun and not own[0].is_of_one_rank
+        return Outcome(REFUSED if is_refused else FAILED, own[0].text)
     of_system = [line.strip() for line in log.splitlines() if "oom_kill" in line]
     if of_system:
         return Outcome(OUT_OF_MEMORY, of_system[0])
     # The launchers' exit codes differ: a rank that was killed, or one that saw it, may be the first they notice.
-    if errors or exit_code in (-9, 128 + 9, 256 - 9):
+    if errors or exit_code in EXITS_BY_SIGKILL:
         return Outcome(FAILED, _NO_WORD, died_silently=True)
     last = next((line.strip() for line in reversed(log.splitlines()) if line.strip()), "nothing was said")
     return Outcome(FAILED, f"exit code {exit_code}: {last}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -61,31 +61,22 @@ def train(
     tokens = plan.seq_len * plan.micro_batch_size * plan.dp_size * plan.gradient_accumulation_steps
     measured_peak = 0
     for step in range(steps_done + 1, max_steps + 1):
-        start = time.perf_counter()
-        learning_rate = engine.get_lr()[0]
-        micro_batches = [next(batches) for _ in range(plan.gradient_accumulation_steps)]
-        if step == steps_done + 1:
-            with PhaseMeter(engine.module, engine.device) as meter:
-                result = train_step(engine, micro_batches, meter, objective=objective)
-        else:
-            result = train_step(engine, micro_batches, objective=objective)
-        seconds = time.perf_counter() - start
-        if step == steps_done + 1:
-            metrics.log_memory(step, compare(plan, meter.peaks, engine.device))
-            if engine.device.type != "cpu":
-                # The meter has reset the allocator's peak.
-                measured_peak = max(meter.peaks.values())
-        is_skipped = _is_skipped(step, result, non_finite, has_loss_scale=plan.dtype == "fp16")
+        taken = _take_step(engine, plan, batches, objective, is_measured=step == steps_done + 1)
+        if taken.peaks:
+            metrics.log_memory(step, compare(plan, taken.peaks, engine.device))
+            # The meter has reset the allocator's peak; the CPU has none.
+            measured_peak = 0 if engine.device.type == "cpu" else max(taken.peaks.values())
+        result = taken.result
         metrics.log_step(
             step,
             loss=result.loss,
-            tokens_per_second=tokens / seconds,
+            tokens_per_second=tokens / taken.seconds,
             grad_norm=result.grad_norm,
-            learning_rate=learning_rate,
+            learning_rate=taken.learning_rate,
             device_memory_bytes=max(measured_peak, peak_memory_bytes(engine.device)),
-            seconds=seconds,
+            seconds=taken.seconds,
             tokens=tokens,
-            is_skipped=is_skipped,
+            is_skipped=_is_skipped(step, result, non_finite, has_loss_scale=plan.dtype == "fp16"),
         )
         if held_out is not None and (step % eval_steps == 0 or step == max_steps):
             metrics.log_eval(step, evaluate(engine, held_out(), objective))
@@ -105,6 +96,32 @@ class StepResult:
     grad_norm: float
     own_loss: float
     changed_weights: bool
+
+
+@dataclass(frozen=True)
+class _TakenStep:
+    """peaks: bytes of each phase, where the step was measured."""
+
+    result: StepResult
+    learning_rate: float
+    seconds: float
+    peaks: Mapping[str, int]
+
+
+def _take_step(
+    engine: DeepSpeedEngine, plan: Plan, batches: Iterator[Batch], objective: Objective, *, is_measured: bool
+) -> _TakenStep:
+    start = time.perf_counter()
+    learning_rate = engine.get_lr()[0]
+    micro_batches = [next(batches) for _ in range(plan.gradient_accumulation_steps)]
+    peaks: Mapping[str, int] = {}
+    if is_measured:
+        with PhaseMeter(engine.module, engine.device) as meter:
+            result = train_step(engine, micro_batches, meter, objective=objective)
+        peaks = meter.peaks
+    else:
+        result = train_step(engine, micro_batches, objective=objective)
+    return _TakenStep(result, learning_rate, time.perf_counter() - start, peaks)
 
 
 def train_step(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mst_ds.checkpoint import save_checkpoint
+import torch.distributed as dist
+
+from mst_ds.checkpoint import CheckpointWriter
 from mst_ds.data import ShardedLoader
-from mst_ds.engine import Run
 from mst_ds.resilience.interruption import Interruption, any_rank
 
 if TYPE_CHECKING:
@@ -20,41 +20,38 @@ class Saver:
 
     Args:
         batches: whose place in the data is saved.
-        folder: of the checkpoints.
         interruption: a run that is asked to stop is saved whatever else is set.
+        max_steps, save_steps, save_minutes: the flags of these names.
     """
 
     def __init__(
-        self, run: Run, engine: DeepSpeedEngine, batches: ShardedLoader, folder: Path, interruption: Interruption
+        self,
+        engine: DeepSpeedEngine,
+        batches: ShardedLoader,
+        writer: CheckpointWriter,
+        interruption: Interruption,
+        *,
+        max_steps: int,
+        save_steps: int = 0,
+        save_minutes: float = 0.0,
     ) -> None:
-        self._run, self._engine, self._batches, self._folder = run, engine, batches, folder
-        self._interruption = interruption
+        self._engine, self._batches, self._writer, self._interruption = engine, batches, writer, interruption
+        self._max_steps, self._save_steps, self._save_minutes = max_steps, save_steps, save_minutes
         self._last_save = time.monotonic()
 
     def after_step(self, step: int) -> bool:
         """Whether to stop after `step`. A collective call."""
-        config = self._run.config
         signal_name = self._interruption.signal_name
         minutes = (time.monotonic() - self._last_save) / 60
+        is_late = 0 < self._save_minutes <= minutes
         # Clocks and signals differ from rank to rank.
-        stops, is_late = any_rank((signal_name is not None, 0 < config.save_minutes <= minutes), self._engine.device)
-        is_last = config.saves and step == config.max_steps
-        if stops or is_late or is_last or (config.save_steps and step % config.save_steps == 0):
-            self._save(step)
-        if signal_name is not None and step < config.max_steps:
-            rank = self._run.launch.rank
+        stops, is_late = any_rank((signal_name is not None, is_late), self._engine.device)
+        is_due = self._save_steps > 0 and step % self._save_steps == 0
+        is_last = step == self._max_steps and (self._save_steps > 0 or self._save_minutes > 0)
+        if stops or is_late or is_last or is_due:
+            self._writer.save(self._engine, step=step, data=self._batches.state_dict())
+            self._last_save = time.monotonic()
+        if signal_name is not None and step < self._max_steps:
+            rank = dist.get_rank()
             print(f"stopped after step {step} by {signal_name} on rank {rank}; --resume auto goes on", flush=True)
         return stops
-
-    def _save(self, step: int) -> None:
-        save_checkpoint(
-            self._engine,
-            self._folder,
-            step=step,
-            keep=self._run.config.save_total_limit,
-            identity=self._run.identity,
-            data=self._batches.state_dict(),
-            tokenizer=self._run.data.tokenizer,
-            source=self._run.config.model,
-        )
-        self._last_save = time.monotonic()

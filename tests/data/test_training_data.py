@@ -3,12 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from transformers import LlamaConfig
 
 from mst_ds.config import TrainConfig
-from mst_ds.data import PackedDataset, describe, load_training_data
-
-MODEL = LlamaConfig(vocab_size=264)
+from mst_ds.data import PackedDataset, byte_tokenizer, describe, load_training_data
 
 
 @pytest.fixture
@@ -28,7 +25,7 @@ def digits(dataset: PackedDataset) -> set[int]:
 def test_training_and_held_out_part_share_no_document(folder: Path) -> None:
     config = TrainConfig(dataset=str(folder), seq_len=40, eval_steps=1, eval_samples=4)
 
-    data = load_training_data(config, MODEL)
+    data = load_training_data(config, byte_tokenizer())
 
     assert data.held_out is not None
     assert len(data.held_out) == 4
@@ -40,7 +37,7 @@ def test_training_and_held_out_part_share_no_document(folder: Path) -> None:
 def test_without_packing_a_sample_has_one_document(folder: Path) -> None:
     config = TrainConfig(dataset=str(folder), seq_len=60, eval_steps=1, eval_samples=4, packing="none")
 
-    data = load_training_data(config, MODEL)
+    data = load_training_data(config, byte_tokenizer())
 
     # A document of 100 tokens is samples of 60 and 40: two documents for 4 samples. Their tokens would take three.
     assert data.held_out is not None
@@ -52,7 +49,7 @@ def test_without_packing_a_sample_has_one_document(folder: Path) -> None:
 
 
 def test_without_packing_a_sequence_may_be_longer_than_the_dataset(folder: Path) -> None:
-    data = load_training_data(TrainConfig(dataset=str(folder), seq_len=1001, packing="none"), MODEL)
+    data = load_training_data(TrainConfig(dataset=str(folder), seq_len=1001, packing="none"), byte_tokenizer())
 
     assert [int(sample["attention_mask"].sum()) for sample in data.train] == [100] * 10
 
@@ -61,27 +58,29 @@ def test_without_packing_a_sequence_may_be_longer_than_the_dataset(folder: Path)
 def test_control_tokens_as_letters_are_warned_of(tmp_path: Path, text: str, is_warned_of: bool) -> None:
     (tmp_path / "a.txt").write_text(text)
 
-    warning = load_training_data(TrainConfig(dataset=str(tmp_path), seq_len=8), MODEL).warning
+    warning = load_training_data(TrainConfig(dataset=str(tmp_path), seq_len=8), byte_tokenizer()).warning
 
     assert (warning is not None) == is_warned_of
     assert warning is None or "documents spell out '<|endoftext|>', control tokens" in warning
 
 
 def test_without_evaluation_all_documents_are_for_training(folder: Path) -> None:
-    data = load_training_data(TrainConfig(dataset=str(folder), seq_len=40), MODEL)
+    data = load_training_data(TrainConfig(dataset=str(folder), seq_len=40), byte_tokenizer())
 
     assert data.held_out is None
     assert data.train.num_tokens == 1000
-    assert data.train.pad_id == data.tokenizer.pad_token_id == 256
+    assert data.train.pad_id == byte_tokenizer().pad_token_id == 256
 
 
 def test_dataset_shorter_than_one_sequence_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"^seq_len is 1001, but the dataset has 1000 tokens"):
-        load_training_data(TrainConfig(dataset=str(folder), seq_len=1001), MODEL)
+        load_training_data(TrainConfig(dataset=str(folder), seq_len=1001), byte_tokenizer())
 
 
 def test_amounts_are_those_of_the_training_part_in_one_line(folder: Path) -> None:
-    data = load_training_data(TrainConfig(dataset=str(folder), seq_len=40, eval_steps=1, eval_samples=4), MODEL)
+    data = load_training_data(
+        TrainConfig(dataset=str(folder), seq_len=40, eval_steps=1, eval_samples=4), byte_tokenizer()
+    )
 
     amounts = data.amounts(num_steps=15, samples_per_step=2)
 

@@ -19,7 +19,7 @@ from processes import assert_ended
 from test_readme import ROOT, run
 
 from mst_ds.commands import scale
-from mst_ds.resilience.interruption import EXIT_CODE
+from mst_ds.exit_protocol import EXIT_STOPPED
 from mst_ds.scaling import launcher_here, read_results, read_sweep, run_point
 from mst_ds.scaling.launchers import DeepSpeedLauncher, Interrupted, SrunLauncher, launch
 from mst_ds.scaling.result import DONE, FAILED, REFUSED, TIMED_OUT
@@ -163,7 +163,7 @@ def test_a_rank_that_is_killed_is_started_once_more(sweep: Sweep, tmp_path: Path
     assert count.read_text(encoding="utf-8") == "\n\n"
 
 
-@pytest.mark.parametrize("script", [f"exit {EXIT_CODE}", 'touch "$1"'])
+@pytest.mark.parametrize("script", [f"exit {EXIT_STOPPED}", 'touch "$1"'])
 def test_ranks_that_are_asked_to_stop_are_no_result(sweep: Sweep, tmp_path: Path, script: str) -> None:
     with pytest.raises(Interrupted):
         run_point(sweep, sweep.points[0], tmp_path, Shell(script))

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from test_readme import ROOT
 
-from mst_ds.resilience.interruption import EXIT_CODE
+from mst_ds.exit_protocol import EXIT_STOPPED
 
 # Says that it is ready, and ends with 75 when a signal comes, which it tells.
 STOPS = f"""
-trap 'echo USR1; exit {EXIT_CODE}' USR1
-trap 'echo TERM; exit {EXIT_CODE}' TERM
+trap 'echo USR1; exit {EXIT_STOPPED}' USR1
+trap 'echo TERM; exit {EXIT_STOPPED}' TERM
 echo ready
 while :; do sleep 0.05; done
 """
@@ -42,7 +42,7 @@ def test_a_signal_goes_on_to_the_rank_and_its_75_is_no_failure(tmp_path: Path, n
 
 
 def test_only_rank_0_leaves_the_file(tmp_path: Path) -> None:
-    assert start(tmp_path / "stopped", f"exit {EXIT_CODE}", rank=1).wait(timeout=30) == 0
+    assert start(tmp_path / "stopped", f"exit {EXIT_STOPPED}", rank=1).wait(timeout=30) == 0
     assert not (tmp_path / "stopped").exists()
 
 
@@ -53,7 +53,7 @@ def test_other_codes_stay(tmp_path: Path, script: str, code: int) -> None:
 
 
 def test_a_rank_that_ends_otherwise_when_it_is_signalled(tmp_path: Path) -> None:
-    process = start(tmp_path / "stopped", STOPS.replace(f"exit {EXIT_CODE}", "exit 4"))
+    process = start(tmp_path / "stopped", STOPS.replace(f"exit {EXIT_STOPPED}", "exit 4"))
     assert process.stdout is not None
     process.stdout.readline()
     process.send_signal(signal.SIGUSR1)

@@ -10,13 +10,14 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mst_ds.exit_protocol import EXIT_REFUSED, error_line
+
 if TYPE_CHECKING:
     from rich.console import Console
 
 # What a request, a file or the machine may raise by itself. Of our own mistakes TypeError, KeyError and the like are
 # none of these, and show their traceback.
 REQUEST_ERRORS = (ValueError, OSError, RecursionError, OverflowError)
-EXIT_REFUSED = 2
 _LONGEST_MESSAGE = 1500
 # Narrower tables than this rich cannot draw.
 _LEAST_COLUMNS = 40
@@ -61,7 +62,7 @@ def run_on_without_output() -> None:
 
 def refuse(name: str, error: BaseException) -> int:
     """Say in one line on standard error what the command `name` cannot do; returns its exit code."""
-    say(f"{name}: error: {one_line(error)}")
+    say(error_line(name, one_line(error)))
     return EXIT_REFUSED
 
 

@@ -1,0 +1,187 @@
+"""All checks of a run that need neither tokens, weights nor other processes, from cheap to dear."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from mst_ds.adapters import load_peft_config, model_on_meta
+from mst_ds.checkpoint import Identity
+from mst_ds.config import AUTO, TrainConfig
+from mst_ds.data import load_tokenizer
+from mst_ds.dtypes import DTYPES
+from mst_ds.engine.deepspeed_config import require_accepted
+from mst_ds.engine.hardware import has_accelerator, rank_device_memory, rank_gpu, rank_host_memory
+from mst_ds.engine.launch import Launch
+from mst_ds.engine.resume import find_checkpoint
+from mst_ds.engine.run import Run
+from mst_ds.kept_in_fp32 import kept_in_fp32, require_no_adapters_on
+from mst_ds.model_folder import ModelLayout, Weights, find_weights, require_match
+from mst_ds.model_shape import ModelShape, load_model_config, require_positions, unknown_positions
+from mst_ds.patching import find_parts
+from mst_ds.planner import DEFAULT_RESERVE, Plan, Request, make_request, plan_of_request
+from mst_ds.preflight import require_exact
+from mst_ds.structure import position_table, why_own_attention
+from mst_ds.structure.trained import trained_shape
+from mst_ds.zero import DsConfig, ResolvedConfig, has_block, kept_blocks, read_resolved
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+def prepare(config: TrainConfig, launch: Launch) -> Run:
+    """Check the request, but for its data, and make this rank's plan, before weights load or processes meet.
+
+    Raises:
+        ValueError: anything in the flags, the DeepSpeed JSON, the model's config, its weights or the checkpoint that
+            cannot run, in one line. Every rank finds the same, so all ranks stop.
+    """
+    checkpoint = find_checkpoint(config)
+    model_config = load_model_config(config.model, trust_remote_code=config.trust_remote_code)
+    shape = ModelShape.from_config(model_config)
+    resolved = _resolved(config, launch, shape)
+    peft_config = None if config.peft_config is None else load_peft_config(config.peft_config)
+    model, adapted = model_on_meta(model_config, peft_config)
+    request = _request(config, launch, trained_shape(shape, model), resolved)
+    plan = plan_of_request(request)
+    _require_trainable(config, plan, model_config, model, adapted)
+    own_attention = _own_attention(config, plan, model)
+    weights, notes = _weights(config, model, DTYPES[plan.dtype])
+    beyond = unknown_positions(shape.rotary_positions, config.seq_len)
+    tokenizer = load_tokenizer(config, model_config)
+    identity = Identity.of(
+        model_config,
+        peft_config,
+        tokenizer,
+        dtype=plan.dtype,
+        zero_stage=plan.zero_stage,
+        training=_kept_settings(config, plan, resolved.ds_config),
+    )
+    if checkpoint is not None:
+        identity.require_same(checkpoint.identity, checkpoint.folder)
+    if config.preflight:
+        require_exact(model_config, plan.settings, packed=config.packing == "documents")
+    return Run(
+        config=config,
+        launch=launch,
+        ds_config=resolved.ds_config,
+        model_config=model_config,
+        peft_config=peft_config,
+        own_attention=own_attention,
+        model_class=type(model),
+        layout=ModelLayout.of(adapted),
+        weights=weights,
+        notes=notes if beyond is None else (*notes, beyond),
+        plan=plan,
+        request=request,
+        tokenizer=tokenizer,
+        identity=identity,
+        checkpoint=checkpoint,
+    )
+
+
+def _resolved(config: TrainConfig, launch: Launch, shape: ModelShape) -> ResolvedConfig:
+    """The DeepSpeed JSON, which DeepSpeed takes."""
+    resolved = read_resolved(
+        config.ds_config,
+        train=config,
+        hidden_size=shape.hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        world_size=launch.world_size,
+        ranks_per_node=launch.local_world_size,
+        has_accelerator=has_accelerator(),
+    )
+    require_accepted(resolved.ds_config, resolved.zero)
+    return resolved
+
+
+def _request(config: TrainConfig, launch: Launch, shape: ModelShape, resolved: ResolvedConfig) -> Request:
+    """What this rank's plan is made of, with its own device's memory for that of all."""
+    return make_request(
+        shape,
+        resolved,
+        seq_len=config.seq_len,
+        device_memory=rank_device_memory(launch) if resolved.mst.device_memory_gib == AUTO else None,
+        # On the CPU no context and no communication buffers stand beside the tensors.
+        reserve=DEFAULT_RESERVE if has_accelerator() else 0,
+        host_memory=rank_host_memory(launch),
+        rank=launch.rank,
+        ranks_per_node=launch.local_world_size,
+        gpu=rank_gpu(launch),
+    )
+
+
+def _require_trainable(
+    config: TrainConfig,
+    plan: Plan,
+    model_config: PreTrainedConfig,
+    model: PreTrainedModel,
+    adapted: PreTrainedModel | PeftModel,
+) -> None:
+    """Refuse what would not be trained as its plan says.
+
+    Raises:
+        ValueError: DeepSpeed computes it wrong, the model has fewer positions or is built in another way than the
+            patches know, or adapters are where transformers keeps fp32.
+    """
+    _require_right_training(plan)
+    require_positions(position_table(model), config.seq_len)
+    find_parts(adapted, plan.settings)
+    if adapted is not model:
+        # Adapters change names: those of `model` are no longer the ones that transformers matches.
+        plain = model_on_meta(model_config, None)[0]
+        require_no_adapters_on(kept_in_fp32(plain, DTYPES[plan.dtype]), adapted)
+
+
+def _require_right_training(plan: Plan) -> None:
+    """Refuse what DeepSpeed computes wrong.
+
+    Raises:
+        ValueError: ZeRO stage 0 in 16 bits.
+    """
+    if plan.zero_stage == 0 and plan.dtype != "fp32":
+        # DeepSpeed's optimizer for it takes a step with zero gradients first, and does not scale an fp16 loss.
+        raise ValueError(
+            f"the ZeRO stage is 0 in {plan.dtype}, which DeepSpeed trains wrong; allowed: 1, 2, 3, or fp32"
+        )
+
+
+def _own_attention(config: TrainConfig, plan: Plan, model: PreTrainedModel) -> str | None:
+    """See `Run`.
+
+    Raises:
+        ValueError: a model that keeps its own attention is to train on packed documents.
+    """
+    reason = why_own_attention(model)
+    if config.packing == "documents" and reason is not None:
+        raise ValueError(f"packing is 'documents', but {type(model).__name__} {reason}; allowed: 'none'")
+    # Any other model gets the attention of its plan from apply_plan.
+    attention = plan.settings.attention
+    return attention if attention != "sdpa" and reason is not None else None
+
+
+def _weights(config: TrainConfig, model: PreTrainedModel, dtype: torch.dtype) -> tuple[Weights | None, tuple[str, ...]]:
+    """What the model starts from, and what a user should know of it.
+
+    Raises:
+        ValueError: a weight file is missing or damaged, or the weights are not those of the model.
+    """
+    weights = find_weights(config.model)
+    if weights is not None:
+        return weights, require_match(weights, model, dtype=dtype, new_lm_head=config.new_lm_head)
+    if config.new_lm_head:
+        raise ValueError(f"new_lm_head is true, but model {config.model!r} has no weights; allowed: no --new_lm_head")
+    return None, (f"model {config.model!r} has no weights: it starts from random ones",)
+
+
+def _kept_settings(config: TrainConfig, plan: Plan, ds_config: DsConfig) -> dict[str, Any]:
+    """Settings of the optimizer and of the data whose values come from a checkpoint, by who owns them."""
+    samples = plan.micro_batch_size * plan.gradient_accumulation_steps * plan.dp_size
+    kept: dict[str, Any] = {"seed": config.seed, "samples of a step": samples} | kept_blocks(ds_config)
+    if has_block(ds_config, "optimizer"):
+        return kept
+    names = ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+    return kept | {name: getattr(config, name) for name in names} | {"learning_rate": config.peak_learning_rate}
