@@ -256,12 +256,13 @@ def test_a_model_that_would_not_train_exactly(
 ) -> None:
     flags = ["--dataset", write(tmp_path / "text.txt", "some text " * 20), "--seq_len", "64"]
     flags += ["--output_dir", str(tmp_path / "run")]
-    right = mlp.add_outer_products
+    right = mlp._ChunkedMLP.backward
 
-    def one_part_in_a_thousand_too_large(accumulator: Tensor, left: Tensor, right_side: Tensor) -> None:
-        right(accumulator, 1.001 * left, right_side)
+    def one_part_in_a_thousand_too_large(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Of the weights; hidden states have three dimensions."""
+        return tuple(1.001 * grad if grad is not None and grad.dim() == 2 else grad for grad in right(ctx, dy))
 
-    monkeypatch.setattr(mlp, "add_outer_products", one_part_in_a_thousand_too_large)
+    monkeypatch.setattr(mlp._ChunkedMLP, "backward", staticmethod(one_part_in_a_thousand_too_large))
     with monkeypatch.context() as patched:
         patched.setattr(training_data, "load_documents", too_late("load_documents"))
         line = refused(*flags)

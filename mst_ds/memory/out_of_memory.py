@@ -18,6 +18,7 @@ _REMEDIES = (
     ("persistent_parameters", "a smaller stage3_param_persistence_threshold"),
     ("gathered_parameters", "a smaller stage3_max_reuse_distance and stage3_prefetch_bucket_size"),
     ("gathered_", "a larger head_groups or sp_size in the 'mst' block"),
+    ("kernel_", "a larger head_groups or sp_size in the 'mst' block"),
     ("all_to_all_buffers", "a larger head_groups in the 'mst' block"),
     ("layer_inputs", "offload_activations true in the 'mst' block, or recompute true"),
     ("kept_gate_up", "keep_mlp false in the 'mst' block"),

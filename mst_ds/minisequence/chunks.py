@@ -1,35 +1,79 @@
-"""What every chunked operator shares: into how many chunks elementwise work goes, and how gradients add up."""
+"""What every chunked operator repeats: its call, a linear layer in a chunk, gradients summed over chunks."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
 from mst_ds.dtypes import sum_dtype
 from mst_ds.geometry import ELEMENTS_IN_CACHE_OF_CPU, ELEMENTS_THAT_KEEP_BUSY, ceil_divide, chunk_slices
 
 
-def chunks_in_cache(tensor: torch.Tensor) -> int:
+def chunks_in_cache(tensor: Tensor) -> int:
     """Into how many chunks elementwise work on (..., C) is best divided, whatever the memory allows."""
     elements = ELEMENTS_IN_CACHE_OF_CPU if tensor.device.type == "cpu" else ELEMENTS_THAT_KEEP_BUSY
     return max(1, ceil_divide(tensor.numel(), elements))
 
 
-def slices_in_cache(tensor: torch.Tensor) -> Iterator[slice]:
+def slices_in_cache(tensor: Tensor) -> Iterator[slice]:
     """Slices of the rows of (T, C) for elementwise work."""
     return chunk_slices(tensor.shape[0], chunks_in_cache(tensor))
+
+
+class Call(Protocol):
+    """What one call of an operator is told beside tensors."""
+
+    @property
+    def is_recomputing(self) -> bool:
+        """Whether torch.utils.checkpoint computes the layer again."""
+
+
+def call_operator(
+    function: type[torch.autograd.Function], compute: Callable[..., Tensor], call: Call, *tensors: Tensor | None
+) -> Tensor:
+    """`function.apply(call, *tensors)`, an output with a gradient.
+
+    A recompute ends with the last tensor that is saved for the layer's backward, at the end of `apply`, if that is the
+    last operator. So `function` leaves its output empty then, and it is computed only where the layer goes on:
+    `compute(call, *tensors, out=output)` writes it.
+    """
+    output: Tensor = function.apply(call, *tensors)
+    if call.is_recomputing:
+        with torch.no_grad():
+            compute(call, *tensors, out=output)
+    return output
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """(..., C) as (tokens, C)."""
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+class Linear(NamedTuple):
+    """A linear layer: its weight, (outputs, inputs), and bias."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def write(self, x: Tensor, out: Tensor) -> Tensor:
+        """Of (T, inputs). One operation: a bias that is added afterwards rounds 16 bits twice."""
+        if self.bias is None:
+            return torch.mm(x, self.weight.t(), out=out)
+        return torch.addmm(self.bias, x, self.weight.t(), out=out)
 
 
 class Scratch:
     """Memory that each chunk uses again: fresh memory costs a CPU as much time as a tenth of the product it takes."""
 
     def __init__(self) -> None:
-        self._tensors: dict[str, torch.Tensor] = {}
+        self._tensors: dict[str, Tensor] = {}
 
-    def empty(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def empty(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A tensor of `shape`, (rows, columns), in which stands what was last put under this name."""
         known = self._tensors.get(name)
         if known is None or known.shape[0] < shape[0]:
@@ -37,44 +81,66 @@ class Scratch:
         return known[: shape[0]]
 
 
-def zeros_for_accumulation(parameter: torch.Tensor) -> torch.Tensor:
-    """A zero accumulator for the gradient of `parameter`: in `sum_dtype`, for a bias (one vector) in fp64.
+class GradientSum:
+    """The gradient of a parameter: summed over chunks in fp32 at least, of a vector in fp64, and rounded once.
 
     A bias gradient is a bare sum. In fp32 its running total would be rounded at every chunk, which one sum over all
     tokens is not: twice the error of the unchunked gradient at 256 chunks.
-    """
-    dtype = torch.float64 if parameter.dim() == 1 else sum_dtype(parameter.dtype)
-    return torch.zeros_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
-
-
-def add_column_sums(accumulator: torch.Tensor, values: torch.Tensor) -> None:
-    """`accumulator += values.sum(0)`, the sum in fp32 at least.
 
     Args:
-        accumulator: (M,).
-        values: (T, M), any floating dtype.
+        parameter: of any floating dtype; None where an operator is used without it.
+        is_needed: if not, `total` is None, and nothing is added.
+        transposed: a weight is (inputs, outputs), and products are added to it as if it were (outputs, inputs).
     """
-    accumulator += values.sum(0, dtype=sum_dtype(values.dtype))
+
+    def __init__(self, parameter: Tensor | None, is_needed: bool, *, transposed: bool = False) -> None:
+        self.parameter, self.transposed = parameter, transposed
+        self.total: Tensor | None = None
+        if is_needed and parameter is not None:
+            dtype = torch.float64 if parameter.dim() == 1 else sum_dtype(parameter.dtype)
+            self.total = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
+
+    @property
+    def is_needed(self) -> bool:
+        return self.total is not None
+
+    def add_outer_products(self, left: Tensor, right: Tensor) -> None:
+        """Add `left.T @ right`, (T, outputs) and (T, inputs) of any floating dtypes, not rounded to 16 bits first."""
+        if self.total is None:
+            return
+        if self.transposed:
+            left, right = right, left
+        dtype = self.total.dtype
+        if left.dtype == right.dtype != dtype and _gemm_accumulates_in_fp32(left.device, left.dtype):
+            torch.addmm(self.total, left.t(), right, out_dtype=dtype, out=self.total)
+        else:
+            self.total.addmm_(left.to(dtype).t(), right.to(dtype))
+
+    def add_column_sums(self, values: Tensor) -> None:
+        """Add `values.sum(0)`, of (T, M) in any floating dtype, itself summed in fp32 at least."""
+        if self.total is not None:
+            self.total += values.sum(0, dtype=sum_dtype(values.dtype))
+
+    def add(self, part: Tensor) -> None:
+        """Add a chunk's gradient as it is."""
+        if self.total is not None:
+            self.total.add_(part)
+
+    def rounded(self) -> Tensor | None:
+        """The gradient in the parameter's dtype; None where it is not needed."""
+        if self.total is None or self.parameter is None:
+            return None
+        return self.total.to(self.parameter.dtype)
 
 
-def add_outer_products(accumulator: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """`accumulator += left.T @ right` without rounding the product to a 16-bit dtype first.
-
-    Args:
-        accumulator: (M, N) in the accumulation dtype.
-        left: (T, M), any floating dtype.
-        right: (T, N), any floating dtype.
-    """
-    if not accumulator.is_contiguous():  # the view of a transposed weight
-        accumulator, left, right = accumulator.t(), right, left
-    needs_out_dtype = left.dtype == right.dtype != accumulator.dtype and accumulator.is_contiguous()
-    if needs_out_dtype and _gemm_accumulates_in_fp32(left.device, left.dtype):
-        torch.addmm(accumulator, left.t(), right, out_dtype=accumulator.dtype, out=accumulator)
-    else:
-        accumulator.addmm_(left.to(accumulator.dtype).t(), right.to(accumulator.dtype))
+def gradient_sums(
+    parameters: Iterable[Tensor | None], needs: Iterable[bool], *, transposed: bool = False
+) -> list[GradientSum]:
+    """One for each parameter, of which `needs` says whether it needs one."""
+    return [GradientSum(*pair, transposed=transposed) for pair in zip(parameters, needs, strict=True)]
 
 
-def unrounded_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def unrounded_product(left: Tensor, right: Tensor) -> Tensor:
     """`left @ right` in fp32 at least, also for 16-bit operands: (T, M), (M, N) -> (T, N)."""
     dtype = sum_dtype(left.dtype)
     if left.dtype == right.dtype != dtype and _gemm_accumulates_in_fp32(left.device, left.dtype):
@@ -101,14 +167,16 @@ def autocast_disabled(device: torch.device) -> AbstractContextManager[None]:
     return torch.autocast(device.type, enabled=False)
 
 
-def cast_for_autocast(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+def cast_for_autocast(x: Tensor, *parameters: Tensor | None) -> list[Any]:
     """Do what autocast does to a linear layer's inputs, differentiably."""
-    if tensor is None or not torch.is_autocast_enabled(device.type) or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device.type))
+    if not torch.is_autocast_enabled(x.device.type):
+        return [x, *parameters]
+    dtype = torch.get_autocast_dtype(x.device.type)
+    tensors = (x, *parameters)
+    return [each if each is None or each.dtype == torch.float64 else each.to(dtype) for each in tensors]
 
 
-def require_gathered(name: str, weight: torch.Tensor) -> None:
+def require_gathered(name: str, weight: Tensor) -> None:
     """Raise a readable error for a ZeRO-3 placeholder, instead of a shape mismatch deep inside a matmul.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -13,13 +13,13 @@ from mst_ds.dtypes import sum_dtype
 from mst_ds.geometry import ceil_divide, chunk_slices
 
 from .chunks import (
-    add_column_sums,
-    add_outer_products,
+    Linear,
     autocast_disabled,
+    call_operator,
     cast_for_autocast,
+    gradient_sums,
     require_gathered,
     unrounded_product,
-    zeros_for_accumulation,
 )
 
 Gate = Callable[[Tensor], Tensor]
@@ -76,37 +76,38 @@ def chunked_experts(
             "hidden_states must be (tokens, hidden), expert_index and expert_weights (tokens, experts of a token); got "
             f"{tuple(hidden_states.shape)}, {tuple(expert_index.shape)}, {tuple(expert_weights.shape)}"
         )
-    device = hidden_states.device
-    tensors = (hidden_states, up_weight, down_weight, up_bias, down_bias)
-    x, *parameters = (cast_for_autocast(tensor, device) for tensor in tensors)
-    work = _Work(gate, chunks, transposed)
-    assert x is not None
-    with autocast_disabled(device):
-        output: Tensor = _ChunkedExperts.apply(
-            work, hidden_states.dtype, not is_recomputing, expert_index, expert_weights, x, *parameters
-        )
-        if is_recomputing:
-            with torch.no_grad():
-                output.copy_(_compute(work, expert_index, expert_weights, x, *parameters))
-    return output
+    tensors = cast_for_autocast(hidden_states, up_weight, down_weight, up_bias, down_bias)
+    call = _ExpertsCall(gate, chunks, transposed, hidden_states.dtype, is_recomputing)
+    with autocast_disabled(hidden_states.device):
+        return call_operator(_ChunkedExperts, _compute, call, expert_index, expert_weights, *tensors)
 
 
-class _Work(NamedTuple):
+class _ExpertsCall(NamedTuple):
     gate: Gate
     chunks: int
     transposed: bool
+    dtype: torch.dtype
+    is_recomputing: bool
+
+
+class _Parameters(NamedTuple):
+    """Of all experts or of one: the tensors, or the sums of their gradients."""
+
+    up_weight: Any
+    down_weight: Any
+    up_bias: Any
+    down_bias: Any
 
 
 class _Rows(NamedTuple):
     """A chunk of one expert's rows: which tokens they are, and where in (T, k) they stand."""
 
-    expert: int
     tokens: Tensor
     places: Tensor
 
 
-def _chunks_by_expert(expert_index: Tensor, num_experts: int, chunks: int) -> Iterator[list[_Rows]]:
-    """For each expert that has tokens its chunks, in the order of the tokens."""
+def _chunks_by_expert(expert_index: Tensor, num_experts: int, chunks: int) -> Iterator[tuple[int, list[_Rows]]]:
+    """Each expert that has tokens, and its chunks in the order of the tokens."""
     k = expert_index.shape[-1]
     flat = expert_index.flatten()
     order = flat.argsort(stable=True)
@@ -118,92 +119,86 @@ def _chunks_by_expert(expert_index: Tensor, num_experts: int, chunks: int) -> It
         start += count
         if count:
             slices = chunk_slices(count, ceil_divide(count, longest))
-            yield [_Rows(expert, places[rows] // k, places[rows]) for rows in slices]
+            yield expert, [_Rows(places[rows] // k, places[rows]) for rows in slices]
 
 
-def _compute(
-    work: _Work, expert_index: Tensor, expert_weights: Tensor, x: Tensor, *parameters: Tensor | None
-) -> Tensor:
-    assert parameters[0] is not None
-    out = torch.zeros_like(x, dtype=sum_dtype(x.dtype), memory_format=torch.contiguous_format)
+def _of_expert(parameters: _Parameters, expert: int) -> _Parameters:
+    return _Parameters(*(tensor[expert] if tensor is not None else None for tensor in parameters))
+
+
+def _layers(call: _ExpertsCall, of_expert: _Parameters) -> tuple[Linear, Linear]:
+    """Up and down."""
+    up, down = of_expert.up_weight, of_expert.down_weight
+    if call.transposed:
+        up, down = up.t(), down.t()
+    return Linear(up, of_expert.up_bias), Linear(down, of_expert.down_bias)
+
+
+def _compute(call: _ExpertsCall, *tensors: Tensor, out: Tensor | None = None) -> Tensor:
+    total = _unrounded(call, *tensors)
+    return total.to(call.dtype) if out is None else out.copy_(total)
+
+
+def _unrounded(call: _ExpertsCall, expert_index: Tensor, expert_weights: Tensor, x: Tensor, *tensors: Tensor) -> Tensor:
+    parameters = _Parameters(*tensors)
+    total = torch.zeros_like(x, dtype=sum_dtype(x.dtype), memory_format=torch.contiguous_format)
     scores = expert_weights.flatten()
-    for of_expert in _chunks_by_expert(expert_index, len(parameters[0]), work.chunks):
-        up, down, up_bias, down_bias = _of_expert(parameters, of_expert[0].expert, work.transposed)
-        for rows in of_expert:
-            inner = work.gate(torch.nn.functional.linear(x[rows.tokens], up, up_bias))
-            result = torch.nn.functional.linear(inner, down, down_bias)
+    for expert, chunks in _chunks_by_expert(expert_index, len(parameters.up_weight), call.chunks):
+        up, down = _layers(call, _of_expert(parameters, expert))
+        for rows in chunks:
+            inner = call.gate(torch.nn.functional.linear(x[rows.tokens], *up))
+            result = torch.nn.functional.linear(inner, *down)
             # A token has an expert once, so no two rows of a chunk add to one place.
-            out.index_add_(0, rows.tokens, (result * scores[rows.places, None]).to(out.dtype))
-    return out
+            total.index_add_(0, rows.tokens, (result * scores[rows.places, None]).to(total.dtype))
+    return total
 
 
 class _ChunkedExperts(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        work: _Work,
-        dtype: torch.dtype,
-        computes: bool,
-        expert_index: Tensor,
-        expert_weights: Tensor,
-        x: Tensor,
-        *parameters: Tensor | None,
-    ) -> Tensor:
-        ctx.save_for_backward(expert_index, expert_weights, x, *parameters)
-        ctx.gate, ctx.chunks, ctx.transposed = work
-        if not computes:
-            return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-        return _compute(work, expert_index, expert_weights, x, *parameters).to(dtype)
+    def forward(ctx: Any, call: _ExpertsCall, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.call = call
+        if not call.is_recomputing:
+            return _compute(call, *tensors)
+        _, _, x, *_ = tensors
+        return torch.empty_like(x, dtype=call.dtype, memory_format=torch.contiguous_format)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        expert_index, expert_weights, x, *parameters = ctx.saved_tensors
-        needs_scores, needs_x, *needs = ctx.needs_input_grad[4:]
+        call: _ExpertsCall = ctx.call
+        expert_index, expert_weights, x, *tensors = ctx.saved_tensors
+        _, _, needs_scores, needs_x, *needs = ctx.needs_input_grad
+        parameters = _Parameters(*tensors)
         dtype = sum_dtype(x.dtype)
         dx = torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) if needs_x else None
         d_scores = torch.zeros(expert_weights.numel(), dtype=dtype, device=x.device) if needs_scores else None
-        grads = [
-            torch.zeros_like(parameter) if needed else None for parameter, needed in zip(parameters, needs, strict=True)
-        ]
+        grads = [torch.zeros_like(tensor) if needed else None for tensor, needed in zip(tensors, needs, strict=True)]
         scores = expert_weights.flatten()
         with autocast_disabled(x.device):
-            for of_expert in _chunks_by_expert(expert_index, len(parameters[0]), ctx.chunks):
-                expert = of_expert[0].expert
-                weights = _of_expert(parameters, expert, ctx.transposed)
-                sums = [zeros_for_accumulation(grad[expert]) if grad is not None else None for grad in grads]
-                totals = _of_expert([total[None] if total is not None else None for total in sums], 0, ctx.transposed)
-                for rows in of_expert:
-                    d_rows, d_score = _backward_chunk(
-                        ctx.gate, x[rows.tokens], grad_output[rows.tokens], scores[rows.places, None], weights, totals
+            for expert, chunks in _chunks_by_expert(expert_index, len(parameters.up_weight), call.chunks):
+                of_expert = _of_expert(parameters, expert)
+                up, down = _layers(call, of_expert)
+                sums = _Parameters(*gradient_sums(of_expert, needs, transposed=call.transposed))
+                for rows in chunks:
+                    d_inner, d_score = _backward_chunk(
+                        call.gate, up, down, sums, x[rows.tokens], grad_output[rows.tokens], scores[rows.places, None]
                     )
                     if dx is not None:
-                        dx.index_add_(0, rows.tokens, torch.mm(d_rows, weights[0]).to(dtype))
+                        dx.index_add_(0, rows.tokens, torch.mm(d_inner, up.weight).to(dtype))
                     if d_scores is not None:
                         d_scores[rows.places] = d_score
-                for grad, total in zip(grads, sums, strict=True):
-                    if grad is not None and total is not None:
-                        grad[expert] = total
-        return (
-            *(None,) * 4,
-            d_scores.view_as(expert_weights).to(expert_weights.dtype) if d_scores is not None else None,
-            dx.to(x.dtype) if dx is not None else None,
-            *grads,
-        )
-
-
-def _of_expert(parameters: Sequence[Tensor | None], expert: int, transposed: bool) -> list[Any]:
-    """Up and down weight of one expert, (outputs, inputs), and their biases."""
-    up, down, up_bias, down_bias = (parameter[expert] if parameter is not None else None for parameter in parameters)
-    if transposed:
-        up, down = (weight.t() if weight is not None else None for weight in (up, down))
-    return [up, down, up_bias, down_bias]
+                for grad, gradient in zip(grads, sums, strict=True):
+                    if grad is not None and gradient.total is not None:
+                        grad[expert] = gradient.total
+        d_weights = d_scores.view_as(expert_weights).to(expert_weights.dtype) if d_scores is not None else None
+        return None, None, d_weights, dx.to(x.dtype) if dx is not None else None, *grads
 
 
 def _backward_chunk(
-    gate: Gate, x: Tensor, dy: Tensor, scores: Tensor, weights: Sequence[Any], totals: Sequence[Tensor | None]
+    gate: Gate, up: Linear, down: Linear, sums: _Parameters, x: Tensor, dy: Tensor, scores: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Add one chunk's parameter gradients to `totals`.
+    """Add one chunk's parameter gradients to `sums`.
 
     Args:
         x, dy: (t, H); scores: (t, 1).
@@ -211,26 +206,20 @@ def _backward_chunk(
     Returns:
         The gradient of the up projection's output, (t, U), and that of the scores, (t,).
     """
-    up, down, up_bias, down_bias = weights
-    d_up, d_down, d_up_bias, d_down_bias = totals
-    inner = torch.nn.functional.linear(x, up, up_bias)
+    inner = torch.nn.functional.linear(x, *up)
     with torch.enable_grad():
         inner.requires_grad_()
         gated = gate(inner)
     product = gated.detach()
-    d_product = unrounded_product(dy.to(down.dtype), down)
+    d_product = unrounded_product(dy.to(down.weight.dtype), down.weight)
     # <dy, down(product)> without the down projection: <dy @ down, product>.
     d_score = (d_product * product).sum(-1)
-    if down_bias is not None:
-        d_score = d_score + (dy * down_bias).sum(-1, dtype=d_score.dtype)
+    if down.bias is not None:
+        d_score = d_score + (dy * down.bias).sum(-1, dtype=d_score.dtype)
     weighted = (dy * scores).to(x.dtype)
-    if d_down is not None:
-        add_outer_products(d_down, weighted, product)
-    if d_down_bias is not None:
-        add_column_sums(d_down_bias, weighted)
+    sums.down_weight.add_outer_products(weighted, product)
+    sums.down_bias.add_column_sums(weighted)
     (d_inner,) = torch.autograd.grad(gated, inner, (d_product * scores).to(x.dtype))
-    if d_up is not None:
-        add_outer_products(d_up, d_inner, x)
-    if d_up_bias is not None:
-        add_column_sums(d_up_bias, d_inner)
+    sums.up_weight.add_outer_products(d_inner, x)
+    sums.up_bias.add_column_sums(d_inner)
     return d_inner, d_score

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
-from .chunks import add_column_sums, add_outer_products, autocast_disabled, cast_for_autocast
+from .chunks import GradientSum, Linear, autocast_disabled, cast_for_autocast, flat
 
 
 class SumLinearGradients(TorchFunctionMode):
@@ -22,9 +22,9 @@ class SumLinearGradients(TorchFunctionMode):
     the parameters have no gradient from them.
     """
 
-    def __init__(self, sums: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, sums: Sequence[GradientSum]) -> None:
         super().__init__()
-        self._sums: Mapping[int, Tensor] = {id(parameter): total for parameter, total in sums}
+        self._sums: Mapping[int, GradientSum] = {id(each.parameter): each for each in sums if each.is_needed}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -51,11 +51,26 @@ def _bind(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) 
     return [*args, *(kwargs.get(name) for name in names[len(args) :])]
 
 
-def gradients_of(output: Tensor, wanted: Sequence[Tensor], grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients of a chunk's output, None for what it does not use and for what linear layers have added."""
-    if not output.requires_grad:
-        return (None,) * len(wanted)
-    return torch.autograd.grad(output, wanted, grad_output, allow_unused=True)
+def differentiate(
+    output: Tensor,
+    d_output: Tensor,
+    inputs: Sequence[Tensor],
+    d_inputs: Sequence[Tensor | None],
+    sums: Sequence[GradientSum],
+) -> None:
+    """Differentiate a chunk's output: write the gradients of `inputs` to `d_inputs`, where one is wanted, and add to
+    `sums` those that its linear layers do not add themselves."""
+    wanted = [(leaf, grad) for leaf, grad in zip(inputs, d_inputs, strict=True) if grad is not None]
+    needed = [gradient for gradient in sums if gradient.is_needed]
+    leaves: list[Any] = [*(leaf for leaf, _ in wanted), *(gradient.parameter for gradient in needed)]
+    parts: Sequence[Tensor | None] = (None,) * len(leaves)
+    if output.requires_grad:
+        parts = torch.autograd.grad(output, leaves, d_output, allow_unused=True)
+    for (_, grad), part in zip(wanted, parts[: len(wanted)], strict=True):
+        grad.zero_() if part is None else grad.copy_(part.reshape(grad.shape))
+    for gradient, part in zip(needed, parts[len(wanted) :], strict=True):
+        if part is not None:
+            gradient.add(part)
 
 
 class _LinearIntoSums(torch.autograd.Function):
@@ -66,22 +81,17 @@ class _LinearIntoSums(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         transposed: bool,
-        d_weight: Tensor | None,
-        d_bias: Tensor | None,
+        d_weight: GradientSum | None,
+        d_bias: GradientSum | None,
     ) -> Tensor:
-        x, weight, bias = (cast_for_autocast(tensor, x.device) for tensor in (x, weight, bias))  # type: ignore[assignment]
+        x, weight, bias = cast_for_autocast(x, weight, bias)
         ctx.save_for_backward(x, weight)
         ctx.transposed, ctx.sums = transposed, (d_weight, d_bias)
-        if not transposed:
-            weight = weight.t()
+        layer = Linear(weight.t() if transposed else weight, bias)
         # Not a view, as a linear layer's output may be: an activation may write over it in place.
-        out = x.new_empty(*x.shape[:-1], weight.shape[1])
-        rows = x.reshape(-1, x.shape[-1])
+        out = x.new_empty(*x.shape[:-1], len(layer.weight))
         with autocast_disabled(x.device):
-            if bias is None:
-                torch.mm(rows, weight, out=out.view(-1, weight.shape[1]))
-            else:
-                torch.addmm(bias, rows, weight, out=out.view(-1, weight.shape[1]))
+            layer.write(flat(x), out=flat(out))
         return out
 
     @staticmethod
@@ -89,11 +99,11 @@ class _LinearIntoSums(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         d_weight, d_bias = ctx.sums
-        rows, d_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        rows, d_rows = flat(x), flat(dy)
         with autocast_disabled(x.device):
             if d_weight is not None:
-                add_outer_products(d_weight, *((rows, d_rows) if ctx.transposed else (d_rows, rows)))
+                d_weight.add_outer_products(*((rows, d_rows) if ctx.transposed else (d_rows, rows)))
             if d_bias is not None:
-                add_column_sums(d_bias, d_rows)
+                d_bias.add_column_sums(d_rows)
             dx = dy @ (weight.t() if ctx.transposed else weight) if ctx.needs_input_grad[0] else None
         return dx, None, None, None, None, None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,16 +14,19 @@ from mst_ds.dtypes import sum_dtype
 from mst_ds.geometry import chunk_slices
 
 from .chunks import (
+    GradientSum,
+    Linear,
     Scratch,
-    add_column_sums,
-    add_outer_products,
     autocast_disabled,
     cast_for_autocast,
+    flat,
+    gradient_sums,
     require_gathered,
     slices_in_cache,
-    zeros_for_accumulation,
 )
-from .linear_sums import SumLinearGradients, gradients_of
+from .linear_sums import SumLinearGradients, differentiate
+
+Head = Callable[[Tensor], Tensor]
 
 
 def chunked_loss(
@@ -64,16 +66,15 @@ def chunked_loss(
         ValueError: `chunks` below 1, labels of another shape, or a weight that ZeRO-3 has not gathered.
     """
     require_gathered("the LM head's weight", weight)
-    device = hidden_states.device
-    x, *parameters = (cast_for_autocast(tensor, device) for tensor in (hidden_states, weight, bias))
-    assert x is not None
-    with autocast_disabled(device):
-        transform = _LogitTransform(logit_scale, logit_softcap)
-        return _apply(_LinearHead, x, parameters, labels, chunks, ignore_index, num_items_in_batch, transform)
+    transform = _LogitTransform(logit_scale, logit_softcap)
+    call = _LossCall(labels, chunks, ignore_index, num_items_in_batch, transform, torch.is_grad_enabled())
+    tensors = cast_for_autocast(hidden_states, weight, bias)
+    with autocast_disabled(hidden_states.device):
+        return _apply(call, *tensors)
 
 
 def chunked_loss_of_head(
-    head: Callable[[Tensor], Tensor],
+    head: Head,
     hidden_states: Tensor,
     parameters: Sequence[Tensor],
     labels: Tensor,
@@ -98,61 +99,51 @@ def chunked_loss_of_head(
     for parameter in parameters:
         require_gathered("a parameter of the LM head", parameter)
     transform = _LogitTransform(logit_scale, logit_softcap)
-    bound = functools.partial(_CallableHead, head)
-    return _apply(bound, hidden_states, parameters, labels, chunks, ignore_index, num_items_in_batch, transform)
+    call = _LossCall(labels, chunks, ignore_index, num_items_in_batch, transform, torch.is_grad_enabled(), head)
+    return _apply(call, hidden_states, *parameters)
 
 
-def _apply(
-    make_head: Callable[..., _LinearHead | _CallableHead],
-    hidden_states: Tensor,
-    parameters: Sequence[Tensor | None],
-    labels: Tensor,
-    chunks: int,
-    ignore_index: int,
-    num_items_in_batch: int | float | Tensor | None,
-    transform: _LogitTransform,
-) -> Tensor:
-    if chunks < 1:
-        raise ValueError(f"chunks must be at least 1, got {chunks}")
-    if labels.shape != hidden_states.shape[:-1]:
+class _LossCall(NamedTuple):
+    """head: None where the parameters are a weight and a bias."""
+
+    labels: Tensor
+    chunks: int
+    ignore_index: int
+    num_items_in_batch: int | float | Tensor | None
+    transform: _LogitTransform
+    is_grad_enabled: bool
+    head: Head | None = None
+
+    def begin(
+        self, x: Tensor, dx: Tensor | None, sums: Sequence[GradientSum], scratch: Scratch
+    ) -> _LinearHead | _CallableHead:
+        """A chunk's way through the head, and back: adds to `sums` and writes `dx`."""
+        if self.head is not None:
+            return _CallableHead(self.head, x, dx, sums, scratch)
+        weight, bias = sums
+        return _LinearHead(x, dx, weight, bias, scratch)
+
+
+def _apply(call: _LossCall, hidden_states: Tensor, *parameters: Tensor | None) -> Tensor:
+    leading = hidden_states.shape[:-1]
+    if call.labels.shape != leading:
         raise ValueError(
-            f"labels must have the shape {tuple(hidden_states.shape[:-1])}, that of hidden_states without its last "
-            f"dimension, got {tuple(labels.shape)}"
+            f"labels must have the shape {tuple(leading)}, that of hidden_states without its last dimension, got "
+            f"{tuple(call.labels.shape)}"
         )
-    device = hidden_states.device
-    labels = labels.to(device).reshape(-1)
-    if num_items_in_batch is None:
-        num_items_in_batch = (labels != ignore_index).sum()
-    num_items = torch.as_tensor(num_items_in_batch, device=device).to(sum_dtype(hidden_states.dtype))
-    weights = torch.where(num_items > 0, 1 / num_items, torch.zeros_like(num_items))
-    loss: Tensor = _ChunkedLoss.apply(
-        labels, weights, ignore_index, chunks, torch.is_grad_enabled(), make_head, transform, hidden_states, *parameters
-    )
+    loss: Tensor = _ChunkedLoss.apply(call, hidden_states, *parameters)
     return loss
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        labels: Tensor,
-        token_weight: Tensor,
-        ignore_index: int,
-        chunks: int,
-        grad_enabled: bool,
-        make_head: Callable[..., _LinearHead | _CallableHead],
-        transform: _LogitTransform,
-        hidden_states: Tensor,
-        *parameters: Tensor | None,
-    ) -> Tensor:
-        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+    def forward(ctx: Any, call: _LossCall, hidden_states: Tensor, *parameters: Tensor | None) -> Tensor:
+        x, labels = flat(hidden_states), call.labels.to(hidden_states.device).reshape(-1)
+        token_weight = _token_weight(call, labels, sum_dtype(x.dtype))
         # needs_input_grad says nothing about no_grad, which is invisible in here.
-        needs_x, *needs = (grad_enabled and needed for needed in ctx.needs_input_grad[_FIRST_TENSOR:])
+        _, needs_x, *needs = (call.is_grad_enabled and needed for needed in ctx.needs_input_grad)
         dx = torch.empty_like(x) if needs_x else None
-        sums = [
-            zeros_for_accumulation(parameter) if needed and parameter is not None else None
-            for parameter, needed in zip(parameters, needs, strict=True)
-        ]
+        sums = gradient_sums(parameters, needs)
         # 1/n = mantissa * 2^exponent. The mantissa enters here, before gradients are rounded to 16 bits; the exponent
         # in the backward, together with the incoming gradient, mostly a power of two as well. So they are rounded
         # once, and in fp16 nothing underflows before the loss scale arrives.
@@ -160,17 +151,17 @@ class _ChunkedLoss(torch.autograd.Function):
         losses = torch.zeros(x.shape[0], dtype=sum_dtype(x.dtype), device=x.device)
         needs_gradients = needs_x or any(needs)
         scratch = Scratch()
-        for rows in chunk_slices(x.shape[0], chunks):
-            head = make_head(x[rows], parameters, needs_x=needs_x, sums=sums, scratch=scratch)
-            logits, slope = transform(head.logits(), keep_slope=needs_gradients)
-            losses[rows] = _cross_entropy_(logits, labels[rows], ignore_index, mantissa)
+        for rows in chunk_slices(x.shape[0], call.chunks):
+            head = call.begin(x[rows], dx[rows] if dx is not None else None, sums, scratch)
+            logits, slope = call.transform(head.logits(), keep_slope=needs_gradients)
+            losses[rows] = _cross_entropy_(logits, labels[rows], call.ignore_index, mantissa)
             if needs_gradients:
                 d_logits = logits if slope is None else logits.mul_(slope)
-                head.add_gradients(d_logits, dx[rows] if dx is not None else None)
+                head.add_gradients(d_logits)
                 del d_logits
             # Before the next chunk's: two chunks' logits must never be alive together.
             del head, logits, slope
-        ctx.save_for_backward(dx, exponent, *sums)
+        ctx.save_for_backward(dx, exponent, *(gradient.total for gradient in sums))
         ctx.shape, ctx.dtypes = hidden_states.shape, [p.dtype if p is not None else None for p in parameters]
         # One sum over all tokens, as without chunks: a running total over chunks would round at every step.
         return losses.sum() * token_weight
@@ -178,83 +169,63 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        dx, exponent, *sums = ctx.saved_tensors
+        dx, exponent, *totals = ctx.saved_tensors
         scale = torch.ldexp(grad_output, exponent)
         return (
-            *(None,) * _FIRST_TENSOR,
+            None,
             _scaled(dx, scale, dx.dtype).view(ctx.shape) if dx is not None else None,
             *(
                 _scaled(total, scale, dtype) if total is not None else None
-                for total, dtype in zip(sums, ctx.dtypes, strict=True)
+                for total, dtype in zip(totals, ctx.dtypes, strict=True)
             ),
         )
 
 
-# Where the tensors that can have gradients begin among the arguments of _ChunkedLoss.
-_FIRST_TENSOR = 7
+def _token_weight(call: _LossCall, labels: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a token's loss counts in the mean: 1/n."""
+    num_items = call.num_items_in_batch
+    if num_items is None:
+        num_items = (labels != call.ignore_index).sum()
+    num_items = torch.as_tensor(num_items, device=labels.device).to(dtype)
+    return torch.where(num_items > 0, 1 / num_items, torch.zeros_like(num_items))
 
 
 class _LinearHead:
     """One chunk through a linear head: its logits, then the gradients that belong to theirs."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        parameters: Sequence[Tensor | None],
-        *,
-        needs_x: bool,
-        sums: Sequence[Tensor | None],
-        scratch: Scratch,
-    ) -> None:
-        weight, self.bias = parameters
-        assert weight is not None
-        self.x, self.weight, (self.d_weight, self.d_bias) = x, weight, sums
-        self.output = scratch.empty("output", (len(x), len(weight)), x.dtype, x.device)
-        self.scratch = scratch
+    def __init__(self, x: Tensor, dx: Tensor | None, weight: GradientSum, bias: GradientSum, scratch: Scratch) -> None:
+        self.x, self.dx, self.d_weight, self.d_bias, self.scratch = x, dx, weight, bias, scratch
+        assert weight.parameter is not None
+        self.layer = Linear(weight.parameter, bias.parameter)
+        self.output = scratch.empty("output", (len(x), len(weight.parameter)), x.dtype, x.device)
 
     def logits(self) -> Tensor:
         """(T, V) in fp32 at least, the caller's to write over."""
-        # One operation: adding the bias afterwards would round 16-bit logits twice.
-        x, weight, bias, output = self.x, self.weight, self.bias, self.output
-        if bias is None:
-            torch.mm(x, weight.t(), out=output)
-        else:
-            torch.addmm(bias, x, weight.t(), out=output)
+        x, output = self.x, self.layer.write(self.x, self.output)
         dtype = sum_dtype(x.dtype)
         if dtype == x.dtype:
             return output
         return self.scratch.empty("logits", output.shape, dtype, x.device).copy_(output)
 
-    def add_gradients(self, d_logits: Tensor, dx: Tensor | None) -> None:
-        """Add the parameters' gradients to `sums`, write the input's to `dx`."""
+    def add_gradients(self, d_logits: Tensor) -> None:
+        """Add the parameters' gradients to their sums, write the input's."""
         x = self.x
         rounded = d_logits if d_logits.dtype == x.dtype else self.output.copy_(d_logits)
-        if self.d_weight is not None:
-            # A CUDA GEMM reads 16-bit operands; where it has to be fp32 anyway, the rounding is saved.
-            add_outer_products(self.d_weight, rounded if x.is_cuda else d_logits, x)
-        if self.d_bias is not None:
-            add_column_sums(self.d_bias, d_logits)
-        if dx is not None:
-            torch.mm(rounded, self.weight, out=dx)
+        # A CUDA GEMM reads 16-bit operands; where it has to be fp32 anyway, the rounding is saved.
+        self.d_weight.add_outer_products(rounded if x.is_cuda else d_logits, x)
+        self.d_bias.add_column_sums(d_logits)
+        if self.dx is not None:
+            torch.mm(rounded, self.layer.weight, out=self.dx)
 
 
 class _CallableHead:
     """One chunk through any head, by autograd."""
 
-    def __init__(
-        self,
-        head: Callable[[Tensor], Tensor],
-        x: Tensor,
-        parameters: Sequence[Tensor],
-        *,
-        needs_x: bool,
-        sums: Sequence[Tensor | None],
-        scratch: Scratch,
-    ) -> None:
-        self.scratch = scratch
-        self.x = x.detach().unsqueeze(0).requires_grad_(needs_x)
-        self.sums = [(p, total) for p, total in zip(parameters, sums, strict=True) if total is not None]
-        with torch.set_grad_enabled(needs_x or bool(self.sums)), SumLinearGradients(self.sums):
+    def __init__(self, head: Head, x: Tensor, dx: Tensor | None, sums: Sequence[GradientSum], scratch: Scratch) -> None:
+        self.dx, self.sums, self.scratch = dx, sums, scratch
+        self.x = x.detach().unsqueeze(0).requires_grad_(dx is not None)
+        has_gradient = dx is not None or any(gradient.is_needed for gradient in sums)
+        with torch.set_grad_enabled(has_gradient), SumLinearGradients(sums):
             self.output = head(self.x)
 
     def logits(self) -> Tensor:
@@ -264,17 +235,10 @@ class _CallableHead:
         dtype = sum_dtype(output.dtype)
         return self.scratch.empty("logits", output.shape, dtype, output.device).copy_(output)
 
-    def add_gradients(self, d_logits: Tensor, dx: Tensor | None) -> None:
-        """Add the parameters' gradients to `sums`, write the input's to `dx`."""
+    def add_gradients(self, d_logits: Tensor) -> None:
+        """Add the parameters' gradients to their sums, write the input's."""
         d_output = d_logits.to(self.output.dtype).unsqueeze(0)
-        wanted = [self.x] if dx is not None else []
-        wanted += [parameter for parameter, _ in self.sums]
-        grads = gradients_of(self.output, wanted, d_output)
-        if dx is not None:
-            dx.zero_() if grads[0] is None else dx.copy_(grads[0].squeeze(0))
-        for (_, total), part in zip(self.sums, grads[len(grads) - len(self.sums) :], strict=True):
-            if part is not None:  # linear layers have added theirs
-                total.add_(part)
+        differentiate(self.output, d_output, [self.x], [self.dx], self.sums)
 
 
 class _LogitTransform(NamedTuple):

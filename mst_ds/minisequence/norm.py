@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from mst_ds.dtypes import sum_dtype
 from mst_ds.geometry import chunk_slices
 
-from .chunks import require_gathered, zeros_for_accumulation
+from .chunks import GradientSum, flat, require_gathered
 from .tokenwise import compute_in_chunks
 
 
@@ -44,42 +44,41 @@ def chunked_rms_norm(
         ValueError: `weight` is one that ZeRO-3 has not gathered.
     """
     require_gathered("a norm's weight", weight)
-    output: Tensor = _ChunkedRMSNorm.apply(function, epsilon, offset, chunks, hidden_states, weight)
+    output: Tensor = _ChunkedRMSNorm.apply(_NormCall(function, epsilon, offset, chunks), hidden_states, weight)
     return output
+
+
+class _NormCall(NamedTuple):
+    function: Callable[[Tensor], Tensor]
+    epsilon: float
+    offset: float
+    chunks: int
 
 
 class _ChunkedRMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        function: Callable[[Tensor], Tensor],
-        epsilon: float,
-        offset: float,
-        chunks: int,
-        hidden_states: Tensor,
-        weight: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, call: _NormCall, hidden_states: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(hidden_states, weight)
-        ctx.epsilon, ctx.offset, ctx.chunks = epsilon, offset, chunks
-        return compute_in_chunks(function, [hidden_states], chunks)
+        ctx.call = call
+        return compute_in_chunks(call.function, [hidden_states], call.chunks)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        call: _NormCall = ctx.call
         hidden_states, weight = ctx.saved_tensors
-        needs_x, needs_weight = ctx.needs_input_grad[4:]
-        x, dy = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (hidden_states, grad_output))
+        _, needs_x, needs_weight = ctx.needs_input_grad
+        x, dy = flat(hidden_states), flat(grad_output)
         dtype = sum_dtype(x.dtype)
-        scale = weight.to(dtype) + ctx.offset
+        scale = weight.to(dtype) + call.offset
         dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else None
-        d_weight = zeros_for_accumulation(weight) if needs_weight else None
-        for rows in chunk_slices(x.shape[0], ctx.chunks):
+        d_weight = GradientSum(weight, needs_weight)
+        for rows in chunk_slices(x.shape[0], call.chunks):
             wide, grad = x[rows].to(dtype), dy[rows].to(dtype)
-            factor = (wide.square().mean(-1, keepdim=True) + ctx.epsilon).rsqrt()
+            factor = (wide.square().mean(-1, keepdim=True) + call.epsilon).rsqrt()
             normalised = wide * factor
             products = grad * normalised
-            if d_weight is not None:
-                d_weight += products.sum(0)
+            d_weight.add_column_sums(products)
             if dx is not None:
                 # d/dx of x * factor: what is along x itself is lost, because the length of x does not matter.
                 along = torch.mv(products, scale).div_(x.shape[-1]).unsqueeze(-1)
@@ -87,8 +86,4 @@ class _ChunkedRMSNorm(torch.autograd.Function):
                 torch.mul(products, factor, out=dx[rows])  # rounded once, where x has 16 bits
             # Not beside the next chunk's.
             del wide, grad, normalised, products
-        return (
-            *(None,) * 4,
-            dx.view(hidden_states.shape) if dx is not None else None,
-            d_weight.to(weight.dtype) if d_weight is not None else None,
-        )
+        return None, dx.view(hidden_states.shape) if dx is not None else None, d_weight.rounded()

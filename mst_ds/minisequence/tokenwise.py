@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,8 @@ from torch.autograd.function import once_differentiable
 from mst_ds.geometry import chunk_slices
 from mst_ds.recompute import RandomState
 
-from .chunks import require_gathered, zeros_for_accumulation
-from .linear_sums import SumLinearGradients, gradients_of
+from .chunks import call_operator, flat, gradient_sums, require_gathered
+from .linear_sums import SumLinearGradients, differentiate
 
 
 def chunked_tokenwise(
@@ -46,109 +46,97 @@ def chunked_tokenwise(
     Raises:
         ValueError: `chunks` below 1, or a parameter that ZeRO-3 has not gathered.
     """
-    if chunks < 1:
-        raise ValueError(f"chunks must be at least 1, got {chunks}")
     for parameter in parameters:
         require_gathered("a parameter", parameter)
-    output: Tensor = _ChunkedTokenwise.apply(function, chunks, not is_recomputing, len(inputs), *inputs, *parameters)
-    if is_recomputing:
-        with torch.no_grad():
-            output.copy_(compute_in_chunks(function, inputs, chunks))
-        torch.clear_autocast_cache()
-    return output
+    call = _TokenwiseCall(function, chunks, is_recomputing, len(inputs))
+    return call_operator(_ChunkedTokenwise, _compute, call, *inputs, *parameters)
 
 
-def compute_in_chunks(function: Callable[..., Tensor], inputs: Sequence[Tensor], chunks: int) -> Tensor:
+class _TokenwiseCall(NamedTuple):
+    function: Callable[..., Tensor]
+    chunks: int
+    is_recomputing: bool
+    num_inputs: int
+
+
+def compute_in_chunks(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], chunks: int, out: Tensor | None = None
+) -> Tensor:
     """The output of `chunked_tokenwise`, without a gradient."""
-    out: Tensor | None = None
     leading = inputs[0].shape[:-1]
     for rows in chunk_slices(leading.numel(), chunks):
         chunk = function(*(_take(tensor, rows) for tensor in inputs))
         if out is None:
             # Not a view: models may add to it in place.
             out = chunk.new_empty(*leading, chunk.shape[-1])
-        out.view(-1, out.shape[-1])[rows] = chunk.reshape(-1, chunk.shape[-1])
+        flat(out)[rows] = flat(chunk)
     assert out is not None
+    return out
+
+
+def _compute(call: _TokenwiseCall, *tensors: Tensor, out: Tensor | None = None) -> Tensor:
+    out = compute_in_chunks(call.function, tensors[: call.num_inputs], call.chunks, out)
+    _forget_casts(out.device)
     return out
 
 
 def _uncomputed(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
     """A tensor like the output; its width and dtype are the function's secret, which a first token tells."""
     token = function(*(_take(tensor, slice(1)) for tensor in inputs))
+    _forget_casts(token.device)
     return token.new_empty(*inputs[0].shape[:-1], token.shape[-1])
+
+
+def _forget_casts(device: torch.device) -> None:
+    """torch 2.9 keeps casts of weights that were made without gradients, and would use them in the backward."""
+    if torch.is_autocast_enabled(device.type):
+        torch.clear_autocast_cache()
 
 
 class _ChunkedTokenwise(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, function: Callable[..., Tensor], chunks: int, computes: bool, num_inputs: int, *tensors: Tensor
-    ) -> Tensor:
-        inputs, parameters = tensors[:num_inputs], tensors[num_inputs:]
+    def forward(ctx: Any, call: _TokenwiseCall, *tensors: Tensor) -> Tensor:
+        inputs, parameters = tensors[: call.num_inputs], tensors[call.num_inputs :]
         ctx.save_for_backward(*inputs)
         # Not saved with the inputs: recompute and offload would give others back than those that `function` reads.
-        ctx.function, ctx.chunks, ctx.parameters = function, chunks, parameters
+        ctx.call, ctx.parameters = call, parameters
         ctx.conditions = _Conditions(inputs[0].device)
-        if computes:
-            out = compute_in_chunks(function, inputs, chunks)
-        else:
-            with ctx.conditions.restored():
-                out = _uncomputed(function, inputs)
-        if ctx.conditions.autocast_enabled:
-            # torch 2.9 keeps casts of weights that were made without gradients, and would use them in the backward.
-            torch.clear_autocast_cache()
-        return out
+        if not call.is_recomputing:
+            return _compute(call, *tensors)
+        with ctx.conditions.restored():
+            return _uncomputed(call.function, inputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        needs, parameters = ctx.needs_input_grad[4:], ctx.parameters
+        call: _TokenwiseCall = ctx.call
+        _, *needs = ctx.needs_input_grad
         inputs = ctx.saved_tensors  # recompute lets them be asked for once
-        dy = grad_output.reshape(-1, grad_output.shape[-1])
-        input_grads = [
+        dy = flat(grad_output)
+        d_inputs = [
             torch.empty_like(tensor, memory_format=torch.contiguous_format) if needed else None
-            for tensor, needed in zip(inputs, needs, strict=False)
+            for tensor, needed in zip(inputs, needs[: call.num_inputs], strict=True)
         ]
-        sums = [
-            (parameter, zeros_for_accumulation(parameter))
-            for parameter, needed in zip(parameters, needs[len(inputs) :], strict=True)
-            if needed
-        ]
+        sums = gradient_sums(ctx.parameters, needs[call.num_inputs :])
         with ctx.conditions.restored():
             # In the order of the forward, so that each chunk draws the random numbers that it drew there.
-            for rows in chunk_slices(dy.shape[0], ctx.chunks):
-                _backward_chunk(ctx.function, rows, inputs, input_grads, sums, dy[rows])
-        grads = {id(parameter): total.to(parameter.dtype) for parameter, total in sums}
-        return None, None, None, None, *input_grads, *(grads.get(id(parameter)) for parameter in parameters)
-
-
-def _backward_chunk(
-    function: Callable[..., Tensor],
-    rows: slice,
-    inputs: Sequence[Tensor],
-    input_grads: Sequence[Tensor | None],
-    sums: Sequence[tuple[Tensor, Tensor]],
-    dy: Tensor,
-) -> None:
-    pieces = [_take(tensor, rows).detach() for tensor in inputs]
-    for piece, grad in zip(pieces, input_grads, strict=True):
-        piece.requires_grad_(grad is not None)
-    with torch.enable_grad(), SumLinearGradients(sums):
-        out = function(*pieces)
-    wanted = [piece for piece in pieces if piece.requires_grad] + [parameter for parameter, _ in sums]
-    grads = iter(gradients_of(out, wanted, dy.view_as(out)))
-    for grad in input_grads:
-        if grad is not None:
-            part = next(grads)
-            into = grad.view(-1, grad.shape[-1])[rows]
-            into.zero_() if part is None else into.copy_(part.reshape(into.shape))
-    for (_, total), part in zip(sums, grads, strict=True):
-        if part is not None:
-            total.add_(part)
+            for rows in chunk_slices(dy.shape[0], call.chunks):
+                leaves = [
+                    _take(tensor, rows).detach().requires_grad_(grad is not None)
+                    for tensor, grad in zip(inputs, d_inputs, strict=True)
+                ]
+                with torch.enable_grad(), SumLinearGradients(sums):
+                    out = call.function(*leaves)
+                d_rows = [flat(grad)[rows] if grad is not None else None for grad in d_inputs]
+                differentiate(out, dy[rows].view_as(out), leaves, d_rows, sums)
+                # Not beside the next chunk's.
+                del leaves, out
+        return None, *d_inputs, *(gradient.rounded() for gradient in sums)
 
 
 def _take(tensor: Tensor, rows: slice) -> Tensor:
     """Some tokens of (..., C), with as many dimensions as before."""
-    chunk = tensor.reshape(-1, tensor.shape[-1])[rows]
+    chunk = flat(tensor)[rows]
     return chunk.view(*(1,) * (tensor.dim() - 2), *chunk.shape)
 
 

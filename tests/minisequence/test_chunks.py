@@ -4,13 +4,12 @@ import pytest
 import torch
 
 from mst_ds.minisequence.chunks import (
-    add_column_sums,
-    add_outer_products,
+    GradientSum,
     cast_for_autocast,
     chunk_slices,
+    gradient_sums,
     require_gathered,
     unrounded_product,
-    zeros_for_accumulation,
 )
 
 
@@ -55,31 +54,44 @@ def test_less_than_one_chunk_is_refused(chunks):
     ],
 )
 def test_weights_accumulate_in_fp32_at_least_and_biases_in_fp64(parameter, accumulator):
-    weight = zeros_for_accumulation(torch.ones(3, 4, dtype=parameter).t())
-    assert (weight.dtype, weight.shape, weight.is_contiguous()) == (accumulator, (4, 3), True)
-    assert not weight.any()
-    assert zeros_for_accumulation(torch.ones(3, dtype=parameter)).dtype == torch.float64
+    weight, bias = (
+        GradientSum(torch.ones(3, 4, dtype=parameter).t(), True),
+        GradientSum(torch.ones(3).to(parameter), True),
+    )
+    assert (weight.total.dtype, weight.total.shape, weight.total.is_contiguous()) == (accumulator, (4, 3), True)
+    assert not weight.total.any()
+    assert bias.total.dtype == torch.float64
+    assert [each.rounded().dtype for each in (weight, bias)] == [parameter] * 2
 
 
 def test_outer_products_are_added_without_rounding_to_16_bits():
     # 1 + 2^-20 needs more bits than bf16 has, and the exact sum is an fp32 number.
-    accumulator = torch.ones(2, 3)
+    weight = GradientSum(torch.empty(2, 3, dtype=torch.bfloat16), True)
+    weight.add(torch.ones(2, 3))
     left = torch.full((5, 2), 2.0**-10, dtype=torch.bfloat16)
     right = torch.full((5, 3), 2.0**-10, dtype=torch.bfloat16)
-    add_outer_products(accumulator, left, right)
-    assert torch.equal(accumulator, torch.full((2, 3), 1 + 5 * 2.0**-20))
+    weight.add_outer_products(left, right)
+    assert torch.equal(weight.total, torch.full((2, 3), 1 + 5 * 2.0**-20))
+    assert torch.equal(weight.rounded(), torch.ones(2, 3, dtype=torch.bfloat16))
 
 
-def test_outer_products_into_the_view_of_a_transposed_weight():
+def test_outer_products_for_a_transposed_weight():
     left, right = torch.randn(5, 2, dtype=torch.bfloat16), torch.randn(5, 3, dtype=torch.bfloat16)
-    stored = torch.ones(3, 2)
-    add_outer_products(stored.t(), left, right)
-    # Exact products, and sums of five of them: but for the order of the sum.
-    torch.testing.assert_close(stored, 1 + right.float().t() @ left.float(), rtol=1e-6, atol=1e-6)
-    halves = torch.zeros(4, 3)
-    add_outer_products(halves.chunk(2)[1], left, right)
-    assert not halves[:2].any()
-    torch.testing.assert_close(halves[2:], left.float().t() @ right.float(), rtol=1e-6, atol=1e-6)
+    stored = GradientSum(torch.empty(3, 2, dtype=torch.bfloat16), True, transposed=True)
+    for _ in range(2):
+        stored.add_outer_products(left, right)
+    # Exact products, and sums of ten of them: but for the order of the sum.
+    torch.testing.assert_close(stored.total, 2 * right.float().t() @ left.float(), rtol=1e-6, atol=1e-6)
+
+
+def test_what_needs_no_gradient_has_no_sum():
+    parameter = torch.ones(3, 3)
+    for none in gradient_sums((parameter, None), (False, True)):
+        none.add_outer_products(parameter, parameter)
+        none.add_column_sums(parameter)
+        none.add(parameter)
+        assert not none.is_needed
+        assert none.rounded() is None
 
 
 def test_a_product_that_is_not_rounded_to_16_bits():
@@ -91,28 +103,27 @@ def test_a_product_that_is_not_rounded_to_16_bits():
 
 
 def test_outer_products_take_operands_of_different_dtypes():
-    accumulator = torch.zeros(2, 3)
-    add_outer_products(accumulator, torch.full((5, 2), 1 + 2.0**-20), torch.ones(5, 3, dtype=torch.bfloat16))
-    assert torch.equal(accumulator, torch.full((2, 3), 5 + 5 * 2.0**-20))
+    weight = GradientSum(torch.empty(2, 3), True)
+    weight.add_outer_products(torch.full((5, 2), 1 + 2.0**-20), torch.ones(5, 3, dtype=torch.bfloat16))
+    assert torch.equal(weight.total, torch.full((2, 3), 5 + 5 * 2.0**-20))
 
 
 def test_column_sums_are_added_without_rounding_to_16_bits():
-    accumulator = torch.zeros(3, dtype=torch.float64)
+    bias = GradientSum(torch.empty(3, dtype=torch.bfloat16), True)
     values = torch.ones(1001, 3, dtype=torch.bfloat16)  # bf16 cannot count beyond 256
     for _ in range(2):
-        add_column_sums(accumulator, values)
-    assert torch.equal(accumulator, torch.full((3,), 2002.0, dtype=torch.float64))
+        bias.add_column_sums(values)
+    assert torch.equal(bias.total, torch.full((3,), 2002.0, dtype=torch.float64))
 
 
 def test_casts_like_autocast():
     x = torch.ones(2, requires_grad=True)
-    device = torch.device("cpu")
-    assert cast_for_autocast(None, device) is None
-    assert cast_for_autocast(x, device) is x
+    assert [id(each) for each in cast_for_autocast(x, None)] == [id(x), id(None)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = cast_for_autocast(x, device)
-        assert cast.dtype == torch.bfloat16
-        assert cast_for_autocast(x.double(), device).dtype == torch.float64  # autocast leaves fp64 alone
+        cast, none, double = cast_for_autocast(x, None, x.double())
+    assert none is None
+    assert cast.dtype == torch.bfloat16
+    assert double.dtype == torch.float64  # autocast leaves fp64 alone
     cast.sum().backward()
     assert torch.equal(x.grad, torch.ones(2))
 
