@@ -48,7 +48,6 @@ COMMON: list[Case] = [
     # So short that the peak of the backward is at the first layer, where gradients need most.
     (1, 256, {}, CHUNKS_4),
 ]
-OFFLOADED: list[Case] = [(1, SEQ_LEN, OFFLOAD_OPTIMIZER, CHUNKS_4), (2, SEQ_LEN, OFFLOAD_OPTIMIZER, CHUNKS_4)]
 OF_STAGE_3: list[Case] = [
     (1, SEQ_LEN, OFFLOAD_ALL, CHUNKS_4),
     (2, SEQ_LEN, OFFLOAD_ALL, CHUNKS_4),
@@ -59,8 +58,8 @@ OF_STAGE_3: list[Case] = [
     (1, SEQ_LEN, {"stage3_max_reuse_distance": 2 * 256 * VOCAB + 1}, CHUNKS_4),
 ]
 # What layers keep is the same at every stage; gradients and states are not.
-OF_STATES = [COMMON[1], COMMON[-1], OFFLOADED[0]]
-CASES = {0: COMMON, 1: OF_STATES, 2: OF_STATES, 3: COMMON + OFFLOADED + OF_STAGE_3}
+OF_STATES: list[Case] = [COMMON[1], COMMON[-1], (1, SEQ_LEN, OFFLOAD_OPTIMIZER, CHUNKS_4)]
+CASES = {0: COMMON, 1: OF_STATES, 2: OF_STATES, 3: OF_STATES + OF_STAGE_3}
 FEW_CASES = [(1, 256, {}, CHUNKS_4), (2, SEQ_LEN, OFFLOAD_ALL, CHUNKS_4)]
 
 
