@@ -70,7 +70,7 @@ def plain_experts(index, tensors, *, gate=swiglu, transposed=False):
     return out
 
 
-def our_experts(chunks, index, tensors, *, gate=swiglu, transposed=False):
+def our_experts(chunks, index, tensors, *, gate=swiglu, transposed=False, is_recomputing=False):
     return chunked_experts(
         tensors["x"],
         index,
@@ -82,6 +82,7 @@ def our_experts(chunks, index, tensors, *, gate=swiglu, transposed=False):
         up_bias=tensors.get("up_bias"),
         down_bias=tensors.get("down_bias"),
         transposed=transposed,
+        is_recomputing=is_recomputing,
     )
 
 
@@ -219,6 +220,17 @@ def test_under_recompute():
         return checkpoint(our_experts, 5, index, own, use_reentrant=False)
 
     assert_same(value_and_gradients(recomputed, tensors, torch.float64, grad_output), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_layer_that_is_computed_again_has_the_same_bits(dtype):
+    tensors, index = make_tensors(dtype, 61), make_index(61)
+    grad_output = torch.randn_like(tensors["x"])
+    first, again = (
+        value_and_gradients(functools.partial(our_experts, 5, index, is_recomputing=again), tensors, dtype, grad_output)
+        for again in (False, True)
+    )
+    assert all(torch.equal(again[name], first[name]) for name in first)
 
 
 def test_a_second_backward_through_a_retained_graph_gives_the_same():
