@@ -60,12 +60,16 @@ def load_peft_config(path: str) -> PeftConfig:
         # peft leaves out what it does not know: what a later peft has, but typing errors too.
         if key not in known and (near := difflib.get_close_matches(key, known, n=1, cutoff=0.85)):
             raise ValueError(f"peft_config {file} has the unknown key {key!r}; nearest: {near[0]!r}")
-    for warning in said:
-        warnings.warn(warning.message, warning.category, stacklevel=2)
+    for field in dataclasses.fields(config):
+        # Any other value would be taken for true.
+        if field.type in ("bool", bool) and not isinstance(fields.get(field.name, False), bool):
+            raise ValueError(f"{field.name} in peft_config {file} is {fields[field.name]!r}; allowed: true or false")
     if config.is_prompt_learning:
         raise ValueError(
             f"peft_config {file} learns a prompt, which mst_ds does not train; allowed: adapters like LORA"
         )
+    for warning in said:
+        warnings.warn(warning.message, warning.category, stacklevel=2)
     # A saved adapter says that it is for inference, where it would be frozen.
     config.inference_mode = False
     config.task_type = "CAUSAL_LM"
@@ -145,6 +149,11 @@ def model_on_meta(
         raise ValueError(_of_library(f"the model of type {model_config.model_type!r}", error)) from error
     if peft_config is None:
         return model, model
+    for given in getattr(peft_config, "target_parameters", None) or ():
+        if not any(f".{name}".endswith(f".{given}") for name, _ in model.named_parameters()):
+            raise ValueError(
+                f"target_parameters in peft_config has {given!r}, which no parameter of the model is called"
+            )
     try:
         with torch.device("meta"):
             adapted = add_adapters(model, peft_config)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import locale
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mst_ds.exit_protocol import EXIT_REFUSED, error_line
@@ -38,6 +39,7 @@ def run_command(name: str, main: Callable[[Sequence[str]], int]) -> int:
     """
     _run_in_utf8()
     _replace_closed_streams()
+    sys.stdout = _Named(sys.stdout)
     code = 0
     try:
         try:
@@ -50,7 +52,7 @@ def run_command(name: str, main: Callable[[Sequence[str]], int]) -> int:
         # Of files `main` has spoken already: this is the stream.
         _write_nowhere(sys.stdout)
         if error.errno != errno.EPIPE and code != EXIT_REFUSED:
-            refuse(name, OSError(error.errno, error.strerror, "standard output"))
+            refuse(name, error)
         return EXIT_REFUSED
     return code
 
@@ -126,11 +128,42 @@ def _write_nowhere(stream: Any) -> None:
         return
 
 
-class _Lasting:
-    """A stream that goes on into nothing when it cannot be written to any more."""
+class _Around:
+    """A stream around another, which has what this one does not change."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class _Named(_Around):
+    """Standard output, with its name in its errors: a disk that is full does not say of which file."""
+
+    def write(self, text: str) -> int:
+        with self._naming():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._naming():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _naming(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, "standard output") from error
+
+
+class _Lasting(_Around):
+    """A stream that goes on into nothing when it cannot be written to any more."""
 
     def write(self, text: str) -> int:
         try:
@@ -139,15 +172,8 @@ class _Lasting:
             _write_nowhere(self._stream)
         return len(text)
 
-    def writelines(self, lines: Iterable[str]) -> None:
-        for line in lines:
-            self.write(line)
-
     def flush(self) -> None:
         try:
             self._stream.flush()
         except OSError:
             _write_nowhere(self._stream)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)

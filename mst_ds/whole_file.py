@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -10,14 +11,19 @@ def replace_file(path: Path, text: str) -> None:
     """Writes `text` to `path` at once or not at all: what was there stays until all of it is on the disk.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: it cannot be written, with `path`, which a disk that is full does not say by itself.
     """
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def flush_to_disk(path: Path) -> None:

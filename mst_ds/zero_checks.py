@@ -242,6 +242,12 @@ def _check_betas(path: str, value: Any) -> None:
         raise ValueError(f"{path} is {value!r}; allowed: 'auto' or two numbers from 0 up to, not including, 1")
 
 
+def _check_warmup(path: str, value: Any) -> None:
+    # DeepSpeed takes any other word for "log".
+    if value not in ("log", "linear"):
+        raise ValueError(f"{path} is {value!r}; allowed: 'log' or 'linear'")
+
+
 _OF_PARAMETERS: Mapping[str, Callable[[str, Any], None]] = {
     "lr": _check_rate,
     "eps": _check_number,
@@ -250,6 +256,7 @@ _OF_PARAMETERS: Mapping[str, Callable[[str, Any], None]] = {
     "warmup_min_lr": _check_number,
     "warmup_max_lr": _check_rate,
     "warmup_num_steps": _check_steps,
+    "warmup_type": _check_warmup,
     "total_num_steps": _check_steps,
 }
 

@@ -98,6 +98,11 @@ def test_configs_that_are_published(tmp_path: Path) -> None:
         ({"rank_pattern": {"(x": 2}}, r"rank_pattern.\(x .* is '.x'; allowed: a list of names"),
         ({"lora_alpha": "x"}, "lora_alpha .* is 'x'; allowed: a number > 0"),
         ({"lora_dropout": 2}, "lora_dropout .* is 2; allowed: a number from 0 up to"),
+        ({"use_dora": "yes"}, "use_dora in peft_config .* is 'yes'; allowed: true or false"),
+        (
+            {"target_parameters": ["experts.nope"]},
+            "target_parameters in peft_config has 'experts.nope', which no param",
+        ),
         ({"lora_alph": 2}, "has the unknown key 'lora_alph'; nearest: 'lora_alpha'"),
         ({"bias": "foo"}, "cannot be built: NotImplementedError"),
         ({"peft_type": 3}, "is not a config of peft"),
@@ -188,6 +193,11 @@ def main(argv):
     if argv == ["--help"]:
         print("help")
         sys.exit(0)
+    if argv == ["table"]:
+        try:
+            print("a result", flush=True)
+        except OSError as error:
+            return refuse("x.py", error)
     if argv in (["bad"], ["late"]):
         return refuse("x.py", ValueError("no\\nlines"))
     print(f"\u00e4 {sys.flags.utf8_mode} {argv}")
@@ -204,6 +214,7 @@ sys.exit(run_command("x.py", main))
         ("COMMAND bad >/dev/full", 2, "", "x.py: error: no lines\n"),
         ("COMMAND bad 2>/dev/full", 2, "", ""),
         ("COMMAND late >/dev/full", 2, "", "x.py: error: no lines\n"),
+        ("COMMAND table >/dev/full", 2, "", "x.py: error: standard output: No space left on device\n"),
         ("COMMAND --help", 0, "help\n", ""),
         ("COMMAND --help >/dev/full", 2, "", "x.py: error: standard output: No space left on device\n"),
         ("COMMAND > /dev/full", 2, "", "x.py: error: standard output: No space left on device\n"),

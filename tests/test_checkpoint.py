@@ -29,6 +29,7 @@ from mst_ds.checkpoint import (
     Checkpoint,
     CheckpointWriter,
     Identity,
+    exact_tensors,
     load_checkpoint,
     newest_checkpoint,
     only_states,
@@ -323,6 +324,16 @@ class Bomb:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (exec, (f"import os; os.mkdir({str(self.marker)!r})",))
+
+
+def test_exact_tensors_that_are_damaged(tmp_path: Path) -> None:
+    """Whose checksum was made to fit."""
+    file = tmp_path / "model" / "exact.safetensors"
+    file.parent.mkdir()
+    file.write_bytes(bytes(50))
+    with pytest.raises(OSError, match=r"exact\.safetensors could not be read: .*header") as error:
+        exact_tensors(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def plant(folder: Path, name: str, marker: Path, world_size: int) -> Checkpoint:

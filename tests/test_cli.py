@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -23,8 +24,8 @@ import mst_ds.zero
 from mst_ds.commands import train
 from mst_ds.config import parse_train_config
 from mst_ds.data import training_data
-from mst_ds.engine import Launch, prepare
-from mst_ds.entry_point import one_line
+from mst_ds.engine import Launch, meeting, prepare
+from mst_ds.entry_point import RequestError, one_line
 from mst_ds.minisequence import mlp
 
 ROOT = Path(__file__).parents[1]
@@ -393,6 +394,20 @@ def test_a_mistake_of_ours_shows_its_traceback(monkeypatch: pytest.MonkeyPatch) 
 
 def test_an_environment_that_is_no_launchers(refused: Callable[..., str]) -> None:
     assert "WORLD_SIZE is 'x'" in refused(world_size="x")
+
+
+def test_ranks_that_do_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wait_in_vain(**kwargs: Any) -> None:
+        raise dist.DistStoreError("Timed out after 3 seconds waiting for clients. 1/2 clients joined.")
+
+    monkeypatch.setattr(deepspeed, "init_distributed", wait_in_vain)
+    for name in ("build_shared_memory_collective", "stay_on_node"):
+        monkeypatch.setattr(meeting, name, lambda: None)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    run: Any = SimpleNamespace(config=SimpleNamespace(hang_timeout=2.0), launch=Launch(1, 2, 0, 2))
+    with pytest.raises(RequestError, match=r"not all ranks came to 127\.0\.0\.1:29500, .*: Timed out after 3 seconds"):
+        meeting.meet(run)
 
 
 def test_a_request_that_can_run_lets_processes_meet(tmp_path: Path) -> None:

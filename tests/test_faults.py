@@ -136,6 +136,11 @@ def a_file_in_its_place(checkpoint: Path, other: Path) -> list[str]:
     return ["--output_dir", str(other)]
 
 
+def a_broken_link_in_its_place(checkpoint: Path, other: Path) -> list[str]:
+    (other / "checkpoints").symlink_to(other / "nowhere")
+    return ["--output_dir", str(other)]
+
+
 def other_rate(checkpoint: Path, other: Path) -> list[str]:
     return ["--learning_rate", "1e-5"]
 
@@ -164,6 +169,9 @@ REFUSED = (
     Fault("resume names no checkpoint", no_checkpoint, "is no checkpoint: it has no state.json"),
     Fault("resume names nothing", no_such_folder, "allowed: 'auto', or the folder of a checkpoint"),
     Fault("a file in place of the folder", a_file_in_its_place, "checkpoints is a file"),
+    Fault(
+        "a broken link in place of the folder", a_broken_link_in_its_place, "checkpoints is a link that leads nowhere"
+    ),
 )
 
 

@@ -35,13 +35,16 @@ def write(folder: Path, content: str | dict[str, Any]) -> Path:
         ("{", "is not JSON"),
         ({"r": 4}, "is not a config of peft"),
         ({"peft_type": "LOTA", "r": 4}, "is not a config of peft"),
-        ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}, "learns a prompt"),
+        ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4, "of_a_later_peft": 1}, "learns a prompt"),
     ],
 )
-def test_a_file_that_is_refused(tmp_path: Path, content: str | dict[str, Any], says: str) -> None:
+def test_a_file_that_is_refused(
+    tmp_path: Path, content: str | dict[str, Any], says: str, recwarn: pytest.WarningsRecorder
+) -> None:
     with pytest.raises(ValueError, match=says) as error:
         load_peft_config(str(write(tmp_path, content)))
     assert "\n" not in str(error.value)
+    assert not recwarn.list, "beside its one line"
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

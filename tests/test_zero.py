@@ -169,6 +169,10 @@ def test_a_shipped_file_goes_by_its_name_where_the_user_has_none(tmp_path, monke
             for x in ([0.9], [0, 1])
         ),
         ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 1.5}}}, "num_steps is 1.5; allowed: 'auto'"),
+        (
+            {"scheduler": {"type": "WarmupLR", "params": {"warmup_type": "lin"}}},
+            "warmup_type is 'lin'; allowed: 'log' or",
+        ),
         ({"sequence_parallel": {"size": 4}}, "sequence_parallel stands in the JSON; allowed: sp_size"),
         ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size is 2; allowed: 0"),
         ({"activation_checkpointing": {"cpu_checkpointing": True}}, "allowed: recompute and offload_activations in"),

@@ -21,7 +21,7 @@ from mst_ds.checkpoint.identity import Identity
 from mst_ds.checkpoint.load import load_checkpoint
 from mst_ds.checkpoint.save import CheckpointWriter
 from mst_ds.checkpoint.universal import universal_setting
-from mst_ds.checkpoint.unpickling import only_states
+from mst_ds.checkpoint.unpickling import exact_tensors, only_states
 
 __all__ = [
     "EXACT_FILE",
@@ -32,6 +32,7 @@ __all__ = [
     "CheckpointWriter",
     "Identity",
     "checkpoints_folder",
+    "exact_tensors",
     "load_checkpoint",
     "newest_checkpoint",
     "only_states",

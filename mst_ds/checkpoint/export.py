@@ -11,12 +11,19 @@ from typing import TYPE_CHECKING, Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from mst_ds.adapters import ADAPTER_FILE, load_peft_config, model_on_meta
-from mst_ds.checkpoint import EXACT_FILE, MODEL_FOLDER, STATES_FOLDER, Checkpoint, only_states, require_intact
+from mst_ds.checkpoint import (
+    EXACT_FILE,
+    MODEL_FOLDER,
+    STATES_FOLDER,
+    Checkpoint,
+    exact_tensors,
+    only_states,
+    require_intact,
+)
 from mst_ds.dtypes import DTYPES
 from mst_ds.kept_in_fp32 import fp32_parameters, persistent_buffers
 from mst_ds.model_folder.write import write_files_of, write_model
@@ -72,7 +79,7 @@ def export_checkpoint(checkpoint: Checkpoint, folder: str | os.PathLike[str]) ->
     # Tied ones once.
     names = dict(model.named_parameters()).keys()
     state = {name: tensor.to(dtype) for name, tensor in _load_weights(checkpoint).items() if name in names}
-    state |= load_file(source / EXACT_FILE)
+    state |= exact_tensors(checkpoint.folder)
 
     def write_files(partial: Path) -> None:
         shutil.copytree(source, partial, ignore=shutil.ignore_patterns(*_OF_CHECKPOINT), dirs_exist_ok=True)

@@ -112,8 +112,9 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
     Raises:
         ValueError: see `read_checkpoint`: a damaged one is not passed over in silence.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; allowed: a folder of checkpoints there, or another output_dir")
+    if os.path.lexists(folder) and not folder.is_dir():
+        what = "a file" if folder.exists() else "a link that leads nowhere"
+        raise ValueError(f"{folder} is {what}; allowed: a folder of checkpoints there, or another output_dir")
     names = complete_names(folder)
     return read_checkpoint(folder / names[-1]) if names else None
 

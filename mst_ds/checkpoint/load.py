@@ -6,13 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from mst_ds.checkpoint.checksums import shared_by_ranks
 from mst_ds.checkpoint.folder import (
-    EXACT_FILE,
-    MODEL_FOLDER,
     STATES_FOLDER,
     UNIVERSAL_FOLDER,
     Checkpoint,
@@ -21,7 +18,7 @@ from mst_ds.checkpoint.folder import (
 )
 from mst_ds.checkpoint.random_states import random_file, seed_generators, set_random_states
 from mst_ds.checkpoint.universal import make_universal, mend_optimizer, without_schedule
-from mst_ds.checkpoint.unpickling import only_states
+from mst_ds.checkpoint.unpickling import exact_tensors, only_states
 from mst_ds.kept_in_fp32 import set_fp32_parameters
 
 if TYPE_CHECKING:
@@ -62,7 +59,7 @@ def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Checkpoint, *, seed: in
     if hasattr(engine.optimizer, "clip_grad"):
         # DeepSpeed takes it from the checkpoint at stages 1 and 2, but not at 0 and 3.
         engine.optimizer.clip_grad = engine.gradient_clipping()
-    set_fp32_parameters(engine.module, load_file(folder / MODEL_FOLDER / EXACT_FILE))
+    set_fp32_parameters(engine.module, exact_tensors(folder))
     if states is not None:
         set_random_states(states, engine.device)
     else:

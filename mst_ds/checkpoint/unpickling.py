@@ -1,4 +1,4 @@
-"""Reads what torch has saved without running anything that a file asks for."""
+"""Reads tensors of a checkpoint without running anything that a file asks for."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from mst_ds.checkpoint.folder import EXACT_FILE, MODEL_FOLDER
 
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 _FORCE_NOT = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
@@ -40,6 +44,19 @@ def only_states(folder: Path) -> Iterator[None]:
     finally:
         del os.environ[_FORCE]
         os.environ |= {name: value for name, value in before.items() if value is not None}
+
+
+def exact_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors whose value or dtype DeepSpeed's files do not keep, of the checkpoint in `folder`.
+
+    Raises:
+        OSError: its file is damaged.
+    """
+    file = folder / MODEL_FOLDER / EXACT_FILE
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise OSError(f"the checkpoint's file {file} could not be read: {' '.join(str(error).split())}") from None
 
 
 def _classes_of_states() -> list[Any]:

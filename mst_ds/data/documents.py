@@ -14,6 +14,7 @@ from datasets.exceptions import DatasetsError
 
 from mst_ds.config import TrainConfig
 from mst_ds.data.json_lines import read_json_lines
+from mst_ds.data.text_files import read_text_files
 from mst_ds.dataset_files import ALLOWED, CHAT_AS_TEXT, PYTHON_STDLIB, TEXT, find_files, require_column
 
 # Not the library itself, or (encodings) tables written by a program.
@@ -45,14 +46,18 @@ def load_documents(config: TrainConfig) -> Dataset:
 
 def _read_files(config: TrainConfig, splits: Mapping[str, Sequence[Path]], kind: str) -> Dataset:
     name, column = config.dataset, config.text_column
-    if kind == ".jsonl":
-        read = {split: read_json_lines(files, column) for split, files in splits.items()}
-        return _one_split(name, read, config.dataset_split)
-    options: dict[str, Any] = {"columns": [column]} if kind == ".parquet" else {"sample_by": "document"}
-    # load_dataset reads each path as a pattern.
-    patterns = {split: [glob.escape(str(file)) for file in files] for split, files in splits.items()}
-    builder = {".txt": "text", ".parquet": "parquet"}[kind]
-    return _load(name, builder, data_files=patterns, split=config.dataset_split, **options)
+    if kind == ".parquet":
+        # load_dataset reads each path as a pattern.
+        patterns = {split: [glob.escape(str(file)) for file in files] for split, files in splits.items()}
+        return _load(name, "parquet", data_files=patterns, split=config.dataset_split, columns=[column])
+    try:
+        read = {
+            split: read_text_files(files) if kind == ".txt" else read_json_lines(files, column)
+            for split, files in splits.items()
+        }
+    except OSError as error:
+        raise ValueError(f"dataset {name!r} cannot be loaded ({error}); allowed: {ALLOWED}") from error
+    return _one_split(name, read, config.dataset_split)
 
 
 def _one_split(name: str, read: Mapping[str, Dataset], split: str) -> Dataset:

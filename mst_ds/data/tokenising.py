@@ -12,16 +12,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, Sequence, Value
 from filelock import FileLock
-from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from mst_ds.data.batching import documents_at_once
 from mst_ds.data.long_texts import Text
 from mst_ds.data.text_encoder import TextEncoder, control_tokens_in
 from mst_ds.dataset_files import TEXT
 
-# Of text whose ids are held at once, save a longer document, which is alone with that much of others.
-_BYTES_AT_ONCE = 2**25
-_MOST_DOCUMENTS_AT_ONCE = 2**10
 # What a chat template has written has control tokens from the first document on.
 _DOCUMENTS_LOOKED_AT = 16
 
@@ -37,12 +34,14 @@ def tokenise(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         ValueError: text that is not UTF-8, or that the tokenizer cannot but take for control tokens.
     """
     table = documents.with_format("arrow")
+    # What reading them took, up to some times a text, Arrow keeps for later: it would lie beside the ids.
+    pa.default_memory_pool().release_unused()
     try:
         with _one_process_at_a_time(documents):
             tokens = table.map(
                 _encode,
                 batched=True,
-                batch_size=_documents_at_once(pc.binary_length(table[:][TEXT]).fill_null(0).to_numpy()),
+                batch_size=documents_at_once(pc.binary_length(table[:][TEXT]).fill_null(0).to_numpy()),
                 fn_kwargs={"tokenizer": tokenizer},
                 remove_columns=documents.column_names,
                 features=Features({"input_ids": Sequence(Value("int32"))}),
@@ -81,19 +80,6 @@ def _texts(rows: pa.Table) -> Iterator[Text]:
 @lru_cache(maxsize=1)
 def _text_encoder(tokenizer: PreTrainedTokenizerBase) -> TextEncoder:
     return TextEncoder(tokenizer)
-
-
-def _documents_at_once(lengths: NDArray[np.int64]) -> int:
-    """As many that beside the longest of them there is never more than `_BYTES_AT_ONCE`."""
-    number = _MOST_DOCUMENTS_AT_ONCE
-    while number > 1:
-        starts = np.arange(0, len(lengths), number)
-        if not len(starts):
-            break
-        if (np.add.reduceat(lengths, starts) - np.maximum.reduceat(lengths, starts)).max() <= _BYTES_AT_ONCE:
-            break
-        number //= 2
-    return number
 
 
 @contextmanager

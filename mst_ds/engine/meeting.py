@@ -28,7 +28,7 @@ def meet(run: Run) -> Run:
 
     Raises:
         RanksDisagreeError: they would go on from different checkpoints.
-        RequestError: the place where they should meet is in use, or not reached.
+        RequestError: the place where they should meet is in use or not reached, or not all come there.
     """
     timeout = timedelta(seconds=run.config.hang_timeout)
     get_accelerator().set_device(run.launch.local_rank)
@@ -45,7 +45,7 @@ def meet(run: Run) -> Run:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     try:
         deepspeed.init_distributed(timeout=timeout)
-    except dist.DistNetworkError as error:
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise RequestError(_why_no_meeting(error)) from None
     # When all ranks have opened each other's.
     dist.barrier()
@@ -74,7 +74,13 @@ def _require_free_port(rank: int) -> None:
         ) from None
 
 
-def _why_no_meeting(error: dist.DistNetworkError) -> str:
+def _why_no_meeting(error: dist.DistNetworkError | dist.DistStoreError) -> str:
+    if isinstance(error, dist.DistStoreError):
+        return (
+            f"not all ranks came to {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}, where rank 0 waited for "
+            f"them: {error}; allowed: WORLD_SIZE ranks, all with this address; --hang_timeout says how long rank 0 "
+            "waits"
+        )
     return (
         f"rank {os.environ['RANK']} does not reach {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}, where the "
         f"ranks should meet: {error}; allowed: the address of rank 0's node and a free port of it, for all ranks"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -108,6 +109,8 @@ class TensorBoard:
 
     def __init__(self, folder: Path, steps_done: int) -> None:
         self._folder = str(folder)
+        if not isinstance(threading.excepthook, _OfOtherThreads):
+            threading.excepthook = _OfOtherThreads(threading.excepthook)
         # purge_step hides the events of later steps that are in this folder.
         with _naming(self._folder):
             self._writer = SummaryWriter(self._folder, purge_step=steps_done + 1 if steps_done else 0)
@@ -132,3 +135,14 @@ class TensorBoard:
     def close(self) -> None:
         with _naming(self._folder):
             self._writer.close()
+
+
+class _OfOtherThreads:
+    """`threading.excepthook` for all threads but TensorBoard's, whose error its writer raises again in ours."""
+
+    def __init__(self, hook: Callable[[threading.ExceptHookArgs], Any]) -> None:
+        self._hook = hook
+
+    def __call__(self, args: threading.ExceptHookArgs) -> None:
+        if not type(args.thread).__module__.startswith("tensorboard."):
+            self._hook(args)

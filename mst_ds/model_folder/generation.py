@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def generation_config(source: str) -> GenerationConfig | None:
-    """That of a model folder or Hugging Face id; None where it has none that transformers takes for one.
+    """That of a model folder or Hugging Face id; None where it has none.
 
     Raises:
         ValueError: it has one with which transformers would not load the model.
@@ -18,9 +18,10 @@ def generation_config(source: str) -> GenerationConfig | None:
 
     try:
         return GenerationConfig.from_pretrained(source)
-    except OSError:
-        return None
     except Exception as error:  # of a value of another type, whatever comes of it
+        # What is no JSON transformers takes for a file that is not there.
+        if isinstance(error, OSError) and not isinstance(error.__context__, ValueError):
+            return None
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(
             f"generation_config.json of model {source!r} cannot be read ({reason}); allowed: one as transformers "

@@ -102,7 +102,7 @@ def read_result(folder: Path) -> Result | None:
         return None
     try:
         result = Result(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{path} is not a result ({reason}); allowed: to remove it, then the point runs again"

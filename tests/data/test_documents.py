@@ -10,7 +10,7 @@ import pytest
 from datasets.data_files import SPLIT_KEYWORDS
 
 from mst_ds.config import TrainConfig
-from mst_ds.data import documents, load_documents
+from mst_ds.data import batching, documents, load_documents
 from mst_ds.dataset_files import SPLIT_WORDS
 
 
@@ -157,6 +157,27 @@ def test_file_that_is_not_what_its_name_says_is_refused_with_the_reason(tmp_path
     assert "line 2 of " in refusal(tmp_path / "a.jsonl")
     assert "is not JSON in UTF-8 (Expecting ':'" in refusal(tmp_path / "a.jsonl")
     assert "can't decode byte 0xff" in refusal(tmp_path / "a.txt")
+
+
+def test_lines_of_a_text_end_as_python_reads_them(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("\ufeffa\r\nb\rc\n\r\0é🎉".encode())
+    assert texts(tmp_path / "a.txt") == [(tmp_path / "a.txt").read_text()] == ["\ufeffa\nb\nc\n\n\0é🎉"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "txt"])
+def test_few_long_documents_are_in_memory_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """What is read is written, and forgotten, before more is read: 1000 at once were gigabytes."""
+    monkeypatch.setattr(batching, "_BYTES_AT_ONCE", 1000)
+    long = [str(number) * 400 for number in range(10)]
+    (tmp_path / "data").mkdir()
+    if kind == "jsonl":
+        write_jsonl(tmp_path / "data" / "a.jsonl", *({"text": text} for text in long))
+    for number, text in enumerate(long if kind == "txt" else []):
+        (tmp_path / "data" / f"{number}.txt").write_text(text)
+    loaded = load_documents(TrainConfig(dataset=str(tmp_path / "data")))
+    assert list(loaded["text"]) == long
+    at_once = [len(chunk) for chunk in loaded.data.column("text").chunks]
+    assert max(at_once) <= 3, "a longest one, and others of 1000 bytes"
 
 
 def test_unknown_split_is_refused_with_the_splits_there_are(tmp_path: Path) -> None:

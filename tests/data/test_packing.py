@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import get_args
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 import torch
@@ -133,6 +134,28 @@ def test_other_ranks_wait_for_the_one_that_tokenises(tmp_path: Path, monkeypatch
     tokenise(documents, byte_tokenizer())
 
     FileLock(lock).acquire(timeout=0).lock.release()
+
+
+def test_what_reading_took_does_not_lie_beside_the_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrow keeps up to three times a text for later."""
+    size = 2**25
+    Dataset.from_dict({"text": [np.random.default_rng(0).bytes(size // 2).hex()]}).to_parquet(tmp_path / "a.parquet")
+    seen: list[int] = []
+
+    def anonymous_bytes() -> int:
+        memory = psutil.Process().memory_info()
+        return memory.rss - memory.shared
+
+    def encode(rows: pa.Table, tokenizer: object) -> pa.Table:
+        seen.append(anonymous_bytes())
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(tokenising, "_encode", encode)
+    documents = load_documents(TrainConfig(dataset=str(tmp_path / "a.parquet")))
+    after_reading = anonymous_bytes()
+    with pytest.raises(ValueError, match="far enough"):
+        tokenise(documents, byte_tokenizer())
+    assert seen[0] < after_reading - size
 
 
 @either_packing

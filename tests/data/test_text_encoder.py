@@ -9,7 +9,7 @@ from small_tokenizers import small_tokenizer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mst_ds.data import IGNORE_INDEX, PackedDataset, text_encoder, tokenise, tokenising
+from mst_ds.data import IGNORE_INDEX, PackedDataset, batching, text_encoder, tokenise, tokenising
 
 LOG = "a log of <eos> and <bos> in text<eos>"
 UNIGRAM_OR_MERGES = ["llama3", "gemma", "llama2", "unigram", "wordpiece"]
@@ -100,7 +100,7 @@ def test_so_many_documents_are_encoded_at_once_that_little_is_beside_the_longest
         return encode(rows, tokenizer)
 
     monkeypatch.setattr(tokenising, "_encode", noted)
-    monkeypatch.setattr(tokenising, "_BYTES_AT_ONCE", 200)
+    monkeypatch.setattr(batching, "_BYTES_AT_ONCE", 200)
 
     ids_of(small_tokenizer("llama3"), *["a" * 50] * 20, "b" * 1000, *["c"] * 20)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,29 @@ def test_a_full_disk_says_of_tensorboards_folder(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(sink._writer, "add_scalar", is_full)
     with pytest.raises(OSError, match=r"No space left on device: '.*tensorboard'"):
         sink.log_eval(1, 2.0)
+
+
+def test_an_error_of_tensorboards_thread_is_raised_and_not_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    printed: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", printed.append)
+
+    def is_full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    sink = TensorBoard(tmp_path / "tensorboard", 0)
+    writer = sink._writer.file_writer.event_writer._async_writer
+    monkeypatch.setattr(writer._writer, "write", is_full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*tensorboard'"):
+        while True:  # until the thread has come to the first of them
+            sink.log_eval(1, 2.0)
+    writer._worker.join()
+    assert printed == []
+    other = threading.Thread(target=is_full)
+    other.start()
+    other.join()
+    assert len(printed) == 1
 
 
 def test_mfu_is_written_where_the_peak_is_known(tmp_path: Path) -> None:

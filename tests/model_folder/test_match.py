@@ -91,7 +91,7 @@ def test_weights_that_are_refused(
 
 
 @pytest.mark.parametrize(
-    "content", ["[]", "null", '{"watermarking_config": 3}', '{"cache_implementation": "unheard of"}']
+    "content", ["", "{", "[]", "null", '{"watermarking_config": 3}', '{"cache_implementation": "unheard of"}']
 )
 def test_a_generation_config_that_is_none(tmp_path: Path, content: str) -> None:
     """transformers would find it when the processes have met."""

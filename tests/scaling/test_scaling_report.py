@@ -124,7 +124,7 @@ def test_a_result_comes_back_as_it_was(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"name": "a"}', "{"])
+@pytest.mark.parametrize("text", ["", "[]", '{"name": "a"}', "{", "[" * 99999])
 def test_a_file_that_is_no_result(tmp_path: Path, text: str) -> None:
     folder = tmp_path / POINTS / "one"
     folder.mkdir(parents=True)
