@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import random
 import re
 import resource
 import shutil
@@ -13,82 +12,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from deepspeed.runtime.zero.config import ZeroStageEnum
+from checkpoints import DATA, draws, identity_of, make_engine, rewrite_state, save, save_two, step
 from distributed import run_ranks
 from peft import LoraConfig, get_peft_model
-from steps import build_engine
 from tiers import slow_but_for
 from tiny import tiny_llama
 from transformers import AutoModelForCausalLM, LlamaConfig, get_scheduler
 
 from mst_ds.checkpoint import (
     STATE_FILE,
-    Checkpoint,
-    CheckpointWriter,
     Identity,
-    exact_tensors,
     load_checkpoint,
     newest_checkpoint,
     only_states,
     read_checkpoint,
-    universal_setting,
 )
-from mst_ds.checkpoint.checksums import checksum
 from mst_ds.checkpoint.export import export_checkpoint
 from mst_ds.checkpoint.random_states import seed_generators
-from mst_ds.checkpoint.state import checked, to_text
 from mst_ds.data.tokenizer import byte_tokenizer
-
-DATA = {"samples_seen": 7, "seed": 3}
-
-
-def identity_of(config: Any, stage: int, **changes: Any) -> Identity:
-    given: dict[str, Any] = {"dtype": "fp32", "zero_stage": stage, "training": {"seed": 3}}
-    return Identity.of(config, None, byte_tokenizer(), **given | changes)
-
-
-def make_engine(model: Any, stage: int, checkpoint: Any = None, world_size: int = 1, **settings: Any) -> Any:
-    """`settings` are of DeepSpeed's JSON, but for `schedule`."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter in trained if parameter.dim() > 1], "weight_decay": 0.5},
-        {"params": [parameter for parameter in trained if parameter.dim() == 1], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    optimizer = torch.optim.AdamW(groups, lr=1e-2, fused=True)
-    settings |= universal_setting(checkpoint, world_size)
-    return build_engine(model, optimizer=optimizer, zero_optimization={"stage": stage}, **settings)
-
-
-def step(engine: Any, seed: int) -> float:
-    ids = torch.randint(5, 60, (1, 32), generator=torch.Generator().manual_seed(seed))
-    loss = engine(input_ids=ids, labels=ids).loss
-    engine.backward(loss)
-    engine.step()
-    return float(loss)
-
-
-def save_two(rank: int, folder: Path, stage: int) -> list[float]:
-    """Steps 1 and 2 are saved; the losses of the steps that follow."""
-    engine = make_engine(tiny_llama(), stage)
-    for number in (1, 2):
-        step(engine, number)
-        _save(engine, folder, number, stage)
-    return [step(engine, number) for number in (3, 4)] + draws()
-
-
-def draws() -> list[float]:
-    """The next number of each generator."""
-    return [random.random(), np.random.rand(), torch.rand(()).item()]
-
-
-def _save(engine: Any, folder: Path, number: int, stage: int, keep: int = 2) -> Path:
-    identity = identity_of(engine.module.config, stage)
-    writer = CheckpointWriter(folder, keep, identity, byte_tokenizer(), source="small_llama")
-    return writer.save(engine, step=number, data=DATA)
 
 
 def go_on(rank: int, folder: Path, stage: int, world_size: int) -> list[float]:
@@ -155,7 +98,7 @@ def resume_with_another_schedule(rank: int, folder: Path, stage: int, is_deepspe
     expected = rates(engine_for(8), range(1, 7))
     first = engine_for(4)
     rates(first, range(1, 5))
-    _save(first, folder, 4, stage)
+    save(first, folder, 4, stage)
     checkpoint = newest_checkpoint(folder)
     assert checkpoint is not None
     second = engine_for(8)
@@ -178,7 +121,7 @@ def resume_with_torchs_schedule(rank: int, folder: Path) -> None:
     first = make_engine(tiny_llama(), 0, **settings)
     for number in (1, 2, 3):
         step(first, number)
-    _save(first, folder, 3, 0)
+    save(first, folder, 3, 0)
     second = make_engine(tiny_llama(), 0, **settings)
     checkpoint = newest_checkpoint(folder)
     assert checkpoint is not None
@@ -202,7 +145,7 @@ def save_many(rank: int, folder: Path) -> None:
     for number in (1, 2, 3, 4):
         # What a save that was killed has left is removed by the next.
         (folder / f"step-{number:08d}.partial").mkdir(parents=True)
-        _save(engine, folder, number, 1)
+        save(engine, folder, number, 1)
         if number == 1:
             # Of a checkpoint that was moved to another disk the link goes, and one that leads nowhere is no obstacle.
             (folder / "step-00000001").replace(moved)
@@ -274,14 +217,6 @@ def test_a_damaged_checkpoint_is_refused(copied: Path, damage: Callable[[Path], 
     assert read_checkpoint(copied / "step-00000001").step == 1
 
 
-def rewrite_state(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Changes `state.json` as someone does who knows of its checksum."""
-    file = folder / STATE_FILE
-    state = checked(json.loads(file.read_text(encoding="utf-8")))
-    change(state)
-    file.write_text(to_text(state), encoding="utf-8")
-
-
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -314,101 +249,6 @@ def test_a_state_that_is_none_is_refused(copied: Path, text: str) -> None:
     (copied / "step-00000002" / STATE_FILE).write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match="is damaged or not of mst_ds"):
         newest_checkpoint(copied)
-
-
-class Bomb:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (exec, (f"import os; os.mkdir({str(self.marker)!r})",))
-
-
-def test_exact_tensors_that_are_damaged(tmp_path: Path) -> None:
-    """Whose checksum was made to fit."""
-    file = tmp_path / "model" / "exact.safetensors"
-    file.parent.mkdir()
-    file.write_bytes(bytes(50))
-    with pytest.raises(OSError, match=r"exact\.safetensors could not be read: .*header") as error:
-        exact_tensors(tmp_path)
-    assert "\n" not in str(error.value)
-
-
-def plant(folder: Path, name: str, marker: Path, world_size: int) -> Checkpoint:
-    """Hides a bomb in one of a checkpoint's files, and makes everything else fit."""
-    file = folder / name
-    torch.save({**torch.load(file, weights_only=False), "planted": Bomb(marker)}, file)
-
-    def fit(state: dict[str, Any]) -> None:
-        state["sizes"][name], state["checksums"][name] = file.stat().st_size, checksum(file)
-        state["world_size"] = world_size
-
-    rewrite_state(folder, fit)
-    return read_checkpoint(folder)
-
-
-def load_what_is_planted(rank: int, folder: Path, stage: int) -> dict[str, list[str]]:
-    """What resuming, from one rank and by the universal form, and exporting say, by file."""
-    engine = make_engine(tiny_llama(), stage)
-    step(engine, 1)
-    original = _save(engine, folder, 1, stage)
-    said: dict[str, list[str]] = {}
-    for file in sorted(original.rglob("*.pt")):
-        name = str(file.relative_to(original))
-        said[name] = []
-        for world_size in (1, 2):
-            copy = Path(shutil.copytree(original, folder / "copies" / name / str(world_size)))
-            checkpoint = plant(copy, name, folder / "ran", world_size)
-            load = functools.partial(load_checkpoint, engine, seed=0)
-            for use in (load, functools.partial(export_checkpoint, folder=copy)):
-                try:
-                    use(checkpoint=checkpoint)
-                except (OSError, ValueError) as error:
-                    said[name].append(str(error))
-    assert not (folder / "ran").exists()
-    return said
-
-
-@pytest.mark.parametrize("stage", slow_but_for([2], [0, 2, 3]))
-def test_a_planted_pickle_runs_no_code(tmp_path: Path, stage: int) -> None:
-    (said,) = run_ranks(load_what_is_planted, 1, tmp_path, stage)
-    assert len(said) == (2 if stage == 0 else 3)
-    for name, lines in said.items():
-        refused = [line for line in lines if f"{name} holds exec, which is no state of a run" in line]
-        # Neither the universal form nor an export opens random states.
-        assert len(refused) == (1 if "random_states" in name else 4), lines
-
-
-class ByName:
-    """Pickled as the attribute of something, as some releases of Python 3.11 pickle the members of an enum."""
-
-    def __init__(self, owner: Any, name: str) -> None:
-        self.owner, self.name = owner, name
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (self.owner, self.name)
-
-
-def test_a_zero_stage_that_another_python_has_pickled_is_read_and_nothing_else(tmp_path: Path) -> None:
-    torch.save({"zero_stage": ByName(ZeroStageEnum, "weights")}, tmp_path / "states.pt")
-    with only_states(tmp_path):
-        assert torch.load(tmp_path / "states.pt", weights_only=False) == {"zero_stage": ZeroStageEnum.weights}
-    for owner, name in ((ZeroStageEnum, "__init__"), (ZeroStageEnum, "mro"), (torch.Tensor, "share_memory_")):
-        torch.save(ByName(owner, name), tmp_path / "states.pt")
-        with pytest.raises(OSError, match=r"states\.pt holds getattr, which is no state"), only_states(tmp_path):
-            torch.load(tmp_path / "states.pt", weights_only=False)
-
-
-def test_an_environment_that_allows_pickles_has_no_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    before = dict(os.environ)
-    torch.save(Bomb(tmp_path / "ran"), tmp_path / "states.pt")
-    with pytest.raises(OSError, match=r"states\.pt holds exec"), only_states(tmp_path):
-        torch.load(tmp_path / "states.pt", weights_only=False)
-    assert not (tmp_path / "ran").exists()
-    assert dict(os.environ) == before
 
 
 def test_generators_that_begin_anew_have_numbers_of_their_own() -> None:
@@ -464,25 +304,25 @@ def test_the_same_run_is_not_refused(saved: Path) -> None:
 
 def fill_disk(rank: int, folder: Path, *, at: str) -> str:
     """A file may have no more bytes than a limit of the system's says, as on a disk that is full."""
-    from mst_ds.checkpoint import save
+    from mst_ds.checkpoint import save as module
 
     engine = make_engine(tiny_llama(), 1)
-    _save(engine, folder, 1, 1)
+    save(engine, folder, 1, 1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    write = getattr(save, at)
+    write = getattr(module, at)
 
     def write_on_full_disk(*args: Any) -> Any:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4, before[1]))
         return write(*args)
 
-    setattr(save, at, write_on_full_disk)
+    setattr(module, at, write_on_full_disk)
     try:
-        _save(engine, folder, 2, 1)
+        save(engine, folder, 2, 1)
     except OSError as error:
         return str(error)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        setattr(save, at, write)
+        setattr(module, at, write)
     return "it was written"
 
 
@@ -505,7 +345,7 @@ def save_model(rank: int, folder: Path, stage: int, has_adapters: bool) -> torch
     engine = make_engine(model, stage)
     for number in (1, 2):
         step(engine, number)
-    _save(engine, folder, 2, stage)
+    save(engine, folder, 2, stage)
     engine.eval()
     with torch.no_grad():
         return engine(input_ids=torch.arange(5, 37)[None]).logits

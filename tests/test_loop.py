@@ -9,8 +9,8 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
+from checkpoints import make_engine
 from distributed import run_ranks
-from test_checkpoint import make_engine
 from tiers import slow_but_for
 from tiny import tiny_llama
 

@@ -1,4 +1,4 @@
-"""What others have made runs no code: pickles of a model or an adapter. Those of checkpoints: test_checkpoint.py."""
+"""What others have made runs no code: pickles of a model or an adapter. Those of checkpoints: test_checkpoint_pickles.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_checkpoint import Bomb
+from test_checkpoint_pickles import Bomb
 from tiny import tiny_llama
 
 from mst_ds.adapters import load_peft_config

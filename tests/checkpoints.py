@@ -1,0 +1,79 @@
+"""Small engines of DeepSpeed whose states are saved, and what is done to the checkpoints."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from steps import build_engine
+from tiny import tiny_llama
+
+from mst_ds.checkpoint import (
+    STATE_FILE,
+    CheckpointWriter,
+    Identity,
+    universal_setting,
+)
+from mst_ds.checkpoint.state import checked, to_text
+from mst_ds.data.tokenizer import byte_tokenizer
+
+DATA = {"samples_seen": 7, "seed": 3}
+
+
+def identity_of(config: Any, stage: int, **changes: Any) -> Identity:
+    given: dict[str, Any] = {"dtype": "fp32", "zero_stage": stage, "training": {"seed": 3}}
+    return Identity.of(config, None, byte_tokenizer(), **given | changes)
+
+
+def make_engine(model: Any, stage: int, checkpoint: Any = None, world_size: int = 1, **settings: Any) -> Any:
+    """`settings` are of DeepSpeed's JSON, but for `schedule`."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in trained if parameter.dim() > 1], "weight_decay": 0.5},
+        {"params": [parameter for parameter in trained if parameter.dim() == 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, fused=True)
+    settings |= universal_setting(checkpoint, world_size)
+    return build_engine(model, optimizer=optimizer, zero_optimization={"stage": stage}, **settings)
+
+
+def step(engine: Any, seed: int) -> float:
+    ids = torch.randint(5, 60, (1, 32), generator=torch.Generator().manual_seed(seed))
+    loss = engine(input_ids=ids, labels=ids).loss
+    engine.backward(loss)
+    engine.step()
+    return float(loss)
+
+
+def save_two(rank: int, folder: Path, stage: int) -> list[float]:
+    """Steps 1 and 2 are saved; the losses of the steps that follow."""
+    engine = make_engine(tiny_llama(), stage)
+    for number in (1, 2):
+        step(engine, number)
+        save(engine, folder, number, stage)
+    return [step(engine, number) for number in (3, 4)] + draws()
+
+
+def draws() -> list[float]:
+    """The next number of each generator."""
+    return [random.random(), np.random.rand(), torch.rand(()).item()]
+
+
+def save(engine: Any, folder: Path, number: int, stage: int, keep: int = 2) -> Path:
+    identity = identity_of(engine.module.config, stage)
+    writer = CheckpointWriter(folder, keep, identity, byte_tokenizer(), source="small_llama")
+    return writer.save(engine, step=number, data=DATA)
+
+
+def rewrite_state(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes `state.json` as someone does who knows of its checksum."""
+    file = folder / STATE_FILE
+    state = checked(json.loads(file.read_text(encoding="utf-8")))
+    change(state)
+    file.write_text(to_text(state), encoding="utf-8")
