@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from types import FunctionType, MethodType
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import torch
@@ -43,9 +46,10 @@ class Contender:
     model: Any
     plan: mst_ds.Plan | None = None
 
-    def loss(self, input_ids: Tensor) -> Tensor:
-        """The whole step's loss, each token's target the next one; input_ids (B, S)."""
-        loss: Tensor = self.model(input_ids=input_ids, labels=input_ids).loss
+    def loss(self, input_ids: Tensor, **batch: Tensor) -> Tensor:
+        """The whole step's loss, each token's target the next one; input_ids (B, S). `batch` has other labels, or
+        positions by which documents are told apart."""
+        loss: Tensor = self.model(input_ids=input_ids, **{"labels": input_ids, **batch}).loss
         return loss
 
     def hidden_states(self, inputs_embeds: Tensor) -> Tensor:
@@ -79,6 +83,27 @@ def _recompute(name: str, model: Any, work: Work) -> Contender:
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
     return Contender(name, model)
+
+
+def _liger(name: str, model: Any, work: Work) -> Contender:
+    """liger-kernel's norms, rotary embedding, SwiGLU and loss in recomputed layers.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+    from liger_kernel.transformers.rope import liger_rotary_pos_emb
+    from transformers.models.llama import modeling_llama as llama
+
+    # What it replaces for all models is put back, so that the other contenders stay what they are.
+    with patch.multiple(llama, LlamaRMSNorm=llama.LlamaRMSNorm, LlamaMLP=llama.LlamaMLP):
+        apply_liger_kernel_to_llama(rope=False, model=model)
+    plain: Any = llama.LlamaAttention.forward
+    names = {**plain.__globals__, "apply_rotary_pos_emb": liger_rotary_pos_emb}
+    forward = FunctionType(plain.__code__, names, plain.__name__, plain.__defaults__, plain.__closure__)
+    for layer in model.model.layers:
+        layer.self_attn.forward = MethodType(forward, layer.self_attn)
+    return _recompute(name, model, work)
 
 
 def _chunk_checkpoint(name: str, model: Any, work: Work) -> Contender:
@@ -186,6 +211,7 @@ CONTENDERS: dict[str, Callable[[str, Any, Work], Contender]] = {
     "no recompute": _plain,
     "recompute": _recompute,
     "chunk checkpoint": _chunk_checkpoint,
+    "Liger + recompute": _liger,
     "DeepSpeed ALST": _alst,
     "mst_ds": _mst_ds,
     "mst_ds, attention again": _mst_ds_recompute,
@@ -196,6 +222,15 @@ CONTENDERS: dict[str, Callable[[str, Any, Work], Contender]] = {
     "mst_ds, one chunk": _mst_ds_one_chunk,
     "mst_ds, planned": _mst_ds_planned,
 }
+
+# What some contenders need; each is left out where it is not installed.
+_PACKAGES = {"Liger + recompute": "liger_kernel", "DeepSpeed ALST": "deepspeed"}
+
+
+def missing_package(name: str) -> str | None:
+    """The package that the contender needs and this machine lacks."""
+    package = _PACKAGES.get(name)
+    return package if package is not None and find_spec(package) is None else None
 
 
 class _WithLoss(nn.Module):
@@ -213,7 +248,7 @@ class _WithLoss(nn.Module):
     def forward(self, labels: Tensor | None = None, **kwargs: Any) -> Any:
         if labels is None:
             return self.causal_lm(**kwargs)
-        output = self.model(input_ids=kwargs["input_ids"])
+        output = self.model(**kwargs)
         output.loss = self._loss_of(output.last_hidden_state, pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX))
         return output
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,12 +27,13 @@ _CAUSAL_MASK = 1  # a `custom_mask_type` of torch's memory-efficient kernel
 
 @dataclass
 class Counts:
-    """FLOPs, two for each multiplication with its addition, and calls of attention kernels."""
+    """FLOPs, two for each multiplication with its addition; calls of attention kernels, and which these were."""
 
     matrix: int = 0
     attention: int = 0
     attention_forwards: int = 0
     attention_backwards: int = 0
+    attention_kernels: list[str] = field(default_factory=list)
 
 
 class CountFlops(TorchDispatchMode):
@@ -60,6 +61,8 @@ class CountFlops(TorchDispatchMode):
 
     def _count_attention(self, name: str, arguments: dict[str, Any]) -> None:
         flops = _attention_forward_flops(name, arguments)
+        if name not in self.counts.attention_kernels:
+            self.counts.attention_kernels.append(name)
         if "backward" in name:
             self.counts.attention_backwards += 1
             self.counts.attention += flops * 5 // 2
@@ -81,6 +84,11 @@ def _product_flops(a: Tensor, b: Tensor) -> int:
 
 def _attention_forward_flops(name: str, arguments: dict[str, Any]) -> int:
     query, key, value = (_first(arguments, (long, long[0])) for long in ("query", "key", "value"))
+    if query.dim() == 3:  # documents one after another, (T, n, D), each from a number in `cum_seq` to the next
+        borders = _first(arguments, ("cum_seq_q", "cu_seqlens_q", "cu_seq_q"))
+        pairs = int(borders.diff().square().sum())
+        flops = 2 * query.shape[1] * pairs * (query.shape[2] + value.shape[2])
+        return flops // 2 if _first(arguments, ("is_causal", "causal")) else flops
     # `_scaled_dot_product_*` have (B, n, S, D); the operators below them, and the package flash-attn, (B, S, n, D).
     heads, length = (1, 2) if "_scaled_dot_product" in name else (2, 1)
     pairs = query.shape[length] * key.shape[length]

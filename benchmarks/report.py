@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import os
 import platform
 import statistics
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
 
-from benchmarks.measure import Result
+from benchmarks.measure import Measured, Result
 from mst_ds.config import GIB
+from mst_ds.whole_file import replace_file
 
+_PACKAGES = ("torch", "transformers", "deepspeed", "triton", "flash-attn", "liger-kernel")
 RESULTS = Path(__file__).with_name("results")
 
 
@@ -64,29 +68,49 @@ def _spread(values: tuple[float, float, float]) -> str:
     return f"{median:.3f} ({lower:.3f}-{upper:.3f})"
 
 
-def as_record(results: Sequence[Result], **settings: Any) -> dict[str, Any]:
+def as_record(measured: Measured, **settings: Any) -> dict[str, Any]:
     """One length and part, with everything that was measured."""
-    return {**settings, "results": [asdict(result) for result in results]}
+    return {**settings, **asdict(measured)}
 
 
 def write_json(path: Path, device: torch.device, settings: Mapping[str, Any], content: Mapping[str, Any]) -> None:
-    """Writes what was measured, with where and with what."""
+    """Writes what was measured, with where and with what: the whole file or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    document = {"where": _where(device), "settings": dict(settings), **content}
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    document = {"where": where(device), "settings": dict(settings), **content}
+    replace_file(path, json.dumps(_strict(document), indent=1, allow_nan=False) + "\n")
 
 
-def _where(device: torch.device) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+def _strict(value: Any) -> Any:
+    """The same with None for numbers that JSON does not have: NaN and infinities."""
+    if isinstance(value, Mapping):
+        return {key: _strict(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@functools.cache
+def where(device: torch.device) -> Mapping[str, Any]:
+    """The device and the versions of what runs on it; None for what is not there."""
     return {
         "commit": _git("rev-parse", "HEAD")
         + ("-dirty" if _git("status", "--porcelain", "mst_ds", "benchmarks") else ""),
-        "device": name,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        **{package: version(package) for package in ("torch", "transformers", "deepspeed")},
+        **{package: _version(package) for package in _PACKAGES},
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or None,
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _cpu_name() -> str:
@@ -96,7 +120,14 @@ def _cpu_name() -> str:
 
 
 def _git(*command: str) -> str:
-    outcome = subprocess.run(
-        ["git", *command], cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False
-    )
+    return _output("git", *command)
+
+
+def _output(*command: str) -> str:
+    """What a command says; nothing where there is no such command."""
+    folder = Path(__file__).parent.parent
+    try:
+        outcome = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
     return outcome.stdout.strip()

@@ -7,7 +7,6 @@ sequence that each contender can train on: until memory runs out on an accelerat
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.contenders import CONTENDERS, Work
+from benchmarks.contenders import CONTENDERS, Work, missing_package
 from benchmarks.measure import PARTS, Bench, Part, longest, measure
 from benchmarks.report import RESULTS, as_record, as_table, write_json
 from benchmarks.sizes import SIZES, Size
@@ -73,46 +72,35 @@ def _measure(
     size: Size, options: argparse.Namespace, device: torch.device, console: Console, seq_len: int, part: Part
 ) -> dict[str, Any]:
     work = _work(seq_len, options)
-    bench = Bench(size, seq_len, device)
-    names, too_long = list(options.contenders), []
-    if device.type == "cuda":
-        too_long = [name for name in names if not _runs(bench, name, work, part)]
-        names = [name for name in names if name not in too_long]
-    results = measure(bench, names, work, part, options.rounds)
+    measured = measure(Bench(size, seq_len, device), _installed(options, console), work, part, options.rounds)
     title = f"{options.size}, {part}, {seq_len} tokens, {work.mlp_chunks} chunks"
-    console.print(as_table(title, results, seq_len, REFERENCES))
-    if too_long:
-        console.print(f"out of memory: {', '.join(too_long)}")
-    return as_record(results, part=part, seq_len=seq_len, chunks=work.mlp_chunks, out_of_memory=too_long)
+    console.print(as_table(title, measured.results, seq_len, REFERENCES))
+    if measured.out_of_memory:
+        console.print(f"out of memory: {', '.join(measured.out_of_memory)}")
+    return as_record(measured, part=part, seq_len=seq_len, chunks=work.mlp_chunks)
+
+
+def _installed(options: argparse.Namespace, console: Console) -> list[str]:
+    missing = {name: missing_package(name) for name in options.contenders}
+    for name, package in missing.items():
+        if package is not None:
+            console.print(f"left out: {name}, {package} is not installed")
+    return [name for name, package in missing.items() if package is None]
 
 
 def _longest(size: Size, options: argparse.Namespace, device: torch.device, console: Console) -> dict[str, int]:
     table = Table("contender", "longest", title=f"{options.size}: longest sequence that fits")
+    bench, memory = Bench(size, options.chunk_length, device), int(options.memory_gib * GIB)
     lengths = {}
-    for name in options.contenders:
+    for name in _installed(options, console):
 
         def fits(seq_len: int, name: str = name) -> bool:
-            bench, work = Bench(size, seq_len, device), _work(seq_len, options)
-            if device.type == "cuda":
-                return _runs(bench, name, work, "step")
-            return bench.peak_bytes(bench.contender(name, work), "step") <= options.memory_gib * GIB
+            return bench.at(seq_len).fits(name, _work(seq_len, options), "step", memory) is not None
 
         lengths[name] = longest(fits, shortest=options.chunk_length, step=options.chunk_length)
         table.add_row(name, str(lengths[name]))
     console.print(table)
     return lengths
-
-
-def _runs(bench: Bench, name: str, work: Work, part: Part) -> bool:
-    try:
-        bench.run(bench.contender(name, work), part)
-        return True
-    except torch.OutOfMemoryError:
-        return False
-    finally:
-        bench.model.zero_grad()
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.session import SECTIONS
 from benchmarks.report import RESULTS
 from mst_ds.config import GIB
 
@@ -30,6 +31,8 @@ each can train on. DeepSpeed ALST stands for its tiled MLP and tiled loss in rec
 Contenders run interleaved in one process, on the same weights and data, after their gradients were compared. Ratios are
 medians of the ratio within a round. Memory is what is alive at the peak above the weights: gradients and activations;
 on a CPU without what was put on the host on purpose.
+
+[On a GPU](gpu.md) one script measures all of this, and more, in ten minutes.
 """
 
 
@@ -42,6 +45,9 @@ def page(documents: Mapping[str, Mapping[str, Any]]) -> str:
             f"## {name}\n\n{where['device']}, {where['threads']} thread(s), torch {where['torch']}, transformers "
             f"{where['transformers']}, DeepSpeed {where['deepspeed']}, commit `{where['commit'][:12]}`.\n"
         )
+        if "sections" in document:
+            sections.append(_session_table(document["sections"]))
+            continue
         if "longest" in document:
             sections.append(_longest_table(document["longest"]))
             continue
@@ -108,6 +114,15 @@ def _median_ratio(result: Mapping[str, Any], reference: Mapping[str, Any]) -> fl
 def _longest_table(lengths: Mapping[str, int]) -> str:
     rows = [_row([name, f"{tokens}"]) for name, tokens in lengths.items()]
     return "\n".join([_row(["contender", "longest sequence, tokens"]), _row(["---"] * 2), *rows]) + "\n"
+
+
+def _session_table(outcomes: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = [_row(["section", "status", "what was found"]), _row(["---"] * 3)]
+    for section in SECTIONS:
+        if section.name in outcomes:
+            outcome = outcomes[section.name]
+            rows.append(_row([section.name, outcome["status"], "<br>".join(section.lines(outcome["results"]))]))
+    return "\n".join(rows) + "\n"
 
 
 def _row(cells: Sequence[str]) -> str:

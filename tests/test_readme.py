@@ -17,6 +17,7 @@ import pytest
 from deepspeed.launcher.runner import parse_args as parse_launcher_args
 from test_imports import imported_parts, modules, name_parts, top
 
+from benchmarks.gpu.session import parse_options as parse_session_options
 from benchmarks.step import parse_options
 from mst_ds.config import TrainConfig, parse_train_config
 from mst_ds.zero import load_ds_config
@@ -71,15 +72,28 @@ def in_the_projects_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
+OF_A_GPU = {"pip", "benchmarks/gpu_wheels.sh"}  # both need a network, or what was downloaded
 OF_A_CLUSTER = {"apt-get", "export", "squeue", "slurm/local/start.sh", "slurm/local/stop.sh"}  # tests/slurm has them
 
 
 def test_every_shell_command_is_of_a_kind_that_is_tested() -> None:
     known = {"make", "deepspeed", "python", "source", ".venv/bin/pre-commit"} | SHOWN.keys()
-    slurm = ROOT / "docs" / "slurm.md"
-    assert {words[0] for words in shell_lines(*(page for page in PAGES if page != slurm))} == known
+    slurm, gpu = (ROOT / "docs" / f"{name}.md" for name in ("slurm", "gpu"))
+    assert {words[0] for words in shell_lines(*(page for page in PAGES if page not in (slurm, gpu)))} == known
     assert {words[0] for words in shell_lines(slurm)} == OF_A_CLUSTER | {"sbatch"}
-    assert all((ROOT / word).is_file() for word in OF_A_CLUSTER if "/" in word)
+    assert {words[0] for words in shell_lines(gpu)} == OF_A_GPU | {"python"}
+    assert all(os.access(ROOT / word, os.X_OK) for word in OF_A_CLUSTER | OF_A_GPU if "/" in word)
+
+
+def test_the_session_for_a_gpu() -> None:
+    ((_, script, *flags),) = [words for words in shell_lines(ROOT / "docs" / "gpu.md") if words[0] == "python"]
+    assert (ROOT / script).is_file()
+    options = parse_session_options(flags)
+    page = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| ([a-z ]+) \|", page, re.MULTILINE)[1:] == options.sections
+    assert f"in {options.budget_seconds:.0f} seconds at most" in page
+    named = {name.removeprefix("--") for name in re.findall(r"`(--\w+)`", page)}
+    assert named < vars(options).keys()
 
 
 @pytest.mark.parametrize("language", ["bash", "python", "yaml", "json", "mermaid", "text"])
@@ -195,7 +209,7 @@ def test_the_measured_figures_of_the_first_screen() -> None:
 
 
 def test_the_loss_curve_is_of_the_run_beside_it(tmp_path: Path) -> None:
-    ((_, script, _, picture),) = commands("python")
+    ((_, script, _, picture),) = [words for words in commands("python") if "docs/plot_losses.py" in words]
     metrics = ROOT / "docs" / "finetune" / "metrics.jsonl"
     done = run([sys.executable, script, str(metrics), str(tmp_path / picture)], limit=120)
     assert done.returncode == 0, done.stdout

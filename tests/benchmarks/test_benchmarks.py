@@ -1,14 +1,18 @@
 """The benchmarks at a tiny size: what they count is known, and contenders that compute something else are refused."""
 
 import json
+import math
+import sys
+from types import ModuleType
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from transformers.models.llama import modeling_llama as llama
 
 from benchmarks import measure as measuring
-from benchmarks.contenders import CONTENDERS, Work
-from benchmarks.flops import count_flops
+from benchmarks.contenders import CONTENDERS, Work, missing_package
+from benchmarks.flops import _attention_forward_flops, count_flops
 from benchmarks.measure import Bench, longest, measure
 from benchmarks.report import as_record, quartiles, write_json
 from benchmarks.sizes import Size
@@ -28,6 +32,7 @@ TINY = Size(
     (LENGTH,),
 )
 WORK = Work(LENGTH, mlp_chunks=4, loss_chunks=4)
+INSTALLED = [name for name in CONTENDERS if missing_package(name) is None and name != "Liger + recompute"]  # on a CPU
 # Of all attention layers: how often each contender runs the forward of attention.
 ATTENTION_FORWARDS = dict.fromkeys(CONTENDERS, LAYERS) | dict.fromkeys(
     ("recompute", "chunk checkpoint", "DeepSpeed ALST", "mst_ds, attention again"), 2 * LAYERS
@@ -41,13 +46,17 @@ def bench():
 
 @pytest.mark.parametrize("part", measuring.PARTS)
 def test_all_contenders_agree_and_are_measured(bench, part):
-    results = measure(bench, list(CONTENDERS), WORK, part, rounds=1)
-    assert [result.contender for result in results] == list(CONTENDERS)
+    measured = measure(bench, INSTALLED, WORK, part, rounds=1)
+    results = measured.results
+    assert [result.contender for result in results] == INSTALLED
+    assert (measured.reference, measured.out_of_memory) == ("recompute", [])
     for result in results:
         assert result.peak_bytes > 0
         assert len(result.seconds) == 1
         assert result.counts.attention_forwards == ATTENTION_FORWARDS[result.contender], result.contender
         assert result.counts.attention_backwards == LAYERS
+        assert all("attention" in name for name in result.counts.attention_kernels)
+        assert len(result.counts.attention_kernels) == 2
     counts = {result.contender: result.counts for result in results}
     # The MLP's products: 3 of the forward, 6 of the backward, and of those of the forward that are computed again.
     token, weights = 2 * LENGTH, LAYERS * 32 * 48
@@ -73,6 +82,76 @@ def test_other_gradients_are_refused(bench, monkeypatch):
         measure(bench, ["off"], WORK, "step", rounds=1)
 
 
+@pytest.fixture
+def too_large(monkeypatch):
+    """Names a contender that needs more memory than there is."""
+
+    def name_contender(name):
+        def run_out(*_, **__):
+            raise torch.OutOfMemoryError
+
+        def build(name, model, work):
+            model.forward = run_out
+            return CONTENDERS["no recompute"](name, model, work)
+
+        monkeypatch.setitem(CONTENDERS, name, build)
+
+    return name_contender
+
+
+def test_a_contender_that_runs_out_of_memory_does_not_stop_the_others(bench, too_large):
+    too_large("too large")
+    measured = measure(bench, ["too large", "mst_ds"], WORK, "step", rounds=2)
+    assert [result.contender for result in measured.results] == ["mst_ds"]
+    assert len(measured.results[0].seconds) == 2
+    assert (measured.reference, measured.out_of_memory) == ("recompute", ["too large"])
+
+
+def test_another_is_the_reference_where_recompute_runs_out_of_memory(bench, too_large):
+    too_large("recompute")
+    measured = measure(bench, ["recompute", "mst_ds, one chunk", "mst_ds"], WORK, "step", rounds=1)
+    assert (measured.reference, measured.out_of_memory) == ("mst_ds, one chunk", ["recompute"])
+    assert [result.contender for result in measured.results] == ["mst_ds, one chunk", "mst_ds"]
+    nothing = measure(bench, ["recompute"], WORK, "step", rounds=1)
+    assert (nothing.results, nothing.reference, nothing.out_of_memory) == ([], None, ["recompute"])
+
+
+def test_liger_replaces_nothing_in_other_models(bench, monkeypatch):
+    """By a stand-in that does what liger-kernel does: classes for all models, forwards of one."""
+    rotated = []
+
+    def rotate(*args, **kwargs):
+        rotated.append(True)
+        return own_rotary(*args, **kwargs)
+
+    def apply_to_llama(rope, model):
+        assert not rope  # it would be for all models
+        llama.LlamaRMSNorm = llama.LlamaMLP = None
+
+    package = ModuleType("liger_kernel.transformers")
+    package.apply_liger_kernel_to_llama = apply_to_llama
+    rope = ModuleType("liger_kernel.transformers.rope")
+    rope.liger_rotary_pos_emb = rotate
+    for module in (ModuleType("liger_kernel"), package, rope):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    own_rotary, classes = llama.apply_rotary_pos_emb, (llama.LlamaRMSNorm, llama.LlamaMLP)
+    measured = measure(bench, ["Liger + recompute", "mst_ds, one chunk"], WORK, "step", rounds=1)
+    assert [result.contender for result in measured.results] == ["Liger + recompute", "mst_ds, one chunk"]
+    assert (llama.LlamaRMSNorm, llama.LlamaMLP) == classes
+    assert llama.apply_rotary_pos_emb is own_rotary
+    # A warm-up and a round, each with a forward that is computed again.
+    assert len(rotated) == 2 * 2 * LAYERS
+
+
+def test_the_same_weights_at_another_length(bench):
+    longer = bench.at(2 * LENGTH)
+    assert longer.model is bench.model
+    assert (bench.input_ids.shape[1], longer.input_ids.shape[1]) == (LENGTH, 2 * LENGTH)
+    usage = longer.fits("mst_ds", WORK, "step", memory=2**30)
+    assert usage is not None
+    assert longer.fits("mst_ds", WORK, "step", memory=usage.peak_bytes - 1) is None
+
+
 def test_flops_of_products_and_of_causal_attention():
     a, b = torch.ones(3, 4, requires_grad=True), torch.ones(4, 5)
     assert count_flops(lambda: (a @ b).sum().backward()).matrix == 2 * 3 * 4 * 5 * 2
@@ -88,6 +167,14 @@ def test_flops_of_products_and_of_causal_attention():
     assert (counts.attention_forwards, counts.attention_backwards) == (1, 1)
 
 
+def test_flops_of_documents_one_after_another():
+    """As kernels for packed documents get them, (T, n, D): each document is a triangle of its own."""
+    query, value = torch.ones(12, 4, 8), torch.ones(12, 2, 8)
+    arguments = {"query": query, "key": value, "value": value, "cum_seq_q": torch.tensor([0, 4, 12]), "is_causal": True}
+    flops = _attention_forward_flops("aten::_flash_attention_forward", arguments)
+    assert flops == 2 * 2 * 4 * (4**2 + 8**2) * 8 // 2
+
+
 @pytest.mark.parametrize("limit", [0, 99, 100, 850, 12345])
 def test_the_longest_that_fits(limit):
     assert longest(lambda length: length <= limit, shortest=100, step=50) == limit // 50 * 50
@@ -99,10 +186,11 @@ def test_quartiles():
 
 
 def test_results_become_a_page_and_a_plot(bench, tmp_path):
-    results = measure(bench, ["recompute", "mst_ds"], WORK, "step", rounds=2)
-    records = [as_record(results, part="step", seq_len=LENGTH, chunks=4, out_of_memory=[])]
-    write_json(tmp_path / "tiny.json", torch.device("cpu"), {"rounds": 2}, {"records": records})
+    measured = measure(bench, ["recompute", "mst_ds"], WORK, "step", rounds=2)
+    records = [as_record(measured, part="step", seq_len=LENGTH, chunks=4)]
+    write_json(tmp_path / "tiny.json", torch.device("cpu"), {"rounds": 2, "none": math.nan}, {"records": records})
     document = json.loads((tmp_path / "tiny.json").read_text(encoding="utf-8"))
+    assert document["settings"] == {"rounds": 2, "none": None}
     text = page({"tiny": document})
     assert "| mst_ds |" in text
     assert document["where"]["commit"][:12] in text
