@@ -1,4 +1,4 @@
-"""What others have made runs no code: pickles of a model or an adapter. Those of checkpoints: test_checkpoint_pickles.py."""
+"""What others have made runs no code: pickles of a model or an adapter (checkpoints: test_checkpoint_pickles.py)."""
 
 from __future__ import annotations
 
