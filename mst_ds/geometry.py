@@ -16,6 +16,8 @@ ELEMENTS_THAT_KEEP_BUSY = 2**24
 # Attention without a kernel: a block has so many rows that a head has this many scores, but not fewer rows than are
 # worth a matrix product.
 _SCORES, _ROWS = 2**18, 64
+# The widest head of the flash kernels, torch's and the package's.
+WIDEST_FLASH_HEAD = 256
 # Queries of a window's block, at least. Fewer waste less on masked scores; more, less on overlapping keys.
 _WINDOW_QUERIES = 1024
 
@@ -59,8 +61,8 @@ def window_queries(window: int) -> int:
 
 
 def flash_query_gradient(length: int, head_dim: int) -> tuple[int, int]:
-    """Rows and columns of the fp32 gradient of one head's queries in the backward of flash attention: `head_dim` and
-    the number of queries, rounded up (`mha_bwd` in flash_api.cpp)."""
+    """Rows and columns of the fp32 gradient of one head's queries in the backward of flash attention: their number and
+    `head_dim`, rounded up (`mha_bwd` in flash_api.cpp)."""
     multiple = 32 if head_dim <= 128 else 64
     return ceil_divide(length, 128) * 128, ceil_divide(head_dim, multiple) * multiple
 

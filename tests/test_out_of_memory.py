@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from mst_ds import GIB, Plan, make_plan
 from mst_ds.memory.out_of_memory import OutOfMemoryError, during, explanation
+from mst_ds.planner import MemoryTerm, Phase
 from mst_ds.training import loop
 
 CPU_MESSAGE = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
@@ -61,6 +63,13 @@ def test_the_setting_follows_from_the_largest_term(phase: str, mst: dict[str, An
     largest = max((term for term in planned.terms if term.place == "device"), key=lambda term: term.bytes)
     assert f"{planned.device_bytes / GIB:.2f} of 80.00 GiB, of these {largest.name} {largest.bytes / GIB:.2f}, " in line
     assert f"allowed: {remedy}" in line
+
+
+def test_what_is_in_flight_is_on_the_host_already() -> None:
+    names = ("layer_inputs_in_flight", "attention_gradients", "gathered_parameters")
+    terms = tuple(MemoryTerm(name, GIB * (10 - place), "device", ()) for place, name in enumerate(names))
+    line = explanation(OutOfMemoryError(["backward"]), replace(plan_of(), phases=(Phase("backward", terms),)))
+    assert "allowed: a larger sp_size in the 'mst' block, or a shorter seq_len" in line
 
 
 def test_of_two_phases_it_is_the_one_that_needs_more() -> None:

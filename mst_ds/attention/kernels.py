@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from mst_ds.geometry import WIDEST_FLASH_HEAD
+
 from .blockwise import attend_blockwise
 from .sinks import attend_with_sink_token
 from .spec import AttentionSpec
 from .windowed import attend_in_windows, window_mask
 
 CausalAttention = Callable[[Tensor, Tensor, Tensor, AttentionSpec], Tensor]
-
-# The widest head of the flash kernels, torch's and the package's.
-_WIDEST_HEAD = 256
 
 
 def causal_backend(name: str) -> CausalAttention:
@@ -59,7 +58,7 @@ class _Sdpa:
 
 
 def _sdpa_causal(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Tensor:
-    if query.is_cuda and (query.dtype == torch.float32 or query.shape[3] > _WIDEST_HEAD):
+    if query.is_cuda and (query.dtype == torch.float32 or query.shape[3] > WIDEST_FLASH_HEAD):
         # The one kernel for these on CUDA without an S x S matrix wants as many key/value heads as query heads.
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -85,7 +84,7 @@ class _FlashAttention2:
             return attend_blockwise(query, key, value, spec)
         if spec.sinks is not None:
             return attend_with_sink_token(self, query, key, value, spec)
-        if query.shape[3] > _WIDEST_HEAD or (spec.front and spec.window is not None):
+        if query.shape[3] > WIDEST_FLASH_HEAD or (spec.front and spec.window is not None):
             return self._sdpa(query, key, value, spec)
         from flash_attn import flash_attn_func
 

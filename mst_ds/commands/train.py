@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
         except REQUEST_ERRORS as error:
             _say_once(error)
             return EXIT_REFUSED
-        return _train_or_end(job)
+        return _train_or_end(job, held)
 
 
 def _checked(argv: Sequence[str], held: ExitStack) -> _Job:
@@ -102,8 +102,8 @@ def _quiet_libraries() -> None:
         warnings.filterwarnings("ignore", message, FutureWarning)
 
 
-def _train_or_end(job: _Job) -> int:
-    """Returns the exit code; an error ends the process at once."""
+def _train_or_end(job: _Job, held: ExitStack) -> int:
+    """Returns the exit code; an error ends the process at once, without what is held."""
     from mst_ds.resilience.failure import explain
 
     run = job.run
@@ -117,6 +117,7 @@ def _train_or_end(job: _Job) -> int:
                 traceback.print_exc()
             message = explain(error, run.plan, run.config.hang_timeout)
             say(error_line(TRAIN_COMMAND, message, rank=run.launch.rank))
+        held.close()
         # Not after another collective: the others wait in theirs until the launcher ends them, because this rank ended.
         os._exit(EXIT_FAILED)
 

@@ -11,6 +11,7 @@ from mst_ds.config import GIB
 from mst_ds.planner import MemoryTerm, Plan
 
 _SHOWN_TERMS = 3
+_OTHERWISE = "a larger sp_size in the 'mst' block, or a shorter seq_len"
 # The beginning of a term's name, and what makes such a term smaller.
 _REMEDIES = (
     ("mlp_chunk", "a larger mlp_chunks in the 'mst' block"),
@@ -18,9 +19,11 @@ _REMEDIES = (
     ("persistent_parameters", "a smaller stage3_param_persistence_threshold"),
     ("gathered_parameters", "a smaller stage3_max_reuse_distance and stage3_prefetch_bucket_size"),
     ("gathered_", "a larger head_groups or sp_size in the 'mst' block"),
-    ("kernel_", "a larger head_groups or sp_size in the 'mst' block"),
     ("all_to_all_buffers", "a larger head_groups in the 'mst' block"),
     ("layer_inputs", "offload_activations true in the 'mst' block, or recompute true"),
+    ("attention_gradients", _OTHERWISE),
+    ("kernel_query_gradient", _OTHERWISE),
+    ("kernel_key_value_gradients", _OTHERWISE),
     ("kept_gate_up", "keep_mlp false in the 'mst' block"),
     ("kept_", "offload_activations true in the 'mst' block"),
     ("parameters", "a higher ZeRO stage, more ranks, or offload_param"),
@@ -29,7 +32,6 @@ _REMEDIES = (
     ("optimizer_moments", "a higher ZeRO stage, more ranks, or offload_optimizer"),
     ("fp32_gradient", "a smaller sub_group_size, or offload_optimizer"),
 )
-_OTHERWISE = "a larger sp_size in the 'mst' block, or a shorter seq_len"
 # How torch's allocator for the CPU says it: no exception of its own.
 _OF_CPU = "can't allocate memory"
 
@@ -78,6 +80,7 @@ def explanation(error: OutOfMemoryError, plan: Plan) -> str:
 
 
 def _remedy(terms: Sequence[MemoryTerm]) -> str:
-    """For the largest term for which there is one."""
-    found = (remedy for term in terms for name, remedy in _REMEDIES if term.name.startswith(name))
+    """For the largest term for which there is one. What is in flight is on the host already."""
+    on_device = (term for term in terms if not term.name.endswith("_in_flight"))
+    found = (remedy for term in on_device for name, remedy in _REMEDIES if term.name.startswith(name))
     return next(found, _OTHERWISE)

@@ -125,11 +125,11 @@ def _kernel_workspace(work: Workload) -> Terms:
     fp32, and where heads are grouped a gradient of keys and values for each query head (`mha_bwd` in flash_api.cpp).
 
     cuDNN, which torch prefers on some devices, does not say what it needs, and is planned as if it needed as much. In
-    fp32, with a softcap or in a window's blocks other kernels run.
+    fp32, for wide heads, with a softcap or in a window's blocks other kernels run.
     """
     shape = work.shape
     is_sdpa = work.settings.attention == "sdpa"
-    if work.zero.dtype == "fp32" or (is_sdpa and shape.has_attention_softcap) or _last_layer_has_blocks(work):
+    if not work.has_flash or (is_sdpa and shape.has_attention_softcap) or _last_layer_has_blocks(work):
         return ()
     heads = ("query heads of a group", work.group_query_heads)
     of_sequence = flash_query_gradient(work.attention_length, shape.head_dim)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mst_ds.geometry import HeadLayout, block_queries, ceil_divide, shard_length
+from mst_ds.geometry import WIDEST_FLASH_HEAD, HeadLayout, block_queries, ceil_divide, shard_length
 from mst_ds.model_shape import ModelShape
 from mst_ds.settings import Settings
 from mst_ds.zero import ZeroConfig
@@ -67,9 +67,14 @@ class Workload:
 
     @property
     def repeats_key_value(self) -> bool:
-        """Whether the kernel wants as many key/value heads as query heads, as sdpa's for fp32 on CUDA does."""
-        is_ungrouped = self.settings.attention == "sdpa" and self.zero.dtype == "fp32"
+        """Whether the kernel wants as many key/value heads as query heads, as sdpa's does where it has no flash."""
+        is_ungrouped = self.settings.attention == "sdpa" and not self.has_flash
         return is_ungrouped and self.group_key_value_heads != self.group_query_heads
+
+    @property
+    def has_flash(self) -> bool:
+        """Whether flash attention has a kernel for the model's dtype and heads."""
+        return self.zero.dtype != "fp32" and self.shape.head_dim <= WIDEST_FLASH_HEAD
 
     @property
     def attention_keeping_layers(self) -> int:
