@@ -123,7 +123,7 @@ def as_on_an_accelerator() -> Iterator[None]:
     """Products of 16 bits are summed in fp32 without copies, elementwise work takes chunks as large as there; and
     positions, which have no values, begin no documents."""
     no_documents = {"find_document_starts": lambda *_: None, "document_lengths": lambda *_: None}
-    no_copies = {"_gemm_accumulates_in_fp32": lambda *_: True}
+    no_copies = {"products_in_fp32": lambda *_: chunks.ProductsInFp32(added=True, alone=True)}
     with (
         _replaced(decoder, **no_documents),
         _replaced(chunks, **no_copies, ELEMENTS_IN_CACHE_OF_CPU=ELEMENTS_THAT_KEEP_BUSY),

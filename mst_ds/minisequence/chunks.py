@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
@@ -111,8 +112,12 @@ class GradientSum:
         if self.transposed:
             left, right = right, left
         dtype = self.total.dtype
-        if left.dtype == right.dtype != dtype and _gemm_accumulates_in_fp32(left.device, left.dtype):
+        is_wider = left.dtype == right.dtype != dtype
+        has = products_in_fp32(left.device, left.dtype) if is_wider else ProductsInFp32()
+        if has.added:
             torch.addmm(self.total, left.t(), right, out_dtype=dtype, out=self.total)
+        elif has.alone:
+            self.total += torch.mm(left.t(), right, out_dtype=dtype)
         else:
             self.total.addmm_(left.to(dtype).t(), right.to(dtype))
 
@@ -143,23 +148,43 @@ def gradient_sums(
 def unrounded_product(left: Tensor, right: Tensor) -> Tensor:
     """`left @ right` in fp32 at least, also for 16-bit operands: (T, M), (M, N) -> (T, N)."""
     dtype = sum_dtype(left.dtype)
-    if left.dtype == right.dtype != dtype and _gemm_accumulates_in_fp32(left.device, left.dtype):
+    if left.dtype == right.dtype != dtype and products_in_fp32(left.device, left.dtype).alone:
         return torch.mm(left, right, out_dtype=dtype)
     return torch.mm(left.to(dtype), right.to(dtype))
 
 
+class ProductsInFp32(NamedTuple):
+    """Which products of 16-bit matrices a device gives in fp32, without copies of the factors."""
+
+    added: bool = False  # to an fp32 matrix: torch.addmm, which in torch 2.9 wants a matrix of 16 bits
+    alone: bool = False  # torch.mm
+
+
 @functools.cache
-def _gemm_accumulates_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
-    # 16-bit inputs with an fp32 result are a CUDA GEMM, absent on other devices and in older builds: asked once.
+def products_in_fp32(device: torch.device, dtype: torch.dtype) -> ProductsInFp32:
+    """Asked of the device once: they are CUDA's, and older builds of torch lack them."""
     if device.type != "cuda":
-        return False
-    total = torch.ones(16, 16, device=device)
-    ones = torch.ones(16, 16, device=device, dtype=dtype)
-    try:
-        torch.addmm(total, ones.t(), ones, out_dtype=torch.float32, out=total)
-    except (RuntimeError, TypeError):
-        return False
-    return bool((total == 17).all())
+        return ProductsInFp32()
+    total, ones = torch.ones(16, 16, device=device), torch.ones(16, 16, device=device, dtype=dtype)
+
+    def gives(expected: float, product: Callable[[], Tensor]) -> bool:
+        try:
+            found = product()
+        except (RuntimeError, TypeError):
+            return False
+        return found.dtype == torch.float32 and bool((found == expected).all())
+
+    found = ProductsInFp32(
+        added=gives(17, lambda: torch.addmm(total, ones.t(), ones, out_dtype=torch.float32, out=total)),
+        alone=gives(16, lambda: torch.mm(ones.t(), ones, out_dtype=torch.float32)),
+    )
+    if not any(found):
+        warnings.warn(
+            f"torch {torch.__version__} has no product of {dtype} matrices in fp32 on {device}: weight gradients are "
+            "computed from fp32 copies, which takes about twice as long; use torch 2.10 or newer",
+            stacklevel=2,
+        )
+    return found
 
 
 def autocast_disabled(device: torch.device) -> AbstractContextManager[None]:

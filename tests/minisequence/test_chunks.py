@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from mst_ds.minisequence.chunks import (
     GradientSum,
+    ProductsInFp32,
     cast_for_autocast,
     chunk_slices,
     gradient_sums,
@@ -62,6 +64,51 @@ def test_weights_accumulate_in_fp32_at_least_and_biases_in_fp64(parameter, accum
     assert not weight.total.any()
     assert bias.total.dtype == torch.float64
     assert [each.rounded().dtype for each in (weight, bias)] == [parameter] * 2
+
+
+class ProductsOfCuda(TorchFunctionMode):
+    """`out_dtype`, which the CPU does not know, from fp32 copies; `called`: what it was asked of."""
+
+    def __init__(self):
+        super().__init__()
+        self.called = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if (dtype := kwargs.pop("out_dtype", None)) is not None:
+            assert all(factor.dtype == torch.bfloat16 for factor in args[-2:])
+            self.called.append(func)
+            args = [arg.to(dtype) for arg in args]
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("has", "called"),
+    [
+        (ProductsInFp32(added=True, alone=True), [torch.addmm, torch.mm]),
+        (ProductsInFp32(alone=True), [torch.mm, torch.mm]),  # torch 2.9
+        (ProductsInFp32(), []),
+    ],
+    ids=["added", "alone", "neither"],
+)
+def test_each_form_of_a_product_gives_the_same(monkeypatch, has, called):
+    monkeypatch.setattr("mst_ds.minisequence.chunks.products_in_fp32", lambda device, dtype: has)
+    torch.manual_seed(0)
+    left, right = torch.randn(2, 33, 8).bfloat16()
+    weight = GradientSum(torch.empty(8, 8, dtype=torch.bfloat16), True)
+    weight.add(torch.ones(8, 8))
+    with ProductsOfCuda() as products:
+        weight.add_outer_products(left, right)
+        alone = unrounded_product(left.t(), right)
+    assert products.called == called
+    expected = left.double().t() @ right.double()
+    torch.testing.assert_close(weight.total.double(), 1 + expected, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(alone.double(), expected, rtol=1e-6, atol=1e-5)
+    # In fp32 nothing is asked of the device.
+    wide = GradientSum(torch.empty(8, 8), True)
+    with ProductsOfCuda() as products:
+        wide.add_outer_products(left.float(), right.float())
+    assert not products.called
 
 
 def test_outer_products_are_added_without_rounding_to_16_bits():
