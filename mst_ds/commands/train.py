@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,6 +84,7 @@ def _checked(argv: Sequence[str], held: ExitStack) -> _Job:
     find_files(config)
     # From here on imports take seconds; a mistyped flag or file has been answered already.
     _quiet_libraries()
+    _settle_environment(os.environ)
     from mst_ds.data import load_training_data
     from mst_ds.engine import Launch, claimed, output_folder, prepare, training_batches
 
@@ -100,6 +101,15 @@ def _quiet_libraries() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     for message in _OF_LIBRARIES:
         warnings.filterwarnings("ignore", message, FutureWarning)
+
+
+def _settle_environment(environment: MutableMapping[str, str]) -> None:
+    """What torch and NCCL read when they are imported; what the user has set stays."""
+    # Chunks of many sizes come and go: fixed segments would lose memory between blocks. torch 2.9 has both names.
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & environment.keys():
+        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    # ZeRO's gathers and attention's all-to-alls are of two communicators, whose kernels must not wait for each other.
+    environment.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
 
 
 def _train_or_end(job: _Job, held: ExitStack) -> int:
