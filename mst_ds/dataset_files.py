@@ -27,6 +27,8 @@ SPLIT_WORDS = {
 _KINDS = (".txt", ".jsonl", ".parquet")
 _CHATS = {"messages", "conversations", "conversation", "prompt", "completion", "chosen", "rejected"}
 _FIRST_LINES = 1000
+# Of a text, for one step of the check that it can be written.
+_CHARACTERS_AT_ONCE = 2**20
 
 
 def find_files(config: TrainConfig) -> dict[str, list[Path]] | None:
@@ -126,26 +128,35 @@ def _text(file: str, number: int, row: Mapping[str, Any], column: str) -> str | 
 
 
 def _lines(file: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Each line that is not blank, with its number from 1."""
+    """Each line that is not blank, with its number from 1.
+
+    A line may be as long as a book of books: it is let go as soon as the next form of it is there.
+    """
     with open(file, "rb") as lines:
-        for number, line in enumerate(lines, 1):
+        number = 0
+        while line := lines.readline():
+            number += 1
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                row = json.loads(text) if text else None
+                del line
+                if not text:
+                    continue
+                row = json.loads(text)
             except (ValueError, RecursionError) as error:  # of which both decoders' errors are
                 raise ValueError(
                     f"line {number} of {file!r} is not JSON in UTF-8 ({error}); allowed: one object a line"
                 ) from None
-            if row is None and not text:
-                continue
+            del text
             if not isinstance(row, dict):
                 raise ValueError(f"line {number} of {file!r} is not an object; allowed: one object a line")
             yield number, row
+            del row
 
 
 def _is_utf8(text: str) -> bool:
     try:
-        text.encode()
+        for start in range(0, len(text), _CHARACTERS_AT_ONCE):
+            text[start : start + _CHARACTERS_AT_ONCE].encode()
     except UnicodeEncodeError:
         return False
     return True
