@@ -51,8 +51,13 @@ def call_operator(
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """(..., C) as (tokens, C)."""
+    """(..., C) as (tokens, C), to be read: a copy, where its layout has no such view."""
     return tensor.reshape(-1, tensor.shape[-1])
+
+
+def flat_view(tensor: Tensor) -> Tensor:
+    """(..., C) as (tokens, C), to be written to: never a copy, in which what is written would be lost."""
+    return tensor.view(-1, tensor.shape[-1])
 
 
 class Linear(NamedTuple):

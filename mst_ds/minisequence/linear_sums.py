@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
-from .chunks import GradientSum, Linear, autocast_disabled, cast_for_autocast, flat
+from .chunks import GradientSum, Linear, autocast_disabled, cast_for_autocast, flat, flat_view
 
 
 class SumLinearGradients(TorchFunctionMode):
@@ -91,7 +91,7 @@ class _LinearIntoSums(torch.autograd.Function):
         # Not a view, as a linear layer's output may be: an activation may write over it in place.
         out = x.new_empty(*x.shape[:-1], len(layer.weight))
         with autocast_disabled(x.device):
-            layer.write(flat(x), out=flat(out))
+            layer.write(flat(x), out=flat_view(out))
         return out
 
     @staticmethod

@@ -22,6 +22,7 @@ from .chunks import (
     call_operator,
     cast_for_autocast,
     flat,
+    flat_view,
     gradient_sums,
     require_gathered,
 )
@@ -195,7 +196,7 @@ def _project(layer: Linear, x: Tensor, kept: Tensor | None, name: str, scratch: 
 def _compute(call: _MlpCall, *tensors: Any, out: Tensor) -> Tensor:
     all_kept, hidden_states, parameters = _unpack(tensors)
     gate, up, down = call.layers(parameters)
-    x, flat_out = flat(hidden_states), flat(out)
+    x, flat_out = flat(hidden_states), flat_view(out)
     project = functools.partial(_project, scratch=Scratch(), is_kept=call.is_recomputing)
     for rows in chunk_slices(x.shape[0], call.chunks):
         kept = all_kept.of(rows)

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from mst_ds.geometry import chunk_slices
 from mst_ds.recompute import RandomState
 
-from .chunks import call_operator, flat, gradient_sums, require_gathered
+from .chunks import call_operator, flat, flat_view, gradient_sums, require_gathered
 from .linear_sums import SumLinearGradients, differentiate
 
 
@@ -69,7 +69,7 @@ def compute_in_chunks(
         if out is None:
             # Not a view: models may add to it in place.
             out = chunk.new_empty(*leading, chunk.shape[-1])
-        flat(out)[rows] = flat(chunk)
+        flat_view(out)[rows] = flat(chunk)
     assert out is not None
     return out
 
@@ -127,7 +127,7 @@ class _ChunkedTokenwise(torch.autograd.Function):
                 ]
                 with torch.enable_grad(), SumLinearGradients(sums):
                     out = call.function(*leaves)
-                d_rows = [flat(grad)[rows] if grad is not None else None for grad in d_inputs]
+                d_rows = [flat_view(grad)[rows] if grad is not None else None for grad in d_inputs]
                 differentiate(out, dy[rows].view_as(out), leaves, d_rows, sums)
                 # Not beside the next chunk's.
                 del leaves, out

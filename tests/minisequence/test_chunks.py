@@ -9,6 +9,7 @@ from mst_ds.minisequence.chunks import (
     ProductsInFp32,
     cast_for_autocast,
     chunk_slices,
+    flat_view,
     gradient_sums,
     require_gathered,
     unrounded_product,
@@ -64,6 +65,14 @@ def test_weights_accumulate_in_fp32_at_least_and_biases_in_fp64(parameter, accum
     assert not weight.total.any()
     assert bias.total.dtype == torch.float64
     assert [each.rounded().dtype for each in (weight, bias)] == [parameter] * 2
+
+
+def test_what_is_written_to_is_no_copy():
+    tensor = torch.zeros(2, 3, 4)
+    flat_view(tensor)[5] = 1
+    assert tensor[1, 2].eq(1).all()
+    with pytest.raises(RuntimeError, match="view size is not compatible"):
+        flat_view(tensor.transpose(0, 1))
 
 
 class ProductsOfCuda(TorchFunctionMode):
