@@ -30,7 +30,7 @@ Auto: TypeAlias = Literal["auto"]
 AUTO: Auto = "auto"
 # A label that no loss counts, as in torch and transformers.
 IGNORE_INDEX = -100
-ATTENTION_IMPLEMENTATIONS = ("sdpa", "flash_attention_2")
+ATTENTION_IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 Packing: TypeAlias = Literal["documents", "none"]
 NonFinite: TypeAlias = Literal["stop", "skip"]
 

@@ -132,7 +132,9 @@ class Settings:
         tried=(1, 1, 1, 2),
         several=2,
     )
-    attention: str = _word(ATTENTION_IMPLEMENTATIONS, "flash attention if it is installed and the model is in 16 bits")
+    attention: str = _word(
+        ATTENTION_IMPLEMENTATIONS, '`"sdpa"`; for softcapped scores in 16 bits flash-attn 2, if it is installed'
+    )
 
     def __str__(self) -> str:
         """By the names of the `"mst"` block, without what is off: "sp_size 2, …, recompute, attention sdpa"."""
