@@ -1,14 +1,41 @@
-"""Processes beside the test's own: where they can meet, and whether they have ended."""
+"""Processes beside the test's own: how they are run, where they can meet, and whether they have ended."""
 
 from __future__ import annotations
 
+import os
+import shlex
+import signal
 import socket
+import subprocess
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
 import psutil
+import pytest
+
+ROOT = Path(__file__).parents[1]
 
 _held: list[socket.socket] = []
+
+
+def run(command: list[str], *, limit: float) -> subprocess.CompletedProcess[str]:
+    """Run in the project's folder. After `limit` seconds it is stopped with all that it has started."""
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        pytest.fail(f"{shlex.join(command)} did not end within {limit} s:\n{output}")
+    return subprocess.CompletedProcess(command, process.returncode, output)
 
 
 def free_port() -> str:

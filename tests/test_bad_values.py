@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_readme import ROOT
+from processes import ROOT
 
 from mst_ds.adapters import load_peft_config, model_on_meta
 from mst_ds.engine.launch import Launch

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import make_engine, rewrite_state, save, step
+from checkpoints import Bomb, make_engine, rewrite_state, save, step
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from distributed import run_ranks
 from tiers import slow_but_for
@@ -25,16 +25,6 @@ from mst_ds.checkpoint import (
 )
 from mst_ds.checkpoint.checksums import checksum
 from mst_ds.checkpoint.export import export_checkpoint
-
-
-class Bomb:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (exec, (f"import os; os.mkdir({str(self.marker)!r})",))
 
 
 def test_exact_tensors_that_are_damaged(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import re
 import subprocess
 
 import pytest
-from test_readme import ROOT
+from processes import ROOT
 
 from mst_ds.exit_protocol import (
     EXIT_REFUSED,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_readme import ROOT
+from processes import ROOT
 from trainings import Training
 
 from mst_ds.checkpoint import STATE_FILE, newest_checkpoint, read_checkpoint

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import ROOT
 
-ROOT = Path(__file__).parents[1]
 # Asked of an installed package: what it finds of what it ships, and the commands that it has.
 LOOK = """
 import importlib.metadata, json, os, sys

@@ -15,8 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 from filelock import FileLock
-from processes import assert_ended
-from test_readme import ROOT, run
+from processes import ROOT, assert_ended, run
 
 from mst_ds.commands import scale
 from mst_ds.exit_protocol import EXIT_STOPPED

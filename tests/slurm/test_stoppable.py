@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from test_readme import ROOT
+from processes import ROOT
 
 from mst_ds.exit_protocol import EXIT_STOPPED
 
