@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import Bomb, make_engine, rewrite_state, save, step
+from checkpoints import Bomb, resumable, rewrite_state, save, step
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from distributed import run_ranks
+from steps import build_engine
 from tiers import slow_but_for
 from tiny import tiny_llama
 
@@ -52,7 +53,7 @@ def plant(folder: Path, name: str, marker: Path, world_size: int) -> Checkpoint:
 
 def load_what_is_planted(rank: int, folder: Path, stage: int) -> dict[str, list[str]]:
     """What resuming, from one rank and by the universal form, and exporting say, by file."""
-    engine = make_engine(tiny_llama(), stage)
+    engine = build_engine(tiny_llama(), **resumable(stage))
     step(engine, 1)
     original = save(engine, folder, 1, stage)
     said: dict[str, list[str]] = {}
