@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import resource
 import shlex
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -36,6 +38,17 @@ def run(command: list[str], *, limit: float) -> subprocess.CompletedProcess[str]
         output, _ = process.communicate()
         pytest.fail(f"{shlex.join(command)} did not end within {limit} s:\n{output}")
     return subprocess.CompletedProcess(command, process.returncode, output)
+
+
+@contextmanager
+def full_disk(limit: int) -> Iterator[None]:
+    """A file may have no more bytes than the limit; writing more is an error, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def free_port() -> str:

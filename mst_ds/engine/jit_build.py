@@ -17,8 +17,6 @@ from torch.utils.cpp_extension import _get_build_directory
 
 from mst_ds.entry_point import RequestError
 
-_SHARED_MEMORY = Path("/dev/shm")
-
 
 def guard_builds() -> None:
     """From here on this process compiles, or loads, each of DeepSpeed's operators under a lock of the kernel's.
@@ -81,4 +79,4 @@ def unlink_shared_memory(rank: int) -> None:
     """
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}"
-    (_SHARED_MEMORY / name).unlink(missing_ok=True)
+    (Path("/dev/shm") / name).unlink(missing_ok=True)

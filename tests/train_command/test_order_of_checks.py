@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from defects import scale_gradient
 from filelock import FileLock
 from refusals import GPT2, TINY, TooLateError, model_folder, too_late, write
-from torch import Tensor
 
 import mst_ds.zero
 from mst_ds.commands import train
 from mst_ds.config import parse_train_config
 from mst_ds.data import training_data
 from mst_ds.engine import Launch, prepare
-from mst_ds.minisequence import mlp
+from mst_ds.structure import mlps
 
 
 @pytest.mark.parametrize(
@@ -72,13 +72,8 @@ def test_a_model_that_would_not_train_exactly(
 ) -> None:
     flags = ["--dataset", write(tmp_path / "text.txt", "some text " * 20), "--seq_len", "64"]
     flags += ["--output_dir", str(tmp_path / "run")]
-    right = mlp._ChunkedMLP.backward
-
-    def one_part_in_a_thousand_too_large(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Of the weights; hidden states have three dimensions."""
-        return tuple(1.001 * grad if grad is not None and grad.dim() == 2 else grad for grad in right(ctx, dy))
-
-    monkeypatch.setattr(mlp._ChunkedMLP, "backward", staticmethod(one_part_in_a_thousand_too_large))
+    # Those of the weights; hidden states have three dimensions.
+    scale_gradient(monkeypatch, mlps, "chunked_mlp", lambda each: each.dim() == 2)
     with monkeypatch.context() as patched:
         patched.setattr(training_data, "load_documents", too_late("load_documents"))
         line = refused(*flags)

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from refusals import GPT2, TINY, model_folder, write
 
-import mst_ds.model_shape.positions
 import mst_ds.model_shape.shape
 from mst_ds.config import parse_train_config
 from mst_ds.engine import Launch, prepare
@@ -159,7 +158,7 @@ def test_fewer_positions_than_tokens(
     is_known: bool, refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not is_known:
-        monkeypatch.setattr(mst_ds.model_shape.positions, "_TABLES", frozenset())
+        monkeypatch.setattr(mst_ds.model_shape.shape, "fixed_positions", lambda config: None)
     line = refused("--model", model_folder(tmp_path / "model", GPT2), "--seq_len", "64")
     assert line == "seq_len is 64, but the model has 63 positions; allowed: --seq_len 63 or less\n"
 
