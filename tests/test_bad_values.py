@@ -15,9 +15,9 @@ import pytest
 from processes import ROOT
 
 from mst_ds.adapters import load_peft_config, model_on_meta
+from mst_ds.command_line.entry_point import console, one_line, run_on_without_output
+from mst_ds.command_line.flags import OneLineParser
 from mst_ds.engine.launch import Launch
-from mst_ds.entry_point import console, one_line, run_on_without_output
-from mst_ds.flags import OneLineParser
 from mst_ds.model_shape import ModelShape, load_model_config
 
 TINY = {
@@ -189,7 +189,7 @@ BUFFERED = {"PYTHONUNBUFFERED": ""}
 # The least command: it prints its arguments, and a letter that is not ASCII.
 SCRIPT = """
 import sys
-from mst_ds.entry_point import refuse, run_command
+from mst_ds.command_line.entry_point import refuse, run_command
 def main(argv):
     if argv == ["late"]:
         print("some output")

@@ -11,8 +11,8 @@ import pytest
 from deepspeed.ops.op_builder.builder import OpBuilder
 from processes import free_port
 
+from mst_ds.command_line.entry_point import RequestError
 from mst_ds.engine import jit_build
-from mst_ds.entry_point import RequestError
 
 
 class Builder(OpBuilder):

@@ -20,9 +20,9 @@ from tiers import slow_but_for
 from trainings import FLAGS, LIMIT, Training, assert_same_run, command, losses, with_mesh
 
 from mst_ds.checkpoint import Identity, newest_checkpoint
+from mst_ds.command_line.exit_protocol import EXIT_STOPPED
 from mst_ds.config import parse_train_config
 from mst_ds.engine import Launch, prepare
-from mst_ds.exit_protocol import EXIT_STOPPED
 
 GO_ON = ("--resume", "auto")
 

@@ -16,9 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mst_ds.config import parse_train_config
-from mst_ds.dataset_files import find_files
-from mst_ds.entry_point import (
+from mst_ds.command_line.entry_point import (
     REQUEST_ERRORS,
     RequestError,
     console,
@@ -27,7 +25,9 @@ from mst_ds.entry_point import (
     run_on_without_output,
     say,
 )
-from mst_ds.exit_protocol import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, TRAIN_COMMAND, error_line
+from mst_ds.command_line.exit_protocol import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, TRAIN_COMMAND, error_line
+from mst_ds.config import parse_train_config
+from mst_ds.dataset_files import find_files
 
 if TYPE_CHECKING:
     import torch

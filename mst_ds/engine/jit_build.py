@@ -15,7 +15,7 @@ from deepspeed.ops.op_builder.builder import OpBuilder
 from filelock import FileLock
 from torch.utils.cpp_extension import _get_build_directory
 
-from mst_ds.entry_point import RequestError
+from mst_ds.command_line.entry_point import RequestError
 
 
 def guard_builds() -> None:

@@ -16,7 +16,7 @@ from types import TracebackType
 import psutil
 import torch.distributed as dist
 
-from mst_ds.exit_protocol import EXIT_FAILED, TRAIN_COMMAND, another_rank_ended, error_line
+from mst_ds.command_line.exit_protocol import EXIT_FAILED, TRAIN_COMMAND, another_rank_ended, error_line
 
 
 class Watchdog:

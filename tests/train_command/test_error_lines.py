@@ -14,9 +14,9 @@ import torch.distributed as dist
 from processes import ROOT
 from refusals import only_line
 
+from mst_ds.command_line.entry_point import RequestError, one_line
 from mst_ds.commands import train
 from mst_ds.engine import Launch, meeting
-from mst_ds.entry_point import RequestError, one_line
 
 SCRIPT = ROOT / "launch" / "train.py"
 

@@ -12,7 +12,7 @@ from defects import scale_gradient
 from filelock import FileLock
 from refusals import GPT2, TINY, TooLateError, model_folder, too_late, write
 
-import mst_ds.zero
+import mst_ds.zero.config
 from mst_ds.commands import train
 from mst_ds.config import parse_train_config
 from mst_ds.data import training_data
@@ -52,7 +52,7 @@ def test_the_json_is_read_and_resolved_once(tmp_path: Path, monkeypatch: pytest.
     calls = []
 
     def counted(name: str) -> Callable[..., Any]:
-        function = getattr(mst_ds.zero, name)
+        function = getattr(mst_ds.zero.config, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             calls.append(name)
@@ -61,7 +61,7 @@ def test_the_json_is_read_and_resolved_once(tmp_path: Path, monkeypatch: pytest.
         return call
 
     for name in ("read_json", "resolve"):
-        monkeypatch.setattr(mst_ds.zero, name, counted(name))
+        monkeypatch.setattr(mst_ds.zero.config, name, counted(name))
     flags = ["--dataset", write(tmp_path / "text.txt", "some text " * 20), "--seq_len", "64"]
     prepare(parse_train_config([*flags, "--preflight", "false"]), Launch.from_environment())
     assert calls == ["read_json", "resolve"]

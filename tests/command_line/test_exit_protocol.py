@@ -8,7 +8,7 @@ import subprocess
 import pytest
 from processes import ROOT
 
-from mst_ds.exit_protocol import (
+from mst_ds.command_line.exit_protocol import (
     EXIT_REFUSED,
     EXIT_STOPPED,
     TRAIN_COMMAND,
