@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: folders at the root whose files a wheel has in the package; see `mst_ds.shipped`."""
+"""What pyproject.toml cannot say: folders at the root that a wheel has in the package; see `mst_ds.files.shipped`."""
 
 from setuptools import find_namespace_packages, setup
 

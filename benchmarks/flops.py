@@ -60,7 +60,7 @@ class CountFlops(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _count_attention(self, name: str, arguments: dict[str, Any]) -> None:
-        flops = _attention_forward_flops(name, arguments)
+        flops = attention_forward_flops(name, arguments)
         if name not in self.counts.attention_kernels:
             self.counts.attention_kernels.append(name)
         if "backward" in name:
@@ -82,7 +82,8 @@ def _product_flops(a: Tensor, b: Tensor) -> int:
     return 2 * a.numel() * b.shape[-1]
 
 
-def _attention_forward_flops(name: str, arguments: dict[str, Any]) -> int:
+def attention_forward_flops(name: str, arguments: dict[str, Any]) -> int:
+    """Of the kernel `name`, whose arguments have their names: half of the products where it is causal."""
     query, key, value = (_first(arguments, (long, long[0])) for long in ("query", "key", "value"))
     if query.dim() == 3:  # documents one after another, (T, n, D), each from a number in `cum_seq` to the next
         borders = _first(arguments, ("cum_seq_q", "cu_seqlens_q", "cu_seq_q"))

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from benchmarks.measure import Measured, Result
 from mst_ds.config import GIB
-from mst_ds.whole_file import replace_file
+from mst_ds.files.whole_file import replace_file
 
 _PACKAGES = ("torch", "transformers", "deepspeed", "triton", "flash-attn", "liger-kernel")
 RESULTS = Path(__file__).with_name("results")

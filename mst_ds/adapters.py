@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
 
-from mst_ds.read_file import existing_file, expanded, read_json
+from mst_ds.files.read_file import existing_file, expanded, read_json
 
 if TYPE_CHECKING:
     import torch

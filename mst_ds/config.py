@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast, get_args
 
-from mst_ds.flags import OneLineParser, unknown_flag
-from mst_ds.read_file import existing_file, expanded, read_yaml
-from mst_ds.shipped import shipped_folder
+from mst_ds.command_line.flags import OneLineParser, unknown_flag
+from mst_ds.files.read_file import existing_file, expanded, read_yaml
+from mst_ds.files.shipped import shipped_folder
 
 GIB = 2**30
 DEFAULT_MODEL = "small_llama"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mst_ds.config import TrainConfig, nearest
-from mst_ds.read_file import expanded
+from mst_ds.files.read_file import expanded
 
 PYTHON_STDLIB = "python_stdlib"
 TEXT = "text"

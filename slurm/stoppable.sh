@@ -4,7 +4,7 @@
 # would then tell of a kill, and not of 75. Here 75 becomes 0, and rank 0 leaves `file` to say so. Other codes stay.
 set -euo pipefail
 
-readonly ASKED_TO_STOP=75 # EXIT_STOPPED of mst_ds/exit_protocol.py
+readonly ASKED_TO_STOP=75 # EXIT_STOPPED of mst_ds/command_line/exit_protocol.py
 file=$1
 shift
 

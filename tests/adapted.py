@@ -11,10 +11,6 @@ from tiny_models import ARCHITECTURES, build
 from torch import nn
 from transformers import PreTrainedModel
 
-from mst_ds.data import IGNORE_INDEX, Batch
-
-# fp64, but transformers computes norms, rotary embeddings and the loss in fp32 in any model.
-TOLERANCE = 1e-6
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
 HEAD, EMBEDDINGS = ["lm_head"], ["embed_tokens"]
@@ -48,11 +44,3 @@ def randomise(model: nn.Module) -> None:
             if parameter.requires_grad:
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter.add_(noise.to(parameter.dtype), alpha=0.1)
-
-
-def make_batch() -> Batch:
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, 97, (2, 30), generator=generator)
-    labels = ids.clone()
-    labels[0, 5:9] = labels[1, :20] = IGNORE_INDEX
-    return {"input_ids": ids, "labels": labels}

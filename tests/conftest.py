@@ -27,6 +27,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.fixture
+def group_of_one() -> Iterator[None]:
+    """This process as the only rank."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(autouse=True)
 def _the_next_test_finds_the_process_as_it_was() -> Iterator[None]:
     """The training command's main has signals wait, and writes where DeepSpeed looks that it is one process, which in

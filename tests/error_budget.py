@@ -19,6 +19,13 @@ def relative_error(actual: Tensor, truth: Tensor) -> float:
     return ((actual.double() - truth).norm() / truth.norm()).item()
 
 
+def relative_errors(actual: Tensors, expected: Tensors) -> dict[str, float]:
+    """`relative_error` of each. Nothing expected is 0, or a test would see nothing."""
+    assert actual.keys() == expected.keys()
+    assert not [name for name, tensor in expected.items() if tensor.norm() == 0]
+    return {name: relative_error(actual[name], tensor) for name, tensor in expected.items()}
+
+
 def value_and_gradients(
     function: Callable[[Tensors], Tensor], tensors: Mapping[str, Tensor], dtype: torch.dtype, grad_output: Tensor
 ) -> Tensors:

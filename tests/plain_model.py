@@ -15,9 +15,9 @@ from torch.nn.functional import pad
 TOLERANCE = 1e-6
 
 
-def make_batch(length: int = 29, vocab_size: int = 97) -> dict[str, Tensor]:
+def make_batch(length: int = 29, vocab_size: int = 97, *, seed: int = 1) -> dict[str, Tensor]:
     """Two sequences whose labels are ignored in a part of the first, the whole start of the second."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, vocab_size, (2, length), generator=generator)
     labels = ids.clone()
     labels[0, 5:9] = labels[1, :20] = -100

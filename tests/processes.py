@@ -1,14 +1,54 @@
-"""Processes beside the test's own: where they can meet, and whether they have ended."""
+"""Processes beside the test's own: how they are run, where they can meet, and whether they have ended."""
 
 from __future__ import annotations
 
+import os
+import resource
+import shlex
+import signal
 import socket
+import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
+import pytest
+
+ROOT = Path(__file__).parents[1]
 
 _held: list[socket.socket] = []
+
+
+def run(command: list[str], *, limit: float) -> subprocess.CompletedProcess[str]:
+    """Run in the project's folder. After `limit` seconds it is stopped with all that it has started."""
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        pytest.fail(f"{shlex.join(command)} did not end within {limit} s:\n{output}")
+    return subprocess.CompletedProcess(command, process.returncode, output)
+
+
+@contextmanager
+def full_disk(limit: int) -> Iterator[None]:
+    """A file may have no more bytes than the limit; writing more is an error, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def free_port() -> str:

@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from plain_model import shift
+from plain_model import gradients_of, shift
 from tiny import tiny_settings
 from torch import Tensor
 
 from mst_ds import apply_settings
+from mst_ds.data import Batch, shard
 from mst_ds.sequence_parallel import SequenceGroup, run_simulated
+from mst_ds.topology import Topology
+
+
+def plain_shards(batch: Mapping[str, Tensor], sp_size: int) -> list[Batch]:
+    """Consecutive parts of a length that `sp_size` divides, with their targets, and none of the package's code."""
+    tensors = dict(batch)
+    tensors["shift_labels"] = shift(tensors.pop("labels"), batch.get("position_ids"), batch.get("attention_mask"))
+    parts = {name: tensor.chunk(sp_size, dim=1) for name, tensor in tensors.items()}
+    return [{name: of_ranks[rank] for name, of_ranks in parts.items()} for rank in range(sp_size)]
+
+
+def shards_of_a_run(batch: Mapping[str, Tensor], sp_size: int) -> list[Batch]:
+    """As a run's loader makes them, of any length."""
+    return [shard(dict(batch), Topology(rank, sp_size, sp_size)) for rank in range(sp_size)]
 
 
 def sharded_loss_and_gradients(
@@ -20,6 +35,7 @@ def sharded_loss_and_gradients(
     batch: Mapping[str, Tensor],
     sp_size: int = 2,
     *,
+    split: Callable[[Mapping[str, Tensor], int], list[Batch]] = plain_shards,
     num_items_in_batch: int | None = None,
     forward: Mapping[str, Any] | None = None,
     **settings: Any,
@@ -27,25 +43,26 @@ def sharded_loss_and_gradients(
     """The sum over the ranks of their losses and gradients; each rank has a copy of `model` and its shard of `batch`.
 
     Args:
-        batch: tensors (B, S) with `labels`, not shifted; S is a multiple of `sp_size`.
+        batch: tensors (B, S) with `labels`, not shifted.
+        split: how it becomes shards.
         num_items_in_batch: None means the number of valid labels.
         forward: further arguments of the model.
         settings: of the plan.
     """
-    tensors = dict(batch)
-    tensors["shift_labels"] = shift(tensors.pop("labels"), batch.get("position_ids"), batch.get("attention_mask"))
-    num_items = int((tensors["shift_labels"] != -100).sum()) if num_items_in_batch is None else num_items_in_batch
+    shards = split(batch, sp_size)
+    valid = sum(int((each["shift_labels"] != -100).sum()) for each in shards)
+    num_items = valid if num_items_in_batch is None else num_items_in_batch
     copies = [copy.deepcopy(model) for _ in range(sp_size)]
 
     def run(group: SequenceGroup) -> Tensor:
-        rank, own = group.rank, copies[group.rank]
+        own = copies[group.rank]
         apply_settings(own, tiny_settings(sp_size, **settings), sequence_group=group)
-        shard = {name: tensor.chunk(sp_size, dim=1)[rank] for name, tensor in tensors.items()}
-        loss = own(**shard, num_items_in_batch=num_items, **(forward or {})).loss
+        loss = own(**shards[group.rank], num_items_in_batch=num_items, **(forward or {})).loss
         loss.backward()
         return loss.detach()
 
     results = {"loss": torch.stack(run_simulated(run, sp_size)).sum()}
-    for named in zip(*(own.named_parameters() for own in copies), strict=True):
-        results[named[0][0]] = sum(parameter.grad for _, parameter in named)
+    of_ranks = [gradients_of(own) for own in copies]
+    for name in dict.fromkeys(name for of_rank in of_ranks for name in of_rank):
+        results[name] = sum(of_rank[name] for of_rank in of_ranks if name in of_rank)
     return results

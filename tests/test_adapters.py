@@ -16,18 +16,18 @@ from adapted import (
     EXPERTS,
     HEAD,
     MLP,
-    TOLERANCE,
     Adapter,
     adapted,
     base_model,
     lora,
-    make_batch,
     randomise,
 )
 from distributed import run_ranks
+from error_budget import relative_errors
 from peft import PeftModel, get_peft_model
-from plain_model import assert_close, loss_and_gradients
-from steps import build_engine, patched_step, relative_errors, simulated_step, train, zero_block
+from plain_model import assert_close, loss_and_gradients, make_batch
+from sharded import sharded_loss_and_gradients
+from steps import build_engine, patched_step, train, zero_block
 from tiers import slow_but_for
 from tiny import Outcome, plain_training, samples, tiny_llama, tiny_settings
 from torch import Tensor, nn
@@ -79,7 +79,7 @@ NEEDS_PROCESSES = [
 @functools.cache
 def plain_step(name: str) -> dict[str, Tensor]:
     model = adapted(*ADAPTERS[name])
-    result = loss_and_gradients(model, **make_batch())
+    result = loss_and_gradients(model, **make_batch(30))
     trained = {parameter_name for parameter_name, parameter in model.named_parameters() if parameter.requires_grad}
     assert result.keys() == {"loss", *trained}
     return result
@@ -89,26 +89,26 @@ def plain_step(name: str) -> dict[str, Tensor]:
 def test_an_adapter_trains_as_without_a_plan(name: str) -> None:
     model = adapted(*ADAPTERS[name])
     assert apply_settings(model, tiny_settings(recompute=False)) is model
-    assert_close(loss_and_gradients(model, **make_batch()), plain_step(name), TOLERANCE)
+    assert_close(loss_and_gradients(model, **make_batch(30)), plain_step(name))
     remove_plan(model)
-    removed = loss_and_gradients(model, **make_batch())
+    removed = loss_and_gradients(model, **make_batch(30))
     assert all(torch.equal(removed[key], value) for key, value in plain_step(name).items())
 
 
 @pytest.mark.parametrize("name", ["everything", "saved-head-and-embeddings", "moe-everything"])
 def test_an_adapter_trains_with_recompute_as_without_a_plan(name: str) -> None:
     model = apply_settings(adapted(*ADAPTERS[name]), tiny_settings(recompute=True))
-    assert_close(loss_and_gradients(model, **make_batch()), plain_step(name), TOLERANCE)
+    assert_close(loss_and_gradients(model, **make_batch(30)), plain_step(name))
 
 
 @pytest.mark.parametrize("name", [name for name in ADAPTERS if name not in NEEDS_PROCESSES])
 def test_an_adapter_trains_on_shards_as_without(name: str) -> None:
-    sharded = simulated_step(adapted(*ADAPTERS[name]), make_batch(), recompute=True)
-    assert_close(sharded, plain_step(name), TOLERANCE)
+    sharded = sharded_loss_and_gradients(adapted(*ADAPTERS[name]), make_batch(30), recompute=True)
+    assert_close(sharded, plain_step(name))
 
 
 def step_in_processes(rank: int, names: list[str]) -> list[dict[str, Tensor]]:
-    topology, batch = Topology(rank, 2, 2), make_batch()
+    topology, batch = Topology(rank, 2, 2), make_batch(30)
     num_items = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
     results = []
     for name in names:
@@ -125,15 +125,15 @@ def step_in_processes(rank: int, names: list[str]) -> list[dict[str, Tensor]]:
 def test_an_adapter_trains_on_shards_in_processes_as_without() -> None:
     results, _ = run_ranks(step_in_processes, 2, NEEDS_PROCESSES)
     for name, result in zip(NEEDS_PROCESSES, results, strict=True):
-        assert_close(result, plain_step(name), TOLERANCE)
+        assert_close(result, plain_step(name))
 
 
 def test_a_trained_head_on_a_frozen_body_without_peft() -> None:
     model = base_model("llama").requires_grad_(False)
     model.lm_head.requires_grad_(True)
-    plain = loss_and_gradients(model, **make_batch())
+    plain = loss_and_gradients(model, **make_batch(30))
     assert plain.keys() == {"loss", "lm_head.weight"}
-    assert_close(patched_step(model, make_batch()), plain, TOLERANCE)
+    assert_close(patched_step(model, make_batch(30)), plain)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_a_trained_head_on_a_frozen_body_without_peft() -> None:
 def test_adapters_of_other_kinds(config: peft.PeftConfig) -> None:
     model = get_peft_model(base_model("llama"), config)
     randomise(model)
-    assert_close(patched_step(model, make_batch()), loss_and_gradients(model, **make_batch()), TOLERANCE)
+    assert_close(patched_step(model, make_batch(30)), loss_and_gradients(model, **make_batch(30)))
 
 
 # Dropout
@@ -186,7 +186,7 @@ def test_every_chunk_draws_masks_of_its_own_and_recompute_the_same(recompute: bo
     for holder in dropouts(model).values():
         holder["default"] = Masks()
     torch.manual_seed(5)
-    patched = loss_and_gradients(model, **make_batch())
+    patched = loss_and_gradients(model, **make_batch(30))
 
     plain = adapted("llama", DROPOUT)
     drawn = {name: holder["default"].drawn for name, holder in dropouts(model).items()}
@@ -202,7 +202,7 @@ def test_every_chunk_draws_masks_of_its_own_and_recompute_the_same(recompute: bo
         assert all(torch.equal(a, b) for other in again for a, b in zip(other, forward, strict=True))
         assert not any(torch.equal(forward[0], mask) for mask in forward[1:])
         holder["default"] = Masks(given=[torch.cat(forward, dim=-2)])
-    assert_close(patched, loss_and_gradients(plain, **make_batch()), TOLERANCE)
+    assert_close(patched, loss_and_gradients(plain, **make_batch(30)))
 
 
 def test_dropout_depends_on_the_seed_alone() -> None:
@@ -210,9 +210,9 @@ def test_dropout_depends_on_the_seed_alone() -> None:
     for recompute, seed in ((False, 5), (True, 5), (True, 6)):
         model = apply_settings(adapted("llama", DROPOUT), tiny_settings(recompute=recompute))
         torch.manual_seed(seed)
-        results.append((loss_and_gradients(model, **make_batch()), torch.rand(1)))
+        results.append((loss_and_gradients(model, **make_batch(30)), torch.rand(1)))
     (first, next_number), (same, same_number), (other, _) = results
-    assert_close(same, first, TOLERANCE)
+    assert_close(same, first)
     assert torch.equal(next_number, same_number), "recompute leaves the random generator elsewhere"
     assert min(relative_errors(other, first).values()) > 1e-3
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_readme import ROOT
+from processes import ROOT
 
 from mst_ds.adapters import load_peft_config, model_on_meta
+from mst_ds.command_line.entry_point import console, one_line, run_on_without_output
+from mst_ds.command_line.flags import OneLineParser
 from mst_ds.engine.launch import Launch
-from mst_ds.entry_point import _Lasting, console, one_line
-from mst_ds.flags import OneLineParser
 from mst_ds.model_shape import ModelShape, load_model_config
 
 TINY = {
@@ -166,7 +166,7 @@ def test_what_is_said_of_an_error(error: Exception, says: str) -> None:
     assert one_line(error) == says
 
 
-def test_a_run_goes_on_without_its_terminal() -> None:
+def test_a_run_goes_on_without_its_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     class Gone(io.StringIO):
         def write(self, text: str) -> int:
             raise BrokenPipeError(errno.EPIPE, "Broken pipe")
@@ -174,10 +174,13 @@ def test_a_run_goes_on_without_its_terminal() -> None:
         def flush(self) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    print("text", file=_Lasting(Gone()), flush=True)
-    _Lasting(Gone()).writelines(["text"])
     there = io.StringIO()
-    print("text", file=_Lasting(there), flush=True)
+    monkeypatch.setattr(sys, "stdout", there)
+    monkeypatch.setattr(sys, "stderr", Gone())
+    run_on_without_output()
+    print("text", flush=True)
+    print("text", file=sys.stderr, flush=True)
+    sys.stderr.writelines(["text"])
     assert there.getvalue() == "text\n"
 
 
@@ -186,7 +189,7 @@ BUFFERED = {"PYTHONUNBUFFERED": ""}
 # The least command: it prints its arguments, and a letter that is not ASCII.
 SCRIPT = """
 import sys
-from mst_ds.entry_point import refuse, run_command
+from mst_ds.command_line.entry_point import refuse, run_command
 def main(argv):
     if argv == ["late"]:
         print("some output")

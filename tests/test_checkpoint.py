@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import DATA, draws, identity_of, make_engine, rewrite_state, save, save_two, step
+from checkpoints import DATA, draws, identity_of, resumable, rewrite_state, save, save_two, step
 from distributed import run_ranks
 from peft import LoraConfig, get_peft_model
+from steps import build_engine
 from tiers import slow_but_for
 from tiny import tiny_llama
 from transformers import AutoModelForCausalLM, LlamaConfig, get_scheduler
@@ -43,7 +44,7 @@ def go_on(rank: int, folder: Path, stage: int, world_size: int) -> list[float]:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    engine = make_engine(model, stage, checkpoint, world_size)
+    engine = build_engine(model, **resumable(stage, checkpoint, world_size))
     load_checkpoint(engine, checkpoint, seed=0)
     return [step(engine, number) for number in (3, 4)] + draws()
 
@@ -86,7 +87,7 @@ def resume_with_another_schedule(rank: int, folder: Path, stage: int, is_deepspe
             kind = {
                 "schedule": functools.partial(get_scheduler, "linear", num_training_steps=steps, num_warmup_steps=1)
             }
-        return make_engine(tiny_llama(), stage, gradient_clipping=1.0 / steps, **kind)
+        return build_engine(tiny_llama(), **resumable(stage), gradient_clipping=1.0 / steps, **kind)
 
     def rates(engine: Any, numbers: range) -> list[list[float]]:
         found = []
@@ -118,11 +119,11 @@ def resume_with_torchs_schedule(rank: int, folder: Path) -> None:
         return [(engine.get_lr()[0], step(engine, number)) for number in (4, 5, 6)]
 
     settings = {"scheduler": {"type": "StepLR", "params": {"step_size": 2}}}
-    first = make_engine(tiny_llama(), 0, **settings)
+    first = build_engine(tiny_llama(), **resumable(0), **settings)
     for number in (1, 2, 3):
         step(first, number)
     save(first, folder, 3, 0)
-    second = make_engine(tiny_llama(), 0, **settings)
+    second = build_engine(tiny_llama(), **resumable(0), **settings)
     checkpoint = newest_checkpoint(folder)
     assert checkpoint is not None
     load_checkpoint(second, checkpoint, seed=0)
@@ -140,7 +141,7 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
 
 
 def save_many(rank: int, folder: Path) -> None:
-    engine = make_engine(tiny_llama(), 1)
+    engine = build_engine(tiny_llama(), **resumable(1))
     moved = folder.with_name("moved")
     for number in (1, 2, 3, 4):
         # What a save that was killed has left is removed by the next.
@@ -306,7 +307,7 @@ def fill_disk(rank: int, folder: Path, *, at: str) -> str:
     """A file may have no more bytes than a limit of the system's says, as on a disk that is full."""
     from mst_ds.checkpoint import save as module
 
-    engine = make_engine(tiny_llama(), 1)
+    engine = build_engine(tiny_llama(), **resumable(1))
     save(engine, folder, 1, 1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     write = getattr(module, at)
@@ -342,7 +343,7 @@ def save_model(rank: int, folder: Path, stage: int, has_adapters: bool) -> torch
     model: Any = tiny_llama()
     if has_adapters:
         model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM"))
-    engine = make_engine(model, stage)
+    engine = build_engine(model, **resumable(stage))
     for number in (1, 2):
         step(engine, number)
     save(engine, folder, 2, stage)

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import make_engine, rewrite_state, save, step
+from checkpoints import Bomb, resumable, rewrite_state, save, step
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from distributed import run_ranks
+from steps import build_engine
 from tiers import slow_but_for
 from tiny import tiny_llama
 
@@ -25,16 +26,6 @@ from mst_ds.checkpoint import (
 )
 from mst_ds.checkpoint.checksums import checksum
 from mst_ds.checkpoint.export import export_checkpoint
-
-
-class Bomb:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (exec, (f"import os; os.mkdir({str(self.marker)!r})",))
 
 
 def test_exact_tensors_that_are_damaged(tmp_path: Path) -> None:
@@ -62,7 +53,7 @@ def plant(folder: Path, name: str, marker: Path, world_size: int) -> Checkpoint:
 
 def load_what_is_planted(rank: int, folder: Path, stage: int) -> dict[str, list[str]]:
     """What resuming, from one rank and by the universal form, and exporting say, by file."""
-    engine = make_engine(tiny_llama(), stage)
+    engine = build_engine(tiny_llama(), **resumable(stage))
     step(engine, 1)
     original = save(engine, folder, 1, stage)
     said: dict[str, list[str]] = {}

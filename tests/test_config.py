@@ -1,6 +1,7 @@
 """Flags, the YAML file, and the "mst" block."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import get_type_hints
 
@@ -196,9 +197,11 @@ def test_every_schedule_that_is_allowed_works():
     import torch
     from transformers import get_scheduler
 
-    from mst_ds.config import _SCHEDULES
-
-    for name in _SCHEDULES:
+    with pytest.raises(ValueError, match="lr_scheduler_type is 'none'; allowed: ") as refusal:
+        parse_train_config(["--lr_scheduler_type", "none"])
+    names = re.split(", |; ", str(refusal.value).rpartition("allowed: ")[2])[:-1]  # the last is what is nearest
+    assert {"linear", "cosine", "constant"} < set(names)
+    for name in names:
         optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
         schedule = get_scheduler(name, optimizer, 1, 4)
         optimizer.step()

@@ -27,46 +27,38 @@ SEQ_LEN = 131
 STEPS = 3
 # fp32 sums in another order; measured: gradients up to 5e-7, losses up to 2e-7.
 TOLERANCE = 1e-5
-DROPS_GATHERED = ("stage3_prefetch_bucket_size", "stage3_max_live_parameters")
 
 
-def make_engine(
-    topology: Topology,
-    *,
-    stage: int,
-    reduce_scatter: bool = True,
-    dimensions: dict[str, Any],
-    keep_gathered: bool = True,
-    gradient_accumulation_steps: int = 1,
-    **settings: Any,
-) -> Any:
-    model = apply_settings(tiny_llama(**dimensions), tiny_settings(topology.sp_size, **settings), zero_stage=stage)
-    zero = zero_block(stage, reduce_scatter=reduce_scatter)
-    # Else a parameter is gathered for the module that runs, and dropped after it, as in a model that fills its memory.
-    if keep_gathered:
-        zero = {name: value for name, value in zero.items() if name not in DROPS_GATHERED}
-    return build_engine(model, gradient_accumulation_steps=gradient_accumulation_steps, zero_optimization=zero)
+def patched_llama(topology: Topology, stage: int, dimensions: dict[str, Any] | None = None, **settings: Any) -> Any:
+    """`tiny_llama` under a plan with these settings."""
+    model = tiny_llama(**(dimensions or {}))
+    return apply_settings(model, tiny_settings(topology.sp_size, **settings), zero_stage=stage)
 
 
 def train_sharded(
     topology: Topology,
     *,
+    stage: int,
     batch_size: int,
     micro_batches: int = 1,
-    steps: int = STEPS,
+    reduce_scatter: bool = True,
     dimensions: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Outcome:
     """Train on `batch_size` samples, split over the data-parallel ranks and micro-batches."""
     per_micro_batch = batch_size // topology.dp_size // micro_batches
     data = samples(batch_size, SEQ_LEN)
-    engine = make_engine(topology, dimensions=dimensions or {}, gradient_accumulation_steps=micro_batches, **settings)
+    engine = build_engine(
+        patched_llama(topology, stage, dimensions, **settings),
+        gradient_accumulation_steps=micro_batches,
+        zero_optimization=zero_block(stage, keep_gathered=True, reduce_scatter=reduce_scatter),
+    )
     first = topology.dp_rank * micro_batches * per_micro_batch
     shards = [
         shard(rows(data, range(start, start + per_micro_batch)), topology)
         for start in range(first, first + micro_batches * per_micro_batch, per_micro_batch)
     ]
-    outcome = train(engine, shards, steps)
+    outcome = train(engine, shards, STEPS)
     engine.destroy()
     return outcome if topology.rank == 0 else Outcome(outcome.losses, {})
 
@@ -203,8 +195,8 @@ def gathers_per_step(rank: int) -> list[dict[str, int]]:
     topology = Topology(rank, 2, 2)
     counts = []
     for keep_gathered, chunks in itertools.product((True, False), (1, 4, 16)):
-        settings = {"keep_gathered": keep_gathered, "mlp_chunks": chunks, "loss_chunks": chunks}
-        engine = make_engine(topology, stage=3, dimensions={}, **settings)
+        model = patched_llama(topology, 3, mlp_chunks=chunks, loss_chunks=chunks)
+        engine = build_engine(model, zero_optimization=zero_block(3, keep_gathered=keep_gathered))
         batch = shard(samples(1, SEQ_LEN), topology)
         train_step(engine, [batch])  # the first step traces the order of the parameters
         with AllGathers() as gathers:
@@ -227,7 +219,7 @@ def evaluate_sharded(rank: int) -> float:
     from mst_ds.training.loop import evaluate
 
     topology = Topology(rank, 4, 2)
-    engine = make_engine(topology, stage=3, dimensions={})
+    engine = build_engine(patched_llama(topology, 3), zero_optimization=zero_block(3))
     data = samples(4, SEQ_LEN)
     batches = [shard(rows(data, [topology.dp_rank * 2 + offset]), topology) for offset in range(2)]
     assert not any(parameter.grad is not None for parameter in engine.module.parameters())
@@ -248,7 +240,7 @@ def norms_by_stage(rank: int) -> list[float]:
     topology = Topology(rank, 2, 2)
     norms = []
     for stage in range(4):
-        engine = make_engine(topology, stage=stage, dimensions={})
+        engine = build_engine(patched_llama(topology, stage), zero_optimization=zero_block(stage))
         norms.append(train_step(engine, [shard(samples(1, SEQ_LEN), topology)]).grad_norm)
         engine.destroy()
     return norms

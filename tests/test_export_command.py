@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from kept_models import BIAS, ROUTER, save_kept_model
+from processes import ROOT
 from safetensors.torch import load_file
-from test_readme import ROOT
-from test_resume import assert_same_weights
-from trainings import Training
+from trainings import Training, assert_same_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mst_ds.checkpoint import read_checkpoint

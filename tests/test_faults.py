@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_readme import ROOT
+from processes import ROOT
 from trainings import Training
 
 from mst_ds.checkpoint import STATE_FILE, newest_checkpoint, read_checkpoint
-from mst_ds.commands.train import _write_model, main
+from mst_ds.checkpoint.export import export_run
+from mst_ds.commands.train import main
 from mst_ds.data import training_data
 from mst_ds.data.tokenizer import byte_tokenizer
 
@@ -249,7 +250,7 @@ def test_a_model_that_cannot_be_written(
         shutil.rmtree(output_dir / "checkpoints")
     engine: Any = None
     with pytest.raises(OSError, match=says):
-        _write_model(engine, byte_tokenizer(), output_dir, source="small_llama")
+        export_run(engine, byte_tokenizer(), output_dir, source="small_llama")
 
 
 def test_a_checkpoint_with_a_flipped_bit_is_not_loaded(output_dir: Path) -> None:

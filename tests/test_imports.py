@@ -11,12 +11,10 @@ PACKAGE = Path(__file__).parents[1] / "mst_ds"
 
 # From the bottom up. Modules of one line may import each other; each may import any line above this one.
 LAYERS = [
-    {"dtypes", "entry_point", "exit_protocol", "flags", "geometry", "read_file", "whole_file"},
-    {"adapters", "kept_in_fp32", "recompute", "shipped", "token_layout"},
+    {"command_line", "dtypes", "files", "geometry"},
+    {"adapters", "kept_in_fp32", "recompute", "token_layout"},
     {"attention", "config"},
     {"dataset_files", "gpus", "model_shape", "objectives", "settings", "topology"},
-    {"zero_checks"},
-    {"owners"},
     {"zero"},
     {"planner", "minisequence", "sequence_parallel", "metrics", "data"},
     {"structure", "model_folder"},
@@ -27,8 +25,8 @@ LAYERS = [
     {"commands"},
 ]
 # These are read before a process group or an accelerator exists, also on a laptop without either.
-PURE = {"config", "dataset_files", "entry_point", "exit_protocol", "flags", "geometry", "gpus", "owners", "read_file"}
-PURE |= {"zero_checks", "settings", "shipped", "zero", "model_shape", "topology", "planner"}
+PURE = {"command_line", "config", "dataset_files", "files", "geometry", "gpus", "model_shape", "planner", "settings"}
+PURE |= {"topology", "zero"}
 # Within a layer these have nothing to do with each other.
 APART = {"planner", "minisequence", "sequence_parallel", "metrics", "data"}
 
@@ -92,7 +90,7 @@ def test_the_package_imports_no_tools_of_tests():
 def test_flags_and_files_load_no_library_and_planning_neither_deepspeed_nor_a_process_group():
     script = """
 import sys
-import mst_ds.entry_point, mst_ds.dataset_files
+import mst_ds.command_line.entry_point, mst_ds.dataset_files
 assert not {"torch", "transformers", "deepspeed", "datasets"} & set(sys.modules)
 import mst_ds.planner
 assert "deepspeed" not in sys.modules

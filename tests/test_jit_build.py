@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 from deepspeed.ops.op_builder.builder import OpBuilder
+from processes import free_port
 
+from mst_ds.command_line.entry_point import RequestError
 from mst_ds.engine import jit_build
-from mst_ds.entry_point import RequestError
 
 
 class Builder(OpBuilder):
@@ -20,7 +21,7 @@ class Builder(OpBuilder):
     NAME = "fused_adam"
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(f"an operator of {folder}")
+        super().__init__(folder.name)
         self.folder = folder
         self.loads = 0
 
@@ -46,10 +47,11 @@ def build_as_torch_does(builder: Builder, verbose: bool = True) -> None:
 @pytest.fixture
 def builder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Builder:
     monkeypatch.setattr(OpBuilder, "jit_load", build_as_torch_does)
-    monkeypatch.setattr(jit_build, "_get_build_directory", lambda name, verbose: str(tmp_path))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     jit_build.guard_builds()
     jit_build.guard_builds()  # changes nothing more: the lock, taken twice, would not be got
-    return Builder(tmp_path)
+    (tmp_path / "an_operator").mkdir()
+    return Builder(tmp_path / "an_operator")
 
 
 @pytest.mark.parametrize("left_behind", [True, False])
@@ -78,16 +80,22 @@ def test_ninja_is_that_of_the_environment(monkeypatch: pytest.MonkeyPatch, build
     assert os.environ["PATH"] == str(builder.folder)
 
 
-def test_the_name_of_a_ranks_shared_memory_goes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(jit_build, "_SHARED_MEMORY", tmp_path)
+def test_the_name_of_a_ranks_shared_memory_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = free_port()  # so that no run has these names
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", "29500")
-    names = [f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_29500_{rank}" for rank in range(2)]
-    for name in names:
-        (tmp_path / name).touch()
-    jit_build.unlink_shared_memory(1)
-    jit_build.unlink_shared_memory(1)  # DeepSpeed may have done it
-    assert os.listdir(tmp_path) == names[:1]
+    monkeypatch.setenv("MASTER_PORT", port)
+    first, second = (
+        Path("/dev/shm") / f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_{port}_{rank}" for rank in range(2)
+    )
+    first.touch()
+    second.touch()
+    try:
+        jit_build.unlink_shared_memory(1)
+        jit_build.unlink_shared_memory(1)  # DeepSpeed may have done it
+        assert (first.exists(), second.exists()) == (True, False)
+    finally:
+        first.unlink()
+        second.unlink(missing_ok=True)
 
 
 def test_the_collective_of_the_cpu_is_built_so(monkeypatch: pytest.MonkeyPatch, builder: Builder) -> None:

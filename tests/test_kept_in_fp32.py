@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_ranks
+from error_budget import relative_errors
 from kept_models import BIAS, MODELS, ROUTER, kept_model, save_kept_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -127,10 +128,6 @@ def train_and_resume(rank: int, source: Path, folder: Path, stage: int) -> tuple
     return first, last, again
 
 
-def errors(actual: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
-    return {name: float((actual[name] - exact[name]).norm() / exact[name].norm()) for name in exact}
-
-
 def plain_gradients(source: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     # The other implementations of experts have no fp64.
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, experts_implementation="eager").train()
@@ -150,7 +147,8 @@ def test_a_run_its_checkpoint_and_its_export(case: tuple[str, int], tmp_path: Pa
     assert first_loss == plain(input_ids=IDS, labels=IDS).loss.item()
     assert last == again
     exact = plain_gradients(source, torch.float64)
-    plain_errors, own_errors = errors(plain_gradients(source, torch.bfloat16), exact), errors(gradients, exact)
+    plain_errors = relative_errors(plain_gradients(source, torch.bfloat16), exact)
+    own_errors = relative_errors(gradients, exact)
     # A router's gradient passes through DeepSpeed in bf16, of which half a unit is 2 ** -9.
     assert all(own_errors[each] <= plain_errors[each] * 1.05 + 2**-8 for each in exact), (own_errors, plain_errors)
     checkpoint = newest_checkpoint(tmp_path / "checkpoints-at-the-end")

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from test_readme import ROOT
-from test_resume import assert_same_weights
-from trainings import Training
+from processes import ROOT
+from trainings import Training, assert_same_weights
 
 from mst_ds.checkpoint import newest_checkpoint
 

@@ -7,20 +7,18 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mst_ds.memory import host as host_memory
+from mst_ds.memory.host import host_memory
 
 NODE = psutil.virtual_memory().total
 GROUP = "/slurm/job_7/step_0"
 
 
-def limited(monkeypatch: pytest.MonkeyPatch, folder: Path, process: str, files: dict[str, str]) -> int:
+def limited(folder: Path, process: str, files: dict[str, str]) -> int:
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text + "\n", encoding="ascii")
     (folder / "cgroup").write_text(process, encoding="utf-8")
-    monkeypatch.setattr(host_memory, "_PROCESS", folder / "cgroup")
-    monkeypatch.setattr(host_memory, "_MOUNT", folder)
-    return host_memory.host_memory()
+    return host_memory(folder / "cgroup", folder)
 
 
 VERSION_1 = f"5:cpu,cpuacct:/\n4:memory:{GROUP}\n0::/init\n"
@@ -44,12 +42,9 @@ VERSION_2 = f"0::{GROUP}\n"
         (VERSION_2, {}, NODE),
     ],
 )
-def test_the_least_limit_counts(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, process: str, files: dict[str, str], expected: int
-) -> None:
-    assert limited(monkeypatch, tmp_path, process, files) == expected
+def test_the_least_limit_counts(tmp_path: Path, process: str, files: dict[str, str], expected: int) -> None:
+    assert limited(tmp_path, process, files) == expected
 
 
-def test_a_system_without_control_groups_has_its_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(host_memory, "_PROCESS", tmp_path / "none")
-    assert host_memory.host_memory() == NODE
+def test_a_system_without_control_groups_has_its_memory(tmp_path: Path) -> None:
+    assert host_memory(tmp_path / "none") == NODE

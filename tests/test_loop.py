@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import pytest
 import torch
-from checkpoints import make_engine
+from checkpoints import resumable
 from distributed import run_ranks
+from steps import build_engine
 from tiers import slow_but_for
 from tiny import tiny_llama
 
@@ -19,7 +21,46 @@ from mst_ds.config import NonFinite
 from mst_ds.memory.phases import PhaseMeter
 from mst_ds.objectives import CROSS_ENTROPY
 from mst_ds.training import loop
-from mst_ds.training.loop import StepResult, _is_skipped
+from mst_ds.training.loop import StepResult
+
+
+class Logged:
+    """In place of a `MetricsWriter`."""
+
+    def __init__(self) -> None:
+        self.memory_of_steps: list[int] = []
+        self.skipped: list[bool] = []
+        self.memory: list[tuple[int, Any]] = []
+
+    def log_step(self, step: int, *, device_memory_bytes: int, is_skipped: bool, **_: Any) -> None:
+        self.memory_of_steps.append(device_memory_bytes)
+        self.skipped.append(is_skipped)
+
+    def log_memory(self, step: int, phases: Any) -> None:
+        self.memory.append((step, phases))
+
+
+def take_steps(max_steps: int, *, device: str = "cpu", dtype: str = "fp32", **settings: Any) -> Logged:
+    """What `train` logs where `loop.train_step` is the test's own."""
+    module = torch.nn.Module()
+    module.base_model = torch.nn.Identity()
+    engine: Any = SimpleNamespace(device=torch.device(device), module=module, get_lr=lambda: [0.1])
+    logged: Any = Logged()
+    ds_config = {} if dtype == "fp32" else {dtype: {"enabled": True}, "zero_optimization": {"stage": 1}}
+    plan = make_plan("small_llama", ds_config, world_size=1, seq_len=32, device_memory=GIB)
+    loop.train(engine, plan, itertools.repeat({}), logged, max_steps=max_steps, **settings)
+    return cast("Logged", logged)
+
+
+def skips(
+    monkeypatch: pytest.MonkeyPatch, result: StepResult, non_finite: NonFinite, *, has_loss_scale: bool = False
+) -> bool:
+    """Whether step 7, with this result, is logged as one that was left out."""
+    monkeypatch.setattr(loop, "train_step", lambda *_, **__: result)
+    monkeypatch.setattr(loop, "compare", lambda plan, peaks, device: peaks)
+    dtype = "fp16" if has_loss_scale else "fp32"
+    (skipped,) = take_steps(7, steps_done=6, dtype=dtype, non_finite=non_finite).skipped
+    return skipped
 
 
 @pytest.mark.parametrize(
@@ -29,29 +70,33 @@ from mst_ds.training.loop import StepResult, _is_skipped
         (StepResult(1.0, float("inf"), 1.0, False), "gradient norm"),
     ],
 )
-def test_a_step_that_is_not_finite_ends_the_run_or_is_skipped(result: StepResult, name: str) -> None:
+def test_a_step_that_is_not_finite_ends_the_run_or_is_skipped(
+    monkeypatch: pytest.MonkeyPatch, result: StepResult, name: str
+) -> None:
     with pytest.raises(FloatingPointError, match=f"the {name} of step 7 is (nan|inf).*--non_finite skip"):
-        _is_skipped(7, result, "stop", has_loss_scale=False)
-    assert _is_skipped(7, result, "skip", has_loss_scale=False)
+        skips(monkeypatch, result, "stop")
+    assert skips(monkeypatch, result, "skip")
 
 
-def test_a_step_that_is_finite_is_not_skipped() -> None:
-    assert not _is_skipped(7, StepResult(1.0, 1.0, 1.0, True), "skip", has_loss_scale=True)
+def test_a_step_that_is_finite_is_not_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not skips(monkeypatch, StepResult(1.0, 1.0, 1.0, True), "skip", has_loss_scale=True)
 
 
-def test_what_changed_weights_is_never_taken_for_skipped() -> None:
+def test_what_changed_weights_is_never_taken_for_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FloatingPointError, match="the loss of step 7"):
-        _is_skipped(7, StepResult(float("inf"), 1.0, 1.0, True), "skip", has_loss_scale=False)
+        skips(monkeypatch, StepResult(float("inf"), 1.0, 1.0, True), "skip")
 
 
 @pytest.mark.parametrize("non_finite", ["stop", "skip"])
-def test_in_fp16_a_gradient_that_is_not_finite_is_a_skipped_step(non_finite: NonFinite) -> None:
-    assert _is_skipped(7, StepResult(1.0, float("inf"), 1.0, False), non_finite, has_loss_scale=True)
+def test_in_fp16_a_gradient_that_is_not_finite_is_a_skipped_step(
+    monkeypatch: pytest.MonkeyPatch, non_finite: NonFinite
+) -> None:
+    assert skips(monkeypatch, StepResult(1.0, float("inf"), 1.0, False), non_finite, has_loss_scale=True)
 
 
 def poisoned(rank: int, stage: int) -> list[Any]:
     """Three steps, of which the second has a gradient that is not a number, on rank 1 of 2."""
-    engine = make_engine(tiny_llama(), stage)
+    engine = build_engine(tiny_llama(), **resumable(stage))
     weight = engine.module.lm_head.weight
     results, weights = [], []
     for step in (1, 2, 3):
@@ -75,20 +120,6 @@ def test_a_gradient_that_is_not_a_number_changes_no_weight(stage: int) -> None:
         assert result == [[True, False, True], [True, False, True], True, False, 1]
 
 
-class Logged:
-    """In place of a `MetricsWriter`."""
-
-    def __init__(self) -> None:
-        self.steps: list[int] = []
-        self.memory: list[tuple[int, Any]] = []
-
-    def log_step(self, step: int, *, device_memory_bytes: int, **_: Any) -> None:
-        self.steps.append(device_memory_bytes)
-
-    def log_memory(self, step: int, phases: Any) -> None:
-        self.memory.append((step, phases))
-
-
 @pytest.mark.parametrize(("device", "expected"), [("cuda", [900, 900, 950]), ("cpu", [100, 200, 950])])
 def test_the_first_step_is_measured_and_the_peak_over_the_run_outlives_the_reset(
     monkeypatch: pytest.MonkeyPatch, device: str, expected: list[int]
@@ -109,21 +140,15 @@ def test_the_first_step_is_measured_and_the_peak_over_the_run_outlives_the_reset
     monkeypatch.setattr(loop, "peak_memory_bytes", lambda device: next(reported))
     monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda device: 0)
     monkeypatch.setattr(torch.accelerator, "reset_peak_memory_stats", lambda device: None)
-    module = torch.nn.Module()
-    module.base_model = torch.nn.Identity()
-    engine: Any = SimpleNamespace(device=torch.device(device), module=module, get_lr=lambda: [0.1])
-    logged: Any = Logged()
-    plan = make_plan("small_llama", {}, world_size=1, seq_len=32, device_memory=GIB)
-    loop.train(engine, plan, iter([{}, {}, {}]), logged, max_steps=3)
+    logged = take_steps(3, device=device)
     assert [meter is not None for meter in meters] == [True, False, False]
     assert logged.memory == [(1, peaks)]
-    assert logged.steps == expected
+    assert logged.memory_of_steps == expected
 
 
+@pytest.mark.usefixtures("group_of_one")
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_step_ends_its_phases_in_order(monkeypatch: pytest.MonkeyPatch, accumulation: int) -> None:
-    monkeypatch.setattr(loop, "_sum_over_ranks", lambda value: value)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+def test_a_step_ends_its_phases_in_order(accumulation: int) -> None:
     events: list[str] = []
 
     class Engine:
@@ -167,9 +192,8 @@ class SumOfIds:
         return batch["input_ids"].sum() * model.weight / num_items
 
 
-def test_another_objective_decides_what_counts_and_what_is_minimised(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "_sum_over_ranks", lambda value: value)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+@pytest.mark.usefixtures("group_of_one")
+def test_another_objective_decides_what_counts_and_what_is_minimised() -> None:
     weight, gradients = torch.ones((), requires_grad=True), []
     engine: Any = SimpleNamespace(
         device=torch.device("cpu"),

@@ -7,12 +7,12 @@ from contextlib import nullcontext
 import pytest
 import torch
 import transformers
+from processes import ROOT
 from test_model_shape import SMALL, parameter_count
 
 from mst_ds.model_shape import (
     ModelShape,
     known_model_names,
-    known_models,
     load_model_config,
     load_model_shape,
     shipped_model_config,
@@ -125,7 +125,7 @@ def test_only_the_first_mistral_has_a_window():
 @pytest.mark.parametrize("name", KNOWN_PARAMETERS)
 def test_a_known_model_is_what_transformers_would_read(name):
     """No field is left out for which transformers has a default that is not None."""
-    fields = json.loads(known_models._FILE.read_text())[name]
+    fields = json.loads((ROOT / "mst_ds" / "model_shape" / "known_models.json").read_text())[name]
     assert load_model_shape(name) == ModelShape.from_config(transformers.AutoConfig.for_model(**fields))
 
 

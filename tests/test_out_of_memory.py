@@ -93,9 +93,8 @@ def failing(name: str) -> Any:
     ("where", "phases"),
     [("forward", ("forward", "loss")), ("backward", ("backward",)), ("step", ("optimizer_step",))],
 )
-def test_a_step_says_in_which_phase(monkeypatch: pytest.MonkeyPatch, where: str, phases: tuple[str, ...]) -> None:
-    monkeypatch.setattr(loop, "_sum_over_ranks", lambda value: value)
-    monkeypatch.setattr(loop.dist, "get_world_size", lambda: 1)
+@pytest.mark.usefixtures("group_of_one")
+def test_a_step_says_in_which_phase(where: str, phases: tuple[str, ...]) -> None:
     output = SimpleNamespace(loss=torch.zeros(()))
     calls: dict[str, Any] = {
         "forward": lambda **_: output,

@@ -6,6 +6,7 @@ Every test is the smallest form of its situation. The wide ones are with the par
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from itertools import islice
 
@@ -16,31 +17,24 @@ import torch.nn.functional as F
 from distributed import run_ranks
 from error_budget import assert_within_budget, value_and_gradients
 from peft import LoraConfig, get_peft_model
-from plain_model import assert_close, loss_and_gradients
-from steps import alone, build_engine, patched_step, simulated_step, train, zero_block
+from plain_model import assert_close, loss_and_gradients, make_batch
+from sharded import sharded_loss_and_gradients, shards_of_a_run
+from steps import alone, build_engine, patched_step, train, zero_block
 from tiny import Outcome, plain_training, samples, tiny_llama, tiny_settings
 from tiny_models import tiny_model
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mst_ds import apply_settings
-from mst_ds.data import IGNORE_INDEX, Batch, PackedDataset, ShardedLoader, eval_batches, shard, shift_labels
+from mst_ds.data import IGNORE_INDEX, PackedDataset, ShardedLoader, eval_batches, shard, shift_labels
 from mst_ds.data.order import permutation
 from mst_ds.minisequence import chunked_loss, chunked_mlp
 from mst_ds.topology import Topology, choose_sp_size
 
-# The models are fp64, but transformers computes norms, rotary embeddings and the loss in fp32 in any model.
-TOLERANCE = 1e-6
 # The engines are fp32, and sum in another order than one process.
 ENGINE_TOLERANCE = 1e-5
 
-
-def make_batch(length: int = 30) -> Batch:
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, 97, (2, length), generator=generator)
-    labels = ids.clone()
-    labels[1, : length // 2] = IGNORE_INDEX
-    return {"input_ids": ids, "labels": labels}
+sharded_step = functools.partial(sharded_loss_and_gradients, split=shards_of_a_run)
 
 
 # Rows 1 to 3: the LM head and its loss
@@ -49,25 +43,25 @@ def make_batch(length: int = 30) -> Batch:
 @pytest.mark.parametrize("factor", [1 / 2, 1 / 7, 1024.0], ids=["accumulation", "divided-outside", "loss-scale"])
 def test_row_01_the_incoming_gradient_scales_every_gradient(factor: float) -> None:
     """A fused head and loss that writes the head's gradient in its forward never scales it by what comes in."""
-    model, batch = tiny_model("llama"), make_batch()
+    model, batch = tiny_model("llama"), make_batch(30)
     plain = loss_and_gradients(copy.deepcopy(model), **batch)
     apply_settings(model, tiny_settings())
     loss = model(**batch).loss * factor
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     expected = {name: tensor * factor for name, tensor in plain.items()}
-    assert_close({"loss": loss.detach(), **gradients}, expected, TOLERANCE)
+    assert_close({"loss": loss.detach(), **gradients}, expected)
 
 
 def test_row_01_two_accumulated_halves_are_the_mean() -> None:
     """Accumulated over two micro-batches the same head has twice its gradient, while the body has it once."""
-    model, batch = tiny_model("llama"), make_batch()
+    model, batch = tiny_model("llama"), make_batch(30)
     plain = loss_and_gradients(copy.deepcopy(model), **batch)
     apply_settings(model, tiny_settings())
     for _ in range(2):
         (model(**batch).loss / 2).backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    assert_close({"loss": plain["loss"], **gradients}, plain, TOLERANCE)
+    assert_close({"loss": plain["loss"], **gradients}, plain)
 
 
 @pytest.mark.parametrize("ignored", [slice(0, 0), slice(0, 29), slice(10, 40)], ids=["none", "half", "whole-chunks"])
@@ -76,7 +70,7 @@ def test_row_02_the_mean_is_over_tokens_and_not_over_chunks(ignored: slice) -> N
     model, batch = tiny_model("llama"), make_batch(29)
     batch["labels"] = batch["input_ids"].clone()
     batch["labels"].view(-1)[ignored] = IGNORE_INDEX
-    assert_close(patched_step(model, batch, loss_chunks=5), loss_and_gradients(model, **batch), TOLERANCE)
+    assert_close(patched_step(model, batch, loss_chunks=5), loss_and_gradients(model, **batch))
 
 
 @pytest.mark.parametrize("enabled", [True, False], ids=["forward-only", "no-grad"])
@@ -85,7 +79,7 @@ def test_row_03_a_forward_leaves_no_gradients_behind(enabled: bool) -> None:
     model = apply_settings(tiny_model("llama"), tiny_settings())
     x, weight = (torch.randn(shape, requires_grad=True) for shape in ((20, 8), (11, 8)))
     with torch.set_grad_enabled(enabled):
-        losses = [model(**make_batch()).loss, chunked_loss(x, weight, torch.arange(20) % 11, chunks=3)]
+        losses = [model(**make_batch(30)).loss, chunked_loss(x, weight, torch.arange(20) % 11, chunks=3)]
     assert [loss.requires_grad for loss in losses] == [enabled] * 2
     assert all(tensor.grad is None for tensor in (x, weight, *model.parameters()))
 
@@ -136,33 +130,33 @@ def test_row_06_no_gradient_is_multiplied_by_the_size_of_the_sequence_group(
 
 def test_row_07_packed_documents_do_not_see_each_other_on_shards() -> None:
     """Packed documents under sdpa with sequence parallelism attend to the documents before them."""
-    model, ids, lengths = tiny_model("llama"), make_batch()["input_ids"][:1], [11, 8, 11]
+    model, ids, lengths = tiny_model("llama"), make_batch(30)["input_ids"][:1], [11, 8, 11]
     position_ids = torch.cat([torch.arange(length) for length in lengths])[None]
     batch = {
         "input_ids": ids,
         "labels": ids.masked_fill(position_ids == 0, IGNORE_INDEX),
         "position_ids": position_ids,
     }
-    packed = simulated_step(model, batch)
-    assert_close(packed, alone(model, ids.split(lengths, dim=1)), TOLERANCE)
+    packed = sharded_step(model, batch)
+    assert_close(packed, alone(model, ids.split(lengths, dim=1)))
 
 
 def test_row_08_a_sliding_window_on_shards() -> None:
     """A sliding window under sequence parallelism is applied to nothing, or to the wrong keys."""
-    model, batch = tiny_model("mistral"), make_batch()
+    model, batch = tiny_model("mistral"), make_batch(30)
     assert model.config.sliding_window < 15, "a window as long as a shard shows nothing"
-    assert_close(simulated_step(model, batch), loss_and_gradients(model, **batch), TOLERANCE)
+    assert_close(sharded_step(model, batch), loss_and_gradients(model, **batch))
 
 
 def test_row_08_left_padding_on_shards() -> None:
     """Left padding under sequence parallelism is attended to."""
     model, padding = tiny_model("llama"), 17  # all of the first shard and some of the second
-    ids = make_batch()["input_ids"]
+    ids = make_batch(30)["input_ids"]
     batch = {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
     batch["attention_mask"][1, :padding] = 0
     batch["labels"][1, : padding + 1] = IGNORE_INDEX
-    padded = simulated_step(model, batch)
-    assert_close(padded, alone(model, [ids[:1], ids[1:, padding:]]), TOLERANCE)
+    padded = sharded_step(model, batch)
+    assert_close(padded, alone(model, [ids[:1], ids[1:, padding:]]))
 
 
 # Rows 9 to 11: which parameters, and what a recompute repeats
@@ -170,19 +164,19 @@ def test_row_08_left_padding_on_shards() -> None:
 
 def test_row_09_tied_embeddings() -> None:
     """A tied head's gradient is lost, or added where its other half is not."""
-    model, batch = tiny_model("llama-bias-tied"), make_batch()
+    model, batch = tiny_model("llama-bias-tied"), make_batch(30)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    for step in (simulated_step, patched_step):
-        assert_close(step(model, batch), loss_and_gradients(model, **batch), TOLERANCE)
+    for step in (sharded_step, patched_step):
+        assert_close(step(model, batch), loss_and_gradients(model, **batch))
 
 
 def assert_adapters_train(target_modules: list[str], num_trained: int) -> None:
     torch.manual_seed(1)
     config = LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=target_modules, init_lora_weights=False)
-    model, batch = get_peft_model(tiny_model("llama"), config), make_batch()
+    model, batch = get_peft_model(tiny_model("llama"), config), make_batch(30)
     plain = loss_and_gradients(model, **batch)
     assert len(plain) == 1 + num_trained
-    assert_close(patched_step(model, batch), plain, TOLERANCE)
+    assert_close(patched_step(model, batch), plain)
 
 
 def test_row_09_parameters_that_nobody_lists_are_trained() -> None:
@@ -198,12 +192,12 @@ def test_row_10_adapters_in_mlps_alone() -> None:
 @pytest.mark.parametrize("trained", ["lm_head", "mlp"])
 def test_row_10_a_part_trained_on_a_frozen_body(trained: str) -> None:
     """A fused loss whose input needs no gradient has no grad_fn, so that a head on a frozen body is not trained."""
-    model, batch = tiny_model("llama"), make_batch()
+    model, batch = tiny_model("llama"), make_batch(30)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained in name)
     plain = loss_and_gradients(model, **batch)
     assert len(plain) == 1 + (1 if trained == "lm_head" else 6)
-    assert_close(patched_step(model, batch), plain, TOLERANCE)
+    assert_close(patched_step(model, batch), plain)
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
@@ -213,7 +207,7 @@ def test_row_11_dropout_inside_of_an_mlp_drops_the_same_in_the_backward(recomput
     sizes = {"vocab_size": 97, "n_embd": 32, "n_inner": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}
     config = GPT2Config(**sizes, resid_pdrop=0.3, attn_pdrop=0.0, embd_pdrop=0.0, bos_token_id=1, eos_token_id=2)
     model = apply_settings(GPT2LMHeadModel(config).double().train(), tiny_settings(recompute=recompute))
-    batch = make_batch()
+    batch = make_batch(30)
 
     def loss_after(step: float) -> Tensor:
         with torch.no_grad():
@@ -238,7 +232,7 @@ def test_row_11_autocast() -> None:
     results = []
     for model in (plain, patched):
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model(**make_batch()).loss
+            loss = model(**make_batch(30)).loss
         loss.backward()
         results.append({"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}})
     assert {tensor.dtype for tensor in results[1].values()} == {torch.float32}
@@ -291,16 +285,16 @@ def test_row_12_sums_over_512_chunks_are_as_exact_as_one(
 
 def test_row_13_a_rank_without_labels_adds_nothing() -> None:
     """A rank whose labels are all ignored has a loss of NaN, a mean over nothing."""
-    model, batch = tiny_model("llama"), make_batch()
+    model, batch = tiny_model("llama"), make_batch(30)
     batch["labels"] = batch["input_ids"].clone()
     batch["labels"][:, 15:] = IGNORE_INDEX
     assert bool((shard(batch, Topology(1, 2, 2))["shift_labels"] == IGNORE_INDEX).all())
-    assert_close(simulated_step(model, batch), loss_and_gradients(model, **batch), TOLERANCE)
+    assert_close(sharded_step(model, batch), loss_and_gradients(model, **batch))
 
 
 def test_row_13_no_labels_at_all() -> None:
     """The same in one process: the loss is 0 and so is every gradient."""
-    model, batch = apply_settings(tiny_model("llama"), tiny_settings()), make_batch()
+    model, batch = apply_settings(tiny_model("llama"), tiny_settings()), make_batch(30)
     batch["labels"].fill_(IGNORE_INDEX)
     assert all(torch.equal(value, torch.zeros_like(value)) for value in loss_and_gradients(model, **batch).values())
 
@@ -380,7 +374,7 @@ def test_row_16_a_number_of_heads_that_sp_does_not_divide() -> None:
     """Where sp does not divide the number of query heads the model is refused."""
     model, batch = tiny_llama().double(), make_batch(32)
     assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (6, 2)
-    assert_close(simulated_step(model, batch, sp_size=4), loss_and_gradients(model, **batch), TOLERANCE)
+    assert_close(sharded_step(model, batch, sp_size=4), loss_and_gradients(model, **batch))
     with pytest.raises(ValueError, match=r"sp_size is 8, but the model has 6 query heads.*allowed: 1, 2, 4"):
         choose_sp_size(8, world_size=8, num_attention_heads=6)
 
@@ -388,4 +382,4 @@ def test_row_16_a_number_of_heads_that_sp_does_not_divide() -> None:
 def test_row_17_a_length_that_sp_does_not_divide() -> None:
     """Where sp does not divide the sequence the batch is refused."""
     model, batch = tiny_model("llama"), make_batch(29)
-    assert_close(simulated_step(model, batch), loss_and_gradients(model, **batch), TOLERANCE)
+    assert_close(sharded_step(model, batch), loss_and_gradients(model, **batch))

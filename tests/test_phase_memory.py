@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mst_ds import GIB, make_plan
-from mst_ds.memory.phases import PhaseMemory, PhaseMeter, _standing_bytes, compare, planned_bytes
+from mst_ds.memory.phases import PhaseMemory, PhaseMeter, compare, planned_bytes
 from mst_ds.planner import MemoryTerm, Phase
 
 CPU = torch.device("cpu")
@@ -77,14 +77,19 @@ def test_the_end_of_a_measured_step_leaves_no_hook_and_no_mode() -> None:
     assert torch._C._len_torch_dispatch_stack() == 0
 
 
+def standing_bytes() -> int:
+    with PhaseMeter(Model(), CPU) as meter:
+        return meter.peaks["initialisation"]
+
+
 def test_what_stands_counts_each_storage_once_and_no_fake_tensor() -> None:
     gc.collect()
-    before = _standing_bytes()
+    before = standing_bytes()
     held: list[Tensor] = [torch.zeros(FLOATS)]
     held += [held[0][1:], held[0].detach(), nn.Parameter(held[0]), torch.zeros(FLOATS, device="meta")]
     with FakeTensorMode():
         held.append(torch.zeros(FLOATS))
-    assert _standing_bytes() - before == held[0].nbytes
+    assert standing_bytes() - before == held[0].nbytes
 
 
 def test_the_decoder_of_an_adapted_model_ends_the_forward() -> None:

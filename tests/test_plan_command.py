@@ -3,15 +3,14 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from processes import ROOT
 
 from mst_ds.commands import plan as plan_command
 from mst_ds.config import GIB
 from mst_ds.planner import longest_seq_len, make_plan
 
-ROOT = Path(__file__).parents[1]
 DS_CONFIG = "ds_configs/zero3_mst.json"
 LLAMA_8B = ("--model", "meta-llama/Llama-3.1-8B", "--num_gpus", "8", "--gpu", "H100")
 # What a laptop would wait for, or does not have.

@@ -11,16 +11,17 @@ from dataclasses import dataclass
 import pytest
 import torch
 from distributed import run_ranks
+from error_budget import relative_errors
 from peft import LoraConfig, get_peft_model
-from plain_model import loss_and_gradients
-from steps import build_engine, relative_errors, train, zero_block
+from plain_model import loss_and_gradients, make_batch
+from steps import build_engine, train, zero_block
 from tiers import slow_but_for
 from tiny import Outcome, plain_training, samples, tiny_llama, tiny_settings
 from tiny_models import tiny_model
 from torch import Tensor, nn
 
 from mst_ds import apply_settings
-from mst_ds.data import Batch, shard
+from mst_ds.data import shard
 from mst_ds.topology import Topology
 
 # bf16 and autocast, in one process
@@ -44,12 +45,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def make_batch() -> Batch:
-    generator = torch.Generator().manual_seed(2)
-    ids = torch.randint(3, 97, (2, 61), generator=generator)
-    labels = ids.clone()
-    labels[0, 5:30] = -100
-    return {"input_ids": ids, "labels": labels}
+# One draw: over seeds the ratio of our error to the plain model's in bf16 is 0.90 to 1.09, 0.97 to 1.00 in the mean.
+batch_of_61 = functools.partial(make_batch, 61, seed=2)
 
 
 def total_error(actual: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
@@ -75,7 +72,7 @@ def assert_as_exact(candidate: dict[str, Tensor], plain: dict[str, Tensor], trut
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_are_as_exact_as_the_plain_models(name: str, dtype: torch.dtype) -> None:
-    model, batch = MODELS[name]().to(dtype), make_batch()
+    model, batch = MODELS[name]().to(dtype), batch_of_61()
     truth = loss_and_gradients(copy.deepcopy(model).double(), **batch)
     plain = loss_and_gradients(copy.deepcopy(model), **batch)
     candidate = loss_and_gradients(apply_settings(model, tiny_settings()), **batch)
@@ -83,7 +80,7 @@ def test_gradients_are_as_exact_as_the_plain_models(name: str, dtype: torch.dtyp
 
 
 def test_adapters_in_fp32_on_a_model_in_bf16() -> None:
-    model, batch = adapted_llama(torch.bfloat16), make_batch()
+    model, batch = adapted_llama(torch.bfloat16), batch_of_61()
     trained = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
     assert (trained, model.base_model.model.lm_head.weight.dtype) == ({torch.float32}, torch.bfloat16)
     truth = loss_and_gradients(copy.deepcopy(model).double(), **batch)
@@ -97,7 +94,7 @@ def autocast_step(model: nn.Module, backward: str) -> dict[str, Tensor]:
     """`loss_and_gradients` with the forward under autocast, the backward inside of the context or outside."""
     autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
     with autocast():
-        loss = model(**make_batch()).loss
+        loss = model(**batch_of_61()).loss
     with autocast() if backward == "inside" else nullcontext():
         loss.backward()
     gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
@@ -108,7 +105,7 @@ def autocast_step(model: nn.Module, backward: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", MODELS)
 def test_under_autocast_gradients_are_as_exact_as_the_plain_models(name: str) -> None:
     model = MODELS[name]().float()
-    truth = loss_and_gradients(copy.deepcopy(model).double(), **make_batch())
+    truth = loss_and_gradients(copy.deepcopy(model).double(), **batch_of_61())
     plain = autocast_step(copy.deepcopy(model), "inside")
     inside, outside = (
         autocast_step(apply_settings(copy.deepcopy(model), tiny_settings()), at) for at in ("inside", "outside")

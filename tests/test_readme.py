@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shlex
-import signal
 import statistics
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from deepspeed.launcher.runner import parse_args as parse_launcher_args
+from processes import ROOT, run
 from test_imports import imported_parts, modules, name_parts, top
 
 from benchmarks.gpu.session import parse_options as parse_session_options
@@ -22,28 +22,8 @@ from benchmarks.step import parse_options
 from mst_ds.config import TrainConfig, parse_train_config
 from mst_ds.zero import load_ds_config
 
-ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
-
-
-def run(command: list[str], *, limit: float) -> subprocess.CompletedProcess[str]:
-    """Run in the project's folder. After `limit` seconds it is stopped with all that it has started."""
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        pytest.fail(f"{shlex.join(command)} did not end within {limit} s:\n{output}")
-    return subprocess.CompletedProcess(command, process.returncode, output)
 
 
 def blocks(language: str, *pages: Path) -> list[str]:

@@ -12,60 +12,19 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-from processes import assert_ended, free_port
-from safetensors.torch import load_file
-from test_readme import ROOT
+from processes import ROOT, assert_ended
 from tiers import slow_but_for
-from trainings import Training
+from trainings import FLAGS, LIMIT, Training, assert_same_run, command, losses, with_mesh
 
 from mst_ds.checkpoint import Identity, newest_checkpoint
+from mst_ds.command_line.exit_protocol import EXIT_STOPPED
 from mst_ds.config import parse_train_config
 from mst_ds.engine import Launch, prepare
-from mst_ds.exit_protocol import EXIT_STOPPED
 
-FLAGS = ("--max_steps", "12", "--seq_len", "256", "--preflight", "false", "--save_steps", "3")
-LIMIT = 240
 GO_ON = ("--resume", "auto")
-
-
-def command(output_dir: Path, *flags: str, ranks: int = 2, ds_config: str = "ds_configs/zero3_mst.json") -> list[str]:
-    return [
-        str(Path(sys.executable).with_name("deepspeed")),
-        "--num_gpus",
-        str(ranks),
-        "--master_port",
-        free_port(),
-        "launch/train.py",
-        "--ds_config",
-        ds_config,
-        "--output_dir",
-        str(output_dir),
-        *FLAGS,
-        *flags,
-    ]
-
-
-def losses(output_dir: Path) -> list[tuple[int, float]]:
-    """By step; a last line that is being written does not count."""
-    lines = (output_dir / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-    records = [json.loads(line) for line in lines]
-    return [(record["step"], record["loss"]) for record in records if "loss" in record]
-
-
-def assert_same_weights(one: Path, other: Path, file: str = "model.safetensors") -> None:
-    left, right = (load_file(folder / "model" / file) for folder in (one, other))
-    assert left.keys() == right.keys()
-    for name, weight in left.items():
-        assert weight.equal(right[name]), name
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    assert losses(one) == losses(other)
-    assert_same_weights(one, other)
 
 
 def finish(output_dir: Path, *flags: str, ranks: int = 2) -> Training:
@@ -249,15 +208,6 @@ def test_a_launcher_that_is_killed_takes_the_ranks_with_it(tmp_path: Path, kills
         assert_ended(ranks)
         output = run.end(limit=60)
     assert "the process that started this one has ended" in first_error(output)
-
-
-def with_mesh(folder: Path, *, sp_size: int, accumulation: int) -> str:
-    """The shipped JSON for so many ranks to a sequence, and so many micro-batches a step."""
-    ds_config: dict[str, Any] = json.loads((ROOT / "ds_configs" / "zero3_mst.json").read_text(encoding="utf-8"))
-    ds_config["mst"]["sp_size"], ds_config["gradient_accumulation_steps"] = sp_size, accumulation
-    path = folder / f"sp{sp_size}.json"
-    path.write_text(json.dumps(ds_config), encoding="utf-8")
-    return str(path)
 
 
 def test_the_jsons_optimizer_must_be_the_same(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_checkpoint_pickles import Bomb
+from checkpoints import Bomb
 from tiny import tiny_llama
 
 from mst_ds.adapters import load_peft_config

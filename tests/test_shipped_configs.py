@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from processes import free_port
+from processes import ROOT, free_port, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_readme import ROOT, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mst_ds.config import TrainConfig

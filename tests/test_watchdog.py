@@ -10,14 +10,12 @@ import pytest
 import torch.distributed as dist
 from processes import free_port
 
-from mst_ds.resilience import watchdog
 from mst_ds.resilience.watchdog import Watchdog
 
 
 def rank_of_two(rank: int, port: str, ends_early: bool) -> None:
-    watchdog._LOOK_SECONDS, watchdog._GRACE_SECONDS = 0.05, 0.2
     dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"tcp://127.0.0.1:{port}")
-    with Watchdog():
+    with Watchdog(look_seconds=0.05, grace_seconds=0.2):
         if ends_early and rank == 1:
             os._exit(3)
         if ends_early:

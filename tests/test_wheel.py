@@ -10,15 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import ROOT
 
-ROOT = Path(__file__).parents[1]
 # Asked of an installed package: what it finds of what it ships, and the commands that it has.
 LOOK = """
 import importlib.metadata, json, os, sys
 from mst_ds.config import DEFAULT_DS_CONFIG
 from mst_ds.model_shape.configs import shipped_model_config
 from mst_ds.scaling import read_sweep
-from mst_ds.shipped import shipped_folder
+from mst_ds.files.shipped import shipped_folder
 from mst_ds.zero import load_ds_config
 distribution = importlib.metadata.distribution("mst_ds")
 commands = [point for point in distribution.entry_points if point.group == "console_scripts"]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import resource
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from processes import full_disk
 from tiny import tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -45,13 +45,8 @@ def test_a_folder_takes_the_place_of_another(old: Path) -> None:
 @pytest.mark.parametrize("limit", [100, 5000, 50_000])
 def test_a_disk_that_is_full(old: Path, limit: int) -> None:
     """At the config, at the tokenizer, at the weights."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        with pytest.raises(OSError, match=r"model could not be written: .*[Ff]ile too large"):
-            write(old)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with full_disk(limit), pytest.raises(OSError, match=r"model could not be written: .*[Ff]ile too large"):
+        write(old)
     assert contents(old.parent) == {"model/config.json": b"an old one"}
 
 

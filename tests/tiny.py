@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from error_budget import relative_errors
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -58,11 +59,7 @@ class Outcome:
 
     def worst_gradient_error(self, reference: Outcome) -> tuple[float, str]:
         """The largest relative error (Frobenius norm) of a gradient, and whose it is."""
-        assert self.gradients.keys() == reference.gradients.keys()
-        errors = {
-            name: float((self.gradients[name] - expected).norm() / expected.norm())
-            for name, expected in reference.gradients.items()
-        }
+        errors = relative_errors(self.gradients, reference.gradients)
         name = max(errors, key=errors.__getitem__)
         return errors[name], name
 

@@ -1,7 +1,12 @@
-"""Runs of launch/train.py whose ranks start in a moment, forked from a process that has imported everything."""
+"""Runs of launch/train.py: how they are started, and what they leave.
+
+The ranks of a `Training` start in a moment, forked from a process that has imported everything; `command` is the way of
+DeepSpeed's launcher.
+"""
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -10,14 +15,18 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
-from processes import free_port
-from test_readme import ROOT
+from processes import ROOT, free_port
+from safetensors.torch import load_file
 
 _context = multiprocessing.get_context("forkserver")
 # What takes all the time of a start. The forkserver finds it where this process does.
 _context.set_forkserver_preload(["train_imports"])
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+
+FLAGS = ("--max_steps", "12", "--seq_len", "256", "--preflight", "false", "--save_steps", "3")
+LIMIT = 240
 
 
 class Training:
@@ -103,3 +112,48 @@ def _train(variables: dict[str, str], arguments: list[str], log: Path) -> None:
     from mst_ds.commands.train import main
 
     sys.exit(main(arguments))
+
+
+def command(output_dir: Path, *flags: str, ranks: int = 2, ds_config: str = "ds_configs/zero3_mst.json") -> list[str]:
+    return [
+        str(Path(sys.executable).with_name("deepspeed")),
+        "--num_gpus",
+        str(ranks),
+        "--master_port",
+        free_port(),
+        "launch/train.py",
+        "--ds_config",
+        ds_config,
+        "--output_dir",
+        str(output_dir),
+        *FLAGS,
+        *flags,
+    ]
+
+
+def losses(output_dir: Path) -> list[tuple[int, float]]:
+    """By step; a last line that is being written does not count."""
+    lines = (output_dir / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    records = [json.loads(line) for line in lines]
+    return [(record["step"], record["loss"]) for record in records if "loss" in record]
+
+
+def assert_same_weights(one: Path, other: Path, file: str = "model.safetensors") -> None:
+    left, right = (load_file(folder / "model" / file) for folder in (one, other))
+    assert left.keys() == right.keys()
+    for name, weight in left.items():
+        assert weight.equal(right[name]), name
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert losses(one) == losses(other)
+    assert_same_weights(one, other)
+
+
+def with_mesh(folder: Path, *, sp_size: int, accumulation: int) -> str:
+    """The shipped JSON for so many ranks to a sequence, and so many micro-batches a step."""
+    ds_config: dict[str, Any] = json.loads((ROOT / "ds_configs" / "zero3_mst.json").read_text(encoding="utf-8"))
+    ds_config["mst"]["sp_size"], ds_config["gradient_accumulation_steps"] = sp_size, accumulation
+    path = folder / f"sp{sp_size}.json"
+    path.write_text(json.dumps(ds_config), encoding="utf-8")
+    return str(path)

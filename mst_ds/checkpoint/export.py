@@ -20,7 +20,9 @@ from mst_ds.checkpoint import (
     MODEL_FOLDER,
     STATES_FOLDER,
     Checkpoint,
+    checkpoints_folder,
     exact_tensors,
+    newest_checkpoint,
     only_states,
     require_intact,
 )
@@ -34,6 +36,23 @@ if TYPE_CHECKING:
 
 # What a checkpoint's `model/` has for an export, and a model folder has not or of its own.
 _OF_CHECKPOINT = ("config.json", ADAPTER_FILE, EXACT_FILE)
+
+
+def export_run(engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, output_dir: Path, *, source: str) -> None:
+    """`export_model` at the end of a run, into its `model/`.
+
+    Raises:
+        OSError: it could not be written, with where the run's work is.
+    """
+    try:
+        export_model(engine, tokenizer, output_dir / "model", source=source)
+    except OSError as error:
+        newest = newest_checkpoint(checkpoints_folder(output_dir))
+        if newest is None:
+            work = "the run made no checkpoints, so that its work is lost; --save_steps makes them"
+        else:
+            work = f"the run's work is in {newest.folder}, of which mst-export makes the model"
+        raise OSError(f"{error}; {work}") from error
 
 
 def export_model(

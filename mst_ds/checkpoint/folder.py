@@ -13,7 +13,7 @@ from typing import Any
 from mst_ds.checkpoint.checksums import checksum
 from mst_ds.checkpoint.identity import Identity
 from mst_ds.checkpoint.state import checked
-from mst_ds.read_file import read_json
+from mst_ds.files.read_file import read_json
 
 STATE_FILE = "state.json"
 MODEL_FOLDER = "model"

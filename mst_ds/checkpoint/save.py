@@ -30,9 +30,9 @@ from mst_ds.checkpoint.folder import (
 from mst_ds.checkpoint.identity import Identity
 from mst_ds.checkpoint.random_states import random_file, random_states
 from mst_ds.checkpoint.state import to_text
+from mst_ds.files.whole_file import flush_to_disk
 from mst_ds.kept_in_fp32 import fp32_parameters, persistent_buffers
 from mst_ds.model_folder.write import write_files_of
-from mst_ds.whole_file import flush_to_disk
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mst_ds.checkpoint import Checkpoint, checkpoints_folder, newest_checkpoint, read_checkpoint
-from mst_ds.entry_point import REQUEST_ERRORS, refuse, run_command
-from mst_ds.flags import OneLineParser
-from mst_ds.read_file import expanded
+from mst_ds.command_line.entry_point import REQUEST_ERRORS, refuse, run_command
+from mst_ds.command_line.flags import OneLineParser
+from mst_ds.files.read_file import expanded
 
 
 def main(argv: Sequence[str]) -> int:

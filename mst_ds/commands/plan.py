@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mst_ds.command_line.entry_point import REQUEST_ERRORS, console, refuse, run_command
+from mst_ds.command_line.flags import OneLineParser
 from mst_ds.config import DEFAULT_DS_CONFIG, DEFAULT_MODEL, GIB, parse_seq_len
-from mst_ds.entry_point import REQUEST_ERRORS, console, refuse, run_command
-from mst_ds.flags import OneLineParser
+from mst_ds.files.read_file import expanded
 from mst_ds.gpus import DEFAULT_GPU, gpu_by_name
 from mst_ds.model_shape import ModelShape, load_config_of_shape, load_model_shape, unknown_positions
 from mst_ds.planner import (
@@ -34,7 +35,6 @@ from mst_ds.planner import (
     plot_plan,
     read_request,
 )
-from mst_ds.read_file import expanded
 
 _MOST_BYTES = 2**60
 _MOST_RANKS = 2**17

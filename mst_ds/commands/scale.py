@@ -15,12 +15,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mst_ds.command_line.entry_point import REQUEST_ERRORS, refuse, run_command
+from mst_ds.command_line.exit_protocol import EXIT_STOPPED
+from mst_ds.command_line.flags import OneLineParser
 from mst_ds.config import GIB
-from mst_ds.entry_point import REQUEST_ERRORS, refuse, run_command
-from mst_ds.exit_protocol import EXIT_STOPPED
-from mst_ds.flags import OneLineParser
+from mst_ds.files.read_file import expanded
 from mst_ds.planner import gpu_by_name
-from mst_ds.read_file import expanded
 from mst_ds.scaling import (
     Interrupted,
     Result,

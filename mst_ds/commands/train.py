@@ -16,9 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mst_ds.config import parse_train_config
-from mst_ds.dataset_files import find_files
-from mst_ds.entry_point import (
+from mst_ds.command_line.entry_point import (
     REQUEST_ERRORS,
     RequestError,
     console,
@@ -27,12 +25,13 @@ from mst_ds.entry_point import (
     run_on_without_output,
     say,
 )
-from mst_ds.exit_protocol import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, TRAIN_COMMAND, error_line
+from mst_ds.command_line.exit_protocol import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, TRAIN_COMMAND, error_line
+from mst_ds.config import parse_train_config
+from mst_ds.dataset_files import find_files
 
 if TYPE_CHECKING:
     import torch
     from deepspeed import DeepSpeedEngine
-    from transformers import PreTrainedTokenizerBase
 
     from mst_ds.data import ShardedLoader, TrainingData
     from mst_ds.engine import Run
@@ -163,6 +162,7 @@ def _train(job: _Job) -> int:
 
 def _take_steps(job: _Job, interruption: Interruption) -> bool:
     """Returns whether the last step was reached; then the model is written, too."""
+    from mst_ds.checkpoint.export import export_run
     from mst_ds.data import eval_batches
     from mst_ds.engine import build_engine
     from mst_ds.metrics import device_name
@@ -197,7 +197,7 @@ def _take_steps(job: _Job, interruption: Interruption) -> bool:
             after_step=saver.after_step,
         )
         if is_done:
-            _write_model(engine, run.tokenizer, folder, source=config.model)
+            export_run(engine, run.tokenizer, folder, source=config.model)
             of_run = {
                 "device": device_name(engine.device),
                 "data": amounts,
@@ -248,22 +248,6 @@ def _saver(job: _Job, engine: DeepSpeedEngine, interruption: Interruption) -> Sa
         save_steps=config.save_steps,
         save_minutes=config.save_minutes,
     )
-
-
-def _write_model(engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, folder: Path, *, source: str) -> None:
-    """Raises OSError, with where the run's work is, for a model that could not be written."""
-    from mst_ds.checkpoint import checkpoints_folder, newest_checkpoint
-    from mst_ds.checkpoint.export import export_model
-
-    try:
-        export_model(engine, tokenizer, folder / "model", source=source)
-    except OSError as error:
-        newest = newest_checkpoint(checkpoints_folder(folder))
-        if newest is None:
-            work = "the run made no checkpoints, so that its work is lost; --save_steps makes them"
-        else:
-            work = f"the run's work is in {newest.folder}, of which mst-export makes the model"
-        raise OSError(f"{error}; {work}") from error
 
 
 def _metrics(run: Run, folder: Path, device: torch.device) -> MetricsWriter:

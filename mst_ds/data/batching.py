@@ -6,12 +6,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 # Of text, save a longer document, which is alone with that much of others.
-_BYTES_AT_ONCE = 2**25
+BYTES_AT_ONCE = 2**25
 _MOST_DOCUMENTS_AT_ONCE = 2**10
 
 
 def documents_at_once(lengths: NDArray[np.int64]) -> int:
-    """As many that beside the longest of them there is never more than `_BYTES_AT_ONCE`.
+    """As many that beside the longest of them there is never more than `BYTES_AT_ONCE`.
 
     Args:
         lengths: bytes of each document, in the order in which they are read.
@@ -21,7 +21,7 @@ def documents_at_once(lengths: NDArray[np.int64]) -> int:
         starts = np.arange(0, len(lengths), number)
         if not len(starts):
             break
-        if (np.add.reduceat(lengths, starts) - np.maximum.reduceat(lengths, starts)).max() <= _BYTES_AT_ONCE:
+        if (np.add.reduceat(lengths, starts) - np.maximum.reduceat(lengths, starts)).max() <= BYTES_AT_ONCE:
             break
         number //= 2
     return number

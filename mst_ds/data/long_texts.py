@@ -7,9 +7,9 @@ left window's tokens end and the right one's go on. Why that is exact:
 - Normalisers act on a character and the marks that follow it. Beyond a character that never combines with what is
   before it, the edge of a window changes nothing; there has to be one on each side of the border.
 - Splitters by kind of character (`_BY_CHARACTER`) look at two neighbours. A pattern is matched from left to right
-  and never looks behind (`_repeated` refuses those that do), so what follows a border depends on the text after it
-  alone. What precedes it was matched without sight of the window's end (`_matches_end_within`). So a border that both
-  windows have between two words is one of the whole text, and each word is encoded by itself.
+  and never looks behind (`repeated_classes` refuses those that do), so what follows a border depends on the text after
+  it alone. What precedes it was matched without sight of the window's end (`_matches_end_within`). So a border that
+  both windows have between two words is one of the whole text, and each word is encoded by itself.
 - Byte-pair encoding merges the pair of lowest rank, the leftmost of equals, until none is left. Whether a merge ever
   crosses the border of two tokens depends on the characters of these two alone: until one does, the parts on both
   sides go their own ways, in an order that is the same with the rest and without. So two neighbouring tokens that
@@ -76,7 +76,7 @@ class Windows:
         normalisers = _flat(parts["normalizer"], "normalizers")
         splitters = _flat(parts["pre_tokenizer"], "pretokenizers")
         patterns = [pattern for part in (*normalisers, *splitters) if (pattern := _pattern(part)) is not None]
-        repeated = [_repeated(pattern) for pattern in patterns]
+        repeated = [repeated_classes(pattern) for pattern in patterns]
         self._removers = [Split(Regex(f"(?i:{each})"), "removed") for classes in repeated for each in classes or ()]
         self._within_words = parts["model"]["type"] == "BPE" and not any(map(_pattern, splitters))
         self.can_cut = (
@@ -264,7 +264,7 @@ _SYNTAX = re.compile(
 _FEW = 8
 
 
-def _repeated(pattern: str) -> list[str] | None:
+def repeated_classes(pattern: str) -> list[str] | None:
     """The classes of characters that the pattern repeats without an end, or None for one that is not understood."""
     found: list[str] = []
     atom: str | None = None

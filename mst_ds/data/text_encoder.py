@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from mst_ds.data.long_texts import WINDOW, Text, Windows
 
 # A fast tokenizer takes up to some 600 bytes a token while it encodes a text.
-_BYTES_PER_CALL = 2**20
+BYTES_PER_CALL = 2**20
 # Not a character: no text that is exchanged has it.
 _NEVER_IN_TEXT = "\ufdd0"
 # Of a document, for `control_tokens_in`.
@@ -80,8 +80,8 @@ class TextEncoder:
     def _require_text(self, ids: array[int], start: int) -> None:
         """Refuse a document whose text, from `start` on, has control tokens."""
         control = np.array(sorted(self._control), dtype=np.int32)
-        for first in range(start, len(ids), _BYTES_PER_CALL):
-            part = np.array(ids[first : first + _BYTES_PER_CALL], dtype=np.int32)
+        for first in range(start, len(ids), BYTES_PER_CALL):
+            part = np.array(ids[first : first + BYTES_PER_CALL], dtype=np.int32)
             found = part[np.isin(part, control)]
             if len(found):
                 raise ValueError(
@@ -152,7 +152,7 @@ def _groups(texts: Iterable[Text]) -> Iterator[list[Text]]:
     group: list[Text] = []
     length = 0
     for text in texts:
-        if group and (_is_long(text) or length + len(text) > _BYTES_PER_CALL):
+        if group and (_is_long(text) or length + len(text) > BYTES_PER_CALL):
             yield group
             group, length = [], 0
         group.append(text)

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from mst_ds.config import nearest
 from mst_ds.engine.stepped import check_optimizer, check_scheduler
-from mst_ds.read_file import expanded
+from mst_ds.files.read_file import expanded
 from mst_ds.zero import DsConfig, ZeroConfig
 
 # Blocks whose keys DeepSpeed asks for one by one, whatever their values. Of others it refuses what it does not know.

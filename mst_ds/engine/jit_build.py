@@ -15,9 +15,7 @@ from deepspeed.ops.op_builder.builder import OpBuilder
 from filelock import FileLock
 from torch.utils.cpp_extension import _get_build_directory
 
-from mst_ds.entry_point import RequestError
-
-_SHARED_MEMORY = Path("/dev/shm")
+from mst_ds.command_line.entry_point import RequestError
 
 
 def guard_builds() -> None:
@@ -81,4 +79,4 @@ def unlink_shared_memory(rank: int) -> None:
     """
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}"
-    (_SHARED_MEMORY / name).unlink(missing_ok=True)
+    (Path("/dev/shm") / name).unlink(missing_ok=True)

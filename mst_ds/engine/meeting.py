@@ -12,10 +12,10 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
+from mst_ds.command_line.entry_point import RequestError
 from mst_ds.engine.jit_build import build_shared_memory_collective, unlink_shared_memory
 from mst_ds.engine.launch import stand_alone, stay_on_node
 from mst_ds.engine.run import Run
-from mst_ds.entry_point import RequestError
 from mst_ds.planner import plan_of_request
 
 

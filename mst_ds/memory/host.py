@@ -7,13 +7,15 @@ from pathlib import Path, PurePosixPath
 
 import psutil
 
-_PROCESS = Path("/proc/self/cgroup")
-_MOUNT = Path("/sys/fs/cgroup")
 
+def host_memory(process: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that the ranks of this node share: all it has, or the least that a container or a batch job leaves them.
 
-def host_memory() -> int:
-    """Bytes that the ranks of this node share: all it has, or the least that a container or a batch job leaves them."""
-    return min([psutil.virtual_memory().total, *_limits(_PROCESS, _MOUNT)])
+    Args:
+        process: names the control groups that this process is in.
+        mount: where the kernel shows control groups.
+    """
+    return min([psutil.virtual_memory().total, *_limits(process, mount)])
 
 
 def _limits(process: Path, mount: Path) -> Iterator[int]:

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 
+from mst_ds.files.whole_file import replace_file
 from mst_ds.metrics.records import PlannedMemory, Value, by_phase
 from mst_ds.metrics.strict_json import to_json
-from mst_ds.whole_file import replace_file
 
 
 class Sink(Protocol):

@@ -10,13 +10,13 @@ from typing import Any
 
 from rich.console import Console
 
-from mst_ds.entry_point import console as wide_console
+from mst_ds.command_line.entry_point import console as wide_console
+from mst_ds.files.whole_file import replace_file
 from mst_ds.metrics.display import Display
 from mst_ds.metrics.environment import package_versions
 from mst_ds.metrics.records import PlannedMemory, Totals, Value, by_phase
 from mst_ds.metrics.sinks import JsonLines, Sink, TensorBoard, records_until
 from mst_ds.metrics.strict_json import to_json
-from mst_ds.whole_file import replace_file
 
 
 class MetricsWriter:

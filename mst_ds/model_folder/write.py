@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from mst_ds.whole_file import flush_to_disk
+from mst_ds.files.whole_file import flush_to_disk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

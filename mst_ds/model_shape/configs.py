@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mst_ds.config import nearest
+from mst_ds.files.read_file import read_json
 from mst_ds.model_shape.config_checks import ConfigValueError, check_numbers
-from mst_ds.read_file import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _VOCAB_SIZE = 101
 _WINDOW = 7  # shorter than most documents, so that it is at work
-_ORIGINAL_POSITIONS = 9  # the same: frequencies that change beyond the original length have changed
+ORIGINAL_POSITIONS = 9  # the same: frequencies that change beyond the original length have changed
 
 # Widths that nothing else depends on, unlike each other, so that a mixed-up dimension does not go unnoticed.
 _WIDTHS: Mapping[str, int] = {
@@ -249,10 +249,10 @@ def _shrink_positions(fields: _Fields, seq_len: int) -> None:
         if entry["rope_type"] == "dynamic":
             original = None  # what the model has positions for
         for name in lengths:
-            fields.put(name, round(_ORIGINAL_POSITIONS * fields.get(name) / (original or fields.get(name))))
-        entry["original_max_position_embeddings"] = _ORIGINAL_POSITIONS
+            fields.put(name, round(ORIGINAL_POSITIONS * fields.get(name) / (original or fields.get(name))))
+        entry["original_max_position_embeddings"] = ORIGINAL_POSITIONS
         if original is not None and fields.size("original_max_position_embeddings") is not None:
-            fields.put("original_max_position_embeddings", _ORIGINAL_POSITIONS)
+            fields.put("original_max_position_embeddings", ORIGINAL_POSITIONS)
 
 
 def _shrink_expert_groups(fields: _Fields) -> None:

@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-from mst_ds.exit_protocol import another_rank_ended
+from mst_ds.command_line.exit_protocol import another_rank_ended
 from mst_ds.memory.out_of_memory import OutOfMemoryError, explanation
 from mst_ds.planner import Plan
 

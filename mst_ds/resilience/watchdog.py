@@ -16,11 +16,7 @@ from types import TracebackType
 import psutil
 import torch.distributed as dist
 
-from mst_ds.exit_protocol import EXIT_FAILED, TRAIN_COMMAND, another_rank_ended, error_line
-
-_LOOK_SECONDS = 1.0
-# What an error of this rank's own, with more to say, has time for.
-_GRACE_SECONDS = 15.0
+from mst_ds.command_line.exit_protocol import EXIT_FAILED, TRAIN_COMMAND, another_rank_ended, error_line
 
 
 class Watchdog:
@@ -28,9 +24,14 @@ class Watchdog:
 
     Processes that cannot be seen from here, as in a container of their own, are not watched, nor is what started a run
     of one rank, which may be a shell that is left.
+
+    Args:
+        look_seconds: from one look at the others to the next.
+        grace_seconds: what an error of this rank's own, with more to say, has time for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, look_seconds: float = 1.0, grace_seconds: float = 15.0) -> None:
+        self._look_seconds, self._grace_seconds = look_seconds, grace_seconds
         self._stop = threading.Event()
         self._ranks: dict[int, psutil.Process] = {}
         self._launchers = _launchers() if dist.get_world_size() > 1 else []
@@ -57,11 +58,11 @@ class Watchdog:
         self._stop.set()
 
     def _watch(self) -> None:
-        while not self._stop.wait(_LOOK_SECONDS):
+        while not self._stop.wait(self._look_seconds):
             ended = self._ended()
             if ended is None:
                 continue
-            if not self._stop.wait(_GRACE_SECONDS):
+            if not self._stop.wait(self._grace_seconds):
                 try:
                     print(error_line(TRAIN_COMMAND, ended, rank=dist.get_rank()), file=sys.stderr, flush=True)
                 finally:  # whoever read that may be gone, too

@@ -17,10 +17,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
-from mst_ds.exit_protocol import EXIT_STOPPED
+from mst_ds.command_line.exit_protocol import EXIT_STOPPED
+from mst_ds.files.shipped import shipped_folder
 from mst_ds.scaling.guard import kill_tree
 from mst_ds.scaling.sweep import Point, Sweep
-from mst_ds.shipped import shipped_folder
 
 _TRAIN = "mst_ds.commands.train"
 _SECONDS_TO_STOP = 30.0

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from mst_ds.exit_protocol import EXITS_BY_SIGKILL, said_errors
+from mst_ds.command_line.exit_protocol import EXITS_BY_SIGKILL, said_errors
 from mst_ds.scaling.result import DONE, FAILED, OUT_OF_MEMORY, REFUSED, TIMED_OUT
 
 # Our own words, torch's for GPUs and CPUs, numpy's, Python's, SLURM's.

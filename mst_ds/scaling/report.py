@@ -11,11 +11,11 @@ from pathlib import Path
 from filelock import FileLock
 
 from mst_ds.config import GIB
+from mst_ds.files.whole_file import replace_file
 from mst_ds.scaling.curves import Curve, strong_curves, weak_curves
 from mst_ds.scaling.plot import plot_results
 from mst_ds.scaling.result import DONE, STATUSES, Result, read_results
 from mst_ds.scaling.sweep import short_length
-from mst_ds.whole_file import replace_file
 
 _COLUMNS = (
     "name",

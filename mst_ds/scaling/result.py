@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mst_ds.whole_file import replace_file
+from mst_ds.files.whole_file import replace_file
 
 DONE, OUT_OF_MEMORY, FAILED, TIMED_OUT, REFUSED = "done", "out of memory", "failed", "timed out", "refused"
 STATUSES = (DONE, OUT_OF_MEMORY, FAILED, TIMED_OUT, REFUSED)

@@ -11,12 +11,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from mst_ds.files.whole_file import replace_file
 from mst_ds.model_shape import flops_per_token, load_model_shape
 from mst_ds.scaling.launchers import Launcher, launch
 from mst_ds.scaling.outcome import Outcome, judge, read_environment, read_metrics
 from mst_ds.scaling.result import MEASURED, POINTS, REFUSED, Result, read_result, write_result
 from mst_ds.scaling.sweep import Point, Sweep
-from mst_ds.whole_file import replace_file
 
 # A rank that is killed by someone else's doing says nothing of the point. Twice is no accident.
 _ATTEMPTS = 2

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mst_ds.command_line.flags import unknown_flag
 from mst_ds.config import MOST_TOKENS, TrainConfig, nearest, parse_seq_len
-from mst_ds.flags import unknown_flag
-from mst_ds.read_file import read_yaml
+from mst_ds.files.read_file import read_yaml
+from mst_ds.files.shipped import existing_or_shipped_file
 from mst_ds.scaling.sweep import Setting, Sweep
-from mst_ds.shipped import existing_or_shipped_file
 
 _SIZES = ("sp_size", "seq_len", "num_nodes", "num_gpus")
 _KEYS = (*_SIZES, "settings", "train", "time_limit")

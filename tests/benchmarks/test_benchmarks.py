@@ -12,7 +12,7 @@ from transformers.models.llama import modeling_llama as llama
 
 from benchmarks import measure as measuring
 from benchmarks.contenders import CONTENDERS, Work, missing_package
-from benchmarks.flops import _attention_forward_flops, count_flops
+from benchmarks.flops import attention_forward_flops, count_flops
 from benchmarks.measure import Bench, longest, measure
 from benchmarks.report import as_record, quartiles, write_json
 from benchmarks.sizes import Size
@@ -171,7 +171,7 @@ def test_flops_of_documents_one_after_another():
     """As kernels for packed documents get them, (T, n, D): each document is a triangle of its own."""
     query, value = torch.ones(12, 4, 8), torch.ones(12, 2, 8)
     arguments = {"query": query, "key": value, "value": value, "cum_seq_q": torch.tensor([0, 4, 12]), "is_causal": True}
-    flops = _attention_forward_flops("aten::_flash_attention_forward", arguments)
+    flops = attention_forward_flops("aten::_flash_attention_forward", arguments)
     assert flops == 2 * 2 * 4 * (4**2 + 8**2) * 8 // 2
 
 

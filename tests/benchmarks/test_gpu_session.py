@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import ROOT
 
 from benchmarks.gpu import kernel_times, lengths
 from benchmarks.gpu.packed import random_lengths
@@ -18,7 +19,6 @@ from benchmarks.gpu.sections import Context, Section, run_sections
 from benchmarks.gpu.session import BUDGET_SECONDS, SECTIONS
 from benchmarks.write_report import page
 
-ROOT = Path(__file__).parents[2]
 CONTEXT = Context(torch.device("cpu"), TINY)
 # Of this project's dependencies what a bare machine lacks, and no wheel is carried for.
 NOT_THERE = ("datasets", "pyarrow", "pandas", "tensorboard", "matplotlib")

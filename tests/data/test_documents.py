@@ -167,7 +167,7 @@ def test_lines_of_a_text_end_as_python_reads_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["jsonl", "txt"])
 def test_few_long_documents_are_in_memory_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """What is read is written, and forgotten, before more is read: 1000 at once were gigabytes."""
-    monkeypatch.setattr(batching, "_BYTES_AT_ONCE", 1000)
+    monkeypatch.setattr(batching, "BYTES_AT_ONCE", 1000)
     long = [str(number) * 400 for number in range(10)]
     (tmp_path / "data").mkdir()
     if kind == "jsonl":

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterable
 from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from typing import get_args
@@ -22,8 +23,9 @@ from mst_ds.data import (
     shard,
     split_documents,
     tokenise,
-    tokenising,
 )
+from mst_ds.data.long_texts import Text
+from mst_ds.data.text_encoder import TextEncoder
 from mst_ds.topology import Topology
 
 EOS = 256
@@ -92,15 +94,13 @@ def test_rows_without_text_give_no_tokens() -> None:
 def test_tokens_are_cached_by_text_and_by_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("a text")
     calls = []
-    encode = tokenising._encode
+    encode = TextEncoder.encode
 
-    def counted(rows: dict[str, list[str | None]], tokenizer: object) -> object:
-        calls.append(rows)
-        return encode(rows, tokenizer)
+    def counted(encoder: TextEncoder, texts: Iterable[Text]) -> tuple[array[int], list[int]]:
+        calls.append(encoder)
+        return encode(encoder, texts)
 
-    # The same function in the eyes of the cache, which knows a function by its name.
-    counted.__module__, counted.__qualname__ = encode.__module__, encode.__qualname__
-    monkeypatch.setattr(tokenising, "_encode", counted)
+    monkeypatch.setattr(TextEncoder, "encode", counted)
 
     def run(tokenizer: object) -> Dataset:
         return tokenise(load_documents(TrainConfig(dataset=str(tmp_path / "a.txt"))), tokenizer)
@@ -122,17 +122,19 @@ def test_other_ranks_wait_for_the_one_that_tokenises(tmp_path: Path, monkeypatch
     (tmp_path / "a.txt").write_text("a text")
     documents = load_documents(TrainConfig(dataset=str(tmp_path / "a.txt")))
     lock = Path(documents.cache_files[0]["filename"]).with_name("tokenise.lock")
-    encode = tokenising._encode
+    encode, seen = TextEncoder.encode, []
 
-    def encode_beside_another_rank(rows: dict[str, list[str | None]], tokenizer: object) -> object:
-        with pytest.raises(Timeout):
+    def encode_beside_another_rank(encoder: TextEncoder, texts: Iterable[Text]) -> tuple[array[int], list[int]]:
+        with pytest.raises(Timeout) as refusal:
             FileLock(lock).acquire(timeout=0)
-        return encode(rows, tokenizer)
+        seen.append(refusal)
+        return encode(encoder, texts)
 
-    monkeypatch.setattr(tokenising, "_encode", encode_beside_another_rank)
+    monkeypatch.setattr(TextEncoder, "encode", encode_beside_another_rank)
 
     tokenise(documents, byte_tokenizer())
 
+    assert len(seen) == 1
     FileLock(lock).acquire(timeout=0).lock.release()
 
 
@@ -146,11 +148,11 @@ def test_what_reading_took_does_not_lie_beside_the_ids(tmp_path: Path, monkeypat
         memory = psutil.Process().memory_info()
         return memory.rss - memory.shared
 
-    def encode(rows: pa.Table, tokenizer: object) -> pa.Table:
+    def encode(encoder: TextEncoder, texts: Iterable[Text]) -> tuple[array[int], list[int]]:
         seen.append(anonymous_bytes())
         raise ValueError("far enough")
 
-    monkeypatch.setattr(tokenising, "_encode", encode)
+    monkeypatch.setattr(TextEncoder, "encode", encode)
     documents = load_documents(TrainConfig(dataset=str(tmp_path / "a.parquet")))
     after_reading = anonymous_bytes()
     with pytest.raises(ValueError, match="far enough"):

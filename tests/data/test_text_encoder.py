@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterable
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 from datasets import Dataset
 from small_tokenizers import small_tokenizer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mst_ds.data import IGNORE_INDEX, PackedDataset, batching, text_encoder, tokenise, tokenising
+from mst_ds.data import IGNORE_INDEX, PackedDataset, batching, text_encoder, tokenise
+from mst_ds.data.long_texts import Text
+from mst_ds.data.text_encoder import TextEncoder
 
 LOG = "a log of <eos> and <bos> in text<eos>"
 UNIGRAM_OR_MERGES = ["llama3", "gemma", "llama2", "unigram", "wordpiece"]
@@ -93,14 +96,15 @@ def test_long_document_begins_and_ends_as_others_do(monkeypatch: pytest.MonkeyPa
 def test_so_many_documents_are_encoded_at_once_that_little_is_beside_the_longest(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    encode, at_once = tokenising._encode, []
+    encode, at_once = TextEncoder.encode, []
 
-    def noted(rows: pa.Table, tokenizer: PreTrainedTokenizerBase) -> pa.Table:
-        at_once.append([len(text) for text in tokenising._texts(rows)])
-        return encode(rows, tokenizer)
+    def noted(encoder: TextEncoder, texts: Iterable[Text]) -> tuple[array[int], list[int]]:
+        together = list(texts)
+        at_once.append([len(text) for text in together])
+        return encode(encoder, together)
 
-    monkeypatch.setattr(tokenising, "_encode", noted)
-    monkeypatch.setattr(batching, "_BYTES_AT_ONCE", 200)
+    monkeypatch.setattr(TextEncoder, "encode", noted)
+    monkeypatch.setattr(batching, "BYTES_AT_ONCE", 200)
 
     ids_of(small_tokenizer("llama3"), *["a" * 50] * 20, "b" * 1000, *["c"] * 20)
 

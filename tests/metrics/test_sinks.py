@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from logged import STEP, read_events, read_lines, writer
+from processes import full_disk
 
 from mst_ds.metrics.sinks import JsonLines, TensorBoard
 
@@ -55,22 +56,10 @@ def test_a_line_is_on_disk_before_the_next_step(tmp_path: Path) -> None:
 
 def test_a_full_disk_says_of_which_file(tmp_path: Path) -> None:
     lines = JsonLines(tmp_path / "metrics.jsonl", [])
-    lines.close()
-    lines._file = open("/dev/full", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
-    for write in (lambda: lines.log_eval(1, 2.0), lines.close):  # what could not be written is tried again at the end
-        with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
-            write()
-
-
-def test_a_full_disk_says_of_tensorboards_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sink = TensorBoard(tmp_path / "tensorboard", 0)
-
-    def is_full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(sink._writer, "add_scalar", is_full)
-    with pytest.raises(OSError, match=r"No space left on device: '.*tensorboard'"):
-        sink.log_eval(1, 2.0)
+    with full_disk(0):
+        for write in (lambda: lines.log_eval(1, 2.0), lines.close):  # what could not be written is tried at the end
+            with pytest.raises(OSError, match=r"File too large: '.*metrics\.jsonl'"):
+                write()
 
 
 def test_an_error_of_tensorboards_thread_is_raised_and_not_printed(
@@ -79,18 +68,15 @@ def test_an_error_of_tensorboards_thread_is_raised_and_not_printed(
     printed: list[threading.ExceptHookArgs] = []
     monkeypatch.setattr(threading, "excepthook", printed.append)
 
-    def is_full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
+    before = set(threading.enumerate())
     sink = TensorBoard(tmp_path / "tensorboard", 0)
-    writer = sink._writer.file_writer.event_writer._async_writer
-    monkeypatch.setattr(writer._writer, "write", is_full)
-    with pytest.raises(OSError, match=r"No space left on device: '.*tensorboard'"):
-        while True:  # until the thread has come to the first of them
+    (own,) = set(threading.enumerate()) - before
+    with full_disk(0), pytest.raises(OSError, match=r"File too large: '.*tensorboard'"):
+        while True:  # until the thread has come to write the first of them
             sink.log_eval(1, 2.0)
-    writer._worker.join()
+    own.join()
     assert printed == []
-    other = threading.Thread(target=is_full)
+    other = threading.Thread(target=int, args=("x",))
     other.start()
     other.join()
     assert len(printed) == 1

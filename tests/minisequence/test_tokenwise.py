@@ -1,63 +1,19 @@
 """Any module that works token by token, in chunks."""
 
-import contextlib
 import functools
 
 import pytest
 import torch
-import torch.nn.functional as F
-from error_budget import assert_equal_but_for_order, assert_within_budget
+from plain_tokenwise import HIDDEN, Mlp, assert_same, ours, output_and_gradients, over_chunks, tokens
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
-from transformers.pytorch_utils import Conv1D
 
-from mst_ds.geometry import chunk_slices
 from mst_ds.memory.live import LiveMemory
 from mst_ds.minisequence import chunked_tokenwise
 
-HIDDEN, INTERMEDIATE = 16, 40
 MIB = 2**20
-assert_same = functools.partial(assert_equal_but_for_order, atol=1e-12)
-
-
-class Mlp(nn.Module):
-    """A gated MLP with what has no operator of its own: dropout, a norm inside, a residual and a scale."""
-
-    def __init__(self, dtype=torch.float64, dropout=0.0, hidden=HIDDEN, intermediate=INTERMEDIATE):
-        super().__init__()
-        torch.manual_seed(0)
-        self.gate, self.up = nn.Linear(hidden, intermediate), nn.Linear(hidden, intermediate, bias=False)
-        self.norm = nn.LayerNorm(intermediate)
-        self.down = nn.Linear(intermediate, hidden)
-        self.scale = nn.Parameter(torch.rand(hidden) + 0.5)
-        self.dropout = nn.Dropout(dropout)
-        if dtype != torch.float32:  # fake tensors cannot be converted
-            self.to(dtype)
-
-    def forward(self, x):
-        inner = self.dropout(F.silu(self.gate(x)) * self.up(x))
-        return x + self.scale * self.down(self.norm(inner))
-
-
-class PlainMlp(nn.Module):
-    """Linear layers only, as the chunked MLP has them."""
-
-    def __init__(self, dtype, linear=nn.Linear):
-        super().__init__()
-        torch.manual_seed(0)
-        sizes = (128, 320), (128, 320), (320, 128)
-        if linear is Conv1D:
-            self.gate, self.up, self.down = (Conv1D(outputs, inputs) for inputs, outputs in sizes)
-        else:
-            self.gate, self.up, self.down = (linear(*size) for size in sizes)
-        for name, parameter in self.named_parameters():
-            nn.init.normal_(parameter, std=0.08 if "weight" in name else 1.0)
-        self.to(dtype)
-
-    def forward(self, x):
-        return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 class Experts(nn.Module):
@@ -77,40 +33,10 @@ class Experts(nn.Module):
         return out
 
 
-def ours(module, chunks, **settings):
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    return lambda *inputs: chunked_tokenwise(module, inputs, parameters, chunks=chunks, **settings)
-
-
-def over_chunks(module, chunks):
-    """The module by plain autograd over the same chunks: the reference for what is random."""
-
-    def run(x):
-        flat = x.reshape(-1, x.shape[-1])
-        return torch.cat([module(flat[None, rows])[0] for rows in chunk_slices(len(flat), chunks)]).view_as(x)
-
-    return run
-
-
-def value_and_gradients(function, module, *inputs, grad_output=None):
-    module.zero_grad()
-    inputs = [tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in inputs]
-    out = function(*inputs)
-    out.backward(torch.ones_like(out).cumsum(-1) if grad_output is None else grad_output.to(out.dtype))
-    grads = {f"input {number}": tensor.grad for number, tensor in enumerate(inputs) if tensor.requires_grad}
-    grads |= {name: parameter.grad for name, parameter in module.named_parameters() if parameter.requires_grad}
-    return {"output": out.detach(), **grads}
-
-
-def tokens(*shape, dtype=torch.float64, hidden=HIDDEN):
-    torch.manual_seed(1)
-    return torch.randn(*shape, hidden).to(dtype).requires_grad_()
-
-
 @pytest.mark.parametrize(("shape", "chunks"), [((2, 37), 5), ((9,), 4), ((1, 3), 64), ((2, 3, 7), 4), ((101,), 1)])
 def test_values_and_every_gradient(shape, chunks):
     module, x = Mlp(), tokens(*shape)
-    assert_same(value_and_gradients(ours(module, chunks), module, x), value_and_gradients(module, module, x))
+    assert_same(output_and_gradients(ours(module, chunks), module, x), output_and_gradients(module, module, x))
 
 
 def test_a_layer_that_is_computed_again_has_the_same_bits():
@@ -118,7 +44,7 @@ def test_a_layer_that_is_computed_again_has_the_same_bits():
     results = []
     for again in (False, True):
         torch.manual_seed(2)
-        results.append(value_and_gradients(ours(module, 5, is_recomputing=again), module, x))
+        results.append(output_and_gradients(ours(module, 5, is_recomputing=again), module, x))
     assert all(torch.equal(results[1][name], results[0][name]) for name in results[0])
 
 
@@ -126,8 +52,8 @@ def test_several_inputs_of_which_one_is_an_index():
     module, x = Experts(), tokens(2, 37)
     index = torch.randint(4, (2, 37, 1))
     weights = torch.rand(2, 37, 1, dtype=torch.float64, requires_grad=True)
-    plain = value_and_gradients(module, module, x, index, weights)
-    assert_same(value_and_gradients(ours(module, 5), module, x, index, weights), plain)
+    plain = output_and_gradients(module, module, x, index, weights)
+    assert_same(output_and_gradients(ours(module, 5), module, x, index, weights), plain)
 
 
 def test_an_expert_without_tokens_in_a_chunk_or_at_all():
@@ -139,9 +65,9 @@ def test_an_expert_without_tokens_in_a_chunk_or_at_all():
         x.requires_grad_(needs_x)
         for number, expert in enumerate(module.experts):
             expert.requires_grad_(needs_x or number in (1, 3))
-        results = value_and_gradients(ours(module, 5), module, x, index, weights)
+        results = output_and_gradients(ours(module, 5), module, x, index, weights)
         assert not results["experts.3.weight"].any()
-        plain = value_and_gradients(module, module, x, index, weights)
+        plain = output_and_gradients(module, module, x, index, weights)
         assert plain.pop("experts.3.weight") is None
         assert plain.pop("experts.3.bias") is None
         assert_same({name: results[name] for name in plain}, plain)
@@ -157,8 +83,8 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_the_right_one(trained):
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name in trained or name.split(".")[0] in trained)
     x.requires_grad_("x" in trained)
-    plain = value_and_gradients(module, module, x)
-    results = value_and_gradients(ours(module, 4), module, x)
+    plain = output_and_gradients(module, module, x)
+    results = output_and_gradients(ours(module, 4), module, x)
     assert len(results) < 9
     assert_same(results, plain)
 
@@ -192,14 +118,14 @@ def with_shared_weight():
 @pytest.mark.parametrize("make", [with_weight_norm, with_computed_bias, with_shared_weight])
 def test_weights_that_are_computed_or_shared(make):
     module, x = make(), tokens(2, 19)
-    assert_same(value_and_gradients(ours(module, 4), module, x), value_and_gradients(module, module, x))
+    assert_same(output_and_gradients(ours(module, 4), module, x), output_and_gradients(module, module, x))
 
 
 @pytest.mark.parametrize("trained", ["x", "weight"])
 def test_a_module_that_writes_to_its_own_intermediates(trained):
     module = nn.Sequential(nn.Linear(HIDDEN, HIDDEN), nn.ReLU(inplace=True), nn.Linear(HIDDEN, HIDDEN)).double()
     x = tokens(2, 19).requires_grad_(trained == "x")
-    assert_same(value_and_gradients(ours(module, 4), module, x), value_and_gradients(module, module, x))
+    assert_same(output_and_gradients(ours(module, 4), module, x), output_and_gradients(module, module, x))
 
 
 def test_a_transposed_input_and_an_expanded_incoming_gradient():
@@ -224,13 +150,13 @@ def test_the_output_may_be_added_to_in_place():
 
         return run
 
-    plain = value_and_gradients(added(module), module, x)
-    assert_same(value_and_gradients(added(ours(module, 4)), module, x), plain)
+    plain = output_and_gradients(added(module), module, x)
+    assert_same(output_and_gradients(added(ours(module, 4)), module, x), plain)
 
 
 def test_no_tokens():
     module, x = Mlp(), tokens(2, 0)
-    results = value_and_gradients(ours(module, 4), module, x)
+    results = output_and_gradients(ours(module, 4), module, x)
     assert results["output"].shape == (2, 0, HIDDEN)
     assert not any(value.any() for value in results.values())
 
@@ -249,11 +175,11 @@ def test_the_recompute_draws_the_dropout_masks_of_the_forward(around):
 
         run = functools.partial(checkpoint, block, use_reentrant=False) if around == "recompute" else block
         torch.manual_seed(7)
-        results.append(value_and_gradients(run, module, x))
+        results.append(output_and_gradients(run, module, x))
         states.append(torch.get_rng_state())
     assert_same(results[1], results[0])
     assert torch.equal(*states)
-    without = value_and_gradients(ours(module.eval(), 5), module, x)
+    without = output_and_gradients(ours(module.eval(), 5), module, x)
     assert not torch.equal(without["output"], results[1]["output"])
 
 
@@ -286,69 +212,6 @@ def test_gradients_accumulate_over_backwards_of_different_scale():
             (scale * function(x).square().sum()).backward()
         results.append({"x": x.grad, **{name: p.grad for name, p in module.named_parameters()}})
     assert_same(results[1], results[0])
-
-
-@pytest.mark.parametrize("backward", ["inside", "outside", "inside another"])
-def test_autocast_is_that_of_the_forward(backward):
-    x = tokens(2, 507, dtype=torch.float32)
-    module, exact = Mlp(torch.float32), Mlp(torch.float64)
-    grad_output = torch.randn(2, 507, HIDDEN)
-    truth = value_and_gradients(exact, exact, x.detach().double().requires_grad_(), grad_output=grad_output)
-    results = []
-    for function in (module, ours(module, 16)):
-        module.zero_grad()
-        own = x.detach().clone().requires_grad_()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            out = function(own)
-            if backward == "inside":
-                out.backward(grad_output.to(out.dtype))
-        other = torch.autocast("cpu", dtype=torch.float16) if backward == "inside another" else contextlib.nullcontext()
-        if backward != "inside":
-            with other:
-                out.backward(grad_output.to(out.dtype))
-        grads = {"input 0": own.grad, **{name: p.grad for name, p in module.named_parameters()}}
-        assert all(grad.dtype == torch.float32 for grad in grads.values())
-        results.append({"output": out.detach(), **grads})
-    assert results[1]["output"].dtype == results[0]["output"].dtype
-    assert_within_budget(results[1], results[0], truth)
-
-
-def test_autocast_around_the_backward_alone_changes_nothing():
-    module, x, results = Mlp(torch.float32), tokens(2, 37, dtype=torch.float32), []
-    for function, enabled in ((module, False), (ours(module, 4), False), (ours(module, 4), True)):
-        module.zero_grad()
-        loss = function(x).square().sum()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            loss.backward()
-        results.append([parameter.grad for parameter in module.parameters()])
-    assert all(map(torch.equal, *results[1:]))
-    # In fp32, but for the order of sums: 16 bits anywhere would leave three digits.
-    assert all((a - b).norm() <= 1e-5 * b.norm() for a, b in zip(results[1], results[0], strict=True))
-
-
-@functools.cache
-def bf16_cases(linear, trained):
-    shape = (3, 1021)
-    module, x = PlainMlp(torch.bfloat16, linear), tokens(*shape, dtype=torch.bfloat16, hidden=128)
-    exact = PlainMlp(torch.float64, linear)
-    exact.load_state_dict(module.state_dict())
-    for name, parameter in [*module.named_parameters(), *exact.named_parameters()]:
-        parameter.requires_grad_(trained in name)
-    grad_output = torch.randn(*shape, 128).bfloat16()
-    truth = value_and_gradients(exact, exact, x.detach().double().requires_grad_(), grad_output=grad_output)
-    return module, x, grad_output, truth, value_and_gradients(module, module, x, grad_output=grad_output)
-
-
-@pytest.mark.parametrize(("chunks", "recompute"), [(4, False), (256, False), (256, True)])
-@pytest.mark.parametrize(
-    ("linear", "trained"), [(nn.Linear, ""), (nn.Linear, "bias"), (Conv1D, "")], ids=["linear", "biases", "conv1d"]
-)
-def test_error_budget_in_bf16(linear, trained, chunks, recompute):
-    """Autograd would round each chunk's weight gradients; under recompute the parameters are still recognised."""
-    module, x, grad_output, truth, reference = bf16_cases(linear, trained)
-    function = ours(module, chunks)
-    run = functools.partial(checkpoint, function, use_reentrant=False) if recompute else function
-    assert_within_budget(value_and_gradients(run, module, x, grad_output=grad_output), reference, truth)
 
 
 def measure(count, chunks):
@@ -391,8 +254,8 @@ def test_offloading_saved_tensors_takes_the_input_and_leaves_the_parameters():
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             return ours(module, 4)(x)
 
-    plain = value_and_gradients(module, module, x)
-    assert_same(value_and_gradients(run, module, x), plain)
+    plain = output_and_gradients(module, module, x)
+    assert_same(output_and_gradients(run, module, x), plain)
     assert [tensor.shape for tensor in packed] == [x.shape]
 
 

@@ -9,21 +9,25 @@ from typing import Any
 
 import pytest
 import torch
+from defects import scale_gradient, with_scaled_gradient
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2.modeling_gpt2 import GPT2Model
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-import mst_ds.minisequence.experts
 import mst_ds.minisequence.loss
 import mst_ds.minisequence.mlp
 import mst_ds.patching.apply
 import mst_ds.patching.causal_lm
 import mst_ds.patching.decoder
+import mst_ds.patching.operators
 import mst_ds.sequence_parallel.all_to_all
+import mst_ds.structure.mlps
 from mst_ds.planner import make_plan
 from mst_ds.preflight import Case, Check, check_model, require_exact
 from mst_ds.preflight.errors import TOLERANCE
+from mst_ds.sequence_parallel import ATTENTION_NAME
 from mst_ds.settings import Settings
 
 PACKED = Case(Settings(sp_size=2, mlp_chunks=3, loss_chunks=3, recompute=True), packed=True)
@@ -48,18 +52,11 @@ def defect(case: Case, model_type: str = "llama", **values: Any) -> str:
     return found.defect
 
 
-def scale_gradient(monkeypatch: pytest.MonkeyPatch, function: Any, *shape: int, factor: float = 1.001) -> None:
-    """Let an autograd function return its gradients of this shape `factor` times too large.
-
-    Not those of the stand-ins with which a plan is applied, which have another: there it would be noticed.
-    """
-    backward = function.backward
-
-    def scaled(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        results = backward(ctx, *gradients)
-        return tuple(result * factor if result is not None and result.shape == shape else result for result in results)
-
-    monkeypatch.setattr(function, "backward", staticmethod(scaled))
+def scale_down_projection(monkeypatch: pytest.MonkeyPatch, factor: float = 1.001) -> None:
+    """Its gradient in the MLPs, which is (hidden, intermediate)."""
+    scale_gradient(
+        monkeypatch, mst_ds.structure.mlps, "chunked_mlp", lambda each: each.shape == (32, 40), factor=factor
+    )
 
 
 def drop_last_token(monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
@@ -95,33 +92,37 @@ def merge_documents(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("case", "factor"), [(ONE_RANK, 1.001), (PACKED, 1.001), (PACKED, 1 + 1e-8)], ids=str)
 def test_scaled_gradient_of_an_mlp(case: Case, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    scale_gradient(monkeypatch, mst_ds.minisequence.mlp._ChunkedMLP, 32, 40, factor=factor)
+    scale_down_projection(monkeypatch, factor)
     off = f"is off by {factor - 1:.1e} (relative)"
     assert defect(case) == f"model.layers.1.mlp: the gradient of its down_proj.weight {off}"
 
 
 @pytest.mark.parametrize(("case", "tied"), [(ONE_RANK, False), (PACKED, True)], ids=str)
 def test_scaled_gradient_of_the_head(case: Case, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    scale_gradient(monkeypatch, mst_ds.minisequence.loss._ChunkedLoss, 101, 32)
+    scale_gradient(monkeypatch, mst_ds.patching.operators, "chunked_loss", lambda each: each.shape == (101, 32))
     assert defect(case, tie_word_embeddings=tied).startswith("lm_head: the gradient of its weight is off by ")
 
 
 def test_scaled_gradient_of_the_last_hidden_states(monkeypatch: pytest.MonkeyPatch) -> None:
-    scale_gradient(monkeypatch, mst_ds.minisequence.loss._ChunkedLoss, 2, 21, 32)
+    scale_gradient(monkeypatch, mst_ds.patching.operators, "chunked_loss", lambda each: each.shape == (2, 21, 32))
     said = defect(PACKED, tie_word_embeddings=True)
     assert said == "lm_head: the gradient of its input is off by 1.0e-03 (relative)"
 
 
 def test_scaled_gradient_inside_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tied weight is off as well, since what reaches the embeddings is: that is not the head's doing."""
-    # Of the query: (batch, heads, length of the shard, head dim).
-    scale_gradient(monkeypatch, mst_ds.sequence_parallel.sequence_attention._SequenceAttention, 2, 8, 21, 4)
+    right = ALL_ATTENTION_FUNCTIONS[ATTENTION_NAME]
+
+    def of_the_query(module: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return right(module, with_scaled_gradient(query, 1.001), *args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, ATTENTION_NAME, of_the_query)
     said = defect(PACKED, tie_word_embeddings=True)
     assert said.startswith("model.layers.1.self_attn: the gradient of its input is off by ")
 
 
 def test_scaled_gradient_of_experts(monkeypatch: pytest.MonkeyPatch) -> None:
-    scale_gradient(monkeypatch, mst_ds.minisequence.experts._ChunkedExperts, 4, 32, 10)
+    scale_gradient(monkeypatch, mst_ds.structure.mlps, "chunked_experts", lambda each: each.shape == (4, 32, 10))
     said = defect(PACKED, "qwen3_moe")
     assert said == "model.layers.1.mlp.experts: the gradient of its down_proj is off by 1.0e-03 (relative)"
 
@@ -186,7 +187,7 @@ def test_frequencies_of_the_longest_document(
 
 
 def test_not_a_number_is_a_defect(monkeypatch: pytest.MonkeyPatch) -> None:
-    scale_gradient(monkeypatch, mst_ds.minisequence.mlp._ChunkedMLP, 32, 40, factor=float("nan"))
+    scale_down_projection(monkeypatch, float("nan"))
     found = check(PACKED)
     assert found.parameter in ("model.layers.0.mlp.down_proj.weight", "model.layers.1.mlp.down_proj.weight")
     assert found.defect == "model.layers.1.mlp: the gradient of its down_proj.weight is off by nan (relative)"
@@ -284,7 +285,7 @@ def test_refusal_is_the_projects_own_text(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_defect_weighs_more_than_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    scale_gradient(monkeypatch, mst_ds.minisequence.mlp._ChunkedMLP, 32, 40)
+    scale_down_projection(monkeypatch)
     report = check_model(config(), [PACKED])
     refused = Check(ONE_RANK, refusal="too early")
     assert replace(report, checks=(refused, *report.checks)).verdict == (
@@ -333,7 +334,7 @@ def test_a_run_is_refused_before_it_starts(packed: bool, monkeypatch: pytest.Mon
     mst = {"mlp_chunks": 9, "recompute": True}
     plan = make_plan(config(), {"mst": mst}, world_size=4, seq_len=4096, device_memory=2**40, sp_size=4)
     require_exact(config(), plan.settings, packed=packed)
-    scale_gradient(monkeypatch, mst_ds.minisequence.mlp._ChunkedMLP, 32, 40)
+    scale_down_projection(monkeypatch)
     assert refusal(lambda: require_exact(config(), plan.settings, packed=packed)) == (
         "preflight: LlamaForCausalLM is not exact: model.layers.1.mlp: the gradient of its down_proj.weight is off by "
         "1.0e-03 (relative), at sp_size 2, mlp_chunks 3, loss_chunks 1, recompute, keep_attention, keep_mlp, "

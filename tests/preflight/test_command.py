@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from defects import scale_gradient
 from transformers import AutoConfig
 
-import mst_ds.minisequence.mlp
+import mst_ds.structure.mlps
 from mst_ds.commands.preflight import main
 
 LLAMA_3_1_8B = {
@@ -62,13 +63,8 @@ def test_llama_is_exact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_a_defect(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    backward = mst_ds.minisequence.mlp._ChunkedMLP.backward
-
-    def doubled(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
-        """The gradient of the hidden states, (batch, length, hidden); the stand-ins have another batch size."""
-        return tuple(2 * dx if dx is not None and len(dx) == 2 else dx for dx in backward(ctx, *gradients))
-
-    monkeypatch.setattr(mst_ds.minisequence.mlp._ChunkedMLP, "backward", staticmethod(doubled))
+    # The hidden states, (batch, length, hidden); the stand-ins have another batch size.
+    scale_gradient(monkeypatch, mst_ds.structure.mlps, "chunked_mlp", lambda each: len(each) == 2, factor=2.0)
     ds = ds_config(tmp_path, sp_size=1)
     assert main(["--model", model(tmp_path, "llama"), "--ds_config", ds]) == 1
     output = capsys.readouterr()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mst_ds.preflight.documents import Documents
-from mst_ds.preflight.shrink import _ORIGINAL_POSITIONS
+from mst_ds.preflight.shrink import ORIGINAL_POSITIONS
 
 KINDS = {"packed": Documents.packed(41, 50), "padded": Documents.padded(41, 50)}
 
@@ -54,7 +54,7 @@ def test_positions_restart_with_each_document() -> None:
 def test_what_a_preflight_has_to_meet() -> None:
     packed = KINDS["packed"]
     border = 21  # of two shards
-    spans = [(start, start + length) for _, start, length in packed._spans()]
+    spans = [(sum(row[:index]), sum(row[: index + 1])) for row in packed.rows for index in range(len(row))]
     assert any(start < border < stop for start, stop in spans), "no document crosses the border of two shards"
     assert any(0 < start < border for start, _ in spans), "no document begins inside the first shard"
     assert any(stop - start == 1 for start, stop in spans), "no document of one token"
@@ -66,5 +66,5 @@ def test_what_a_preflight_has_to_meet() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_frequencies_that_depend_on_the_length_are_met_on_both_sides_of_the_original(kind: str) -> None:
     lengths = KINDS[kind].lengths
-    assert min(lengths) < _ORIGINAL_POSITIONS < max(lengths)
-    assert len({length for length in lengths if length > _ORIGINAL_POSITIONS}) > 1, "dynamic ones differ by length"
+    assert min(lengths) < ORIGINAL_POSITIONS < max(lengths)
+    assert len({length for length in lengths if length > ORIGINAL_POSITIONS}) > 1, "dynamic ones differ by length"

@@ -15,11 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 from filelock import FileLock
-from processes import assert_ended
-from test_readme import ROOT, run
+from processes import ROOT, assert_ended, run
 
+from mst_ds.command_line.exit_protocol import EXIT_STOPPED
 from mst_ds.commands import scale
-from mst_ds.exit_protocol import EXIT_STOPPED
 from mst_ds.scaling import launcher_here, read_results, read_sweep, run_point
 from mst_ds.scaling.launchers import DeepSpeedLauncher, Interrupted, SrunLauncher, launch
 from mst_ds.scaling.result import DONE, FAILED, REFUSED, TIMED_OUT

@@ -7,13 +7,13 @@ import re
 from pathlib import Path
 
 import pytest
+from processes import ROOT
 from sweeps import point
 
 from mst_ds.config import DEFAULT_DS_CONFIG
 from mst_ds.scaling.sweep import short_length
 from mst_ds.scaling.sweep_file import read_sweep, train_flags
 
-ROOT = Path(__file__).parents[2]
 FILE = """
 sp_size: [1, 2]
 seq_len: [512, 4K]

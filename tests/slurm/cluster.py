@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from test_readme import ROOT
+from processes import ROOT
 
 START, STOP = (str(ROOT / "slurm" / "local" / name) for name in ("start.sh", "stop.sh"))
 WAIT = 240.0

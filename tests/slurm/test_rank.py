@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 from cluster import Cluster
-from test_readme import ROOT
+from processes import ROOT
 
 # Of task 5, as srun sets them for four nodes with two tasks each.
 TASK = {

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 from cluster import Cluster, processes_of, wait_until
-from test_readme import ROOT, run
+from processes import ROOT, run
 
 from mst_ds.data.tokenizer import byte_tokenizer
 

@@ -8,9 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from test_readme import ROOT
+from processes import ROOT
 
-from mst_ds.exit_protocol import EXIT_STOPPED
+from mst_ds.command_line.exit_protocol import EXIT_STOPPED
 
 # Says that it is ready, and ends with 75 when a signal comes, which it tells.
 STOPS = f"""

@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 from cluster import Cluster, Job, processes_of, wait_until
-from test_readme import ROOT, run
-from test_resume import FLAGS, LIMIT, assert_same_weights, command, losses, with_mesh
+from processes import ROOT, run
+from trainings import FLAGS, LIMIT, assert_same_weights, command, losses, with_mesh
 
 pytestmark = pytest.mark.timeout(900)
 

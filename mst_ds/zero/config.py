@@ -1,4 +1,4 @@
-"""What the DeepSpeed JSON says. This module and `zero_checks` alone spell DeepSpeed's key names."""
+"""The DeepSpeed JSON: loaded, every "auto" filled, and the settings that decide memory."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast
 
 from mst_ds.config import AUTO, TrainConfig
-from mst_ds.owners import require_agreement
-from mst_ds.read_file import read_json
+from mst_ds.files.read_file import read_json
+from mst_ds.files.shipped import existing_or_shipped_file
 from mst_ds.settings import MstConfig
-from mst_ds.shipped import existing_or_shipped_file
 from mst_ds.topology import choose_sp_size
-from mst_ds.zero_checks import ACCUMULATION, MICRO_BATCH, MST, TRAIN_BATCH, ZERO, block, check, stage
+from mst_ds.zero.checks import ACCUMULATION, MICRO_BATCH, MST, TRAIN_BATCH, ZERO, block, check, stage
+from mst_ds.zero.owners import require_agreement
 
 OffloadDevice: TypeAlias = Literal["none", "cpu", "nvme"]
 DsConfig: TypeAlias = dict[str, Any]

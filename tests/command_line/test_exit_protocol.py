@@ -6,9 +6,9 @@ import re
 import subprocess
 
 import pytest
-from test_readme import ROOT
+from processes import ROOT
 
-from mst_ds.exit_protocol import (
+from mst_ds.command_line.exit_protocol import (
     EXIT_REFUSED,
     EXIT_STOPPED,
     TRAIN_COMMAND,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 from mst_ds.config import AUTO, TrainConfig
-from mst_ds.zero_checks import block
+from mst_ds.zero.checks import block
 
 # The flags whose values an optimizer of the JSON has in place of them, by the names of its parameters.
 _OF_OPTIMIZER: Mapping[str, tuple[str, ...]] = {

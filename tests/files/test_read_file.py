@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mst_ds.read_file import existing_file, expanded, read_json, read_yaml
+from mst_ds.files.read_file import existing_file, expanded, read_json, read_yaml
 
 DEEP = 100_000
 # Nine of nine of nine ... values, in a few lines.

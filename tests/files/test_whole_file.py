@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mst_ds.whole_file import replace_file
+from mst_ds.files.whole_file import replace_file
 
 
 def test_a_full_disk_says_of_which_file_and_leaves_the_one_before(

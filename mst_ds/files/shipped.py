@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from mst_ds.read_file import existing_file, expanded
+from mst_ds.files.read_file import existing_file, expanded
 
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 # In a checkout they stand at the root, where commands name them; setup.py has a wheel take them into the package.
 _IN_CHECKOUT = {"ds_configs": "ds_configs", "sweeps": "launch/sweeps", "slurm": "slurm"}
 

@@ -3,15 +3,15 @@
 import copy
 import json
 import math
-from pathlib import Path
 
 import pytest
+from processes import ROOT
 
 from mst_ds.config import TrainConfig
 from mst_ds.settings import MstConfig
 from mst_ds.zero import has_block, kept_blocks, load_ds_config, read_zero, resolve, split_mst
 
-DS_CONFIGS = sorted((Path(__file__).parents[1] / "ds_configs").glob("*.json"))
+DS_CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
 
 
 def resolved(ds_config, **overrides):

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mst_ds.exit_protocol import EXIT_REFUSED, error_line
+from mst_ds.command_line.exit_protocol import EXIT_REFUSED, error_line
 
 if TYPE_CHECKING:
     from rich.console import Console

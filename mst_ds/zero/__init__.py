@@ -1,0 +1,29 @@
+"""What the DeepSpeed JSON says, without DeepSpeed: the only room that spells DeepSpeed's key names."""
+
+from .config import (
+    DsConfig,
+    OffloadDevice,
+    ResolvedConfig,
+    ZeroConfig,
+    has_block,
+    kept_blocks,
+    load_ds_config,
+    read_resolved,
+    read_zero,
+    resolve,
+    split_mst,
+)
+
+__all__ = [
+    "DsConfig",
+    "OffloadDevice",
+    "ResolvedConfig",
+    "ZeroConfig",
+    "has_block",
+    "kept_blocks",
+    "load_ds_config",
+    "read_resolved",
+    "read_zero",
+    "resolve",
+    "split_mst",
+]
