@@ -180,7 +180,11 @@ def _take_steps(job: _Job, interruption: Interruption) -> bool:
     held_out = None
     if job.data.held_out is not None:
         held_out = functools.partial(
-            eval_batches, job.data.held_out, plan.topology, micro_batch_size=plan.micro_batch_size
+            eval_batches,
+            job.data.held_out,
+            plan.topology,
+            micro_batch_size=plan.micro_batch_size,
+            loading=run.loading,
         )
     saver = _saver(job, engine, interruption)
     with _metrics(run, folder, engine.device) as metrics:
