@@ -84,7 +84,7 @@ def _checked(argv: Sequence[str], held: ExitStack) -> _Job:
     find_files(config)
     # From here on imports take seconds; a mistyped flag or file has been answered already.
     _quiet_libraries()
-    _settle_environment(os.environ)
+    settle_environment(os.environ)
     from mst_ds.data import load_training_data
     from mst_ds.engine import Launch, claimed, output_folder, prepare, training_batches
 
@@ -103,7 +103,7 @@ def _quiet_libraries() -> None:
         warnings.filterwarnings("ignore", message, FutureWarning)
 
 
-def _settle_environment(environment: MutableMapping[str, str]) -> None:
+def settle_environment(environment: MutableMapping[str, str]) -> None:
     """What torch and NCCL read when they are imported; what the user has set stays."""
     # Chunks of many sizes come and go: fixed segments would lose memory between blocks. torch 2.9 has both names.
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & environment.keys():
