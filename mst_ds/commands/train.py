@@ -86,12 +86,13 @@ def _checked(argv: Sequence[str], held: ExitStack) -> _Job:
     _quiet_libraries()
     settle_environment(os.environ)
     from mst_ds.data import load_training_data
-    from mst_ds.engine import Launch, claimed, output_folder, prepare, training_batches
+    from mst_ds.engine import Launch, claimed, output_folder, prepare, require_same_checkpoint, training_batches
 
     run = prepare(config, Launch.from_environment())
     folder = output_folder(config)
     if run.launch.rank == 0:
         held.enter_context(claimed(folder))
+        require_same_checkpoint(config, run.checkpoint)
     # Tokenising may take an hour: what can be refused without it has been.
     data = load_training_data(config, run.tokenizer)
     return _Job(run, data, training_batches(run, data), folder)
