@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 
 import torch
 import torch.nn.attention
@@ -12,6 +11,7 @@ from torch.nn.functional import pad
 
 from .choice import choose_kernel
 from .documents import Documents
+from .flash_attn_package import flash_attn_2_version
 from .kernel import Attended
 from .merging import merge_sinks, sinks_gradient
 from .spec import AttentionSpec
@@ -91,8 +91,10 @@ def prepare_attention(name: str) -> None:
         ValueError: an unknown name, or flash attention without its package.
     """
     if name == "flash_attention_2":
-        if find_spec("flash_attn") is None:
-            raise ValueError('attention "flash_attention_2" needs the package flash-attn: install it, or use "sdpa"')
+        if flash_attn_2_version() is None:
+            raise ValueError(
+                'attention "flash_attention_2" needs the package flash-attn, version 2: install it, or use "sdpa"'
+            )
     elif name in _ACTIVATED_BY_TORCH:
         _activate(name)
     elif name != "sdpa":

@@ -2,16 +2,18 @@
 
 from mst_ds.config import IGNORE_INDEX
 from mst_ds.data.documents import load_documents
-from mst_ds.data.loader import ShardedLoader, eval_batches
+from mst_ds.data.loader import Loading, ShardedLoader, eval_batches
 from mst_ds.data.packing import PackedDataset, split_documents
-from mst_ds.data.sharding import Batch, shard, shift_labels
+from mst_ds.data.sharding import ON_HOST, Batch, shard, shift_labels, to_device
 from mst_ds.data.tokenising import tokenise
 from mst_ds.data.tokenizer import byte_tokenizer, load_tokenizer
 from mst_ds.data.training_data import TrainingData, describe, load_training_data
 
 __all__ = [
     "IGNORE_INDEX",
+    "ON_HOST",
     "Batch",
+    "Loading",
     "PackedDataset",
     "ShardedLoader",
     "TrainingData",
@@ -24,5 +26,6 @@ __all__ = [
     "shard",
     "shift_labels",
     "split_documents",
+    "to_device",
     "tokenise",
 ]

@@ -85,7 +85,7 @@ def test_cudnn_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_packages_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flash_attn", None)
-    with pytest.raises(ValueError, match="needs the package flash-attn: install it"):
+    with pytest.raises(ValueError, match="needs the package flash-attn, version 2: install it"):
         prepare_attention("flash_attention_2")
     for number in (3, 4):
         with pytest.raises(ValueError, match=f"needs the package flash-attn {number}, which torch does not find"):

@@ -171,3 +171,19 @@ def test_devices_by_the_drivers_name():
     }
     gpus = [gpu_of_device(name, int(gib * GIB)) for name, gib in found.items()]
     assert [gpu and gpu.name for gpu in gpus] == ["H100", "A100-40GB", "A100-80GB", "L40S", None, None]
+
+
+@pytest.mark.parametrize(
+    ("name", "gib", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", 78.0, "H100"),
+        ("NVIDIA H100 80GB HBM3", 79.65, "H100"),
+        ("NVIDIA A100-SXM4-40GB", 38.5, "A100-40GB"),
+        ("NVIDIA H200", 139.7, "H200"),
+        ("NVIDIA H100 80GB HBM3", 39.5, None),  # half of one, as a virtual GPU
+        ("NVIDIA H100", 93.0, None),
+    ],
+)
+def test_a_driver_may_keep_a_gibibyte_more(name, gib, expected):
+    gpu = gpu_of_device(name, int(gib * GIB))
+    assert (gpu and gpu.name) == expected
