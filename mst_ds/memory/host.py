@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import psutil
+import torch
 
 _PROCESS = Path("/proc/self/cgroup")
 _MOUNT = Path("/sys/fs/cgroup")
@@ -14,6 +15,15 @@ _MOUNT = Path("/sys/fs/cgroup")
 def host_memory() -> int:
     """Bytes that the ranks of this node share: all it has, or the least that a container or a batch job leaves them."""
     return min([psutil.virtual_memory().total, *_limits(_PROCESS, _MOUNT)])
+
+
+def give_back_pinned_memory() -> None:
+    """Pinned blocks that nobody uses go back to the system; torch would keep them for requests of their sizes."""
+    if torch.accelerator.is_available():
+        # torch 2.12 has a public name for it.
+        give_back = getattr(torch.accelerator, "empty_host_cache", None) or getattr(torch._C, "_host_emptyCache", None)
+        if give_back is not None:
+            give_back()
 
 
 def _limits(process: Path, mount: Path) -> Iterator[int]:
