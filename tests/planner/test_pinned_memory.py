@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 from distributed import run_ranks
-from planned import MODEL, bytes_of, plan_of
+from planned import LAYERS, MODEL, bytes_of, plan_of
 from steps import build_engine
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from mst_ds.geometry import pinned_block
 from mst_ds.memory.host import give_back_pinned_memory
+from mst_ds.model_shape import ModelShape
+from mst_ds.model_shape.counts import TrainedCounts
+from mst_ds.planner.phases import step_phases
+from mst_ds.planner.workload import Workload
+from mst_ds.settings import Settings
+from mst_ds.zero import read_zero
 
 # "Round up the allocation to the nearest power of two to improve reuse": PowerOf2Ceil(size), in all versions of
 # ATen/core/CachingHostAllocator.h from 2.9 on; an empty tensor has no block.
@@ -112,6 +119,20 @@ def test_blocks_of_weights_are_given_back_before_activations_come() -> None:
     assert "parameter_blocks" in bytes_of(plan, "initialisation")
     for phase in ("forward", "backward", "optimizer_step"):
         assert "parameter_blocks" not in bytes_of(plan, phase)
+
+
+def test_weights_below_adapters_stay_in_blocks_of_their_own() -> None:
+    """By hand: shards of the MLPs' weights are 12,288 bytes, of embedding and head 64,000, of adapters 1,000 in all."""
+    shape = ModelShape.from_config(MODEL)
+    adapted = replace(shape, trained=TrainedCounts(all=1000, layer=300, mlp=0, head=0, embedding=0, largest=100))
+    zero = read_zero(
+        {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3, "offload_param": CPU}}, dp_world_size=2
+    )
+    settings = Settings(sp_size=1, mlp_chunks=1, loss_chunks=1, attention="sdpa")
+    initialisation, *_ = step_phases(Workload(adapted, zero, seq_len=4000, settings=settings))
+    terms = {term.name: term.bytes for term in initialisation.terms}
+    assert terms["parameters_rounding"] == LAYERS * 3 * (2**14 - 12_288) + 2 * (2**16 - 64_000) + 24
+    assert "parameter_blocks" not in terms
 
 
 @pytest.mark.parametrize(
