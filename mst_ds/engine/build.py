@@ -18,6 +18,7 @@ from mst_ds.engine.hardware import has_accelerator
 from mst_ds.engine.optimizer import adamw, schedule
 from mst_ds.engine.run import Run
 from mst_ds.kept_in_fp32 import KeptTensor, Loading, keep_in_fp32, kept_in_fp32
+from mst_ds.memory.host import give_back_pinned_memory
 from mst_ds.model_folder import ModelLayout, load_model
 from mst_ds.patching import apply_plan
 from mst_ds.zero import has_block
@@ -45,6 +46,8 @@ def build_engine(run: Run) -> DeepSpeedEngine:
         lr_scheduler=None if has_own_schedule else functools.partial(schedule, run.config),
         config=run.ds_config | universal_setting(run.checkpoint, run.launch.world_size),
     )
+    # DeepSpeed pins the shard of each weight, and then copies all into one block.
+    give_back_pinned_memory()
     _limit_waiting(run.config.hang_timeout)
     keep_in_fp32(engine, kept)
     if run.checkpoint is not None:

@@ -165,9 +165,9 @@ def host_left_out(memory: LiveMemory) -> Iterator[None]:
     """Within, what recompute keeps on the host is not counted, also where host and device are one memory."""
     empty_on_host = stores._empty_on_host
 
-    def uncounted(tensor: Tensor) -> Tensor:
+    def uncounted(*args: Any) -> Tensor:
         with memory.leave_out():
-            return empty_on_host(tensor)
+            return empty_on_host(*args)
 
     with _replaced(stores, _empty_on_host=uncounted):
         yield
