@@ -59,6 +59,7 @@ def chunked_mlp(
     *,
     chunks: int,
     activation: Activation = torch.nn.functional.silu,
+    is_silu: bool = False,
     gate_bias: Tensor | None = None,
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
@@ -79,6 +80,8 @@ def chunked_mlp(
         gate_weight, up_weight, down_weight: (I, H), or None for an MLP without a gate; (I, H); (H, I).
         chunks: how many chunks; fewer where a chunk would be shorter than 4 tokens.
         activation: elementwise, deterministic and not in place; differentiated by autograd, one chunk at a time.
+        is_silu: `activation` computes SiLU, so that it is, with the product, one fused kernel where that takes 16 bits
+            and there is a gate. Known of `torch.nn.functional.silu` without this.
         gate_bias, up_bias, down_bias: (I,), (I,) and (H,), or None.
         gate_in_up: the gate's rows come first in `up_weight`, (2 I, H), and `up_bias`, (2 I,), as in Phi-3.
         transposed: weights are (inputs, outputs), as in GPT-2: (H, I) or (H, 2 I) up and (I, H) down.
@@ -97,7 +100,8 @@ def chunked_mlp(
     """
     if keep is True and is_recomputing:
         raise ValueError("keep is True, but the layer is computed again: keep must be False or a KeptProjections")
-    call = _MlpCall(activation, chunks, gate_in_up, transposed, is_recomputing)
+    is_silu = is_silu or activation is torch.nn.functional.silu
+    call = _MlpCall(activation, is_silu, chunks, gate_in_up, transposed, is_recomputing)
     parameters = _Parameters(gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias)
     call.check(parameters)
     tensors = cast_for_autocast(hidden_states, *parameters)
@@ -147,6 +151,7 @@ class _Layers(NamedTuple):
 
 class _MlpCall(NamedTuple):
     activation: Activation
+    is_silu: bool
     chunks: int
     gate_in_up: bool
     transposed: bool
@@ -174,8 +179,7 @@ class _MlpCall(NamedTuple):
 
     def is_fused(self, x: Tensor) -> bool:
         """Whether activation and product, where there is one, are one kernel."""
-        is_silu = self.activation is torch.nn.functional.silu or type(self.activation) is torch.nn.SiLU
-        return is_silu and fused.runs(x)
+        return self.is_silu and fused.runs(x)
 
     def empty_kept(self, hidden_states: Tensor, *parameters: Tensor | None) -> _Kept:
         """Memory for what the forward computes."""

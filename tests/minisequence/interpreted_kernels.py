@@ -147,7 +147,7 @@ def test_mlp(gate_in_up, keep):
 
 def test_mlp_keeps_what_a_second_backward_reads():
     own = leaves(mlp_tensors(HALF, (2, 37), hidden=16, intermediate=40))
-    loss = our_mlp(4, own, torch.nn.SiLU(), keep=True).square().mean()
+    loss = our_mlp(4, own, torch.nn.SiLU(), is_silu=True, keep=True).square().mean()
     with OwnOperators() as operators:
         first = torch.autograd.grad(loss, list(own.values()), retain_graph=True)
         second = torch.autograd.grad(loss, list(own.values()))
