@@ -84,13 +84,15 @@ class Settings:
     )
     mlp_chunks: int = _count(
         "chunks of the MLP, of a rank, 1 or more",
-        "the fewest with which the MLP no longer makes the peak, then the fewest that fit",
+        "the fewest with which the MLP no longer makes the peak, on a known GPU of 2048 tokens or more; then "
+        "the fewest that fit",
         tried=(1, 4, 4, 64),
         several=3,  # a first one, one in between and a last
     )
     loss_chunks: int = _count(
         "chunks of the LM head and the loss, of a rank, 1 or more",
-        "the fewest with which the loss no longer makes the peak, then the fewest that fit",
+        "the fewest with which the loss no longer makes the peak, on a known GPU of 2048 tokens or more; then "
+        "the fewest that fit",
         tried=(1, 4, 4, 64),
         several=3,
     )
