@@ -68,7 +68,7 @@ class Case:
     """One forward and backward.
 
     Args:
-        model: of `MODELS`.
+        model: of `MODELS`; dimensions: other than its own.
         length: tokens of a rank.
         documents: of equal length, in the whole sequence.
         settings: of `mst_ds.Settings`.
@@ -76,6 +76,7 @@ class Case:
     """
 
     model: str
+    dimensions: Mapping[str, Any] = field(default_factory=dict)
     length: int = 2 * K
     layers: int = 2
     documents: int = 1
@@ -97,12 +98,8 @@ KINDS: Mapping[str, dict[str, Any]] = {
 }
 CLEAN = {f"{model}, {kind}": Case(model, **given) for model in MODELS for kind, given in KINDS.items()}
 
-# What stands in the way of a clean case, by model: a part of each error there is.
-KNOWN_ERRORS: Mapping[str, str] = {
-    # Experts read how many tokens each of them has, and wait for it.
-    "gpt-oss": "DynamicOutputShapeException aten.bincount.default",
-    "qwen3-moe": "DynamicOutputShapeException aten.bincount.default",
-}
+# Layers with experts read once a step how many tokens each expert has, and wait for it.
+WAITS_OF_A_LAYER: Mapping[str, int] = {"gpt-oss": 1, "qwen3-moe": 1}
 
 # Faults, and a part of the error that each must be seen as: else clean cases would say nothing.
 _FAULTS: Mapping[str, tuple[Callable[[Tensor], Any], str]] = {
@@ -117,7 +114,7 @@ FAULTS = {f"llama that {name}": (Case("llama", layers=1, fault=fault), part) for
 # An 8B layer in four chunks: it launches at most so much, in its forward and in its backward.
 LAUNCHES: Mapping[str, tuple[Case, int, int]] = {
     f"launches at {length}K tokens": (
-        Case("llama", length * K, layers=1, settings={**_KEPT, "mlp_chunks": 4}),
+        Case("llama", length=length * K, layers=1, settings={**_KEPT, "mlp_chunks": 4}),
         forward,
         backward,
     )
@@ -126,12 +123,20 @@ LAUNCHES: Mapping[str, tuple[Case, int, int]] = {
 
 # The same tokens in few and in many documents: each further one costs a layer at most so many launches.
 FEW, MANY = 4, 32
-DOCUMENTS = {f"{count} documents": Case("llama", 8 * K, layers=1, documents=count) for count in (FEW, MANY)}
+DOCUMENTS = {f"{count} documents": Case("llama", length=8 * K, layers=1, documents=count) for count in (FEW, MANY)}
 LAUNCHES_OF_A_DOCUMENT = {"forward": 2, "backward": 4}
+
+# Few and many experts: a layer launches the same.
+EXPERTS = {
+    f"{model} with {count} experts": Case(model, {name: count}, length=8 * K, layers=1, settings=_KEPT)
+    for model, name in (("qwen3-moe", "num_experts"), ("gpt-oss", "num_local_experts"))
+    for count in (32, 128)
+}
 
 CASES: Mapping[str, Case] = {
     **CLEAN,
     **{name: case for name, (case, _) in FAULTS.items()},
     **{name: case for name, (case, _, _) in LAUNCHES.items()},
     **DOCUMENTS,
+    **EXPERTS,
 }

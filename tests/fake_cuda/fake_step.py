@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mst_ds import Settings, apply_settings
+from mst_ds.minisequence import experts
 from mst_ds.patching import decoder
 from mst_ds.structure import decoder_layers
 
@@ -34,10 +35,11 @@ _NO_LAUNCH = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_st
 
 @dataclass
 class Found:
-    """What one case does."""
+    """What one case does. waits: how often the host read where experts' rows end, which has no other error."""
 
     errors: Counter[str] = field(default_factory=Counter)
     launches: Counter[str] = field(default_factory=Counter)
+    waits: int = 0
 
 
 class Spy(TorchDispatchMode):
@@ -115,7 +117,7 @@ def build(case: Case) -> nn.Module:
     """The patched model on the meta device."""
     config_class, model_class, dimensions = MODELS[case.model]
     with torch.device("meta"):
-        model = model_class(config_class(**{**dimensions, "num_hidden_layers": case.layers}))
+        model = model_class(config_class(**{**dimensions, **case.dimensions, "num_hidden_layers": case.layers}))
     model = model.to(torch.bfloat16).train()
     chunks = -(-case.length // 2048)
     settings = Settings(**{"sp_size": case.sp_size, "mlp_chunks": chunks, "loss_chunks": chunks, **case.settings})
@@ -126,9 +128,14 @@ def measure(case: Case) -> dict[str, Any]:
     found, model = Found(), build(case)
     starts = [[index * case.length * case.sp_size // case.documents for index in range(case.documents)]]
     with ExitStack() as stack:
-        # The only values of tensors that a forward asks for, once for all layers: given here, since there are none.
+        # The only values of tensors that a forward asks for are given here, since there are none. Once for all layers:
         known = starts if case.documents > 1 else None
         stack.enter_context(patch.object(decoder, "find_document_starts", lambda *_: known))
+        # Once for each layer with experts, all of which are equally popular here:
+        read_ends = functools.partial(
+            _ends_of_experts, found, case.length * getattr(model.config, "num_experts_per_tok", 0)
+        )
+        stack.enter_context(patch.object(experts, "read_ends", read_ends))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(hopper())
         model = model.to_empty(device="cuda")
@@ -151,11 +158,17 @@ def measure(case: Case) -> dict[str, Any]:
     ]
     return {
         "errors": found.errors,
+        "waits": found.waits,
         "bad_gradients": gradients,
         "layers": layers.counts if not found.errors else [],
         "attention": {name: count for name, count in found.launches.items() if "attention" in name},
         "launches": dict(found.launches.most_common()),
     }
+
+
+def _ends_of_experts(found: Found, rows: int, ends: Tensor) -> list[int]:
+    found.waits += 1
+    return [rows * (expert + 1) // len(ends) for expert in range(len(ends))]
 
 
 def _commit(fault: Callable[[Tensor], Any], module: nn.Module, args: Any) -> None:
