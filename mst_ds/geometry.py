@@ -13,6 +13,10 @@ LEAST_CHUNK_TOKENS = 4
 ELEMENTS_IN_CACHE_OF_CPU = 2**19
 ELEMENTS_THAT_KEEP_BUSY = 2**24
 
+# Of so many experts weight gradients are computed at a time where one product does several: before they are put where
+# they belong they are beside those of all experts.
+EXPERTS_OF_A_GRADIENT = 16
+
 # Attention without a kernel: a block has so many rows that a head has this many scores, but not fewer rows than are
 # worth a matrix product.
 _SCORES, _ROWS = 2**18, 64

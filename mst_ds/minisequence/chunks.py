@@ -72,6 +72,10 @@ class Linear(NamedTuple):
             return torch.mm(x, self.weight.t(), out=out)
         return torch.addmm(self.bias, x, self.weight.t(), out=out)
 
+    def input_gradient(self, dy: Tensor) -> Tensor:
+        """(T, outputs) -> (T, inputs)."""
+        return torch.mm(dy, self.weight)
+
 
 class Scratch:
     """Memory that each chunk uses again: fresh memory costs a CPU as much time as a tenth of the product it takes."""

@@ -334,7 +334,13 @@ def test_experts_work_on_chunks_of_one_expert_and_return_the_gradients_of_all():
     assert backward["mlp_chunk"] == 11 * rows * 240 * 2
     assert backward["mlp_chunk_hidden_states"] == 3 * rows * HIDDEN * 2
     assert backward["expert_weight_gradients"] == 10 * 3 * HIDDEN * 240 * 2
-    assert backward["mlp_weight_gradients"] == 3 * HIDDEN * 240 * 4
+    # Gate and up of ten experts, which are one product on a GPU; of more than 16, not all.
+    assert backward["mlp_weight_gradients"] == 10 * 2 * HIDDEN * 240 * 2
+    many = {"model": experts_with(mlp_only_layers=[], moe_intermediate_size=240, num_experts=40)}
+    terms = bytes_of(plan_of(**many, mst={"mlp_chunks": 6}), "backward")
+    assert terms["mlp_weight_gradients"] == 16 * 2 * HIDDEN * 240 * 2
+    in_fp32 = bytes_of(plan_of(**only_experts, mst={"mlp_chunks": 6}, dtype="fp16"), "backward")
+    assert in_fp32["mlp_weight_gradients"] == 3 * HIDDEN * 240 * 4
     assert backward["mlp_input_gradient_sum"] == 4000 * HIDDEN * 4
     # A token goes to an expert once: a chunk is never longer than all tokens.
     whole = bytes_of(plan_of(**only_experts, mst={"mlp_chunks": 1}), "forward")
