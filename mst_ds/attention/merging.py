@@ -32,10 +32,11 @@ def merge_sinks(attended: Attended, sinks: Tensor) -> Attended:
 def sinks_gradient(grad_output: Tensor, attended: Attended, sinks: Tensor) -> Tensor:
     """(n,), in fp32 at least, from what `merge_sinks` gave: the more a sink weighs, the smaller the output."""
     total = attended.log_sum_exp.new_zeros(sinks.shape)
-    batch, heads, length, width = grad_output.shape
+    length = grad_output.shape[2]
     # Products in fp32, of so many queries at a time that they need little memory.
-    for rows in torch.arange(length).split(max(1, ELEMENTS_THAT_KEEP_BUSY // (batch * heads * width))):
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
+    size = max(1, ELEMENTS_THAT_KEEP_BUSY * length // grad_output.numel())
+    for start in range(0, length, size):
+        part = slice(start, start + size)
         log_sum_exp = attended.log_sum_exp[:, :, part]
         products = grad_output[:, :, part].to(total.dtype) * attended.output[:, :, part]
         weights = (_of_queries(sinks, log_sum_exp) - log_sum_exp).exp()

@@ -88,7 +88,8 @@ class SequenceAttention:
         query, key, value = gather_sequence(tensors[:3], self._heads(head_group), self.group)
         index = self.layout.key_value_index(self.group.rank, head_group)
         if index is not None:
-            key, value = key[:, index], value[:, index]
+            copies = _on_device(index, key.device)
+            key, value = key[:, copies], value[:, copies]
         heads = self.layout.query_heads(self.group.rank, head_group)
         return [query, key, value, *(sinks[heads.start : heads.stop] for sinks in tensors[3:])]
 
@@ -140,7 +141,12 @@ class SequenceAttention:
 def _summed_by_head(grad: Tensor, index: list[int]) -> Tensor:
     """Gradients of copies of heads -> of the heads, the sum not rounded early."""
     total = grad.new_zeros(grad.shape[0], max(index) + 1, *grad.shape[2:], dtype=sum_dtype(grad.dtype))
-    return total.index_add_(1, torch.tensor(index, device=grad.device), grad.to(total.dtype)).to(grad.dtype)
+    return total.index_add_(1, _on_device(index, grad.device), grad.to(total.dtype)).to(grad.dtype)
+
+
+def _on_device(index: list[int], device: torch.device) -> Tensor:
+    # From pinned memory, so that nothing waits for the copy.
+    return torch.tensor(index, pin_memory=device.type != "cpu").to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ LAUNCHES: Mapping[str, tuple[Case, int, int]] = {
 # The same tokens in few and in many documents: each further one costs a layer at most so many launches.
 FEW, MANY = 4, 32
 DOCUMENTS = {f"{count} documents": Case("llama", length=8 * K, layers=1, documents=count) for count in (FEW, MANY)}
-LAUNCHES_OF_A_DOCUMENT = {"forward": 2, "backward": 4}
+LAUNCHES_OF_A_DOCUMENT = {"forward": 0, "backward": 0}
 
 # Few and many experts: a layer launches the same.
 EXPERTS = {
