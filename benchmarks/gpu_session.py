@@ -10,8 +10,10 @@ from pathlib import Path
 def main() -> None:
     # The project that this file is a part of, installed or not.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    # Before torch is imported: long steps leave gaps in segments of fixed sizes.
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    from mst_ds.commands.train import settle_environment
+
+    # Before torch is imported, and as a run does.
+    settle_environment(os.environ)
     from benchmarks.gpu.session import main as run_session
 
     run_session()

@@ -30,7 +30,7 @@ Auto: TypeAlias = Literal["auto"]
 AUTO: Auto = "auto"
 # A label that no loss counts, as in torch and transformers.
 IGNORE_INDEX = -100
-ATTENTION_IMPLEMENTATIONS = ("sdpa", "flash_attention_2")
+ATTENTION_IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 Packing: TypeAlias = Literal["documents", "none"]
 NonFinite: TypeAlias = Literal["stop", "skip"]
 
@@ -52,6 +52,7 @@ MOST = 1e30
 MOST_RATE = 1e3
 MOST_TOKENS = 2**36
 _MOST_STEPS = 2**40
+_MOST_WORKERS = 2**10
 _MOST_MINUTES = 60 * 24 * 366
 # Ranks meet, load weights and write checkpoints while others wait: what is shorter kills runs that are well.
 _LEAST_TIMEOUT = 1.0
@@ -62,6 +63,7 @@ _MOST_TIMEOUT = 366 * 24 * 3600.0
 _RANGES: Mapping[str, tuple[float, float, str]] = {
     "seq_len": (1, MOST_TOKENS, f"a whole number >= 1 and at most {MOST_TOKENS}"),
     "max_steps": (1, _MOST_STEPS, f"a whole number >= 1 and at most {_MOST_STEPS}"),
+    "dataloader_num_workers": (0, _MOST_WORKERS, f"a whole number >= 0 and at most {_MOST_WORKERS}"),
     "save_total_limit": (1, _MOST_STEPS, f"a whole number >= 1 and at most {_MOST_STEPS}"),
     "seed": (0, 2**32 - 1, "0 to 2**32 - 1"),
     "eval_steps": (0, _MOST_STEPS, f"a number >= 0 and at most {_MOST_STEPS}"),
@@ -144,6 +146,8 @@ class TrainConfig:
     packing: Packing = _flag(  # noqa: RUF009 - the alias hides from ruff that the type is immutable
         "documents", "documents: several to a sample, each as if alone; none: one to a sample, then padding."
     )
+    dataloader_num_workers: int = _flag(0, "Processes of each rank that make batches ahead; 0: none.")
+    dataloader_pin_memory: bool = _flag(True, "Batches lie in pinned memory, where there is an accelerator.")
     max_steps: int = _flag(150, "Optimizer steps.")
     learning_rate: float | None = _flag(None, "Peak learning rate of AdamW; default: 4e-3 for small_llama, else 2e-5.")
     lr_scheduler_type: str = _flag("cosine", "Name of a transformers schedule, such as cosine, linear, constant.")

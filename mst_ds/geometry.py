@@ -13,6 +13,10 @@ LEAST_CHUNK_TOKENS = 4
 ELEMENTS_IN_CACHE_OF_CPU = 2**19
 ELEMENTS_THAT_KEEP_BUSY = 2**24
 
+# Of so many experts weight gradients are computed at a time where one product does several: before they are put where
+# they belong they are beside those of all experts.
+EXPERTS_OF_A_GRADIENT = 16
+
 # Attention without a kernel: a block has so many rows that a head has this many scores, but not fewer rows than are
 # worth a matrix product.
 _SCORES, _ROWS = 2**18, 64
@@ -20,6 +24,10 @@ _SCORES, _ROWS = 2**18, 64
 WIDEST_FLASH_HEAD = 256
 # Queries of a window's block, at least. Fewer waste less on masked scores; more, less on overlapping keys.
 _WINDOW_QUERIES = 1024
+
+# What is kept on the host lies in pieces of so many bytes: long enough that a copy takes longer than its start, and a
+# power of two, which torch's allocator of pinned memory does not round.
+_HOST_PIECE = 2**25
 
 
 def ceil_divide(dividend: int, divisor: int) -> int:
@@ -65,6 +73,23 @@ def flash_query_gradient(length: int, head_dim: int) -> tuple[int, int]:
     `head_dim`, rounded up (`mha_bwd` in flash_api.cpp)."""
     multiple = 32 if head_dim <= 128 else 64
     return ceil_divide(length, 128) * 128, ceil_divide(head_dim, multiple) * multiple
+
+
+def pinned_block(count: int) -> int:
+    """Bytes of the block that torch's allocator of pinned memory takes for `count` bytes: the next power of two
+    (`CachingHostAllocatorImpl::allocate`)."""
+    return 1 << (count - 1).bit_length() if count else 0
+
+
+def host_pieces(count: int) -> Iterator[int]:
+    """The sizes of the pieces, all but the last as long, in which `count` bytes lie on the host."""
+    for start in range(0, count, _HOST_PIECE):
+        yield min(_HOST_PIECE, count - start)
+
+
+def host_bytes(count: int) -> int:
+    """Bytes of pinned memory that the pieces of `count` bytes take: the last one may be rounded up."""
+    return count // _HOST_PIECE * _HOST_PIECE + pinned_block(count % _HOST_PIECE)
 
 
 @dataclass(frozen=True)

@@ -99,12 +99,16 @@ def gpu_by_name(name: str) -> Gpu:
 
 
 def gpu_of_device(device_name: str, memory: int) -> Gpu | None:
-    """The GPU that a driver calls so, such as "NVIDIA A100-SXM4-40GB", and that has so many bytes; None if unknown."""
+    """The GPU that a driver calls so, such as "NVIDIA A100-SXM4-40GB", and that has so many bytes; None if unknown.
+
+    Drivers, error correction and confidential computing keep a GiB more or less to themselves. One with a tenth less or
+    more than the table has is a part of such a GPU, or another one.
+    """
     found = _of_driver(device_name)
-    if not isinstance(found, tuple):
+    if not isinstance(found, tuple) or not found:
         return None
-    fitting = [_GPUS[name] for name in found if _GPUS[name].memory <= memory]
-    return max(fitting, key=lambda gpu: gpu.memory, default=None)
+    nearest_gpu = min((_GPUS[name] for name in found), key=lambda gpu: abs(gpu.memory - memory))
+    return nearest_gpu if abs(nearest_gpu.memory - memory) <= nearest_gpu.memory / 10 else None
 
 
 def peak_flops_of_device(device_name: str) -> float | None:

@@ -84,13 +84,15 @@ class Settings:
     )
     mlp_chunks: int = _count(
         "chunks of the MLP, of a rank, 1 or more",
-        "the fewest with which the MLP no longer makes the peak, then the fewest that fit",
+        "the fewest with which the MLP no longer makes the peak, on a known GPU of 2048 tokens or more; then "
+        "the fewest that fit",
         tried=(1, 4, 4, 64),
         several=3,  # a first one, one in between and a last
     )
     loss_chunks: int = _count(
         "chunks of the LM head and the loss, of a rank, 1 or more",
-        "the fewest with which the loss no longer makes the peak, then the fewest that fit",
+        "the fewest with which the loss no longer makes the peak, on a known GPU of 2048 tokens or more; then "
+        "the fewest that fit",
         tried=(1, 4, 4, 64),
         several=3,
     )
@@ -132,7 +134,9 @@ class Settings:
         tried=(1, 1, 1, 2),
         several=2,
     )
-    attention: str = _word(ATTENTION_IMPLEMENTATIONS, "flash attention if it is installed and the model is in 16 bits")
+    attention: str = _word(
+        ATTENTION_IMPLEMENTATIONS, '`"sdpa"`; for softcapped scores in 16 bits flash-attn 2, if it is installed'
+    )
 
     def __str__(self) -> str:
         """By the names of the `"mst"` block, without what is off: "sp_size 2, …, recompute, attention sdpa"."""

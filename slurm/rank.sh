@@ -26,6 +26,9 @@ if [[ $gpus =~ ^([0-9]|GPU|MIG) && ${#seen[@]} -lt $LOCAL_WORLD_SIZE ]]; then
     "node's GPUs for each (--gpus-per-node=$LOCAL_WORLD_SIZE, without --gpus-per-task and --gpu-bind)" >&2
   exit 2
 fi
+# Its part of the cores that the job has on this node, also for an optimizer on the CPU.
+threads=$((${SLURM_CPUS_ON_NODE:-1} / LOCAL_WORLD_SIZE))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 # Where a log is appended to, also where this start begins.
 echo "rank $RANK of $WORLD_SIZE on $SLURMD_NODENAME" >&2
 exec "$@"

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Sourced by the batch scripts, in the project's folder. Makes sure that the environment active at submission is the
-# right one, and exports what is the same for every rank: where they meet, and their threads.
+# right one, and exports what is the same for every rank: where they meet.
 
 fail() {
   echo "$SLURM_JOB_NAME: error: $*" >&2
@@ -22,7 +22,6 @@ export MASTER_ADDR=${BASH_REMATCH[1]}
 export MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
 unset first_host
 
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 # Since SLURM 22.05 srun does not take this from sbatch's --cpus-per-task.
 if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
   export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "mst_ds"
 # From the bottom up. Modules of one line may import each other; each may import any line above this one.
 LAYERS = [
     {"command_line", "dtypes", "files", "geometry"},
-    {"adapters", "kept_in_fp32", "recompute", "token_layout"},
+    {"adapters", "cpu_threads", "document_table", "kept_in_fp32", "recompute", "token_layout"},
     {"attention", "config"},
     {"dataset_files", "gpus", "model_shape", "objectives", "settings", "topology"},
     {"zero"},

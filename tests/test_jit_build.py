@@ -8,6 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.ops.op_builder.builder import OpBuilder
 from processes import free_port
 
@@ -96,6 +98,21 @@ def test_the_name_of_a_ranks_shared_memory_goes(monkeypatch: pytest.MonkeyPatch)
     finally:
         first.unlink()
         second.unlink(missing_ok=True)
+
+
+def test_the_optimizer_on_the_host_is_built_so(monkeypatch: pytest.MonkeyPatch, builder: Builder) -> None:
+    built: list[str] = []
+
+    def build(own: OpBuilder, verbose: bool = True) -> Any:
+        build_as_torch_does(builder)
+        built.append(own.name)
+        return SimpleNamespace(create_adam=lambda *_: None, destroy_adam=lambda *_: None)
+
+    monkeypatch.setattr(OpBuilder, "jit_load", build)
+    jit_build.guard_builds()
+    (builder.folder / "lock").touch()
+    DeepSpeedCPUAdam([torch.nn.Parameter(torch.zeros(2))])
+    assert built == ["cpu_adam"]
 
 
 def test_the_collective_of_the_cpu_is_built_so(monkeypatch: pytest.MonkeyPatch, builder: Builder) -> None:

@@ -46,6 +46,7 @@ def test_rms_norms_are_found(name, device):
         # DeepSeek's have an epsilon of their own beside the config's.
         assert norm.epsilon == (1e-6 if "_a_" in path else epsilon), path
         assert (norm.weight, norm.offset) == ("weight", offset), path
+        assert norm.keeps_dtype, path
 
 
 @pytest.mark.parametrize(("name", "count"), [("gpt2", 5), ("phi", 3), ("starcoder2", 5), ("cohere", 3)])
@@ -171,6 +172,13 @@ class WithResidual(Norm):
         return x + super().forward(x)
 
 
+class InFp32(Norm):
+    """Whose output has another dtype than a fused kernel's; yet it is one."""
+
+    def before(self, x):
+        return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class OverTheLength(Norm):
     def factor(self, x):
         return (x.square().mean(1, keepdim=True) + self.epsilon).rsqrt()
@@ -218,6 +226,8 @@ def test_an_rms_norm_of_another_class_is_one():
     structure = structure_of(Norm())
     assert isinstance(structure, RMSNormStructure)
     assert (structure.weight, structure.epsilon, structure.offset) == ("weight", 1e-4, 0.0)
+    assert structure.keeps_dtype
+    assert not structure_of(InFp32()).keeps_dtype
     assert_exact(llama_with(Norm()))
 
 

@@ -60,6 +60,7 @@ def test_finds_every_layers_mlp(name):
         assert all(found is child for found, child in zip((mlp.gate, mlp.up, mlp.down), expected, strict=True))
         assert mlp.gate_in_up == name.startswith("phi3")
         assert mlp.transposed == (name == "gpt2")
+        assert mlp.is_silu == (model.config.hidden_act == "silu" if hasattr(model.config, "hidden_act") else False)
 
 
 @pytest.mark.parametrize("name", sorted(OF_EXPERTS))

@@ -15,12 +15,11 @@ from mst_ds.minisequence.chunks import GradientSum
 _CHECKED_ROWS = 64  # against fp64
 
 
-def _forms(total: Tensor, left: Tensor, right: Tensor) -> dict[str, Callable[[], object]]:
-    """Ways to add left.T @ right, (T, M) and (T, N), to (M, N), and the product in 16 bits that none can be faster
-    than."""
-    fp32 = torch.float32
-    of_operators = GradientSum(left.new_empty(total.shape), is_needed=True)
-    of_operators.total = total
+def _forms(of_operators: GradientSum, left: Tensor, right: Tensor) -> dict[str, Callable[[], object]]:
+    """Ways to add left.T @ right, (T, M) and (T, N), to a sum, (M, N), and the product in 16 bits that none can be
+    faster than."""
+    fp32, total = torch.float32, of_operators.total
+    assert total is not None
     return {
         "addmm(out_dtype, out)": lambda: torch.addmm(total, left.t(), right, out_dtype=fp32, out=total),
         "add mm(out_dtype)": lambda: total.add_(torch.mm(left.t(), right, out_dtype=fp32)),
@@ -39,9 +38,11 @@ def probe_products(context: Context) -> list[dict[str, Any]]:
         with context.device:
             torch.manual_seed(0)
             left, right = (torch.randn(tokens, width, dtype=torch.bfloat16) for width in (rows, columns))
-            total = torch.zeros(rows, columns)
+            of_operators = GradientSum(torch.empty(rows, columns, dtype=torch.bfloat16), is_needed=True)
+        total = of_operators.total
+        assert total is not None
         expected = left[:, :_CHECKED_ROWS].double().t() @ right.double()
-        for name, form in _forms(total, left, right).items():
+        for name, form in _forms(of_operators, left, right).items():
 
             def measure(form: Callable[[], object] = form, expected: Tensor = expected, total: Tensor = total) -> Any:
                 total.zero_()

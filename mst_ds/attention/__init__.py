@@ -1,16 +1,18 @@
 """Causal attention on one device: what a layer asks for, the kernels that compute it, documents and windows."""
 
-from .documents import DocumentAttention, DocumentStarts
-from .kernels import CausalAttention, causal_backend
+from .attend import CausalAttention, prepare_attention
+from .documents import Documents, DocumentStarts
+from .kernel import Attended
 from .masks import SlidingWindow, describe_mask
 from .spec import AttentionSpec
 
 __all__ = [
+    "Attended",
     "AttentionSpec",
     "CausalAttention",
-    "DocumentAttention",
     "DocumentStarts",
+    "Documents",
     "SlidingWindow",
-    "causal_backend",
     "describe_mask",
+    "prepare_attention",
 ]

@@ -3,114 +3,112 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mst_ds.dtypes import sum_dtype
 from mst_ds.geometry import block_queries
 
+from .kernel import Attended, Draw, Gradients
 from .spec import AttentionSpec
 
 
-def attend_blockwise(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Tensor:
-    """Attention by blocks of queries, of which only one's scores are alive at a time, in the backward too.
+class Blockwise:
+    """A `DocumentKernel` by blocks of queries, of which only one's scores are alive at a time, in the backward too.
 
     The backward computes each block's scores again. Softmax and the sums of gradients over blocks are in fp32 at least.
-
-    Args:
-        query: (B, n, S, D); key: (B, k, S, D); value: (B, k, S, Dv) with k dividing n.
-
-    Returns:
-        (B, n, S, Dv).
+    Inside, the query heads of a group are rows of one product with their key/value head: (B, k, n / k * block, ...).
     """
-    assert not spec.front
-    # Dropout masks follow from this number, so that they are the same when a block is computed again.
-    seed = int(torch.randint(2**62, ())) if spec.dropout else 0
-    tensors = (query, key, value) if spec.sinks is None else (query, key, value, spec.sinks)
-    return _Blockwise.apply(replace(spec, sinks=None), seed, *tensors)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Attended:
+        # Dropout masks follow from this number, so that they are the same when a block is computed again.
+        draw = (torch.randint(2**62, ()),) if spec.dropout else ()
+        generator = _generator(draw, query)
+        output = torch.empty_like(query)
+        log_sum_exp = query.new_empty(query.shape[:3], dtype=sum_dtype(query.dtype))
+        for rows, keys in _blocks(query.shape[2], key.shape[2], spec.window):
+            weights, _ = _scores(query[:, :, rows], key[:, :, keys], spec)
+            of_block = weights.logsumexp(dim=-1, keepdim=True)
+            weights.sub_(of_block).exp_()
+            if generator is not None:
+                weights.mul_(_kept(weights, spec.dropout, generator))
+            output[:, :, rows] = _unfolded(weights.to(value.dtype) @ value[:, :, keys], query)
+            log_sum_exp[:, :, rows] = _unfolded(of_block, query)[..., 0]
+            del weights  # before the next block's
+        return Attended(output, log_sum_exp, [draw])
+
+    def backward(
+        self, grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, attended: Attended, spec: AttentionSpec
+    ) -> Gradients:
+        generator = _generator(next(iter(attended.draws)), query)
+        # A query is in one block; the gradients of keys and values are sums over blocks.
+        wide = sum_dtype(query.dtype)
+        of_query, of_key, of_value = torch.empty_like(query), *(torch.zeros_like(x, dtype=wide) for x in (key, value))
+        for rows, keys in _blocks(query.shape[2], key.shape[2], spec.window):
+            weights, slope = _scores(query[:, :, rows], key[:, :, keys], spec)
+            weights.sub_(_folded(attended.log_sum_exp[:, :, rows, None], key)).exp_()
+            grad = _folded(grad_output[:, :, rows], key)
+            of_weights = (grad @ value[:, :, keys].transpose(2, 3)).to(wide)
+            used = weights
+            if generator is not None:
+                kept = _kept(weights, spec.dropout, generator)
+                of_weights.mul_(kept)
+                used = kept.mul_(weights)
+            of_value[:, :, keys] += used.to(value.dtype).transpose(2, 3) @ grad
+            # The softmax takes the mean of its weights' gradients off: that of the output along the output.
+            mean = (grad.to(wide) * _folded(attended.output[:, :, rows], key)).sum(dim=-1, keepdim=True)
+            of_weights.sub_(mean).mul_(weights).mul_(spec.scaling)
+            of_scores = (of_weights if slope is None else of_weights.mul_(slope)).to(query.dtype)
+            of_query[:, :, rows] = _unfolded(of_scores @ key[:, :, keys], query)
+            of_key[:, :, keys] += of_scores.transpose(2, 3) @ _folded(query[:, :, rows], key)
+            del weights, slope, of_weights, used, of_scores  # before the next block's
+        return of_query, of_key.to(key.dtype), of_value.to(value.dtype)
 
 
-class _Blockwise(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, spec: AttentionSpec, seed: int, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors)
-        ctx.spec, ctx.seed = spec, seed
-        query, value = tensors[0], tensors[2]
-        generator = torch.Generator(query.device).manual_seed(seed)
-        output = query.new_empty(*query.shape[:3], value.shape[3])
-        for parts in _blocks(query.shape[2], spec.window):
-            block = [tensor[part] for tensor, part in zip(tensors, parts, strict=False)]
-            output[parts[0]] = _attend_block(spec, generator, *block)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
-        query = tensors[0]
-        generator = torch.Generator(query.device).manual_seed(ctx.seed)
-        # A query is in one block; the gradients of the others are sums over blocks.
-        dtypes = [query.dtype, *(sum_dtype(tensor.dtype) for tensor in tensors[1:])]
-        sums = [torch.zeros_like(tensor, dtype=dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
-        for parts in _blocks(query.shape[2], ctx.spec.window):
-            block = [tensor[part].detach() for tensor, part in zip(tensors, parts, strict=False)]
-            for tensor in block:
-                tensor.requires_grad_()
-            with torch.enable_grad():
-                output = _attend_block(ctx.spec, generator, *block)
-            grads = torch.autograd.grad(output, block, grad_output[parts[0]])
-            for total, part, grad in zip(sums, parts, grads, strict=False):
-                total[part] += grad
-            del output, grads  # before the next block's scores
-        return None, None, *(total.to(tensor.dtype) for total, tensor in zip(sums, tensors, strict=True))
+def _blocks(queries: int, keys: int, window: int | None) -> Iterator[tuple[slice, slice]]:
+    """For each block its queries, and the keys that it sees."""
+    reach = keys if window is None else window
+    size, first = block_queries(reach), keys - queries
+    for start in range(0, queries, size):
+        stop = min(start + size, queries)
+        yield slice(start, stop), slice(max(0, first + start - reach + 1), first + stop)
 
 
-def _blocks(length: int, window: int | None) -> Iterator[tuple[Any, ...]]:
-    """For each block the index of its part of query, key, value and sinks."""
-    reach = length if window is None else window
-    size = block_queries(reach)
-    for start in range(0, length, size):
-        stop = min(start + size, length)
-        rows, keys = slice(start, stop), slice(max(0, start - reach + 1), stop)
-        yield (..., rows, slice(None)), (..., keys, slice(None)), (..., keys, slice(None)), ...
-
-
-def _attend_block(
-    spec: AttentionSpec,
-    generator: torch.Generator,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """Queries (B, n, b, D), keys (B, k, c, D) and values (B, k, c, Dv) up to the last query -> (B, n, b, Dv)."""
-    (batch, heads, rows, _), (_, kv_heads, columns, _) = query.shape, key.shape
-    groups, wide = heads // kv_heads, sum_dtype(query.dtype)
-    # The query heads of a group are rows of one product with their key/value head.
-    scores = torch.matmul(query.reshape(batch, kv_heads, groups * rows, -1), key.transpose(2, 3)).to(wide)
-    scores = scores * spec.scaling
+def _scores(query: Tensor, key: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor | None]:
+    """(B, k, n / k * b, c), -inf where a key is hidden, the last query standing at the last key; and with a softcap its
+    slope."""
+    scores = (_folded(query, key) @ key.transpose(2, 3)).to(sum_dtype(query.dtype)).mul_(spec.scaling)
+    slope = None
     if spec.softcap is not None:
-        scores = torch.tanh(scores / spec.softcap) * spec.softcap
-    scores = scores.unflatten(2, (groups, rows)).masked_fill(_hidden(rows, columns, spec.window, query), float("-inf"))
-    weights = scores.softmax(dim=-1)
-    if spec.dropout:
-        kept = torch.empty_like(weights, dtype=torch.bool).bernoulli_(1 - spec.dropout, generator=generator)
-        weights = weights * kept / (1 - spec.dropout)
-    if sinks is not None:
-        # The part of the softmax's denominator that is not the sink's.
-        share = torch.sigmoid(scores.logsumexp(dim=-1) - sinks.to(wide).view(kv_heads, groups, 1))
-        weights = weights * share[..., None]
-    output = torch.matmul(weights.to(value.dtype).flatten(2, 3), value)
-    return output.unflatten(2, (groups, rows)).flatten(1, 2)
-
-
-def _hidden(rows: int, columns: int, window: int | None, like: Tensor) -> Tensor:
-    """(b, c), True where a query does not see a key; the last query stands at the last key."""
-    keys = torch.arange(columns, device=like.device)
-    positions = torch.arange(columns - rows, columns, device=like.device)[:, None]
+        scores.div_(spec.softcap).tanh_()
+        slope = 1 - scores.square()
+        scores.mul_(spec.softcap)
+    rows, columns = query.shape[2], key.shape[2]
+    keys = torch.arange(columns, device=query.device)
+    positions = torch.arange(columns - rows, columns, device=query.device)[:, None]
     hidden = keys > positions
-    return hidden if window is None else hidden | (keys <= positions - window)
+    if spec.window is not None:
+        hidden |= keys <= positions - spec.window
+    scores.unflatten(2, (-1, rows)).masked_fill_(hidden, float("-inf"))
+    return scores, slope
+
+
+def _folded(of_queries: Tensor, key: Tensor) -> Tensor:
+    """(B, n, b, D) -> (B, k, n / k * b, D)."""
+    batch, kv_heads = key.shape[:2]
+    return of_queries.reshape(batch, kv_heads, -1, of_queries.shape[3])
+
+
+def _unfolded(folded: Tensor, query: Tensor) -> Tensor:
+    """(B, k, n / k * b, D) -> (B, n, b, D)."""
+    return folded.reshape(*query.shape[:2], -1, folded.shape[3])
+
+
+def _kept(like: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
+    """0 for each weight that is dropped, and the factor of the others."""
+    return torch.empty_like(like).bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
+
+
+def _generator(draw: Draw, query: Tensor) -> torch.Generator | None:
+    return torch.Generator(query.device).manual_seed(int(draw[0])) if draw else None

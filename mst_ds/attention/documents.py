@@ -1,110 +1,89 @@
-"""Attention over packed documents: each is attended to by itself, and keeps its own part of the autograd graph."""
+"""Where the documents of packed rows lie."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
-
-from mst_ds.dtypes import sum_dtype
-from mst_ds.recompute import Kept, KeptGraph
-
-from .kernels import CausalAttention
-from .spec import AttentionSpec
 
 DocumentStarts = list[list[int]]
 
 
 @dataclass(frozen=True)
-class DocumentAttention:
-    """Causal attention that never crosses a document, in memory linear in S.
+class Borders:
+    """The borders of documents as kernels take them that attend to all of them in one call.
 
     Args:
-        attend: attention over one document.
-        spec: what it computes; its sinks are given with each call.
-        document_starts: for each row of the batch the first position of each of its documents, 0 first; None when
-            every row is one document, a list of one for all rows alike.
+        queries, keys: (documents + 1,) int32: in all rows' tokens, one after another, the first of each document, and
+            the end.
+        most_queries, most_keys: of a document.
     """
 
-    attend: CausalAttention
-    spec: AttentionSpec
-    document_starts: DocumentStarts | None
+    queries: Tensor
+    keys: Tensor
+    most_queries: int
+    most_keys: int
 
-    def forward(self, tensors: Sequence[Tensor], output: Tensor) -> None:
-        """Write the attention of query (B, n, S, D), key (B, k, S, D), value (B, k, S, Dv) and, if there are any,
-        sinks (n,) to `output`, (B, n, S, Dv) in any layout."""
-        for rows, positions in self._documents(output):
-            document = self._attend_document(*_inputs(tensors, rows, positions))
-            output[rows, :, positions] = document[..., : output.shape[3]]
 
-    def forward_with_graphs(
-        self, tensors: Sequence[Tensor], output: Tensor, keep: Callable[[Tensor], Kept]
-    ) -> list[KeptGraph]:
-        """`forward`, with what `backward` needs beside the same tensors."""
-        graphs = []
-        for rows, positions in self._documents(output):
-            graph = KeptGraph(self._attend_document, _inputs(tensors, rows, positions), keep)
-            output[rows, :, positions] = graph.take_output()[..., : output.shape[3]]
-            graphs.append(graph)
-        return graphs
+@dataclass(frozen=True)
+class Documents:
+    """The documents of a batch.
 
-    def backward(
-        self, graphs: Sequence[KeptGraph], tensors: Sequence[Tensor], output: Tensor, grad_output: Tensor
-    ) -> list[Tensor]:
-        """The gradient of each of `tensors`, that of the sinks in fp32 at least."""
-        documents = list(self._documents(output))
-        results: list[Tensor] = []
-        for graph, (rows, positions) in zip(graphs, documents, strict=True):
-            inputs = _inputs(tensors, rows, positions)
-            width = inputs[0].shape[3]
-            of_output = (_widened(tensor[rows, :, positions], width) for tensor in (output, grad_output))
-            grads = [
-                grad[..., : tensor.shape[3]] if tensor.dim() == 4 else grad.to(sum_dtype(grad.dtype))
-                for grad, tensor in zip(graph.backward(inputs, *of_output), tensors, strict=True)
-                if grad is not None
+    Args:
+        starts: for each row of the batch the first position of each of its documents, 0 first; None when every row is
+            one document, a list of one for all rows alike.
+    """
+
+    starts: DocumentStarts | None = None
+    _borders: dict[tuple[object, ...], Borders] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def are_rows(self) -> bool:
+        """Whether every row is one document."""
+        return self.starts is None or all(len(row) == 1 for row in self.starts)
+
+    def parts(self, batch: int, queries: int, keys: int) -> Iterator[tuple[slice, slice, slice]]:
+        """Rows, queries and keys of each document that has queries; rows with the same documents come together."""
+        for rows, starts in self._rows(batch):
+            for of_queries, of_keys in _ranges(starts, queries, keys):
+                if of_queries.start < of_queries.stop:
+                    yield rows, of_queries, of_keys
+
+    def borders(self, batch: int, queries: int, keys: int, device: torch.device) -> Borders:
+        """Made once for all layers."""
+        kind = batch, queries, keys, device
+        if kind not in self._borders:
+            rows = self._rows(batch)
+            of_rows = [
+                (row * queries + of_queries.start, row * keys + of_keys.start, of_queries, of_keys)
+                for row in range(batch)
+                for of_queries, of_keys in _ranges(rows[row % len(rows)][1], queries, keys)
             ]
-            if len(documents) == 1:
-                return grads
-            if not results:
-                results = [
-                    torch.empty_like(tensor) if tensor.dim() == 4 else torch.zeros_like(grad)
-                    for tensor, grad in zip(tensors, grads, strict=True)
-                ]
-            for result, grad in zip(results, grads, strict=True):
-                if result.dim() == 4:
-                    result[rows, :, positions] = grad
-                else:
-                    result.add_(grad)
-        return results
+            self._borders[kind] = Borders(
+                queries=_on_device([start for start, *_ in of_rows] + [batch * queries], device),
+                keys=_on_device([start for _, start, *_ in of_rows] + [batch * keys], device),
+                most_queries=max(part.stop - part.start for *_, part, _ in of_rows),
+                most_keys=max(part.stop - part.start for *_, part in of_rows),
+            )
+        return self._borders[kind]
 
-    def _documents(self, output: Tensor) -> list[tuple[slice, slice]]:
-        """Rows and positions of each document; rows that are one document are attended to together."""
-        batch, _, length, _ = output.shape
-        if self.document_starts is None:
-            return [(slice(0, batch), slice(0, length))]
-        starts = self.document_starts * batch if len(self.document_starts) == 1 else self.document_starts
-        return [
-            (slice(row, row + 1), slice(start, stop))
-            for row, of_row in enumerate(starts)
-            for start, stop in zip(of_row, [*of_row[1:], length], strict=True)
-        ]
-
-    def _attend_document(self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None) -> Tensor:
-        window = self.spec.window
-        if window is not None and window >= query.shape[2]:
-            window = None
-        return self.attend(query, key, value, replace(self.spec, window=window, sinks=sinks))
+    def _rows(self, batch: int) -> list[tuple[slice, list[int]]]:
+        if self.starts is None or len(self.starts) == 1:
+            return [(slice(0, batch), [0] if self.starts is None else self.starts[0])]
+        return [(slice(row, row + 1), starts) for row, starts in enumerate(self.starts)]
 
 
-def _inputs(tensors: Sequence[Tensor], rows: slice, positions: slice) -> list[Tensor]:
-    """One document's part of the tensors. Kernels without an S x S matrix want heads of one width."""
-    width = max(tensor.shape[3] for tensor in tensors[:3])
-    parts = [_widened(tensor[rows, :, positions], width) for tensor in tensors[:3]]
-    return [*parts, *tensors[3:]]
+def _ranges(starts: list[int], queries: int, keys: int) -> Iterator[tuple[slice, slice]]:
+    """Queries, none or some, and keys of each document."""
+    first = keys - queries
+    for start, stop in pairwise([*starts, keys]):
+        yield slice(max(start - first, 0), max(stop - first, 0)), slice(start, stop)
 
 
-def _widened(tensor: Tensor, width: int) -> Tensor:
-    return pad(tensor, (0, width - tensor.shape[3])) if tensor.shape[3] < width else tensor
+def _on_device(numbers: list[int], device: torch.device) -> Tensor:
+    # From pinned memory, so that nothing waits for the copy.
+    on_host = torch.tensor(numbers, dtype=torch.int32, pin_memory=device.type != "cpu")
+    return on_host.to(device, non_blocking=True)

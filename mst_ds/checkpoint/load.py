@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Checkpoint, *, seed: int) -> None:
     """Sets the engine, its optimizer and schedule, and this rank's random states. A collective call.
 
-    Where as many ranks wrote it as there are now, the run goes on bit by bit. Else the engine must have been made with
+    Where as many ranks wrote it as there are now, the run goes on bit by bit (on CPUs; on GPUs with kernels that add in
+    one order). Else the engine must have been made with
     `universal_setting`, and random states begin anew, from `seed`, the step and the rank.
 
     Raises:

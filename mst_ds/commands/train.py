@@ -83,14 +83,15 @@ def _checked(argv: Sequence[str], held: ExitStack) -> _Job:
     find_files(config)
     # From here on imports take seconds; a mistyped flag or file has been answered already.
     _quiet_libraries()
-    _settle_environment(os.environ)
+    settle_environment(os.environ)
     from mst_ds.data import load_training_data
-    from mst_ds.engine import Launch, claimed, output_folder, prepare, training_batches
+    from mst_ds.engine import Launch, claimed, output_folder, prepare, require_same_checkpoint, training_batches
 
     run = prepare(config, Launch.from_environment())
     folder = output_folder(config)
     if run.launch.rank == 0:
         held.enter_context(claimed(folder))
+        require_same_checkpoint(config, run.checkpoint)
     # Tokenising may take an hour: what can be refused without it has been.
     data = load_training_data(config, run.tokenizer)
     return _Job(run, data, training_batches(run, data), folder)
@@ -102,7 +103,7 @@ def _quiet_libraries() -> None:
         warnings.filterwarnings("ignore", message, FutureWarning)
 
 
-def _settle_environment(environment: MutableMapping[str, str]) -> None:
+def settle_environment(environment: MutableMapping[str, str]) -> None:
     """What torch and NCCL read when they are imported; what the user has set stays."""
     # Chunks of many sizes come and go: fixed segments would lose memory between blocks. torch 2.9 has both names.
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & environment.keys():
@@ -180,7 +181,11 @@ def _take_steps(job: _Job, interruption: Interruption) -> bool:
     held_out = None
     if job.data.held_out is not None:
         held_out = functools.partial(
-            eval_batches, job.data.held_out, plan.topology, micro_batch_size=plan.micro_batch_size
+            eval_batches,
+            job.data.held_out,
+            plan.topology,
+            micro_batch_size=plan.micro_batch_size,
+            loading=run.loading,
         )
     saver = _saver(job, engine, interruption)
     with _metrics(run, folder, engine.device) as metrics:

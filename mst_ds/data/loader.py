@@ -2,16 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import ctypes
+import functools
+import itertools
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 
 from mst_ds.config import IGNORE_INDEX
 from mst_ds.data.order import SampleOrder
 from mst_ds.data.packing import PackedDataset
 from mst_ds.data.sharding import Batch, shard
 from mst_ds.topology import Topology
+
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How batches are made: by torch's DataLoader, whose words these are.
+
+    Args:
+        num_workers: processes that make batches ahead; 0: each is made when it is asked for.
+        pin_memory: whether they lie in pinned memory, from which they are copied to a device without waiting.
+    """
+
+    num_workers: int = 0
+    pin_memory: bool = False
+
+    def batches(self, shards: _Shards, starts: Iterable[int]) -> Iterator[Batch]:
+        """The batches that begin at these samples, in their order."""
+        return iter(
+            DataLoader(
+                shards,
+                batch_size=None,
+                sampler=starts,
+                collate_fn=_as_it_is,
+                num_workers=self.num_workers,
+                pin_memory=self.pin_memory,
+                worker_init_fn=_live_as_long_as_the_rank,
+                # A forked worker has the tables and the order without copying them.
+                multiprocessing_context="fork" if self.num_workers else None,
+                # It draws a seed for its workers, which must not be one of the model's random numbers.
+                generator=torch.Generator(),
+            )
+        )
+
+
+@dataclass(frozen=True)
+class _Shards(torch.utils.data.Dataset[Batch]):
+    """This rank's shard of each batch, by the number of the batch's first sample in the world; sample: by number."""
+
+    dataset: PackedDataset
+    topology: Topology
+    micro_batch_size: int
+    sample: Callable[[int], Batch]
+
+    def __getitem__(self, start: int) -> Batch:
+        first = start + self.topology.dp_rank * self.micro_batch_size
+        samples = [self.sample(first + offset) for offset in range(self.micro_batch_size)]
+        return shard(_stack(samples), self.topology, self.dataset.pad_id)
 
 
 class ShardedLoader(Iterator[Batch]):
@@ -20,26 +76,44 @@ class ShardedLoader(Iterator[Batch]):
     The order is one stream of permutations of the dataset. Data-parallel rank d takes every dp_size-th batch
     of it, beginning with the d-th, and the ranks of its sequence group each take their shard of that batch.
     An epoch that does not fill its last batches goes on in the next one, so no sample is dropped and no rank
-    runs out before another. All there is to remember is `samples_seen`, counted over the whole world.
+    runs out before another. All there is to remember is `samples_seen`, counted over the whole world, of the batches
+    that were handed out: those that were made ahead are made again where a run goes on.
 
     Args:
         micro_batch_size: B, samples in a batch of one data-parallel rank.
         seed: of the order, >= 0.
+        loading: how batches are made.
     """
 
-    def __init__(self, dataset: PackedDataset, topology: Topology, *, micro_batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        dataset: PackedDataset,
+        topology: Topology,
+        *,
+        micro_batch_size: int,
+        seed: int,
+        loading: Loading = Loading(),
+    ) -> None:
         self.dataset = dataset
         self.topology = topology
         self.micro_batch_size = micro_batch_size
         self.samples_seen = 0
+        self._loading = loading
         self._order = SampleOrder(len(dataset), seed)
+        self._batches: Iterator[Batch] | None = None
 
     def __next__(self) -> Batch:
-        """{"input_ids", "shift_labels", "position_ids", "attention_mask"}: (B, L), see `shard`."""
-        start = self.samples_seen + self.topology.dp_rank * self.micro_batch_size
-        samples = [self.dataset[self._order[start + offset]] for offset in range(self.micro_batch_size)]
-        self.samples_seen += self.topology.dp_size * self.micro_batch_size
-        return shard(_stack(samples), self.topology, self.dataset.pad_id)
+        """(B, L) tensors of a shard, see `shard`."""
+        per_round = self.topology.dp_size * self.micro_batch_size
+        if self._batches is None:
+            starts = itertools.count(self.samples_seen, per_round)
+            # Nothing that leads back to this loader: workers end when the last reference to their iterator goes.
+            sample = functools.partial(_sample, self.dataset, self._order)
+            shards = _Shards(self.dataset, self.topology, self.micro_batch_size, sample)
+            self._batches = self._loading.batches(shards, starts)
+        batch = next(self._batches)
+        self.samples_seen += per_round
+        return batch
 
     def state_dict(self) -> dict[str, int | str]:
         """The position in the stream, the same on every rank; it can go on at any dp_size and sp_size.
@@ -73,19 +147,24 @@ class ShardedLoader(Iterator[Batch]):
                 )
         self.samples_seen = state["samples_seen"]
         self._order = SampleOrder(len(self.dataset), state["seed"])
+        self._batches = None
 
 
-def eval_batches(dataset: PackedDataset, topology: Topology, *, micro_batch_size: int) -> Iterator[Batch]:
+def eval_batches(
+    dataset: PackedDataset, topology: Topology, *, micro_batch_size: int, loading: Loading = Loading()
+) -> Iterator[Batch]:
     """Every sample once over all data-parallel ranks, in order, and equally many batches on every rank.
 
     Where the samples run out, a rank gets padding with ignored labels: it takes part in every collective and
     adds nothing to the loss. The batches are those of `ShardedLoader`.
     """
+
+    def sample(number: int) -> Batch:
+        return dataset[number] if number < len(dataset) else _ignored_sample(dataset)
+
     per_round = topology.dp_size * micro_batch_size
-    for start in range(topology.dp_rank * micro_batch_size, _round_up(len(dataset), per_round), per_round):
-        numbers = range(start, start + micro_batch_size)
-        samples = [dataset[number] if number < len(dataset) else _ignored_sample(dataset) for number in numbers]
-        yield shard(_stack(samples), topology, dataset.pad_id)
+    starts = range(0, _round_up(len(dataset), per_round), per_round)
+    return loading.batches(_Shards(dataset, topology, micro_batch_size, sample), starts)
 
 
 def _ignored_sample(dataset: PackedDataset) -> Batch:
@@ -95,6 +174,32 @@ def _ignored_sample(dataset: PackedDataset) -> Batch:
         "position_ids": torch.arange(dataset.seq_len),
         "attention_mask": torch.zeros(dataset.seq_len, dtype=torch.int64),
     }
+
+
+def _sample(dataset: PackedDataset, order: SampleOrder, position: int) -> Batch:
+    return dataset[order[position]]
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _live_as_long_as_the_rank(worker: int) -> None:
+    """What asks a run to stop may reach all its processes: a worker ends when its rank says so, or is gone.
+
+    A rank that was killed must leave none behind for a moment: it would hold the rank's port and output folder.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signals = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+
+    def wait() -> None:
+        while True:
+            received = signal.sigwaitinfo(signals)
+            if received.si_signo == signal.SIGTERM and received.si_pid == os.getppid():
+                os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _stack(samples: Sequence[Batch]) -> Batch:

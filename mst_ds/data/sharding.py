@@ -9,10 +9,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mst_ds.config import IGNORE_INDEX
+from mst_ds.document_table import document_table
 from mst_ds.token_layout import TokenLayout
 from mst_ds.topology import Topology
 
 Batch: TypeAlias = dict[str, Tensor]
+# Of a shard's tensors those that the host reads.
+ON_HOST = frozenset({"document_table"})
 
 
 def shift_labels(labels: Tensor) -> Tensor:
@@ -36,7 +39,11 @@ def shard(batch: Batch, topology: Topology, pad_id: int = 0) -> Batch:
 
     Returns:
         {"input_ids", "shift_labels", "position_ids", "attention_mask"}: (B, L) int64, L = ceil(S / sp_size). The mask
-        is 0 on padding, the batch's own and that added here, and 1 elsewhere. All positions stay below S.
+        is 0 on padding, the batch's own and that added here, and 1 elsewhere. All positions stay below S. And
+        "document_table", that of the whole sequence with its padding, the same for all ranks of the group.
+
+    Raises:
+        ValueError: padding has a label.
     """
     input_ids = batch["input_ids"]
     batch_size, seq_len = input_ids.shape
@@ -54,4 +61,12 @@ def shard(batch: Batch, topology: Topology, pad_id: int = 0) -> Batch:
     added = whole["position_ids"].shape[1] - seq_len
     if added:
         whole["position_ids"][:, seq_len:] = torch.arange(added) % seq_len
-    return {name: layout.split(tensor, dim=1)[topology.sp_rank].contiguous() for name, tensor in whole.items()}
+    if bool(((whole["attention_mask"] == 0) & (whole["shift_labels"] != IGNORE_INDEX)).any()):
+        raise ValueError(f"labels must be {IGNORE_INDEX} after padding, where attention_mask is 0: it predicts nothing")
+    shards = {name: layout.split(tensor, dim=1)[topology.sp_rank].contiguous() for name, tensor in whole.items()}
+    return shards | {"document_table": document_table(whole["position_ids"], whole["attention_mask"])}
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """A shard as a model takes it: copied without waiting from pinned memory; what the host reads stays on the CPU."""
+    return {name: tensor if name in ON_HOST else tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -5,6 +5,7 @@ from mst_ds.engine.launch import Launch
 from mst_ds.engine.meeting import RanksDisagreeError, meet
 from mst_ds.engine.output_folder import claimed, output_folder
 from mst_ds.engine.preparation import prepare
+from mst_ds.engine.resume import require_same_checkpoint
 from mst_ds.engine.run import Run, training_batches
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "meet",
     "output_folder",
     "prepare",
+    "require_same_checkpoint",
     "training_batches",
 ]

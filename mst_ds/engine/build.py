@@ -13,9 +13,12 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from mst_ds.adapters import add_adapters, model_on_meta
 from mst_ds.checkpoint import load_checkpoint, universal_setting
+from mst_ds.cpu_threads import share_cores
+from mst_ds.engine.hardware import has_accelerator
 from mst_ds.engine.optimizer import adamw, schedule
 from mst_ds.engine.run import Run
 from mst_ds.kept_in_fp32 import KeptTensor, Loading, keep_in_fp32, kept_in_fp32
+from mst_ds.memory.host import give_back_pinned_memory
 from mst_ds.model_folder import ModelLayout, load_model
 from mst_ds.patching import apply_plan
 from mst_ds.zero import has_block
@@ -32,14 +35,19 @@ def build_engine(run: Run) -> DeepSpeedEngine:
     # Dropout must not repeat from rank to rank; the weights above must.
     set_seed((run.config.seed + run.launch.rank) % 2**32)
     apply_plan(model, run.plan)
+    zero = run.request.work.zero
+    if has_accelerator() and zero.offloads_optimizer:
+        share_cores(run.launch.local_world_size)
     has_own_optimizer, has_own_schedule = (has_block(run.ds_config, name) for name in ("optimizer", "scheduler"))
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
-        optimizer=None if has_own_optimizer else adamw(model, run.config, run.request.work.zero),
+        optimizer=None if has_own_optimizer else adamw(model, run.config, zero),
         lr_scheduler=None if has_own_schedule else functools.partial(schedule, run.config),
         config=run.ds_config | universal_setting(run.checkpoint, run.launch.world_size),
     )
+    # DeepSpeed pins the shard of each weight, and then copies all into one block.
+    give_back_pinned_memory()
     _limit_waiting(run.config.hang_timeout)
     keep_in_fp32(engine, kept)
     if run.checkpoint is not None:

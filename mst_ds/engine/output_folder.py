@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from types import FrameType
 
 from filelock import FileLock, Timeout
 
@@ -23,7 +26,8 @@ def output_folder(config: TrainConfig) -> Path:
 def claimed(folder: Path) -> Iterator[None]:
     """Makes the folder, and makes it this run's alone: the kernel's lock ends with its holder.
 
-    Where the context ends before the run has written anything, the folder is gone again.
+    Where the context ends, or SIGTERM the process, before the run has written anything, the folder is gone again. Other
+    handlers of the signal may come and go within.
 
     Raises:
         ValueError: another run has it, or it cannot be made.
@@ -39,11 +43,22 @@ def claimed(folder: Path) -> Iterator[None]:
         ) from None
     except OSError as error:
         raise ValueError(f"output_dir {str(folder)!r} cannot be made: {error.strerror}") from None
-    try:
-        yield
-    finally:
+
+    def give_back() -> None:
         with suppress(OSError):
             if is_new and {path.name for path in folder.iterdir()} <= {_LOCK}:
                 (folder / _LOCK).unlink(missing_ok=True)
                 folder.rmdir()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        give_back()
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        give_back()
         lock.release()

@@ -37,6 +37,25 @@ def find_checkpoint(config: TrainConfig) -> Checkpoint | None:
     return checkpoint
 
 
+def require_same_checkpoint(config: TrainConfig, found: Checkpoint | None) -> None:
+    """Look again, when the folder is this run's alone: until then another one may have gone on in it.
+
+    Raises:
+        ValueError: there is another checkpoint to go on from than `find_checkpoint` found; or see there.
+    """
+    now = find_checkpoint(config)
+    steps = [None if each is None else each.step for each in (found, now)]
+    if steps[0] != steps[1]:
+        raise ValueError(
+            f"output_dir had {_described(steps[0])} when this run began, and now has {_described(steps[1])} of another "
+            "run; allowed: the same command again, which goes on from there"
+        )
+
+
+def _described(step: int | None) -> str:
+    return "no checkpoint" if step is None else f"a checkpoint of step {step}"
+
+
 def _require_unfinished(config: TrainConfig) -> None:
     if config.output_dir is None:
         return

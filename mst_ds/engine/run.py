@@ -10,8 +10,9 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from mst_ds.checkpoint import Checkpoint, Identity
 from mst_ds.config import TrainConfig
-from mst_ds.data import ShardedLoader, TrainingData
+from mst_ds.data import Loading, ShardedLoader, TrainingData
 from mst_ds.dtypes import DTYPES
+from mst_ds.engine.hardware import has_accelerator
 from mst_ds.engine.launch import Launch
 from mst_ds.model_folder import ModelLayout, Weights
 from mst_ds.planner import Plan, Request
@@ -53,6 +54,11 @@ class Run:
         return DTYPES[self.plan.dtype]
 
     @property
+    def loading(self) -> Loading:
+        """How its batches are made; pinned memory is for accelerators alone."""
+        return Loading(self.config.dataloader_num_workers, self.config.dataloader_pin_memory and has_accelerator())
+
+    @property
     def steps_done(self) -> int:
         """Optimizer steps that were taken before this run goes on."""
         return 0 if self.checkpoint is None else self.checkpoint.step
@@ -65,7 +71,11 @@ def training_batches(run: Run, data: TrainingData) -> ShardedLoader:
         ValueError: the checkpoint was made with other data.
     """
     loader = ShardedLoader(
-        data.train, run.plan.topology, micro_batch_size=run.plan.micro_batch_size, seed=run.config.seed
+        data.train,
+        run.plan.topology,
+        micro_batch_size=run.plan.micro_batch_size,
+        seed=run.config.seed,
+        loading=run.loading,
     )
     if run.checkpoint is not None:
         loader.load_state_dict(run.checkpoint.data)

@@ -15,9 +15,12 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mst_ds.adapters import model_on_meta
-from mst_ds.attention import blockwise
+from mst_ds.attention import AttentionSpec, attend, blockwise
+from mst_ds.attention.choice import choose_kernel
+from mst_ds.attention.flash import TorchFlash
+from mst_ds.attention.kernel import Kernel
 from mst_ds.dtypes import DTYPES
-from mst_ds.geometry import ELEMENTS_THAT_KEEP_BUSY, flash_query_gradient
+from mst_ds.geometry import ELEMENTS_THAT_KEEP_BUSY, WIDEST_FLASH_HEAD, flash_query_gradient
 from mst_ds.memory.live import LiveMemory
 from mst_ds.minisequence import chunks
 from mst_ds.patching import apply_plan, decoder
@@ -30,6 +33,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _PHASES = ("forward", "loss", "backward")
+_FLASH_BACKWARDS = (
+    torch.ops.aten._flash_attention_backward.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+)
 
 
 @dataclass(frozen=True)
@@ -104,10 +111,10 @@ class KernelWorkspace(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         workspace: tuple[Tensor, ...] = ()
-        is_flash = func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-        # With a mask another kernel runs.
-        if is_flash and kwargs.get("attn_mask") is None and args[0].itemsize == 2:
+        if func in _FLASH_BACKWARDS and args[0].itemsize == 2:
             query, key = args[1:3]
+            if func is _FLASH_BACKWARDS[0]:  # it takes tokens before heads
+                query, key = query.transpose(1, 2), key.transpose(1, 2)
             of_sequence = flash_query_gradient(query.shape[2], query.shape[3])
             workspace = (query.new_empty(*query.shape[:2], *of_sequence, dtype=torch.float32),)
             if key.shape[1] != query.shape[1]:
@@ -120,15 +127,21 @@ class KernelWorkspace(TorchDispatchMode):
 
 @contextmanager
 def as_on_an_accelerator() -> Iterator[None]:
-    """Products of 16 bits are summed in fp32 without copies, elementwise work takes chunks as large as there; and
-    positions, which have no values, begin no documents."""
+    """Products of 16 bits are summed in fp32 without copies, elementwise work takes chunks as large as there, flash
+    attention runs where it has a kernel; and positions, which have no values, begin no documents."""
     no_documents = {"find_document_starts": lambda *_: None, "document_lengths": lambda *_: None}
     no_copies = {"products_in_fp32": lambda *_: chunks.ProductsInFp32(added=True, alone=True)}
     with (
         _replaced(decoder, **no_documents),
+        _replaced(attend, choose_kernel=_kernel_of_an_accelerator),
         _replaced(chunks, **no_copies, ELEMENTS_IN_CACHE_OF_CPU=ELEMENTS_THAT_KEEP_BUSY),
     ):
         yield
+
+
+def _kernel_of_an_accelerator(name: str, query: Tensor, spec: AttentionSpec, *rest: Any) -> Kernel:
+    has_flash = query.itemsize == 2 and query.shape[3] <= WIDEST_FLASH_HEAD and spec.softcap is None
+    return TorchFlash() if has_flash else choose_kernel(name, query, spec, *rest)
 
 
 @contextmanager
@@ -140,8 +153,8 @@ def only_the_largest_blocks() -> Iterator[None]:
     """
     blocks = blockwise._blocks
 
-    def last_blocks(length: int, window: int | None) -> Iterator[tuple[Any, ...]]:
-        yield from deque(blocks(length, window), maxlen=3)
+    def last_blocks(*sizes: Any) -> Iterator[tuple[slice, slice]]:
+        yield from deque(blocks(*sizes), maxlen=3)
 
     with _replaced(blockwise, _blocks=last_blocks):
         yield
@@ -152,9 +165,9 @@ def host_left_out(memory: LiveMemory) -> Iterator[None]:
     """Within, what recompute keeps on the host is not counted, also where host and device are one memory."""
     empty_on_host = stores._empty_on_host
 
-    def uncounted(tensor: Tensor) -> Tensor:
+    def uncounted(*args: Any) -> Tensor:
         with memory.leave_out():
-            return empty_on_host(tensor)
+            return empty_on_host(*args)
 
     with _replaced(stores, _empty_on_host=uncounted):
         yield

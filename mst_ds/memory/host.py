@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import psutil
+import torch
 
 
 def host_memory(process: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> int:
@@ -16,6 +17,15 @@ def host_memory(process: Path = Path("/proc/self/cgroup"), mount: Path = Path("/
         mount: where the kernel shows control groups.
     """
     return min([psutil.virtual_memory().total, *_limits(process, mount)])
+
+
+def give_back_pinned_memory() -> None:
+    """Pinned blocks that nobody uses go back to the system; torch would keep them for requests of their sizes."""
+    if torch.accelerator.is_available():
+        # torch 2.12 has a public name for it.
+        give_back = getattr(torch.accelerator, "empty_host_cache", None) or getattr(torch._C, "_host_emptyCache", None)
+        if give_back is not None:
+            give_back()
 
 
 def _limits(process: Path, mount: Path) -> Iterator[int]:

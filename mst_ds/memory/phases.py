@@ -137,8 +137,9 @@ def _decoder(model: Any) -> nn.Module:
 
 def planned_bytes(phase: Phase, device: torch.device) -> int:
     """What of a phase can be measured: all but the reserve, which tensors do not take. On the CPU the host is the
-    device, and counts too."""
-    return phase.device_bytes - phase.kind_bytes("reserve") + (phase.host_bytes if device.type == "cpu" else 0)
+    device, and counts too, where nothing is pinned."""
+    on_host = phase.host_bytes - phase.kind_bytes("reserve", "host") if device.type == "cpu" else 0
+    return phase.device_bytes - phase.kind_bytes("reserve") + on_host
 
 
 def compare(plan: Plan, peaks: Mapping[str, int], device: torch.device) -> list[PhaseMemory]:

@@ -72,6 +72,10 @@ class Linear(NamedTuple):
             return torch.mm(x, self.weight.t(), out=out)
         return torch.addmm(self.bias, x, self.weight.t(), out=out)
 
+    def input_gradient(self, dy: Tensor) -> Tensor:
+        """(T, outputs) -> (T, inputs)."""
+        return torch.mm(dy, self.weight)
+
 
 class Scratch:
     """Memory that each chunk uses again: fresh memory costs a CPU as much time as a tenth of the product it takes."""
@@ -101,46 +105,60 @@ class GradientSum:
 
     def __init__(self, parameter: Tensor | None, is_needed: bool, *, transposed: bool = False) -> None:
         self.parameter, self.transposed = parameter, transposed
-        self.total: Tensor | None = None
-        if is_needed and parameter is not None:
-            dtype = torch.float64 if parameter.dim() == 1 else sum_dtype(parameter.dtype)
-            self.total = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
+        self.is_needed = is_needed and parameter is not None
+        self._total: Tensor | None = None
 
     @property
-    def is_needed(self) -> bool:
-        return self.total is not None
+    def total(self) -> Tensor | None:
+        """What was added so far."""
+        if self._total is None and self.is_needed and self.parameter is not None:
+            self._total = torch.zeros_like(self.parameter, dtype=self._dtype, memory_format=torch.contiguous_format)
+        return self._total
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        assert self.parameter is not None
+        return torch.float64 if self.parameter.dim() == 1 else sum_dtype(self.parameter.dtype)
 
     def add_outer_products(self, left: Tensor, right: Tensor) -> None:
-        """Add `left.T @ right`, (T, outputs) and (T, inputs) of any floating dtypes, not rounded to 16 bits first."""
-        if self.total is None:
+        """Add `left.T @ right`, (T, outputs) and (T, inputs) of any floating dtypes, not rounded to 16 bits first.
+
+        The first product is written, not added to zeros: in one chunk, that saves all the sum's own memory traffic.
+        """
+        if not self.is_needed:
             return
         if self.transposed:
             left, right = right, left
-        dtype = self.total.dtype
+        dtype = self._dtype
         is_wider = left.dtype == right.dtype != dtype
         has = products_in_fp32(left.device, left.dtype) if is_wider else ProductsInFp32()
+        if self._total is None and (has.alone or not has.added):
+            factors = (left.t(), right) if has.alone else (left.to(dtype).t(), right.to(dtype))
+            self._total = torch.mm(*factors, out_dtype=dtype) if has.alone else torch.mm(*factors)
+            return
+        total = self.total
+        assert total is not None
         if has.added:
-            torch.addmm(self.total, left.t(), right, out_dtype=dtype, out=self.total)
+            torch.addmm(total, left.t(), right, out_dtype=dtype, out=total)
         elif has.alone:
-            self.total += torch.mm(left.t(), right, out_dtype=dtype)
+            total += torch.mm(left.t(), right, out_dtype=dtype)
         else:
-            self.total.addmm_(left.to(dtype).t(), right.to(dtype))
+            total.addmm_(left.to(dtype).t(), right.to(dtype))
 
     def add_column_sums(self, values: Tensor) -> None:
         """Add `values.sum(0)`, of (T, M) in any floating dtype, itself summed in fp32 at least."""
-        if self.total is not None:
-            self.total += values.sum(0, dtype=sum_dtype(values.dtype))
+        if (total := self.total) is not None:
+            total += values.sum(0, dtype=sum_dtype(values.dtype))
 
     def add(self, part: Tensor) -> None:
         """Add a chunk's gradient as it is."""
-        if self.total is not None:
-            self.total.add_(part)
+        if (total := self.total) is not None:
+            total.add_(part)
 
     def rounded(self) -> Tensor | None:
         """The gradient in the parameter's dtype; None where it is not needed."""
-        if self.total is None or self.parameter is None:
-            return None
-        return self.total.to(self.parameter.dtype)
+        total = self.total
+        return total.to(self.parameter.dtype) if total is not None and self.parameter is not None else None
 
 
 def gradient_sums(

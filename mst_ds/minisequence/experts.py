@@ -1,13 +1,16 @@
-"""Chunked experts: of a mixture of experts, one chunk of one expert's tokens is worked on at a time."""
+"""Chunked experts: of a mixture of experts, one chunk is worked on at a time: of one expert's tokens, or, where one
+product does several, all tokens of several."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
 
 from mst_ds.dtypes import sum_dtype
 from mst_ds.geometry import ceil_divide, chunk_slices
@@ -20,6 +23,15 @@ from .chunks import (
     gradient_sums,
     require_gathered,
     unrounded_product,
+)
+from .grouped import (
+    GroupedLinear,
+    Groups,
+    fit_grouped_products,
+    has_grouped_products,
+    runs_of_experts,
+    write_column_sums,
+    write_outer_products,
 )
 
 Gate = Callable[[Tensor], Tensor]
@@ -43,8 +55,9 @@ def chunked_experts(
 
     MsT (arXiv 2407.15892) for a mixture of experts. Tokens are sorted by expert, and each expert's tokens taken in
     chunks; so an expert's weight gradient is complete when its last chunk is done, and only one expert's is held in
-    fp32 (fp64 for biases). The forward keeps only the inputs; the backward computes the up projection again, never the
-    down projection. The loop contains no collective.
+    fp32 (fp64 for biases). Experts whose tokens fit into one chunk share it where `has_grouped_products`. The forward
+    keeps only the inputs; the backward computes the up projection again, never the down projection. The loop contains
+    no collective.
 
     Args:
         hidden_states: (T, H).
@@ -52,7 +65,7 @@ def chunked_experts(
         expert_weights: (T, k), what the router gives them.
         up_weight: (E, U, H), with the gate in it U = 2 I.
         down_weight: (E, H, I).
-        chunks: a chunk is at most 1/chunks of the T * k rows, and of one expert; never shorter than 4 rows for more.
+        chunks: a chunk is at most 1/chunks of the T * k rows, and at most T; never shorter than 4 rows for more.
         gate: (t, U) to (t, I), elementwise over t, deterministic and not in place; differentiated by autograd.
         up_bias: (E, U) or None.
         down_bias: (E, H) or None.
@@ -82,56 +95,94 @@ def chunked_experts(
         return call_operator(_ChunkedExperts, _compute, call, expert_index, expert_weights, *tensors)
 
 
-class _ExpertsCall(NamedTuple):
+@dataclass
+class _ExpertsCall:
+    """ends: where each expert's rows end, once the host has read it."""
+
     gate: Gate
     chunks: int
     transposed: bool
     dtype: torch.dtype
     is_recomputing: bool
+    ends: list[int] | None = None
 
 
 class _Parameters(NamedTuple):
-    """Of all experts or of one: the tensors, or the sums of their gradients."""
+    """Of all experts or of some: the tensors, or their gradients, or the sums of these."""
 
     up_weight: Any
     down_weight: Any
     up_bias: Any
     down_bias: Any
 
+    def of(self, experts: int | slice) -> _Parameters:
+        return _Parameters(*(tensor[experts] if tensor is not None else None for tensor in self))
+
 
 class _Rows(NamedTuple):
-    """A chunk of one expert's rows: which tokens they are, and where in (T, k) they stand."""
+    """A chunk of rows: which tokens they are, and where in (T, k) they stand."""
 
     tokens: Tensor
     places: Tensor
 
 
-def _chunks_by_expert(expert_index: Tensor, num_experts: int, chunks: int) -> Iterator[tuple[int, list[_Rows]]]:
-    """Each expert that has tokens, and its chunks in the order of the tokens."""
-    k = expert_index.shape[-1]
-    flat = expert_index.flatten()
-    order = flat.argsort(stable=True)
-    counts = torch.bincount(flat.clamp(max=num_experts), minlength=num_experts + 1)[:num_experts].tolist()
-    longest = max(1, ceil_divide(len(flat), chunks))
-    start = 0
-    for expert, count in enumerate(counts):
+class _Run(NamedTuple):
+    """Experts that are worked on together.
+
+    chunks: of their rows, in the order of the tokens; several experts have one chunk.
+    groups: the rows of each in the only chunk; None where there is one expert.
+    """
+
+    experts: slice
+    chunks: list[_Rows]
+    groups: Groups | None
+
+
+def read_ends(ends: Tensor) -> list[int]:
+    """Where each expert's rows end, (E,), for the host, which waits for the device here and nowhere else."""
+    return ends.tolist()
+
+
+def _runs(call: _ExpertsCall, expert_index: Tensor, parameters: _Parameters, x: Tensor) -> Iterator[_Run]:
+    """All experts that have tokens."""
+    num_experts, k = len(parameters.up_weight), expert_index.shape[-1]
+    ordered, order = expert_index.flatten().sort(stable=True)
+    experts_in_order = torch.arange(num_experts, dtype=ordered.dtype, device=ordered.device)
+    ends = torch.searchsorted(ordered, experts_in_order, right=True)
+    del ordered
+    if call.ends is None:
+        call.ends = read_ends(ends)
+    starts = [0, *call.ends[:-1]]
+    sizes = [end - start for start, end in zip(starts, call.ends, strict=True)]
+    longest = max(1, ceil_divide(len(order), call.chunks))
+    weights = parameters.up_weight, parameters.down_weight
+    is_grouped = has_grouped_products(x, *weights) and fit_grouped_products(*weights)
+    # No more rows than one expert can have. With biases what comes before and after the gate is in fp32: half as many.
+    most = min(longest, len(x)) // (1 if parameters.up_bias is None else 2)
+    for experts in runs_of_experts(sizes, most if is_grouped else 0):
+        start, count = starts[experts.start], sum(sizes[experts])
         places = order[start : start + count]
-        start += count
-        if count:
-            slices = chunk_slices(count, ceil_divide(count, longest))
-            yield expert, [_Rows(places[rows] // k, places[rows]) for rows in slices]
-
-
-def _of_expert(parameters: _Parameters, expert: int) -> _Parameters:
-    return _Parameters(*(tensor[expert] if tensor is not None else None for tensor in parameters))
+        slices = chunk_slices(count, ceil_divide(count, longest))
+        groups = None
+        if experts.stop - experts.start > 1:
+            groups = Groups((ends[experts] - start).int(), [end - start for end in call.ends[experts]])
+        yield _Run(experts, [_Rows(places[rows] // k, places[rows]) for rows in slices], groups)
 
 
 def _layers(call: _ExpertsCall, of_expert: _Parameters) -> tuple[Linear, Linear]:
-    """Up and down."""
+    """Up and down of one expert."""
     up, down = of_expert.up_weight, of_expert.down_weight
     if call.transposed:
         up, down = up.t(), down.t()
     return Linear(up, of_expert.up_bias), Linear(down, of_expert.down_bias)
+
+
+def _grouped_layers(call: _ExpertsCall, of_run: _Parameters, groups: Groups) -> tuple[GroupedLinear, GroupedLinear]:
+    """Up and down of several experts."""
+    up, down = of_run.up_weight, of_run.down_weight
+    if call.transposed:
+        up, down = up.transpose(1, 2), down.transpose(1, 2)
+    return GroupedLinear(up, of_run.up_bias, groups), GroupedLinear(down, of_run.down_bias, groups)
 
 
 def _compute(call: _ExpertsCall, *tensors: Tensor, out: Tensor | None = None) -> Tensor:
@@ -143,14 +194,32 @@ def _unrounded(call: _ExpertsCall, expert_index: Tensor, expert_weights: Tensor,
     parameters = _Parameters(*tensors)
     total = torch.zeros_like(x, dtype=sum_dtype(x.dtype), memory_format=torch.contiguous_format)
     scores = expert_weights.flatten()
-    for expert, chunks in _chunks_by_expert(expert_index, len(parameters.up_weight), call.chunks):
-        up, down = _layers(call, _of_expert(parameters, expert))
-        for rows in chunks:
-            inner = call.gate(torch.nn.functional.linear(x[rows.tokens], *up))
-            result = torch.nn.functional.linear(inner, *down)
-            # A token has an expert once, so no two rows of a chunk add to one place.
+    for run in _runs(call, expert_index, parameters, x):
+        for rows in run.chunks:
+            result = _forward_chunk(call, run, parameters, x[rows.tokens])
             total.index_add_(0, rows.tokens, (result * scores[rows.places, None]).to(total.dtype))
     return total
+
+
+def _forward_chunk(call: _ExpertsCall, run: _Run, parameters: _Parameters, x: Tensor) -> Tensor:
+    """(t, H) -> (t, H), not yet weighted."""
+    if run.groups is None:
+        up, down = _layers(call, parameters.of(run.experts.start))
+        return linear(call.gate(linear(x, *up)), *down)
+    of_up, of_down = _grouped_layers(call, parameters.of(run.experts), run.groups)
+    return of_down(call.gate(of_up(x)).to(x.dtype))
+
+
+class _Inputs(NamedTuple):
+    """Of the backward: x, dy: (T, H); scores: (T * k,)."""
+
+    x: Tensor
+    dy: Tensor
+    scores: Tensor
+
+    def of(self, rows: _Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """(t, H), (t, H), (t, 1)."""
+        return self.x[rows.tokens], self.dy[rows.tokens], self.scores[rows.places, None]
 
 
 class _ChunkedExperts(torch.autograd.Function):
@@ -169,30 +238,44 @@ class _ChunkedExperts(torch.autograd.Function):
         call: _ExpertsCall = ctx.call
         expert_index, expert_weights, x, *tensors = ctx.saved_tensors
         _, _, needs_scores, needs_x, *needs = ctx.needs_input_grad
-        parameters = _Parameters(*tensors)
         dtype = sum_dtype(x.dtype)
         dx = torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) if needs_x else None
         d_scores = torch.zeros(expert_weights.numel(), dtype=dtype, device=x.device) if needs_scores else None
-        grads = [torch.zeros_like(tensor) if needed else None for tensor, needed in zip(tensors, needs, strict=True)]
-        scores = expert_weights.flatten()
+        parameters = _Parameters(*tensors)
+        grads = _Parameters(
+            *(torch.zeros_like(tensor) if needed else None for tensor, needed in zip(tensors, needs, strict=True))
+        )
+        inputs = _Inputs(x, grad_output, expert_weights.flatten())
         with autocast_disabled(x.device):
-            for expert, chunks in _chunks_by_expert(expert_index, len(parameters.up_weight), call.chunks):
-                of_expert = _of_expert(parameters, expert)
-                up, down = _layers(call, of_expert)
-                sums = _Parameters(*gradient_sums(of_expert, needs, transposed=call.transposed))
-                for rows in chunks:
-                    d_inner, d_score = _backward_chunk(
-                        call.gate, up, down, sums, x[rows.tokens], grad_output[rows.tokens], scores[rows.places, None]
-                    )
+            for run in _runs(call, expert_index, parameters, x):
+                backward = _backward_of_one if run.groups is None else _backward_of_several
+                for rows, d_score, d_inner, up in backward(call, run, parameters, grads, inputs):
                     if dx is not None:
-                        dx.index_add_(0, rows.tokens, torch.mm(d_inner, up.weight).to(dtype))
+                        dx.index_add_(0, rows.tokens, up.input_gradient(d_inner).to(dtype))
                     if d_scores is not None:
                         d_scores[rows.places] = d_score
-                for grad, gradient in zip(grads, sums, strict=True):
-                    if grad is not None and gradient.total is not None:
-                        grad[expert] = gradient.total
         d_weights = d_scores.view_as(expert_weights).to(expert_weights.dtype) if d_scores is not None else None
         return None, None, d_weights, dx.to(x.dtype) if dx is not None else None, *grads
+
+
+# What a chunk's backward gives beside parameter gradients: its rows, the gradient of the scores, (t,), and that of the
+# up projection's output, (t, U), with the up projection itself.
+_OfChunk = tuple[_Rows, Tensor, Tensor, Linear | GroupedLinear]
+
+
+def _backward_of_one(
+    call: _ExpertsCall, run: _Run, parameters: _Parameters, grads: _Parameters, inputs: _Inputs
+) -> Iterator[_OfChunk]:
+    """Chunk by chunk, with parameter gradients of this expert alone in fp32."""
+    of_expert = parameters.of(run.experts.start)
+    up, down = _layers(call, of_expert)
+    needs = [grad is not None for grad in grads]
+    sums = _Parameters(*gradient_sums(of_expert, needs, transposed=call.transposed))
+    for rows in run.chunks:
+        yield rows, *_backward_chunk(call.gate, up, down, sums, *inputs.of(rows)), up
+    for grad, gradient in zip(grads, sums, strict=True):
+        if grad is not None and gradient.total is not None:
+            grad[run.experts.start] = gradient.total
 
 
 def _backward_chunk(
@@ -204,22 +287,57 @@ def _backward_chunk(
         x, dy: (t, H); scores: (t, 1).
 
     Returns:
-        The gradient of the up projection's output, (t, U), and that of the scores, (t,).
+        The gradient of the scores, (t,), and that of the up projection's output, (t, U).
     """
-    inner = torch.nn.functional.linear(x, *up)
-    with torch.enable_grad():
-        inner.requires_grad_()
-        gated = gate(inner)
+    inner, gated = _gated(gate, linear(x, *up))
     product = gated.detach()
     d_product = unrounded_product(dy.to(down.weight.dtype), down.weight)
-    # <dy, down(product)> without the down projection: <dy @ down, product>.
-    d_score = (d_product * product).sum(-1)
-    if down.bias is not None:
-        d_score = d_score + (dy * down.bias).sum(-1, dtype=d_score.dtype)
+    d_score = _score_gradient(d_product, product, dy, down.bias)
     weighted = (dy * scores).to(x.dtype)
     sums.down_weight.add_outer_products(weighted, product)
     sums.down_bias.add_column_sums(weighted)
     (d_inner,) = torch.autograd.grad(gated, inner, (d_product * scores).to(x.dtype))
     sums.up_weight.add_outer_products(d_inner, x)
     sums.up_bias.add_column_sums(d_inner)
-    return d_inner, d_score
+    return d_score, d_inner
+
+
+def _backward_of_several(
+    call: _ExpertsCall, run: _Run, parameters: _Parameters, grads: _Parameters, inputs: _Inputs
+) -> Iterator[_OfChunk]:
+    """In one chunk, which has all rows of these experts: each parameter gradient is one product, rounded once."""
+    (rows,), groups = run.chunks, run.groups
+    assert groups is not None
+    up, down = _grouped_layers(call, parameters.of(run.experts), groups)
+    x, dy, scores = inputs.of(rows)
+    inner, gated = _gated(call.gate, up(x))
+    product = gated.detach().to(x.dtype)
+    d_product = down.input_gradient(dy.to(x.dtype)).to(sum_dtype(x.dtype))
+    d_score = _score_gradient(d_product, product, dy, down.bias_of_rows(len(dy)))
+    weighted = (dy * scores).to(x.dtype)
+    (d_inner,) = torch.autograd.grad(gated, inner, (d_product * scores).to(gated.dtype))
+    d_inner = d_inner.to(x.dtype)
+    for grad, factors in ((grads.down_weight, (weighted, product)), (grads.up_weight, (d_inner, x))):
+        if grad is not None:
+            left, right = reversed(factors) if call.transposed else factors
+            write_outer_products(left, right, groups, out=grad[run.experts])
+    for grad, values in ((grads.down_bias, weighted), (grads.up_bias, d_inner)):
+        if grad is not None:
+            write_column_sums(values, groups, out=grad[run.experts])
+    yield rows, d_score, d_inner, up
+
+
+def _gated(gate: Gate, inner: Tensor) -> tuple[Tensor, Tensor]:
+    """The up projection's output and, differentiable by it, the down projection's input."""
+    with torch.enable_grad():
+        return inner.requires_grad_(), gate(inner)
+
+
+def _score_gradient(d_product: Tensor, product: Tensor, dy: Tensor, bias: Tensor | None) -> Tensor:
+    """(t,): <dy, down(product)> without the down projection: <dy @ down, product>.
+
+    Args:
+        d_product, product: (t, I); dy: (t, H); bias: (H,) or (t, H).
+    """
+    d_score = (d_product * product).sum(-1)
+    return d_score if bias is None else d_score + (dy * bias).sum(-1, dtype=d_score.dtype)

@@ -13,6 +13,7 @@ from mst_ds.config import IGNORE_INDEX
 from mst_ds.dtypes import sum_dtype
 from mst_ds.geometry import chunk_slices
 
+from . import fused
 from .chunks import (
     GradientSum,
     Linear,
@@ -46,6 +47,7 @@ def chunked_loss(
     The LM-head half of MsT (arXiv 2407.15892, section 3.2). Where gradients are enabled the forward computes them from
     each chunk's logits, which are then dropped; the backward only scales them by the incoming gradient. Under
     `no_grad`, and for inputs that need no gradient, none is computed. Head gradients are summed over chunks in fp32.
+    Logits of 16 bits have no copy in fp32 where a fused kernel takes them, unless they are capped.
 
     Args:
         hidden_states: (..., H), the decoder's last hidden states.
@@ -123,6 +125,27 @@ class _LossCall(NamedTuple):
         weight, bias = sums
         return _LinearHead(x, dx, weight, bias, scratch)
 
+    def cross_entropy(
+        self,
+        head: _LinearHead | _CallableHead,
+        labels: Tensor,
+        factor: Tensor,
+        losses: Tensor,
+        *,
+        needs_gradients: bool,
+    ) -> Tensor:
+        """Write the losses of a chunk; return `factor` times the gradient of the head's output, if needed, in the
+        memory of its logits."""
+        if self.transform.softcap is None and fused.runs(head.output):
+            from .fused.cross_entropy import cross_entropy_
+
+            logits = head.logits(head.output.dtype)
+            cross_entropy_(logits, labels, factor, losses, self.ignore_index, self.transform.scale, needs_gradients)
+            return logits
+        logits, slope = self.transform(head.logits(sum_dtype(head.output.dtype)), keep_slope=needs_gradients)
+        losses.copy_(_cross_entropy_(logits, labels, self.ignore_index, factor))
+        return logits if slope is None or not needs_gradients else logits.mul_(slope)
+
 
 def _apply(call: _LossCall, hidden_states: Tensor, *parameters: Tensor | None) -> Tensor:
     leading = hidden_states.shape[:-1]
@@ -153,14 +176,11 @@ class _ChunkedLoss(torch.autograd.Function):
         scratch = Scratch()
         for rows in chunk_slices(x.shape[0], call.chunks):
             head = call.begin(x[rows], dx[rows] if dx is not None else None, sums, scratch)
-            logits, slope = call.transform(head.logits(), keep_slope=needs_gradients)
-            losses[rows] = _cross_entropy_(logits, labels[rows], call.ignore_index, mantissa)
+            d_logits = call.cross_entropy(head, labels[rows], mantissa, losses[rows], needs_gradients=needs_gradients)
             if needs_gradients:
-                d_logits = logits if slope is None else logits.mul_(slope)
                 head.add_gradients(d_logits)
-                del d_logits
             # Before the next chunk's: two chunks' logits must never be alive together.
-            del head, logits, slope
+            del head, d_logits
         ctx.save_for_backward(dx, exponent, *(gradient.total for gradient in sums))
         ctx.shape, ctx.dtypes = hidden_states.shape, [p.dtype if p is not None else None for p in parameters]
         # One sum over all tokens, as without chunks: a running total over chunks would round at every step.
@@ -199,13 +219,12 @@ class _LinearHead:
         self.layer = Linear(weight.parameter, bias.parameter)
         self.output = scratch.empty("output", (len(x), len(weight.parameter)), x.dtype, x.device)
 
-    def logits(self) -> Tensor:
-        """(T, V) in fp32 at least, the caller's to write over."""
-        x, output = self.x, self.layer.write(self.x, self.output)
-        dtype = sum_dtype(x.dtype)
-        if dtype == x.dtype:
+    def logits(self, dtype: torch.dtype) -> Tensor:
+        """(T, V), the caller's to write over."""
+        output = self.layer.write(self.x, self.output)
+        if dtype == output.dtype:
             return output
-        return self.scratch.empty("logits", output.shape, dtype, x.device).copy_(output)
+        return self.scratch.empty("logits", output.shape, dtype, output.device).copy_(output)
 
     def add_gradients(self, d_logits: Tensor) -> None:
         """Add the parameters' gradients to their sums, write the input's."""
@@ -228,11 +247,10 @@ class _CallableHead:
         with torch.set_grad_enabled(has_gradient), SumLinearGradients(sums):
             self.output = head(self.x)
 
-    def logits(self) -> Tensor:
-        """(T, V) in fp32 at least, the caller's to write over."""
+    def logits(self, dtype: torch.dtype) -> Tensor:
+        """(T, V), the caller's to write over."""
         output = self.output.detach().squeeze(0)
         # A copy in any case: a head may return what autograd needs again, or its own parameter.
-        dtype = sum_dtype(output.dtype)
         return self.scratch.empty("logits", output.shape, dtype, output.device).copy_(output)
 
     def add_gradients(self, d_logits: Tensor) -> None:

@@ -14,6 +14,7 @@ from torch.autograd.graph import get_gradient_edge
 from mst_ds.geometry import chunk_slices
 from mst_ds.recompute import Kept
 
+from . import fused
 from .chunks import (
     GradientSum,
     Linear,
@@ -58,6 +59,7 @@ def chunked_mlp(
     *,
     chunks: int,
     activation: Activation = torch.nn.functional.silu,
+    is_silu: bool = False,
     gate_bias: Tensor | None = None,
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
@@ -78,6 +80,8 @@ def chunked_mlp(
         gate_weight, up_weight, down_weight: (I, H), or None for an MLP without a gate; (I, H); (H, I).
         chunks: how many chunks; fewer where a chunk would be shorter than 4 tokens.
         activation: elementwise, deterministic and not in place; differentiated by autograd, one chunk at a time.
+        is_silu: `activation` computes SiLU, so that it is, with the product, one fused kernel where that takes 16 bits
+            and there is a gate. Known of `torch.nn.functional.silu` without this.
         gate_bias, up_bias, down_bias: (I,), (I,) and (H,), or None.
         gate_in_up: the gate's rows come first in `up_weight`, (2 I, H), and `up_bias`, (2 I,), as in Phi-3.
         transposed: weights are (inputs, outputs), as in GPT-2: (H, I) or (H, 2 I) up and (I, H) down.
@@ -96,7 +100,8 @@ def chunked_mlp(
     """
     if keep is True and is_recomputing:
         raise ValueError("keep is True, but the layer is computed again: keep must be False or a KeptProjections")
-    call = _MlpCall(activation, chunks, gate_in_up, transposed, is_recomputing)
+    is_silu = is_silu or activation is torch.nn.functional.silu
+    call = _MlpCall(activation, is_silu, chunks, gate_in_up, transposed, is_recomputing)
     parameters = _Parameters(gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias)
     call.check(parameters)
     tensors = cast_for_autocast(hidden_states, *parameters)
@@ -146,6 +151,7 @@ class _Layers(NamedTuple):
 
 class _MlpCall(NamedTuple):
     activation: Activation
+    is_silu: bool
     chunks: int
     gate_in_up: bool
     transposed: bool
@@ -171,6 +177,10 @@ class _MlpCall(NamedTuple):
             gate, up = map(Linear, up.weight.chunk(2), biases)
         return _Layers(gate, up, down)
 
+    def is_fused(self, x: Tensor) -> bool:
+        """Whether activation and product, where there is one, are one kernel."""
+        return self.is_silu and fused.runs(x)
+
     def empty_kept(self, hidden_states: Tensor, *parameters: Tensor | None) -> _Kept:
         """Memory for what the forward computes."""
         gate, _, down = self.layers(_Parameters(*parameters))
@@ -193,6 +203,13 @@ def _project(layer: Linear, x: Tensor, kept: Tensor | None, name: str, scratch: 
     return layer.write(x, kept)
 
 
+def _fused_product(gate: Tensor, up: Tensor, out: Tensor) -> Tensor:
+    from .fused import swiglu
+
+    swiglu.product(gate, up, out)
+    return out
+
+
 def _compute(call: _MlpCall, *tensors: Any, out: Tensor) -> Tensor:
     all_kept, hidden_states, parameters = _unpack(tensors)
     gate, up, down = call.layers(parameters)
@@ -204,6 +221,9 @@ def _compute(call: _MlpCall, *tensors: Any, out: Tensor) -> Tensor:
         # gate's output.
         if gate is None:
             product = call.activation(project(up, x[rows], kept.inner, "inner"))
+        elif call.is_fused(x):
+            inner, factor = project(gate, x[rows], kept.inner, "inner"), project(up, x[rows], kept.up, "up")
+            product = _fused_product(inner, factor, torch.empty_like(inner) if kept.inner is not None else inner)
         else:
             inner = project(gate, x[rows], kept.inner, "inner")
             product = call.activation(inner)
@@ -256,7 +276,7 @@ class _Stored(NamedTuple):
 class _Backward:
     """The chunks of a backward. None has more than four tensors of intermediate size alive, without a gate three, of
     which one is made by the activation or its gradient, which make more where they are several operations; beside what
-    is kept one less."""
+    is kept one less. With a fused kernel three, beside what is kept two."""
 
     def __init__(self, call: _MlpCall, parameters: _Parameters, sums: _Parameters) -> None:
         self.call, self.layers, self.sums, self.scratch = call, call.layers(parameters), sums, Scratch()
@@ -291,6 +311,11 @@ class _Backward:
         project = functools.partial(_project, scratch=projections, is_kept=True)
         inner = project(gate or up_layer, x, kept.inner, "inner")
         up = project(up_layer, x, kept.up, "up") if gate is not None else None
+        # First the product, if there is one, then its gradient, then that of up.
+        outer = scratch.empty("outer", inner.shape, x.dtype, x.device)
+        if up is not None and self.call.is_fused(x):
+            d_inner = inner if kept.inner is None else projections.empty("d_inner", inner.shape, x.dtype, x.device)
+            return self._of_silu_product(inner, up, dy, outer, d_inner)
         with torch.enable_grad():
             # Autograd is told of this chunk's tensor, not of the memory under it.
             inner = inner.detach().requires_grad_()
@@ -298,8 +323,6 @@ class _Backward:
             # The way back alone, without the value.
             edge = get_gradient_edge(activated)
         activated = activated.detach()
-        # First the product, if there is one, then its gradient, then that of up.
-        outer = scratch.empty("outer", activated.shape, x.dtype, x.device)
         if sums.down_weight.is_needed:
             product = activated if up is None else torch.mul(up, activated, out=outer)
             sums.down_weight.add_outer_products(dy, product)
@@ -314,3 +337,15 @@ class _Backward:
         d_up = outer.mul_(activated)
         del activated, up
         return [*torch.autograd.grad(edge, inner, d_activated), d_up]
+
+    def _of_silu_product(self, gate: Tensor, up: Tensor, dy: Tensor, outer: Tensor, d_gate: Tensor) -> list[Tensor]:
+        """The same by a kernel for the product and one for both gradients, which are written to `d_gate` and `outer`;
+        the first may be `gate`."""
+        from .fused import swiglu
+
+        if self.sums.down_weight.is_needed:
+            self.sums.down_weight.add_outer_products(dy, _fused_product(gate, up, outer))
+        self.sums.down_bias.add_column_sums(dy)
+        torch.mm(dy, self.layers.down.weight, out=outer)
+        swiglu.backward(gate, up, outer, d_gate, outer)
+        return [d_gate, outer]

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mst_ds.attention import causal_backend
+from mst_ds.attention import prepare_attention
 from mst_ds.patching.adapters import base_model, without_adapters
 from mst_ds.patching.causal_lm import causal_lm_forward, generate
 from mst_ds.patching.decoder import decoder_forward, known_arguments
@@ -80,7 +80,7 @@ def find_parts(model: nn.Module, settings: Settings) -> ModelParts:
         raise ValueError(
             f'{type(model).__name__} does not support recompute: set "recompute": false in the "mst" block'
         )
-    causal_backend(settings.attention)
+    prepare_attention(settings.attention)
     if settings.sp_size > 1:
         require_shardable(model)
     mlps = find_mlps(model, required=settings.mlp_chunks > 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mst_ds.config import IGNORE_INDEX
 from mst_ds.minisequence.router_loss import router_loss
 from mst_ds.patching.decoder import check_known, named_arguments, padding_mask, uses_cache
+from mst_ds.patching.document_arguments import TABLE
 from mst_ds.patching.guards import CHANGED
 from mst_ds.patching.logits import LogitsLeftOutByThePlan, compute_logits, take_logits_wanted, warn_of_logits
 from mst_ds.patching.patched import PatchedModel, own_attention
@@ -50,6 +51,9 @@ def causal_lm_forward(original: Callable[..., Any], patched: PatchedModel, *args
     if not wants_loss:
         warn_of_logits(patched, kwargs)
         return original(return_dict=return_dict, **kwargs)
+    if mask is not None and kwargs.get(TABLE) is None:
+        # Who made the table has looked at the labels, too.
+        _require_no_targets_on_padding(targets, mask, ignore_index)
     labels = _shifted_labels(targets["labels"], targets["shift_labels"], mask, ignore_index)
     output, hidden_states = _loss_forward(patched, labels, targets["num_items_in_batch"], ignore_index, mask, kwargs)
     if logits_wanted is not None:
@@ -82,16 +86,19 @@ def _check_targets_of_a_shard(
         )
 
 
+def _require_no_targets_on_padding(targets: Mapping[str, Any], mask: Tensor, ignore_index: int) -> None:
+    which = "labels" if targets["shift_labels"] is None else "shift_labels"
+    if bool(((mask == 0) & (targets[which] != ignore_index)).any()):
+        raise ValueError(
+            f"{which} must be {ignore_index} where attention_mask is 0: padding is no target, and sees nothing"
+        )
+
+
 def _shifted_labels(
     labels: Tensor | None, shift_labels: Tensor | None, mask: Tensor | None, ignore_index: int
 ) -> Tensor:
     given = shift_labels if shift_labels is not None else labels
     assert given is not None
-    if mask is not None and bool(((mask == 0) & (given != ignore_index)).any()):
-        which = "labels" if shift_labels is None else "shift_labels"
-        raise ValueError(
-            f"{which} must be {ignore_index} where attention_mask is 0: padding is no target, and sees nothing"
-        )
     if shift_labels is not None:
         return shift_labels
     shifted = nn.functional.pad(given[..., 1:], (0, 1), value=ignore_index)

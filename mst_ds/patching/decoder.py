@@ -12,21 +12,30 @@ from torch import Tensor
 
 from mst_ds.attention import DocumentStarts
 from mst_ds.config import nearest
-from mst_ds.patching.document_arguments import take_document_starts
+from mst_ds.patching.document_arguments import TABLE, ToldDocuments, take_document_starts
 from mst_ds.patching.guards import check_unchanged
 from mst_ds.patching.patched import PatchedModel, own_attention
-from mst_ds.sequence_parallel import UlyssesContext, document_lengths, find_document_starts, positions_in_documents
+from mst_ds.sequence_parallel import (
+    UlyssesContext,
+    document_lengths,
+    find_document_starts,
+    lengths_of_tokens,
+    positions_in_documents,
+)
 from mst_ds.token_layout import TokenLayout
 
 # Of a causal language model, beside those that its class and transformers name.
 _TARGETS = {"labels", "shift_labels", "num_items_in_batch", "ignore_index", "skip_logits"}
+# What transformers' models take without naming it, and what a patched one does.
+_ALWAYS = {"return_dict", "output_attentions", "cache_position", TABLE}
 
 
 def decoder_forward(original: Callable[..., Any], patched: PatchedModel, *args: Any, **kwargs: Any) -> Any:
     """The decoder's own forward, with transformers' arguments, which tells attention what the plan says.
 
     Where `position_ids` do not go on by one, another document begins, which sees no other. Padding in `attention_mask`
-    is not seen, and what stands before it and after it are documents of their own.
+    is not seen, and what stands before it and after it are documents of their own. A `document_table`, which
+    `mst_ds.data.shard` makes of the whole sequence, is taken at its word: then nothing is read back from a device.
 
     Raises:
         ValueError: arguments for which the result would not be exact, or a model that was changed after its plan.
@@ -88,7 +97,7 @@ def known_arguments(*forwards: Callable[..., Any]) -> frozenset[str]:
     for forward in forwards:
         parameters = inspect.signature(forward).parameters.values()
         named |= {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
-    return _names_of_transformers() | named | _TARGETS | {"return_dict", "output_attentions", "cache_position"}
+    return _names_of_transformers() | named | _TARGETS | _ALWAYS
 
 
 def check_known(patched: PatchedModel, kwargs: Mapping[str, Any]) -> None:
@@ -115,34 +124,55 @@ def _planned_arguments(patched: PatchedModel, kwargs: dict[str, Any]) -> dict[st
     batch, length = inputs.shape[:2]
     told = take_document_starts(kwargs, batch, length, settings.sp_size)
     if patched.why_own_attention is not None:
-        if (told is not None and told.is_packed) or (positions is not None and _has_documents(positions, mask)):
-            raise ValueError(f"{patched.name} {patched.why_own_attention}: pass one document a row (--packing none)")
-        if patched.document_lengths is None:
-            return {}
-        positions, _ = _find_documents(patched, positions, mask, inputs)
-        if _has_documents(positions, mask):
-            raise ValueError(f"{patched.name} {patched.why_own_attention}: pass rows with padding on one side")
-        return {"position_ids": positions}
+        return _positions_for_own_attention(patched, told, positions, mask, inputs)
     if _wants(patched, kwargs, "output_attentions"):
         raise ValueError(
             "output_attentions: attention with a plan has no matrix of weights that it could give: set it to false"
         )
-    if told is not None:
+    if told is not None and not told.is_certain:
         if positions is not None:
             told.check(find_document_starts(positions, None, None))
         else:
             positions = told.positions(inputs.device)
-    positions, starts = _find_documents(patched, positions, mask, inputs)
+    positions, starts = _find_documents(patched, told, positions, mask, inputs)
     context = UlyssesContext(group, settings.attention, starts, settings.head_groups, patched.recompute)
-    return {"attention_mask": None, "position_ids": positions, "ulysses": context}
+    # Without a mask transformers looks into the positions for documents, and has the host wait for the answer.
+    is_certain = told is not None and told.is_certain
+    no_padding = torch.ones(batch, length, dtype=torch.bool, device=inputs.device) if is_certain else None
+    return {"attention_mask": no_padding, "position_ids": positions, "ulysses": context}
+
+
+def _positions_for_own_attention(
+    patched: PatchedModel, told: ToldDocuments | None, positions: Any, mask: Tensor | None, inputs: Tensor
+) -> dict[str, Any]:
+    """What differs where a model keeps its own attention.
+
+    Raises:
+        ValueError: a row holds more than one document.
+    """
+    is_certain = told is not None and told.is_certain
+    is_packed = told is not None and told.is_packed
+    if is_packed or (not is_certain and positions is not None and _has_documents(positions, mask)):
+        raise ValueError(f"{patched.name} {patched.why_own_attention}: pass one document a row (--packing none)")
+    if patched.document_lengths is None:
+        return {}
+    positions, _ = _find_documents(patched, told, positions, mask, inputs)
+    if not is_certain and _has_documents(positions, mask):
+        raise ValueError(f"{patched.name} {patched.why_own_attention}: pass rows with padding on one side")
+    return {"position_ids": positions}
 
 
 def _find_documents(
-    patched: PatchedModel, positions: Any, mask: Tensor | None, inputs: Tensor
+    patched: PatchedModel, told: ToldDocuments | None, positions: Any, mask: Tensor | None, inputs: Tensor
 ) -> tuple[Any, DocumentStarts | None]:
     """Positions in the whole sequence, None where they tell nothing new, and where documents begin. Rotary embeddings
     that depend on how long these are get to know it."""
     group, lengths, are_given = patched.group, patched.document_lengths, positions is not None
+    if told is not None and told.lengths is not None:
+        # Nothing is exchanged or read from the device: every rank has the table of the whole sequence.
+        if lengths is not None:
+            lengths.of_tokens = lengths_of_tokens(told.starts, told.lengths, told.length, group)
+        return positions, told.separate_starts
     if not are_given and (group is not None or mask is not None or lengths is not None):
         batch, length = inputs.shape[:2]
         layout, rank = (TokenLayout(), 0) if group is None else (TokenLayout(group.size), group.rank)

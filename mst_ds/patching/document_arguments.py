@@ -1,4 +1,5 @@
-"""The arguments with which collators of batches without padding say where documents begin, beside `position_ids`."""
+"""The arguments that say where documents begin, beside `position_ids`: those of collators of batches without padding,
+and the table that `mst_ds.data.shard` has made of the whole sequence."""
 
 from __future__ import annotations
 
@@ -9,23 +10,43 @@ import torch
 from torch import Tensor
 
 from mst_ds.attention import DocumentStarts
+from mst_ds.document_table import rows_of_table
 
+TABLE = "document_table"
 _LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k")
 _LONGEST = ("max_length_q", "max_length_k")
 
 
 @dataclass(frozen=True)
 class ToldDocuments:
-    """What such an argument says; starts: for each row of `length` tokens the first index of each document."""
+    """What such an argument says.
+
+    Attributes:
+        starts: for each row of `length` tokens the first index of each document.
+        lengths: how long each is, see `document_table`; None where that was not said.
+    """
 
     argument: str
     starts: DocumentStarts
     length: int
+    lengths: list[list[int]] | None = None
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether it was made of positions and mask, so that there is nothing to compare it with."""
+        return self.lengths is not None
 
     @property
     def is_packed(self) -> bool:
-        """Whether a row holds more than one document."""
+        """Whether a row holds more than one document; padding is none."""
+        if self.lengths is not None:
+            return any(sum(length > 0 for length in row) > 1 for row in self.lengths)
         return any(len(row) > 1 for row in self.starts)
+
+    @property
+    def separate_starts(self) -> DocumentStarts | None:
+        """As `find_document_starts` gives them: None where every row is one document."""
+        return None if all(row == [0] for row in self.starts) else self.starts
 
     def check(self, found: DocumentStarts | None) -> None:
         """Compare them with what `position_ids` say: starts as `find_document_starts` gives them.
@@ -48,10 +69,10 @@ class ToldDocuments:
         """(B, length): from 0 in each document."""
         rows = []
         for starts in self.starts:
-            first = torch.tensor(starts, device=device)
+            first = torch.tensor(starts)
             lengths = torch.diff(first, append=first.new_tensor([self.length]))
-            rows.append(torch.arange(self.length, device=device) - first.repeat_interleave(lengths))
-        return torch.stack(rows)
+            rows.append(torch.arange(self.length) - first.repeat_interleave(lengths))
+        return torch.stack(rows).to(device, non_blocking=True)
 
 
 def take_document_starts(kwargs: dict[str, Any], batch: int, length: int, sp_size: int) -> ToldDocuments | None:
@@ -60,13 +81,20 @@ def take_document_starts(kwargs: dict[str, Any], batch: int, length: int, sp_siz
     Args:
         kwargs: of the decoder. `cu_seq_lens_q`: (documents + 1,), where each begins in all B x L tokens, with the end.
             `max_length_q`: at least the longest. `seq_idx`: (B, L), a number that changes from document to document.
+            `document_table`: of the whole sequence, (N, 2) on the CPU, in place of all these.
         batch: B, length: L, sp_size: ranks of the sequence.
 
     Raises:
         ValueError: they contradict each other or the batch, or the sequence is sharded.
     """
+    table = kwargs.pop(TABLE, None)
     taken = {name: kwargs.pop(name, None) for name in (*_LENGTHS, *_LONGEST, "seq_idx")}
     taken = {name: value for name, value in taken.items() if value is not None}
+    if table is not None:
+        if taken or kwargs.get("position_ids") is None:
+            others = f", and without {', '.join(taken)}" if taken else ""
+            raise ValueError(f"{TABLE} goes with the position_ids of which it was made{others}")
+        return _from_table(table, batch, length * sp_size)
     told = [_from_lengths(name, taken[name], batch, length) for name in _LENGTHS if name in taken]
     if "seq_idx" in taken:
         told.append(_from_indices(taken["seq_idx"], batch, length))
@@ -99,6 +127,14 @@ def _from_lengths(name: str, given: Any, batch: int, length: int) -> ToldDocumen
     if any(row[:1] != [0] for row in rows):
         raise ValueError(f"{name} has a document that goes on from one row into the next: pass one row")
     return ToldDocuments(name, rows, length)
+
+
+def _from_table(table: Tensor, batch: int, length: int) -> ToldDocuments:
+    first = table[:, 0].tolist()
+    if not set(range(0, batch * length, length)) <= set(first) or first[-1] >= batch * length:
+        raise ValueError(f"{TABLE} is not that of {batch} x {length} tokens: pass that of the whole batch")
+    starts, lengths = rows_of_table(table, batch, length)
+    return ToldDocuments(TABLE, starts, length, lengths)
 
 
 def _from_indices(given: Any, batch: int, length: int) -> ToldDocuments:

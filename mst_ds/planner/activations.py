@@ -17,7 +17,7 @@ from mst_ds.planner.attention import (
 )
 from mst_ds.planner.kept import kept_by_recompute
 from mst_ds.planner.types import MemoryTerm, product_term, total_bytes
-from mst_ds.planner.windows import window_graphs, window_mask
+from mst_ds.planner.windows import window_mask
 from mst_ds.planner.workload import Workload
 
 Terms = tuple[MemoryTerm, ...]
@@ -57,7 +57,6 @@ def layer_activations(work: Workload, *, of_attention: bool = True, after_attent
     """
     earlier = 0 if work.settings.recompute else work.shape.num_hidden_layers - 1
     norms, first, last = work.shape.norms, earlier + of_attention, earlier + after_attention
-    with_window = 0 if work.settings.recompute else len(work.shape.window_layers) - work.last_layer_has_window
     terms = [
         _hidden_of_layers(work, "attention_input", first, min(1, norms.pre_norms)),
         local_term(work, "query_key_value", query_key_value_width(work.shape), first),
@@ -78,7 +77,6 @@ def layer_activations(work: Workload, *, of_attention: bool = True, after_attent
     if not work.last_layer_keeps_attention:
         terms.append(local_term(work, "attention_output", output_width(work.shape), first))
         terms.append(log_sum_exp(work, first))
-    terms += window_graphs(work, with_window + (of_attention and work.last_layer_has_window))
     return tuple(term for term in terms if term.bytes)
 
 
@@ -88,9 +86,7 @@ def attention_step(work: Workload, *, backward: bool) -> Terms:
     if backward:
         inputs, output = query_key_value_width(work.shape), output_width(work.shape)
         whole = (*gathered, local_term(work, "attention_gradients", inputs + output))
-        # Without sequence parallelism the gradients of blocks come before the whole ones.
-        width = output if work.sp_size == 1 else inputs + output
-        of_blocks = (*window_step(work), local_term(work, "attention_gradients", width))
+        of_blocks = (*window_step(work), local_term(work, "attention_gradients", inputs + output))
         return max(whole, of_blocks, key=total_bytes)
     # The output projection comes after it, while all that attention was given is still there.
     largest = max(gathered, (hidden_term(work, "attention_result", 1),), key=total_bytes)

@@ -51,10 +51,9 @@ def gathered_step(work: Workload, *, backward: bool) -> Terms:
     kernel = (*_attention_scores(work, backward=backward), *_repeated_key_value(work, backward=backward))
     if backward:
         kernel += _kernel_workspace(work)
-    # The forward's kernel makes a tensor of its own, which goes into the output.
-    # A window's is put together of parts, which stay with the layer's graph if it is not computed again.
-    outputs_made = 2 if work.settings.recompute and _last_layer_has_blocks(work) else 1
-    made = () if backward else (_gathered(work, "kernel_output", outputs_made, _group_output(work)),)
+    # Flash attention makes the output itself; of other kernels it is put together, document by document.
+    has_parts = not backward and not work.has_flash
+    made = (_gathered(work, "kernel_output", 1, _group_output(work)),) if has_parts else ()
     if work.sp_size == 1:
         return (*kernel, *made)
     inputs = _gathered(work, "gathered_query_key_value", 1, _group_inputs(work))
@@ -87,6 +86,7 @@ def window_step(work: Workload) -> Terms:
     return (
         _gathered(work, "gathered_query_key_value", 1, _group_inputs(work)),
         _gathered(work, "gathered_output_and_gradient", 2, _group_output(work)),
+        _gathered(work, "gathered_gradients", 1, _group_inputs(work)),
         *window_gradients(work),
     )
 
@@ -125,11 +125,10 @@ def _kernel_workspace(work: Workload) -> Terms:
     fp32, and where heads are grouped a gradient of keys and values for each query head (`mha_bwd` in flash_api.cpp).
 
     cuDNN, which torch prefers on some devices, does not say what it needs, and is planned as if it needed as much. In
-    fp32, for wide heads, with a softcap or in a window's blocks other kernels run.
+    fp32, for wide heads or with a softcap other kernels run.
     """
     shape = work.shape
-    is_sdpa = work.settings.attention == "sdpa"
-    if not work.has_flash or (is_sdpa and shape.has_attention_softcap) or _last_layer_has_blocks(work):
+    if not work.has_flash or work.is_blockwise:
         return ()
     heads = ("query heads of a group", work.group_query_heads)
     of_sequence = flash_query_gradient(work.attention_length, shape.head_dim)
@@ -166,7 +165,7 @@ def _last_layer_has_blocks(work: Workload) -> bool:
 
 def _attention_scores(work: Workload, *, backward: bool) -> Terms:
     """No kernel of torch has a softcap: attention is computed in plain torch, by blocks of queries."""
-    if not work.shape.has_attention_softcap or work.settings.attention != "sdpa":
+    if not work.is_blockwise:
         return ()
     return (
         product_term(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mst_ds.geometry import ceil_divide
 from mst_ds.gpus import Gpu
 from mst_ds.model_shape import flops_per_token
 from mst_ds.planner.attention import output_width, query_key_value_width
@@ -23,11 +24,12 @@ _FP32_BYTES = 4
 def step_seconds(work: Workload, gpu: Gpu) -> float:
     """Predicted seconds of an optimizer step of this rank.
 
-    A micro-batch takes what it computes with the all-to-alls in between, which wait for each other. ZeRO's collectives
-    and copies to and from the host run beside that: they only count where they take longer.
+    A micro-batch takes what it computes, with the sums of chunks and the all-to-alls, which wait for each other. ZeRO's
+    collectives and copies to and from the host run beside that: they only count where they take longer.
     """
     dense = gpu.fp32_flops if work.zero.dtype == "fp32" else gpu.flops
     computing = micro_batch_flops(work) / (dense * ATTAINED) + all_to_all_seconds(work, gpu)
+    computing += _summed_bytes(work) / gpu.memory_rate
     reducing = _collective_seconds(work, gpu, _reduced_bytes(work))
     beside = [_collective_seconds(work, gpu, _gathered_bytes(work)), copied_bytes(work) / gpu.host_rate]
     if work.zero.param_offload != "none":
@@ -64,6 +66,23 @@ def all_to_all_seconds(work: Workload, gpu: Gpu) -> float:
     to_neighbours = sent * (inside - 1) / work.sp_size / gpu.node_rate
     to_others = sent * (work.sp_size - inside) / work.sp_size / gpu.network_rate
     return max(to_neighbours, to_others) + 5 * layers * work.settings.head_groups * _COLLECTIVE_SECONDS
+
+
+def _summed_bytes(work: Workload) -> int:
+    """Of a micro-batch: each chunk but the first reads and writes the sums of its weights' gradients in fp32."""
+    shape, experts, settings = work.shape, work.shape.experts, work.settings
+    again = settings.mlp_chunks - 1
+    if shape.trained.mlp is not None:
+        weights = shape.num_hidden_layers * shape.trained.mlp * again
+    else:
+        widths = shape.num_dense_layers * shape.intermediate_size * again
+        if experts is not None:
+            # A chunk is of one expert, which has several where there are more chunks than experts.
+            of_expert = ceil_divide(settings.mlp_chunks, experts.num_experts) - 1
+            routed = experts.num_experts * experts.intermediate_size * of_expert
+            widths += experts.num_sparse_layers * (routed + experts.shared_intermediate_size * again)
+        weights = (3 if shape.gated_mlp else 2) * shape.hidden_size * widths
+    return 2 * _FP32_BYTES * (weights + shape.trained.head * (settings.loss_chunks - 1))
 
 
 def _collective_seconds(work: Workload, gpu: Gpu, moved: float) -> float:

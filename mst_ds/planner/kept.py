@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from mst_ds.geometry import host_bytes
+from mst_ds.planner.pinned import rounding_term
 from mst_ds.planner.types import MemoryTerm, product_term
 from mst_ds.planner.workload import Workload
 
@@ -16,7 +18,7 @@ LAYERS_IN_FLIGHT = 2
 def kept_by_recompute(work: Workload) -> Terms:
     """Each layer's input, and the output and log-sum-exp of attention where these are kept.
 
-    On the host a tensor has a block of its own; on the device those of two layers are in flight then.
+    Where they are on the host, those of two layers are in flight on the device.
     """
     kept = _inputs_and_attention(work)
     if not _is_on_host(work):
@@ -59,17 +61,13 @@ def kept_gate_up(work: Workload, *, of_last_layer: bool = True) -> Terms:
 
 
 def kept_on_host(work: Workload) -> Terms:
-    """The blocks of pinned memory, which torch's allocator of it rounds up to a power of two, and never gives back."""
-    return tuple(
-        product_term(
-            f"{name}_on_host",
-            "host",
-            ("layers", layers),
-            ("tensors", tensors),
-            ("bytes, rounded up to a power of two", _power_of_two(product_term(name, "host", *sizes).bytes)),
-        )
-        for name, layers, tensors, sizes in _on_host(work)
-    )
+    """The tensors, and what the pieces of pinned memory are longer that they lie in; a store has these for good."""
+    terms: Terms = ()
+    for name, layers, tensors, sizes in _on_host(work):
+        term = product_term(f"{name}_on_host", "host", ("layers", layers), ("tensors", tensors), *sizes)
+        taken = layers * tensors * host_bytes(product_term(name, "host", *sizes).bytes)
+        terms += (term, *rounding_term(term.name, taken - term.bytes))
+    return terms
 
 
 def copied_bytes(work: Workload) -> int:
@@ -131,7 +129,3 @@ def _inputs_and_attention(work: Workload) -> list[tuple[str, int, tuple[Factor, 
             ("kept_log_sum_exp", layers, log_sum_exp),
         ]
     return kept
-
-
-def _power_of_two(count: int) -> int:
-    return 1 << (count - 1).bit_length()

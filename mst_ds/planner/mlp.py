@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mst_ds.geometry import ceil_divide
+from mst_ds.geometry import EXPERTS_OF_A_GRADIENT, ceil_divide
 from mst_ds.model_shape import ExpertShape
 from mst_ds.planner.activations import hidden_term
 from mst_ds.planner.types import MemoryTerm, product_term
@@ -106,8 +106,8 @@ def _chunk_tensors(work: Workload, matrices: int, *, backward: bool) -> int:
 
 
 def _expert_step(work: Workload, chunks: int, experts: ExpertShape, *, backward: bool) -> MlpStep:
-    """A chunk is of one expert's tokens. Sums over a token's experts are in fp32, and the sum over chunks of one
-    expert's weight gradients; those of all experts are in the model's dtype.
+    """A chunk is of one expert's tokens, or of several experts' that are no more. Sums over a token's experts are in
+    fp32, and the sum over chunks of one expert's weight gradients; those of all experts are in the model's dtype.
 
     How many tensors a chunk has is measured: gate and up are one tensor of twice the size, differentiated by autograd.
     """
@@ -151,9 +151,27 @@ def _expert_step(work: Workload, chunks: int, experts: ExpertShape, *, backward:
             sums,
             *rounded,
             product_term("expert_weight_gradients", "device", *all_experts, *weights, ("bytes", size)),
-            product_term("mlp_weight_gradients", "device", *weights, ("bytes", _FP32_BYTES)),
+            _expert_weight_gradients(work, experts, weights),
         ),
     )
+
+
+def _expert_weight_gradients(work: Workload, experts: ExpertShape, weights: tuple[Factor, ...]) -> MemoryTerm:
+    """Those that are being computed: of one expert in fp32. In bf16 a GPU may do several experts in one product, one
+    matrix after the other, gate and up being one; so what is larger."""
+    of_one = product_term("mlp_weight_gradients", "device", *weights, ("bytes", _FP32_BYTES))
+    if work.zero.dtype != "bf16" or work.shape.trained.mlp is not None:
+        return of_one
+    of_several = product_term(
+        "mlp_weight_gradients",
+        "device",
+        ("experts of a product", min(experts.num_experts, EXPERTS_OF_A_GRADIENT)),
+        ("matrices", 2 if work.shape.gated_mlp else 1),
+        ("hidden_size", work.shape.hidden_size),
+        ("expert intermediate_size", experts.intermediate_size),
+        ("bytes", work.zero.dtype_bytes),
+    )
+    return max(of_one, of_several, key=lambda term: term.bytes)
 
 
 def _trained_weights(work: Workload, matrices: Factor, intermediate_size: Factor) -> tuple[Factor, ...]:

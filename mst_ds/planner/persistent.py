@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mst_ds.model_shape import ModelShape
@@ -42,6 +43,24 @@ def persistent_counts(work: Workload) -> PersistentCounts:
         return PersistentCounts(all=most)
     of_mlp = sparse if num_dense < num_layers else dense
     return PersistentCounts(total, min(shape.layer_parameter_count, beside_mlp + of_mlp), embedding, head)
+
+
+def weights(shape: ModelShape) -> Iterator[tuple[int, int]]:
+    """The elements of a weight, and how many weights have as many; without biases and gates of shared experts."""
+    num_layers, num_dense = shape.num_hidden_layers, shape.num_dense_layers
+    norms = num_layers * (shape.norms.pre_norms + shape.norms.post_norms) + 1
+    yield shape.hidden_size, norms * (2 if shape.norms.kind == "layer" else 1)
+    of_layers = (
+        (_attention_weights(shape), num_layers),
+        (_mlp_weights(shape, shape.intermediate_size), num_dense),
+        (_expert_weights(shape), num_layers - num_dense),
+    )
+    for sizes, layers in of_layers:
+        for size in sizes:
+            yield size, layers
+    yield shape.embedding_parameter_count, 1
+    if shape.head_parameter_count:
+        yield shape.head_parameter_count, 1
 
 
 def _small(limit: int, sizes: list[int]) -> int:

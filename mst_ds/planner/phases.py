@@ -18,7 +18,7 @@ def step_phases(work: Workload) -> tuple[Phase, ...]:
     """All phases, in the order in which they happen."""
     mlp_chunks, loss_chunks = work.settings.mlp_chunks, work.settings.loss_chunks
     return (
-        Phase("initialisation", _standing(work, has_gradients=work.zero.stage == 3)),
+        Phase("initialisation", _standing(work, has_gradients=work.zero.stage == 3) + states.parameter_blocks(work)),
         layer_phase(work, mlp_chunks, backward=False),
         loss_phase(work, loss_chunks),
         layer_phase(work, mlp_chunks, backward=True),

@@ -16,7 +16,7 @@ from mst_ds.planner.cost import model_flops_utilisation, step_seconds
 from mst_ds.planner.flops import micro_batch_flops
 from mst_ds.planner.phases import step_phases
 from mst_ds.planner.request import Request, read_request
-from mst_ds.planner.search import choose_settings
+from mst_ds.planner.search import CHUNK_TOKENS_OF_GPU, MIN_CHUNK_TOKENS, choose_settings
 from mst_ds.planner.types import Plan
 
 if TYPE_CHECKING:
@@ -101,6 +101,7 @@ def plan_of_request(request: Request) -> Plan:
         least_device_memory=request.least_device_memory,
         host_memory=request.host_memory,
         gpu=request.rates,
+        preferred_chunk_tokens=CHUNK_TOKENS_OF_GPU if request.times_are_known else MIN_CHUNK_TOKENS,
     )
     gpu = request.rates if request.times_are_known else None
     seconds = None if gpu is None else step_seconds(work, gpu)

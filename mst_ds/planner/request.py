@@ -133,7 +133,7 @@ def make_request(
             "support: use sp_size 1 for this model"
         )
     # What no search chooses is as the user settled it, or the default.
-    settled = {**mst.given, "sp_size": sp_size, "attention": _attention(mst.get("attention"), zero.dtype)}
+    settled = {**mst.given, "sp_size": sp_size, "attention": _attention(mst.get("attention"), zero.dtype, shape)}
     work = Workload(
         shape=shape,
         zero=zero,
@@ -158,15 +158,14 @@ def _shape(model: PreTrainedConfig | ModelShape | str) -> ModelShape:
     return load_model_shape(model) if isinstance(model, str) else ModelShape.from_config(model)
 
 
-def _attention(given: str, dtype: str) -> str:
-    if given == "flash_attention_2" and dtype == "fp32":
-        raise ValueError(
-            "attention in 'mst' is 'flash_attention_2', which has no fp32; allowed: 'sdpa', or enable bf16"
-        )
+def _attention(given: str, dtype: str, shape: ModelShape) -> str:
+    if given not in (AUTO, "sdpa") and dtype == "fp32":
+        raise ValueError(f"attention in 'mst' is {given!r}, which has no fp32; allowed: 'sdpa', or enable bf16")
     if given != AUTO:
         return given
-    # Where the package is missing, as on most machines that only plan, transformers' seconds are saved.
-    if dtype == "fp32" or find_spec("flash_attn") is None:
+    # torch has all that the package has but a softcap. Where it is missing, as on most machines that only plan,
+    # transformers' seconds are saved.
+    if dtype == "fp32" or not shape.has_attention_softcap or find_spec("flash_attn") is None:
         return "sdpa"
     from transformers.utils.import_utils import is_flash_attn_2_available
 

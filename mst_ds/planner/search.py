@@ -18,6 +18,9 @@ from mst_ds.settings import MstConfig, candidates
 
 # Below this length the matrices of a chunk are too small to keep an accelerator busy.
 MIN_CHUNK_TOKENS = 256
+# Below this length a GPU reads and writes a weight gradient's sum for longer than it computes what is added. Chunks are
+# shorter only where memory demands it.
+CHUNK_TOKENS_OF_GPU = 2048
 
 
 def choose_settings(
@@ -27,6 +30,7 @@ def choose_settings(
     device_memory: int,
     host_memory: int | None,
     gpu: Gpu = DEFAULT_GPU,
+    preferred_chunk_tokens: int = MIN_CHUNK_TOKENS,
     least_device_memory: int | None = None,
 ) -> Workload:
     """`work` with the settings that fit and are predicted fastest; of equally fast ones those that `candidates` has
@@ -40,6 +44,7 @@ def choose_settings(
         device_memory: bytes of this rank's device, which its chunk counts follow from.
         host_memory: bytes of the host that this rank may use; None: not known, and nothing is kept there by choice.
         gpu: whose rates predict.
+        preferred_chunk_tokens: as `choose_chunks` has it.
         least_device_memory: bytes of the smallest device. Everything but chunk counts is chosen for it, because the
             ranks would wait for each other if they differed in that. None: all are like this rank's.
     """
@@ -47,7 +52,7 @@ def choose_settings(
     fitting: list[tuple[float, Workload]] = []
     others: list[tuple[tuple[int, bool, bool], Workload]] = []
     for unchunked in _unchunked_candidates(work, mst):
-        candidate = _with_chunks(unchunked, mst, least)
+        candidate = _with_chunks(unchunked, mst, least, preferred_chunk_tokens)
         phases = step_phases(candidate)
         if not _may_offload(candidate, mst, phases, host_memory):
             continue
@@ -58,12 +63,16 @@ def choose_settings(
             others.append(((peak, not settings.recompute, settings.keep_mlp), candidate))
     # Python's min takes the first of equals. What is kept on the device is always a candidate.
     best = min(fitting, key=itemgetter(0))[1] if fitting else min(others, key=itemgetter(0))[1]
-    return _with_chunks(best, mst, device_memory)
+    return _with_chunks(best, mst, device_memory, preferred_chunk_tokens)
 
 
-def _with_chunks(work: Workload, mst: MstConfig, device_memory: int) -> Workload:
+def _with_chunks(work: Workload, mst: MstConfig, device_memory: int, preferred_tokens: int) -> Workload:
     mlp_chunks, loss_chunks = choose_chunks(
-        work, device_memory=device_memory, mlp_chunks=mst.get("mlp_chunks"), loss_chunks=mst.get("loss_chunks")
+        work,
+        device_memory=device_memory,
+        mlp_chunks=mst.get("mlp_chunks"),
+        loss_chunks=mst.get("loss_chunks"),
+        preferred_tokens=preferred_tokens,
     )
     return work.with_settings(mlp_chunks=mlp_chunks, loss_chunks=loss_chunks)
 
@@ -125,20 +134,25 @@ def _attention_is_not_the_peak(work: Workload) -> bool:
 
 
 def choose_chunks(
-    work: Workload, *, device_memory: int, mlp_chunks: int | Auto, loss_chunks: int | Auto
+    work: Workload,
+    *,
+    device_memory: int,
+    mlp_chunks: int | Auto,
+    loss_chunks: int | Auto,
+    preferred_tokens: int = MIN_CHUNK_TOKENS,
 ) -> tuple[int, int]:
     """The (mlp_chunks, loss_chunks) of one rank; a count that the user set stays.
 
-    First the fewest chunks with which the MLP, then the loss, no longer makes the peak. Then, where that
-    exceeds the device's memory, the fewest that fit; where none fit, the fewest that reach the lowest peak.
-    No chunk gets shorter than `MIN_CHUNK_TOKENS`, unless the shard itself is.
+    First the fewest chunks with which the MLP, then the loss, no longer makes the peak, none shorter than
+    `preferred_tokens`. Then, where that exceeds the device's memory, the fewest that fit; where none fit, the fewest
+    that reach the lowest peak. No chunk gets shorter than `MIN_CHUNK_TOKENS`, unless the shard itself is.
 
     Raises:
         ValueError: the user set more chunks than the shard has tokens.
     """
-    most = max(1, work.tokens // MIN_CHUNK_TOKENS)
-    mlp = _given("mlp_chunks", mlp_chunks, work) or _fewest(1, most, lambda n: _mlp_is_not_the_peak(work, n))
-    loss = _given("loss_chunks", loss_chunks, work) or _fewest(1, most, lambda n: _loss_is_not_the_peak(work, n, mlp))
+    most, some = (max(1, work.tokens // tokens) for tokens in (MIN_CHUNK_TOKENS, preferred_tokens))
+    mlp = _given("mlp_chunks", mlp_chunks, work) or _fewest(1, some, lambda n: _mlp_is_not_the_peak(work, n))
+    loss = _given("loss_chunks", loss_chunks, work) or _fewest(1, some, lambda n: _loss_is_not_the_peak(work, n, mlp))
     if mlp_chunks == AUTO:
         mlp = _fewest_within(device_memory, mlp, most, lambda n: _layer_bytes(work, n))
     if loss_chunks == AUTO:

@@ -6,8 +6,9 @@ import functools
 from collections.abc import Mapping
 from typing import Literal
 
-from mst_ds.geometry import ceil_divide
-from mst_ds.planner.persistent import persistent_counts
+from mst_ds.geometry import ceil_divide, pinned_block
+from mst_ds.planner.persistent import persistent_counts, weights
+from mst_ds.planner.pinned import pinned, rounding_term
 from mst_ds.planner.types import MemoryTerm, Place, product_term, total_bytes
 from mst_ds.planner.workload import Workload
 from mst_ds.zero import OffloadDevice
@@ -31,15 +32,49 @@ def reserve(work: Workload) -> Terms:
 
 def parameters(work: Workload) -> Terms:
     """The parameters in the model's dtype: a shard at stage 3, else all of them. On NVMe there are the buffers, too,
-    through which they come (`AsyncPartitionedParameterSwapper`)."""
-    zero = work.zero
+    through which they come (`AsyncPartitionedParameterSwapper`), and on the host those that need not go there.
+
+    On the host what is trained is one pinned block, and what is not, a block for each weight
+    (`DeepSpeedZeroOptimizer_Stage3._create_param_groups_fp16_flat_cpu_memory`, `Init.partition`).
+    """
+    zero, size = work.zero, ("bytes", work.zero.dtype_bytes)
     count = work.sharded(work.shape.parameter_count, from_stage=3)
+    trained = work.sharded(work.shape.trained.all, from_stage=3)
     place = _OFFLOAD_PLACES[zero.param_offload]
-    terms = (_state("parameters", place, ("parameters of this rank", count), ("bytes", zero.dtype_bytes)),)
-    if place != "nvme":
-        return terms
+    term = _state("parameters", place, ("parameters of this rank", count), size)
+    if place == "device":
+        return (term,)
+    if place == "host":
+        flat = trained * zero.dtype_bytes
+        more = pinned_block(flat) - flat + (0 if _trains_all(work) else _rounding_of_weights(work))
+        return (term, *rounding_term("parameters", more))
     buffers = ("buffer_count", zero.param_buffer_count), ("buffer_size", zero.param_buffer_size)
-    return (*terms, _state("parameter_swap_buffers", "host", *buffers, ("bytes", zero.dtype_bytes)))
+    on_host = _state("parameters_on_host", "host", ("max_in_cpu", min(trained, zero.param_max_in_cpu)), size)
+    return (term, *pinned(on_host), _state("parameter_swap_buffers", "host", *buffers, size))
+
+
+def parameter_blocks(work: Workload) -> Terms:
+    """While the engine is built: the shard of each weight in a pinned block, before all are put into one. torch keeps
+    such blocks until it is told to give them back."""
+    if work.zero.param_offload != "cpu" or not work.zero.pins_parameters or not _trains_all(work):
+        return ()
+    count = ("parameters of this rank", work.sharded(work.shape.parameter_count, from_stage=3))
+    blocks = product_term("parameter_blocks", "host", count, ("bytes", work.zero.dtype_bytes), kind="reserve")
+    return (blocks, *rounding_term(blocks.name, _rounding_of_weights(work)))
+
+
+def _trains_all(work: Workload) -> bool:
+    return work.shape.trained.all == work.shape.parameter_count
+
+
+def _rounding_of_weights(work: Workload) -> int:
+    """Of the weights' shards, each in a pinned block of its own."""
+    if not work.zero.pins_parameters:
+        return 0
+    shards = (
+        (work.sharded(size, from_stage=3) * work.zero.dtype_bytes, number) for size, number in weights(work.shape)
+    )
+    return sum(number * (pinned_block(count) - count) for count, number in shards)
 
 
 def gathered_parameters(work: Workload, phase: Literal["forward", "loss", "backward"]) -> Terms:
@@ -124,7 +159,8 @@ def gradients(work: Workload, *, so_far: int | None = None) -> Terms:
         return ()
     place: Place = "device" if zero.optimizer_offload == "none" else "host"
     of_rank = ("gradients of this rank", work.sharded(count, from_stage=2))
-    return (_state("gradients", place, of_rank, ("bytes", zero.grad_accum_dtype_bytes)),)
+    term = _state("gradients", place, of_rank, ("bytes", zero.grad_accum_dtype_bytes))
+    return _pinned_with_optimizer(work, term) if place == "host" else (term,)
 
 
 def gradient_reduction(work: Workload) -> Terms:
@@ -139,6 +175,10 @@ def gradient_reduction(work: Workload) -> Terms:
 
 def _has_fp32_gradient_on_host(work: Workload) -> bool:
     return work.zero.optimizer_offload != "none"
+
+
+def _pinned_with_optimizer(work: Workload, term: MemoryTerm, *, most: int | None = None) -> Terms:
+    return pinned(term, most=most) if work.zero.pins_optimizer else (term,)
 
 
 def reduce_bucket(work: Workload) -> Terms:
@@ -162,7 +202,9 @@ def optimizer_states(work: Workload) -> Terms:
 
     On the host the fp32 gradient has its place from the start, and at stages 1 and 2 what the master parameters are
     copied through; there gradients go to the host by way of a buffer on either side, as large as the largest weight.
-    On NVMe the states come through buffers of a sub-group each (`OptimizerSwapper`).
+    On NVMe the states come through buffers of a sub-group each (`OptimizerSwapper`). Pinned is what goes over the link:
+    gradients, at stage 3 a block for each sub-group, which is that long but for the weight that ends it; at stages 1
+    and 2 the master parameters and all buffers, too. What torch has not allocated, as for NVMe, is not rounded.
     """
     zero = work.zero
     count = work.sharded(work.shape.trained.all, from_stage=1)
@@ -181,18 +223,22 @@ def optimizer_states(work: Workload) -> Terms:
         return (master, *moments)
     gradient = _state("fp32_gradient", "host", of_rank, ("bytes", _FP32_BYTES))
     if zero.stage == 3:
+        of_sub_group = min(count, zero.sub_group_size)
         if place != "nvme":
-            return (master, *moments, gradient)
-        sub_group = ("trained parameters of a sub-group", min(count, zero.sub_group_size))
+            return (master, *moments, *_pinned_with_optimizer(work, gradient, most=of_sub_group * _FP32_BYTES))
+        sub_group = ("trained parameters of a sub-group", of_sub_group)
         buffers = ("buffer_count", zero.optimizer_buffer_count), sub_group, ("bytes", _FP32_BYTES)
         return (master, *moments, gradient, _state("optimizer_swap_buffers", "host", *buffers))
     largest = ("largest weight", work.shape.trained.largest)
-    return (
+    on_host = (
         master,
-        *moments,
         gradient,
         _state("parameter_staging", "host", of_rank, ("bytes", zero.dtype_bytes)),
         _state("gradient_staging_on_host", "host", largest, ("bytes", zero.dtype_bytes)),
+    )
+    return (
+        *moments,
+        *(term for each in on_host for term in _pinned_with_optimizer(work, each)),
         _state("gradient_staging", "device", largest, ("bytes", zero.dtype_bytes)),
     )
 

@@ -13,7 +13,7 @@ from mst_ds.topology import Topology
 
 Place: TypeAlias = Literal["device", "host", "nvme"]
 # State: parameters, gradients, optimizer, and ZeRO's buffers for them, whatever a micro-batch computes. Activation: all
-# tensors that it does. Workspace: what a kernel allocates for itself. Reserve: what torch does not allocate.
+# tensors that it does. Workspace: what a kernel allocates for itself. Reserve: what no tensor has.
 Kind: TypeAlias = Literal["state", "activation", "workspace", "reserve"]
 
 
@@ -57,9 +57,8 @@ class Phase:
     def host_bytes(self) -> int:
         return self._bytes("host")
 
-    def kind_bytes(self, kind: Kind) -> int:
-        """Of one kind, on the device."""
-        return total_bytes(term for term in self.terms if term.place == "device" and term.kind == kind)
+    def kind_bytes(self, kind: Kind, place: Place = "device") -> int:
+        return total_bytes(term for term in self.terms if term.place == place and term.kind == kind)
 
     def _bytes(self, place: Place) -> int:
         return total_bytes(term for term in self.terms if term.place == place)

@@ -1,4 +1,4 @@
-"""Memory terms of a sliding window's attention where no kernel has one: what its blocks of queries make copies of."""
+"""Memory terms of a sliding window's attention where the kernel has none, unlike flash attention: of its blocks."""
 
 from __future__ import annotations
 
@@ -25,38 +25,11 @@ def window_mask(work: Workload) -> Terms:
     )
 
 
-def window_graphs(work: Workload, layers: int) -> Terms:
-    """What blocks keep for their backward: what their kernel made, of which the output is put together, and where heads
-    are grouped, the copies of their queries.
-
-    Args:
-        layers: that have a window, and whose graph is there.
-    """
-    if not has_blocks(work) or not layers:
-        return ()
-    sequences = ("layers", layers), ("sequences", work.zero.micro_batch_size)
-    outputs = ("tokens", work.attention_length), ("width of all heads", work.query_heads * work.shape.value_head_dim)
-    terms = [product_term("window_outputs", "device", *sequences, *outputs, ("bytes", work.zero.dtype_bytes))]
-    if _grouped(work) > 1:
-        tokens = work.attention_length - _window(work)
-        queries = ("tokens in blocks", tokens), ("width of all heads", work.query_heads * work.shape.head_dim)
-        terms.append(product_term("window_queries", "device", *sequences, *queries, ("bytes", work.zero.dtype_bytes)))
-        # A shorter block at the end has a mask of its own, for each group of heads.
-        rest = tokens % _block(work)
-        mask = (
-            ("groups of heads", work.settings.head_groups),
-            ("query heads of a key", _grouped(work)),
-            ("queries", rest),
-            ("keys", _window(work) + rest),
-        )
-        terms.append(product_term("window_rest_masks", "device", *sequences, *mask, ("bytes", work.zero.dtype_bytes)))
-    return tuple(term for term in terms if term.bytes)
-
-
 def window_gradients(work: Workload) -> Terms:
     """In the backward of a group the gradients of blocks, of one sequence at a time.
 
-    Each block has gradients of all keys that it sees, and keys are seen by several.
+    Each block has gradients of all keys that it sees, and keys are seen by several. Where heads are grouped, queries,
+    output and its gradient are copied into blocks.
     """
     shape, queries, block = work.shape, _tokens_in_blocks(work), _block(work)
     keys = queries // block * (_window(work) + block)
@@ -66,7 +39,8 @@ def window_gradients(work: Workload) -> Terms:
         _gradient(work, "window_query_gradients", queries, work.group_query_heads * shape.head_dim),
     ]
     if _grouped(work) > 1:
-        terms.append(_gradient(work, "window_output_gradients", queries, work.group_query_heads * shape.value_head_dim))
+        width = work.group_query_heads * (shape.head_dim + 2 * shape.value_head_dim)
+        terms.append(_gradient(work, "window_copies", queries, width))
     return tuple(terms)
 
 
@@ -80,7 +54,7 @@ def has_blocks(work: Workload) -> bool:
     shape = work.shape
     if not shape.sliding_windows or work.attention_length <= _window(work):
         return False
-    return work.settings.attention == "sdpa" and not shape.has_attention_softcap
+    return not work.has_flash and not shape.has_attention_softcap
 
 
 def _window(work: Workload) -> int:

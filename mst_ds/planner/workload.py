@@ -67,9 +67,8 @@ class Workload:
 
     @property
     def repeats_key_value(self) -> bool:
-        """Whether the kernel wants as many key/value heads as query heads, as sdpa's does where it has no flash."""
-        is_ungrouped = self.settings.attention == "sdpa" and not self.has_flash
-        return is_ungrouped and self.group_key_value_heads != self.group_query_heads
+        """Whether the kernel wants as many key/value heads as query heads, as torch's does where it has no flash."""
+        return not self.has_flash and self.group_key_value_heads != self.group_query_heads
 
     @property
     def has_flash(self) -> bool:
@@ -77,11 +76,17 @@ class Workload:
         return self.zero.dtype != "fp32" and self.shape.head_dim <= WIDEST_FLASH_HEAD
 
     @property
+    def is_blockwise(self) -> bool:
+        """Whether no kernel computes attention: a softcap is known to one package alone, which has no fp32."""
+        return self.shape.has_attention_softcap and (
+            self.settings.attention != "flash_attention_2" or not self.has_flash
+        )
+
+    @property
     def attention_keeping_layers(self) -> int:
-        """Layers whose attention's output is kept: a window makes attention too cheap for it, and with sinks kernels
-        work on copies, which would be kept, too."""
+        """Layers whose attention's output is kept: a window makes attention too cheap for it."""
         layers = self.shape.num_hidden_layers - len(self.shape.sliding_windows)
-        return layers if self.settings.recompute and self.settings.keep_attention and not self.shape.has_sinks else 0
+        return layers if self.settings.recompute and self.settings.keep_attention else 0
 
     @property
     def last_layer_has_window(self) -> bool:

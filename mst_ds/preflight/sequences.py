@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from mst_ds.config import IGNORE_INDEX
+from mst_ds.document_table import document_table
 from mst_ds.token_layout import TokenLayout
 
 _PADDING = 6
@@ -57,7 +58,7 @@ class Documents:
         return sum(int((targets != IGNORE_INDEX).sum()) for _, targets in self._texts())
 
     def shard(self, sp_rank: int, sp_size: int) -> dict[str, Tensor]:
-        """What a rank gets of the batch: ids, shifted labels, positions and mask, (B, L) each."""
+        """What a rank of a run gets of the batch: ids, shifted labels, positions, mask, (B, L) each, and the table."""
         whole = {
             "input_ids": torch.zeros(self.batch_size, self.seq_len, dtype=torch.long),
             "shift_labels": torch.full((self.batch_size, self.seq_len), IGNORE_INDEX),
@@ -72,10 +73,9 @@ class Documents:
             whole["attention_mask"][row, part] = 1
             whole["position_ids"][row, part.stop :] = torch.arange(self.seq_len - part.stop)
         layout, fill = TokenLayout(sp_size), {"shift_labels": IGNORE_INDEX}
-        return {
-            name: layout.split(layout.padded(values, fill.get(name, 0)), dim=1)[sp_rank].contiguous()
-            for name, values in whole.items()
-        }
+        whole = {name: layout.padded(values, fill.get(name, 0)) for name, values in whole.items()}
+        shards = {name: layout.split(values, dim=1)[sp_rank].contiguous() for name, values in whole.items()}
+        return shards | {"document_table": document_table(whole["position_ids"], whole["attention_mask"])}
 
     def as_rows(self) -> dict[str, Tensor]:
         """Each document alone in a row: ids, labels (not shifted) and mask, padded on the right to the longest."""

@@ -1,6 +1,5 @@
 """What a decoder layer keeps from its forward, and what is computed again in its backward."""
 
-from .graph import KeptGraph
 from .layers import LayerCall, LayerRecompute
 from .random_state import RandomState
 from .stores import DeviceStore, HostStore, Kept, KeptOnDevice, Store
@@ -9,7 +8,6 @@ __all__ = [
     "DeviceStore",
     "HostStore",
     "Kept",
-    "KeptGraph",
     "KeptOnDevice",
     "LayerCall",
     "LayerRecompute",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections import deque
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from mst_ds.geometry import host_pieces, pinned_block
 
 # Less than this stays on the device: random seeds and the like.
 _SMALLEST = 4096
@@ -72,44 +76,54 @@ class KeptOnDevice:
         return _taken_once(tensor)
 
 
+def _device_module(device: torch.device) -> Any:
+    return None if device.type == "cpu" else torch.get_device_module(device)
+
+
 class HostStore:
     """Keeps tensors in pinned memory of the host, where that is not the device itself in plain copies.
 
     Copies run on a stream of their own beside the computation. In the forward a layer waits until the copies of the
     layer before the last have left the device; in the backward each layer's tensors are fetched while the layer after
-    it is computed. So the device holds two layers' tensors at most.
+    it is computed. So the device holds two layers' tensors at most. All that a model computes runs on one stream.
+
+    Args:
+        device_module: gives the module with the streams of a device, such as torch.cuda; None where there are none, as
+            on the CPU.
     """
 
-    def __init__(self) -> None:
-        self._streams: dict[torch.device, Any] = {}
+    def __init__(self, device_module: Callable[[torch.device], Any] = _device_module) -> None:
+        self._device_module = device_module
+        self._links: dict[torch.device, _Link] = {}
         self._leaving: deque[_OnHost] = deque()
         # A layer lives as long as its call: what nobody will differentiate is neither held nor fetched.
         self._last: weakref.ref[_OnHost] | None = None
 
     def begin_forward(self) -> None:
-        while self._leaving:
-            self._leaving.popleft().wait_until_left()
+        self.wait_until_left()
         self._last = None
 
     def begin_layer(self) -> LayerStore:
-        while len(self._leaving) > 1:
-            self._leaving.popleft().wait_until_left()
+        self.wait_until_left(but=1)
         layer = _OnHost(self, self._last)
         self._leaving.append(layer)
         self._last = weakref.ref(layer)
         return layer
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> HostStore:
-        # A copy of a model shares neither streams nor tensors that are in flight.
-        return HostStore()
+    def wait_until_left(self, but: int = 0) -> None:
+        """What layers have given to the store is on the device no longer, but for those of the last `but` layers."""
+        while len(self._leaving) > but:
+            self._leaving.popleft().wait_until_left()
 
-    def stream(self, device: torch.device) -> Any:
-        """The stream of copies between a device and the host; None for the CPU."""
-        if device.type == "cpu":
-            return None
-        if device not in self._streams:
-            self._streams[device] = torch.get_device_module(device).Stream(device)
-        return self._streams[device]
+    def __deepcopy__(self, memo: dict[int, Any]) -> HostStore:
+        # A copy of a model shares neither streams nor memory nor tensors that are in flight.
+        return HostStore(self._device_module)
+
+    def link(self, device: torch.device) -> _Link:
+        """The way between a device and the host."""
+        if device not in self._links:
+            self._links[device] = _Link(device, self._device_module(device))
+        return self._links[device]
 
 
 class _OnHost:
@@ -118,9 +132,9 @@ class _OnHost:
         self._kept: list[_KeptOnHost] = []
 
     def keep(self, tensor: Tensor) -> Kept:
-        if tensor.numel() * tensor.itemsize < _SMALLEST:
+        if tensor.nbytes < _SMALLEST:
             return KeptOnDevice(tensor)
-        kept = _KeptOnHost(tensor.detach(), self._store.stream(tensor.device))
+        kept = _KeptOnHost(tensor.detach(), self._store.link(tensor.device))
         self._kept.append(kept)
         return kept
 
@@ -130,9 +144,9 @@ class _OnHost:
 
     def begin_backward(self) -> None:
         previous, self._previous = self._previous, None
+        self._store.wait_until_left()
         for layer in (self, previous() if previous is not None else None):
             if layer is not None:
-                layer.wait_until_left()
                 for kept in layer._kept:
                     kept.fetch()
 
@@ -140,59 +154,123 @@ class _OnHost:
 class _KeptOnHost:
     """A tensor on its way to the host, there, or on its way back.
 
-    Memory of the device is allocated and freed in the order of the computing stream, which waits for a copy to the
-    host before its source is freed, and for a copy from the host before it reads: so no block is used too early.
+    Memory of the device is allocated and freed in the order of the computing stream. That waits for a copy to the host
+    before the source is freed, and for a copy from the host before the target is read, or freed because nobody takes
+    it: so no block is used too early, and the allocator need not keep any until the other stream is done.
     """
 
-    def __init__(self, tensor: Tensor, stream: Any) -> None:
-        self._stream = stream
-        self._device = tensor.device
-        self._source: Tensor | None = tensor
-        self._fetched: Tensor | None = None
-        self._host: Tensor | None = _empty_on_host(tensor)
-        self._event = self._copy(self._host, tensor)
+    def __init__(self, tensor: Tensor, link: _Link) -> None:
+        self._link, self._device = link, tensor.device
+        # Strides stay where they leave no gaps.
+        self._form = torch.empty_like(tensor, device="meta")
+        source = tensor if tensor.stride() == self._form.stride() else tensor.clone()
+        pieces = link.pieces(tensor.nbytes)
+        self._on_host = _when_dropped(self, link.give_back, pieces)
+        wait = link.copy(pieces, _flat_bytes(source))
+        self._leaving = _when_dropped(self, _free_after, wait, source)
+        self._arriving: weakref.finalize[..., _KeptOnHost] | None = None
 
     def wait_until_left(self) -> None:
         """The source is freed; on its device whatever is computed from here on runs after the copy."""
-        if self._source is not None:
-            self._wait()
-            self._source = None
+        self._leaving()
 
     def fetch(self) -> None:
         """Start to copy back."""
-        if self._host is not None:
-            self._fetched = torch.empty_like(self._host, device=self._device)
-            self._event = self._copy(self._fetched, self._host)
-            if self._stream is not None:
-                # It may be dropped before it was taken: by a backward that ends early.
-                self._fetched.record_stream(self._stream)
-            self._host = None  # torch gives pinned memory to nobody else before the copy is done
+        if (on_host := self._on_host.peek()) is not None:
+            (pieces,) = on_host[2]
+            target = torch.empty_like(self._form, device=self._device)
+            wait = self._link.copy(_flat_bytes(target), pieces)
+            self._arriving = _when_dropped(self, _free_after, wait, target)
+            self._on_host()
 
     def take(self) -> Tensor:
         self.wait_until_left()
         self.fetch()
-        tensor, self._fetched = self._fetched, None
-        self._wait()
-        return _taken_once(tensor)
+        arriving = self._arriving.detach() if self._arriving is not None else None
+        if arriving is None:
+            return _taken_once(None)
+        wait, target = arriving[2]
+        wait()
+        return _taken_once(target)
 
-    def _copy(self, target: Tensor, source: Tensor) -> Any:
+
+class _Link:
+    """The way between a device and the host: the stream of copies, and the memory of the host for them.
+
+    That is pieces of few sizes, which fit any tensor. torch's allocator gives blocks of a power of two, and to a host
+    that is far ahead of the device fresh ones. Here a piece is free once the copy from it has been given to the stream,
+    on which the next copy into it runs later: there are never more than are in use at once, which is what is planned.
+    """
+
+    def __init__(self, device: torch.device, module: Any) -> None:
+        self._device, self._module = device, module
+        self._stream = None if module is None else module.Stream(device)
+        self._free: defaultdict[int, list[Tensor]] = defaultdict(list)
+
+    def pieces(self, count: int) -> list[Tensor]:
+        """Pieces that hold `count` bytes. On the CPU they are plain memory of that size."""
+        if self._module is None:
+            return [_empty_on_host(size) for size in host_pieces(count)]
+        blocks = (pinned_block(size) for size in host_pieces(count))
+        pinned = self._device.type != "cpu"
+        return [self._free[size].pop() if self._free[size] else _empty_on_host(size, pinned) for size in blocks]
+
+    def give_back(self, pieces: list[Tensor]) -> None:
+        if self._module is not None:
+            for piece in pieces:
+                self._free[len(piece)].append(piece)
+
+    def copy(self, targets: Iterable[Tensor], sources: Iterable[Tensor]) -> Callable[[], None]:
+        """Start to copy bytes, after all that the device has been given to compute. What is returned makes it compute
+        what follows after the copies."""
         if self._stream is None:
-            target.copy_(source)
-            return None
-        module = torch.get_device_module(self._device)
-        self._stream.wait_stream(module.current_stream(self._device))
-        with module.stream(self._stream):
-            target.copy_(source, non_blocking=True)
-            return self._stream.record_event()
+            _copy_bytes(targets, sources)
+            return _nothing
+        computing = self._module.current_stream(self._device)
+        self._stream.wait_stream(computing)
+        try:
+            with self._module.stream(self._stream):
+                _copy_bytes(targets, sources)
+                event = self._stream.record_event()
+        except BaseException:
+            # Some copies may be on their way, and the caller's memory is freed.
+            computing.wait_stream(self._stream)
+            raise
+        return functools.partial(computing.wait_event, event)
 
-    def _wait(self) -> None:
-        if self._event is not None:
-            torch.get_device_module(self._device).current_stream(self._device).wait_event(self._event)
+
+def _nothing() -> None:
+    """There is nothing to wait for."""
 
 
-def _empty_on_host(tensor: Tensor) -> Tensor:
-    """Memory of the host for a tensor, with its strides where these leave no gaps."""
-    return torch.empty_like(tensor, device="cpu", pin_memory=tensor.device.type != "cpu")
+def _copy_bytes(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        # A piece may be longer than what it holds.
+        count = min(len(target), len(source))
+        target[:count].copy_(source[:count], non_blocking=True)
+
+
+def _flat_bytes(tensor: Tensor) -> list[Tensor]:
+    """The bytes of a tensor without gaps, in the order in which they lie, by pieces."""
+    flat = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+    return list(flat.split(list(host_pieces(len(flat)))))
+
+
+def _empty_on_host(count: int, pinned: bool = False) -> Tensor:
+    return torch.empty(count, dtype=torch.uint8, pin_memory=pinned)
+
+
+def _free_after(wait: Callable[[], None], tensor: Tensor) -> None:
+    """The tensor's memory is the caller's until this has returned."""
+    wait()
+
+
+def _when_dropped(owner: Any, function: Callable[..., None], *args: Any) -> weakref.finalize[..., Any]:
+    """Calls the function when called itself or when its owner is dropped, once; but not when the interpreter ends,
+    with all streams."""
+    finalizer = weakref.finalize(owner, function, *args)
+    finalizer.atexit = False
+    return finalizer
 
 
 def _taken_once(tensor: Tensor | None) -> Tensor:

@@ -1,7 +1,7 @@
 """Ulysses sequence parallelism (arXiv 2309.14509): sequence shards outside attention, head shards inside it."""
 
 from .attention_function import ATTENTION_NAME, UlyssesContext, register_attention, ulysses_attention
-from .document_lengths import document_lengths, positions_in_documents
+from .document_lengths import document_lengths, lengths_of_tokens, positions_in_documents
 from .document_starts import find_document_starts
 from .groups import ProcessSequenceGroup, SequenceGroup, new_sequence_group
 from .simulated import run_simulated
@@ -13,6 +13,7 @@ __all__ = [
     "UlyssesContext",
     "document_lengths",
     "find_document_starts",
+    "lengths_of_tokens",
     "new_sequence_group",
     "positions_in_documents",
     "register_attention",

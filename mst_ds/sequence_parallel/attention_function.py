@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from mst_ds.attention import (
     AttentionSpec,
     CausalAttention,
-    DocumentAttention,
+    Documents,
     DocumentStarts,
     SlidingWindow,
-    causal_backend,
     describe_mask,
 )
 from mst_ds.geometry import HeadLayout
@@ -36,8 +35,8 @@ class UlyssesContext:
 
     Args:
         group: the sequence group; None where the sequence is not sharded.
-        backend: a name that `causal_backend` knows.
-        document_starts: see `DocumentAttention`; found once per forward, not once per layer.
+        backend: a name that `prepare_attention` knows.
+        document_starts: see `Documents`; found once per forward, not once per layer.
         head_groups: in so many groups a rank works through its heads, where the sequence is sharded.
         recompute: of the model's layers; None where they are not computed again.
     """
@@ -49,9 +48,9 @@ class UlyssesContext:
     recompute: LayerRecompute | None = None
 
     @cached_property
-    def attend(self) -> CausalAttention:
-        """One for all layers, which share a window's mask."""
-        return causal_backend(self.backend)
+    def attention(self) -> CausalAttention:
+        """One for all layers, which share a window's mask and the borders of documents."""
+        return CausalAttention(self.backend, Documents(self.document_starts))
 
 
 def register_attention() -> None:
@@ -104,7 +103,7 @@ def ulysses_attention(
     group = ulysses.group
     sp_size, head_groups = (1, 1) if group is None else (group.size, ulysses.head_groups)
     layout = HeadLayout(query.shape[1], key.shape[1], sp_size, head_groups)
-    attention = SequenceAttention(DocumentAttention(ulysses.attend, spec, ulysses.document_starts), group, layout)
+    attention = SequenceAttention(ulysses.attention, spec, group, layout)
     return attention(query, key, value, kwargs.get("s_aux"), recompute=ulysses.recompute), None
 
 

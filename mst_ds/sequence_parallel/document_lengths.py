@@ -53,10 +53,28 @@ def document_lengths(
     return of_tokens if attention_mask is None else of_tokens.masked_fill(attention_mask == 0, 1)
 
 
+def lengths_of_tokens(
+    starts: DocumentStarts, lengths: list[list[int]], length: int, group: SequenceGroup | None
+) -> Tensor:
+    """`document_lengths` from what is known of the whole sequence, on the CPU and without an exchange.
+
+    Args:
+        starts: for each row of `length` tokens the first index of each document.
+        lengths: how long each is, 0 for padding.
+    """
+    rows = []
+    for of_row, (first, after) in zip(lengths, _documents(starts, length, torch.device("cpu")), strict=True):
+        rows.append(torch.tensor(of_row).clamp(min=1).repeat_interleave(after - first))
+    return _shard(torch.stack(rows), group)
+
+
 def _documents(starts: DocumentStarts | None, length: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
     """For each row, or for all alike, the first token of each document and the one after its last."""
-    firsts = [torch.tensor(row, device=device) for row in starts or [[0]]]
-    return [(first, torch.cat([first[1:], first.new_tensor([length])])) for first in firsts]
+    found = []
+    for row in starts or [[0]]:
+        borders = torch.tensor([*row, length]).to(device, non_blocking=True)
+        found.append((borders[:-1], borders[1:]))
+    return found
 
 
 def _shard(whole: Tensor, group: SequenceGroup | None) -> Tensor:

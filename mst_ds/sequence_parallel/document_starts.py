@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mst_ds.attention import DocumentStarts
+from mst_ds.document_table import document_table, rows_of_table
 from mst_ds.token_layout import TokenLayout
 
 from .groups import SequenceGroup
@@ -14,10 +14,9 @@ from .groups import SequenceGroup
 def find_document_starts(
     position_ids: Tensor, attention_mask: Tensor | None, group: SequenceGroup | None
 ) -> DocumentStarts | None:
-    """Find where documents begin in the whole sequence, with one all-gather.
+    """Find where documents begin in the whole sequence, see `document_table`, with one all-gather.
 
-    A document begins where a position does not go on by one, and where padding begins or ends. A run of padding is one
-    document, whatever its positions: real tokens never see it, on either side.
+    The host waits for the device of the tensors. A batch of `mst_ds.data.shard` brings its table along instead.
 
     Args:
         position_ids: (B, L) of this rank's shard; one row may stand for all.
@@ -45,9 +44,6 @@ def find_document_starts(
         tokens = tokens - 1 + attention_mask.long()
     if group is not None:
         tokens = TokenLayout(group.size).join(group.all_gather(tokens), dim=1)
-    is_padding = tokens % 2 == 0
-    goes_on = (tokens[:, 1:] == tokens[:, :-1] + 2) | (is_padding[:, 1:] & is_padding[:, :-1])
-    is_start = torch.ones_like(tokens, dtype=torch.bool)
-    is_start[:, 1:] = ~goes_on
-    starts = [row.nonzero().flatten().tolist() for row in is_start]
+    table = document_table(tokens // 2, tokens % 2)
+    starts, _ = rows_of_table(table, *tokens.shape)
     return None if all(row == [0] for row in starts) else starts

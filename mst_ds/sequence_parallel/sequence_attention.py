@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mst_ds.attention import DocumentAttention
+from mst_ds.attention import Attended, AttentionSpec, CausalAttention
 from mst_ds.dtypes import sum_dtype
 from mst_ds.geometry import HeadLayout
-from mst_ds.recompute import Kept, KeptGraph, KeptOnDevice, LayerRecompute, RandomState
+from mst_ds.recompute import Kept, KeptOnDevice, LayerRecompute, RandomState
 
 from .all_to_all import gather_sequence, scatter_sequence
 from .groups import SequenceGroup
@@ -24,12 +24,13 @@ class SequenceAttention:
     """What one attention layer computes on this rank.
 
     Args:
-        documents: attention over whole sequences.
+        attention: over whole sequences; what it computes is `spec`.
         group: the sequence group; None where the sequence is not sharded.
         layout: which heads each rank works on, and in how many groups.
     """
 
-    documents: DocumentAttention
+    attention: CausalAttention
+    spec: AttentionSpec
     group: SequenceGroup | None
     layout: HeadLayout
 
@@ -62,13 +63,23 @@ class SequenceAttention:
             memo.keep = None
         elif call is None or call.is_recomputing:
             memo.keep = KeptOnDevice
-        elif (
-            recompute is not None and recompute.keep_attention and sinks is None and self.documents.spec.window is None
-        ):
-            # With a window attention costs little; with sinks kernels work on copies, which would be kept.
+        elif recompute is not None and recompute.keep_attention and self.spec.window is None:
+            # With a window attention costs little.
             memo.keep, memo.keeps_output = call.store.keep, True
         output: Tensor = _SequenceAttention.apply(self, memo, *tensors)
         return output
+
+    def attend(self, tensors: Sequence[Tensor]) -> Attended:
+        """Over whole sequences: query, key, value and, if there are any, sinks."""
+        query, key, value, *sinks = tensors
+        return self.attention.forward(query, key, value, self.spec, *sinks)
+
+    def gradients(
+        self, kept: _KeptGroup, tensors: Sequence[Tensor], output: Tensor, grad_output: Tensor
+    ) -> list[Tensor]:
+        """Of each of the tensors of `attend`, of which `kept` is left."""
+        query, key, value, *sinks = tensors
+        return self.attention.backward(grad_output, query, key, value, kept.take(output), self.spec, *sinks)
 
     def gathered(self, tensors: Sequence[Tensor], head_group: int) -> list[Tensor]:
         """Query, key, value and sinks of one group of this rank's heads, over the whole sequence."""
@@ -132,18 +143,35 @@ def _summed_by_head(grad: Tensor, index: list[int]) -> Tensor:
     return total.index_add_(1, torch.tensor(index, device=grad.device), grad.to(total.dtype)).to(grad.dtype)
 
 
+@dataclass(frozen=True)
+class _KeptGroup:
+    """Of attention over one group of heads: the log-sum-exp, and what its kernels drew at random."""
+
+    log_sum_exp: Kept
+    draws: list[list[Kept]]
+
+    @classmethod
+    def of(cls, attended: Attended, keep: Callable[[Tensor], Kept]) -> _KeptGroup:
+        return cls(keep(attended.log_sum_exp), [[keep(tensor) for tensor in draw] for draw in attended.draws])
+
+    def take(self, output: Tensor) -> Attended:
+        """With the output that it belongs to. To be called once."""
+        draws = [tuple(kept.take() for kept in draw) for draw in self.draws]
+        return Attended(output, self.log_sum_exp.take(), draws)
+
+
 class _Memo:
     """What one call of attention leaves for its backward, and for when its layer is computed again.
 
     Attributes:
         keep: how what kernels keep is kept; None where nothing is differentiated, or all will be computed again.
         keeps_output: whether the output is, too.
-        graphs: of each group of heads, of each document.
+        groups: what attention over each group of heads left, beside its output.
     """
 
     keep: Callable[[Tensor], Kept] | None = None
     keeps_output = False
-    graphs: list[list[KeptGraph]] | None = None
+    groups: list[_KeptGroup] | None = None
     _output: Kept | None = None
     _random_state: RandomState | None = None
 
@@ -170,27 +198,27 @@ class _SequenceAttention(torch.autograd.Function):
         output = memo.take_output()
         if output is None:
             output = _forward(attention, memo, tensors)
-            memo.note_output(output, is_random=attention.documents.spec.dropout > 0)
+            memo.note_output(output, is_random=attention.spec.dropout > 0)
         ctx.save_for_backward(*tensors, output)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        # First of all: with recompute, this is what computes the layer again, and with it the graphs.
+        # First of all: with recompute, this is what computes the layer again, and with it what is kept of attention.
         *tensors, output = ctx.saved_tensors
-        attention, graphs, ctx.memo.graphs = ctx.attention, ctx.memo.graphs, None
-        if graphs is None:
+        attention, groups, ctx.memo.groups = ctx.attention, ctx.memo.groups, None
+        if groups is None:
             raise RuntimeError("attention cannot be differentiated a second time: compute the loss again")
         if attention.group is None:
             of_output = attention.gathered_outputs([output, grad_output], 0)
-            grads = attention.documents.backward(graphs[0], tensors, *of_output)
+            grads = attention.gradients(groups[0], tensors, *of_output)
         else:
             grads = attention.sums_for(tensors)
-            for head_group, of_group in zip(attention.layout.groups, graphs, strict=True):
+            for head_group, kept in zip(attention.layout.groups, groups, strict=True):
                 gathered = attention.gathered(tensors, head_group)
                 of_output = attention.gathered_outputs([output, grad_output], head_group)
-                found = attention.documents.backward(of_group, gathered, *of_output)
+                found = attention.gradients(kept, gathered, *of_output)
                 del gathered, of_output
                 attention.scatter_gradients(found, head_group, grads)
                 del found
@@ -200,18 +228,23 @@ class _SequenceAttention(torch.autograd.Function):
 def _forward(attention: SequenceAttention, memo: _Memo, tensors: Sequence[Tensor]) -> Tensor:
     query, value = tensors[0], tensors[2]
     batch, heads, length, _ = query.shape
-    output = query.new_empty(batch, length, heads, value.shape[3])
-    memo.graphs = None if memo.keep is None else []
+    groups: list[_KeptGroup] = []
+    output: Tensor | None = None
     for head_group in attention.layout.groups:
         gathered = attention.gathered(tensors, head_group)
-        of_group = output.transpose(1, 2)
-        if attention.group is not None:
-            of_group = output.new_empty(*gathered[0].shape[:3], value.shape[3])
-        if memo.keep is None or memo.graphs is None:
-            attention.documents.forward(gathered, of_group)
-        else:
-            memo.graphs.append(attention.documents.forward_with_graphs(gathered, of_group, memo.keep))
+        attended = attention.attend(gathered)
         del gathered
-        if attention.group is not None:
+        if memo.keep is not None:
+            groups.append(_KeptGroup.of(attended, memo.keep))
+        of_group = attended.output
+        del attended
+        if attention.group is None:
+            output = of_group.transpose(1, 2).contiguous()
+        else:
+            if output is None:
+                output = query.new_empty(batch, length, heads, value.shape[3])
             attention.scatter_output(of_group, head_group, output)
+        del of_group
+    memo.groups = None if memo.keep is None else groups
+    assert output is not None
     return output

@@ -26,7 +26,8 @@ _REFUSED = (
 class DocumentLengths:
     """Of the forward that runs: (B, L), for each token of this shard how long its document is.
 
-    None where a forward is transformers' own, such as one that generates.
+    On the CPU where that is known without the device, for which the host then need not wait. None where a forward is
+    transformers' own, such as one that generates.
     """
 
     of_tokens: Tensor | None = None
@@ -71,7 +72,8 @@ class DocumentRotary:
         batch = max(len(position_ids), len(of_tokens))
         alike = self._alike(of_tokens, kind).expand(batch, -1)
         # Those of padding may be beyond the document's.
-        positions = torch.minimum(position_ids.expand(batch, -1), of_tokens - 1)
+        longest = of_tokens.to(position_ids.device, non_blocking=True) - 1
+        positions = torch.minimum(position_ids.expand(batch, -1), longest)
 
         def call(positions: Tensor, length: int) -> Any:
             # Behind the positions one more, the last of a document of this length.
@@ -86,7 +88,8 @@ class DocumentRotary:
             return _like(whole, [table[:, :-1] for table in _tensors(whole)])
         tables: list[Tensor] = []
         for length in different:
-            where = alike == length
+            indices = (alike == length).nonzero(as_tuple=True)
+            where = tuple(index.to(positions.device, non_blocking=True) for index in indices)
             part = call(positions[where].unsqueeze(0), length)
             if not tables:
                 tables = [table.new_empty(*positions.shape, *table.shape[2:]) for table in _tensors(part)]

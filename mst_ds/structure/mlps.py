@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -31,7 +31,7 @@ class Linear(Protocol):
 class MlpStructure:
     """A module that computes `down(activation(gate(x)) * up(x))`, or without a gate `down(activation(up(x)))`.
 
-    gate_in_up, transposed: as `chunked_mlp` has them.
+    gate_in_up, transposed, is_silu: as `chunked_mlp` has them.
     """
 
     module: nn.Module
@@ -41,6 +41,7 @@ class MlpStructure:
     activation: Callable[[Tensor], Tensor]
     gate_in_up: bool = False
     transposed: bool = False
+    is_silu: bool = False
 
     def run(
         self,
@@ -59,6 +60,7 @@ class MlpStructure:
             down.weight,
             chunks=chunks,
             activation=self.activation,
+            is_silu=self.is_silu,
             gate_bias=gate.bias if gate is not None else None,
             up_bias=up.bias,
             down_bias=down.bias,
@@ -312,7 +314,7 @@ def _as_mlp(module: nn.Module) -> MlpStructure | None:
                     module, parts.get("gate"), parts["up"], parts["down"], others[0], gate_in_up, transposed
                 )
                 if _computes_mlp(mlp, roles):
-                    return mlp
+                    return replace(mlp, is_silu=_is_silu(others[0]))
     return None
 
 
@@ -361,6 +363,11 @@ def _computes_mlp(mlp: MlpStructure, roles: dict[str, str]) -> bool:
 def _is_pure(activation: Callable[[Tensor], Tensor], width: int) -> bool:
     """Whether it leaves its input as it is: the operators need it again."""
     return probe.attempt(activation, probe.small_and_large_tokens(probe.TOKENS, width)) is not None
+
+
+def _is_silu(activation: Callable[[Tensor], Tensor]) -> bool:
+    x = probe.small_and_large_tokens(probe.TOKENS, probe.INTERMEDIATE)
+    return torch.allclose(activation(x), F.silu(x), rtol=1e-12, atol=0)
 
 
 def _small_linear(inputs: int, outputs: int, *, bias: bool, transposed: bool) -> nn.Module:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from mst_ds.minisequence import chunked_rms_norm, chunked_tokenwise, chunks_in_cache
@@ -18,12 +20,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RMSNormStructure:
-    """A module that computes `x / sqrt(mean(x^2) + epsilon) * (weight + offset)`."""
+    """A module that computes `x / sqrt(mean(x^2) + epsilon) * (weight + offset)`.
+
+    keeps_dtype: whether its output has the dtype of input and weight where these are of one, of 16 bits.
+    """
 
     module: nn.Module
     weight: str
     epsilon: float
     offset: float
+    keeps_dtype: bool
 
     def run(self, hidden_states: Tensor) -> Tensor:
         """The module's output, computed by the chunked operator."""
@@ -34,6 +40,7 @@ class RMSNormStructure:
             function=forward,
             epsilon=self.epsilon,
             offset=self.offset,
+            keeps_dtype=self.keeps_dtype,
             chunks=chunks_in_cache(hidden_states),
         )
 
@@ -88,7 +95,7 @@ def find_norms(model: PreTrainedModel) -> list[NormStructure]:
                 kinds[kind] = _norm_like(module, shape[0])
             like = kinds[kind]
             if isinstance(like, RMSNormStructure):
-                found.append(RMSNormStructure(module, like.weight, like.epsilon, like.offset))
+                found.append(replace(like, module=module))
             elif like is not None:
                 found.append(OtherNormStructure(module))
     return found
@@ -104,11 +111,17 @@ def _norm_like(module: nn.Module, width: int) -> NormStructure | None:
     forward = functools.partial(type(small).forward, small)
     for epsilon in epsilons if len(names) == 1 else []:
         for offset in (0.0, 1.0):
-            candidate = RMSNormStructure(small, names[0], epsilon, offset)
+            candidate = RMSNormStructure(small, names[0], epsilon, offset, keeps_dtype=_keeps_dtype(small, tokens))
             # A norm computes in fp32, whatever it is given.
             if all(
                 probe.is_same(candidate.formula, forward, [tokens * scale], list(small.parameters()), tolerance=1e-5)
                 for scale in _SCALES
             ):
-                return RMSNormStructure(module, names[0], epsilon, offset)
+                return candidate
     return OtherNormStructure(module)
+
+
+def _keeps_dtype(small: nn.Module, tokens: Tensor) -> bool:
+    narrow = copy.deepcopy(small).bfloat16()
+    output = probe.attempt(functools.partial(type(small).forward, narrow), tokens.bfloat16())
+    return isinstance(output, Tensor) and output.dtype == torch.bfloat16

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mst_ds.config import NonFinite
-from mst_ds.data import Batch
+from mst_ds.data import Batch, to_device
 from mst_ds.memory.out_of_memory import during
 from mst_ds.memory.phases import PhaseMeter, compare
 from mst_ds.metrics import MetricsWriter, peak_memory_bytes
@@ -155,7 +155,7 @@ def train_step(
 
     for batch in micro_batches:
         with during("forward", "loss"):
-            loss = objective.loss(engine, _on_device(batch, engine.device), num_items)
+            loss = objective.loss(engine, to_device(batch, engine.device), num_items)
         end("loss")
         with during("backward"):
             engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
@@ -222,17 +222,14 @@ def evaluate(engine: DeepSpeedEngine, batches: Iterable[Batch], objective: Objec
     num_items = torch.zeros((), device=engine.device, dtype=torch.int64)
     for batch in batches:
         num_items += _count(objective, [batch], engine.device)
-        loss += objective.loss(engine, _on_device(batch, engine.device), 1)
+        loss += objective.loss(engine, to_device(batch, engine.device), 1)
     engine.train()
     return _sum_over_ranks(loss).item() / max(1, int(_sum_over_ranks(num_items)))
 
 
 def _count(objective: Objective, batches: list[Batch], device: torch.device) -> Tensor:
-    return torch.tensor(sum(objective.num_items(batch) for batch in batches), device=device)
-
-
-def _on_device(batch: Batch, device: torch.device) -> Batch:
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    num_items = torch.tensor(sum(objective.num_items(batch) for batch in batches))
+    return num_items.to(device, non_blocking=True)
 
 
 def _sum_over_ranks(value: Tensor) -> Tensor:

@@ -40,7 +40,9 @@ class ZeroConfig:
     dp_world_size: the ranks that ZeRO shards over. DeepSpeed sees every rank as data parallel, so this is the
     world size, also under sequence parallelism.
     optimizer_moments: values that the optimizer keeps for each trained parameter beside its master copy.
+    pins_parameters, pins_optimizer: whether what is offloaded lies in pinned memory of the host.
     param_buffer_count, param_buffer_size, optimizer_buffer_count: of the buffers on the way to NVMe.
+    param_max_in_cpu: parameters that stay on the host for good where the others go to NVMe.
     """
 
     stage: int
@@ -50,8 +52,11 @@ class ZeroConfig:
     param_offload: OffloadDevice
     optimizer_offload: OffloadDevice
     optimizer_moments: int
+    pins_parameters: bool
+    pins_optimizer: bool
     param_buffer_count: int
     param_buffer_size: int
+    param_max_in_cpu: int
     optimizer_buffer_count: int
     overlap_comm: bool
     reduce_bucket_size: int
@@ -202,8 +207,11 @@ def read_zero(ds_config: Mapping[str, Any], *, dp_world_size: int) -> ZeroConfig
         param_offload=_offload(zero, "offload_param", "cpu_offload_param") if zero_stage == 3 else "none",
         optimizer_offload=_offload(zero, "offload_optimizer", "cpu_offload") if zero_stage >= 1 else "none",
         optimizer_moments=_optimizer_moments(ds_config),
+        pins_parameters=_pins(param, "offload_param"),
+        pins_optimizer=_pins(optimizer, "offload_optimizer"),
         param_buffer_count=_elements(param, "buffer_count", 5),
         param_buffer_size=_elements(param, "buffer_size", 10**8),
+        param_max_in_cpu=_elements(param, "max_in_cpu", 10**9),
         optimizer_buffer_count=_elements(optimizer, "buffer_count", 4),
         overlap_comm=zero_stage == 3 if overlap_comm is None else bool(overlap_comm),
         reduce_bucket_size=_elements(zero, "reduce_bucket_size", 5 * 10**8),
@@ -273,6 +281,13 @@ def _offload(zero: Mapping[str, Any], key: str, deprecated_key: str) -> OffloadD
     if device not in _OFFLOAD_DEVICES:
         raise ValueError(f"{ZERO}.{key}.device is {device!r}; allowed: {', '.join(_OFFLOAD_DEVICES)}")
     return cast(OffloadDevice, device)
+
+
+def _pins(offload: Mapping[str, Any], name: str) -> bool:
+    pins = offload.get("pin_memory", True)
+    if not isinstance(pins, bool):
+        raise ValueError(f"{ZERO}.{name}.pin_memory is {pins!r}; allowed: true or false")
+    return pins
 
 
 def _elements(zero: Mapping[str, Any], key: str, default: int) -> int:

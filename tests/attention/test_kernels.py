@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import sys
-import types
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +12,7 @@ from dense_attention import dense_attention, heads, visible
 from distributed import run_ranks
 from torch import Tensor, nn
 
-from mst_ds.attention import AttentionSpec, DocumentAttention, SlidingWindow, causal_backend
+from mst_ds.attention import AttentionSpec, CausalAttention, Documents, SlidingWindow
 from mst_ds.geometry import HeadLayout
 from mst_ds.memory.live import LiveMemory
 from mst_ds.sequence_parallel import SequenceGroup, UlyssesContext, new_sequence_group, run_simulated, ulysses_attention
@@ -119,18 +116,22 @@ def test_real_ranks_compute_what_simulated_ones_do() -> None:
     torch.testing.assert_close(put_together(run_ranks(on_real_ranks, 2)), expected, **EXACT)
 
 
-def attend_documents(
-    backend: str, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, starts: list[list[int]] | None
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spec: AttentionSpec,
+    sinks: Tensor | None = None,
+    starts: list[list[int]] | None = None,
 ) -> Tensor:
-    """(B, N, S, Dv), on one device."""
-    documents = DocumentAttention(causal_backend(backend), replace(spec, sinks=None), starts)
-    attention = SequenceAttention(documents, None, HeadLayout(query.shape[1], key.shape[1], 1))
-    return attention(query, key, value, spec.sinks).transpose(1, 2)
+    """(B, S, N, Dv), on one device, differentiable."""
+    layout = HeadLayout(query.shape[1], key.shape[1], 1)
+    return SequenceAttention(CausalAttention("sdpa", Documents(starts)), spec, None, layout)(query, key, value, sinks)
 
 
-def run_spec(tensors: list[Tensor], spec: AttentionSpec, backend: str = "sdpa") -> list[Tensor]:
-    """Output (B, S, N, D) and gradients of its sum of squares."""
-    output = attend_documents(backend, *tensors[:3], spec, None).transpose(1, 2)
+def run_spec(tensors: list[Tensor], spec: AttentionSpec) -> list[Tensor]:
+    """Output and gradients of its sum of squares."""
+    output = attend(*tensors[:3], spec, *tensors[3:])
     return [output, *torch.autograd.grad(output.square().sum(), tensors)]
 
 
@@ -151,7 +152,7 @@ def test_transformers_softcap_and_sinks(window: int | None) -> None:
 
     output, _ = gpt_oss(module, *tensors, mask, scaling=0.3)
     tensors.append(module.sinks)
-    ours = run_spec(tensors, AttentionSpec(0.3, window=window, sinks=module.sinks))
+    ours = run_spec(tensors, AttentionSpec(0.3, window=window))
     expected = [output, *torch.autograd.grad(output.square().sum(), tensors)]
     torch.testing.assert_close(ours, expected, **EXACT)
 
@@ -167,14 +168,13 @@ def test_sixteen_bits_are_as_exact_as_dense_attention(asked: dict[str, Any]) -> 
     sinks = [torch.randn(2, dtype=torch.float64)] if "sinks" in asked else []
     grad = torch.randn(1, 256, 2, 16, dtype=torch.float64)
 
-    def run(attend: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+    def run(attention: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
         leaves = [x.detach().bfloat16().to(dtype).requires_grad_() for x in tensors + sinks]
-        output = attend(*leaves[:3], scaling=0.3, **{**asked, "sinks": leaves[3] if sinks else None})
+        output = attention(*leaves[:3], scaling=0.3, **{**asked, "sinks": leaves[3] if sinks else None})
         return [output, *torch.autograd.grad(output, leaves[:3], grad.bfloat16().to(dtype))]
 
-    def ours(query: Tensor, key: Tensor, value: Tensor, **spec: Any) -> Tensor:
-        output = attend_documents("sdpa", query, key, value, AttentionSpec(**spec), None)
-        return output.transpose(1, 2)
+    def ours(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, **spec: Any) -> Tensor:
+        return attend(query, key, value, AttentionSpec(**spec), sinks)
 
     results = run(dense_attention, torch.float64), run(ours, torch.bfloat16), run(dense_attention, torch.bfloat16)
     for exact, candidate, plain in zip(*results, strict=True):
@@ -186,10 +186,10 @@ def test_a_sink_is_not_rounded_to_sixteen_bits(asked: dict[str, Any]) -> None:
     # All scores are 0 and all values 1. sink / scaling is halfway between two numbers of bf16, 0.125 apart.
     sink, length = 0.3 * 16.0625, 7
     query, value = torch.zeros(1, 1, length, 8).bfloat16(), torch.ones(1, 1, length, 8).bfloat16()
-    output = causal_backend("sdpa")(query, query, value, AttentionSpec(0.3, sinks=torch.tensor([sink]), **asked))
+    output = attend(query, query, value, AttentionSpec(0.3, **asked), torch.tensor([sink]))
     seen = torch.arange(1, length + 1).clamp(max=asked.get("window", length))
     # A kernel rounds to bf16 a few times, by 2**-9 each; a rounded sink would be off by 2 %.
-    torch.testing.assert_close(output[0, 0, :, 0].float(), seen / (seen + math.exp(sink)), rtol=2**-7, atol=0)
+    torch.testing.assert_close(output[0, :, 0, 0].float(), seen / (seen + math.exp(sink)), rtol=2**-7, atol=0)
 
 
 @pytest.mark.usefixtures("short_blocks")
@@ -197,22 +197,23 @@ def test_a_sink_is_not_rounded_to_sixteen_bits(asked: dict[str, Any]) -> None:
 def test_dropout_is_the_same_in_the_backward(asked: dict[str, Any]) -> None:
     torch.manual_seed(0)
     tensors = heads(2, 1, 1, length=10, dims=(2,), batch=1)
-    if "sinks" in asked:
+    asked = dict(asked)
+    if asked.pop("sinks", False):
         tensors.append(torch.randn(2, dtype=torch.float64, requires_grad=True))
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None) -> Tensor:
+    def attend_seeded(*given: Tensor) -> Tensor:
         torch.manual_seed(7)
-        spec = AttentionSpec(0.5, **{**asked, "dropout": 0.4, "sinks": sinks})
-        return attend_documents("sdpa", query, key, value, spec, None)
+        spec = AttentionSpec(0.5, **{**asked, "dropout": 0.4})
+        return attend(*given[:3], spec, *given[3:]).transpose(1, 2)
 
-    # Along one direction, because a kept graph is differentiated once.
+    # Along one direction, because attention is differentiated once.
     direction = [torch.randn_like(tensor) for tensor in tensors]
     weights = torch.randn_like(tensors[2].expand(-1, 2, -1, -1))
-    grads = torch.autograd.grad((attend(*tensors) * weights).sum(), tensors)
+    grads = torch.autograd.grad((attend_seeded(*tensors) * weights).sum(), tensors)
     slope = sum((grad * along).sum() for grad, along in zip(grads, direction, strict=True))
     step = 1e-5
     after, before = (
-        (attend(*(x + sign * step * along for x, along in zip(tensors, direction, strict=True))) * weights).sum()
+        (attend_seeded(*(x + sign * step * along for x, along in zip(tensors, direction, strict=True))) * weights).sum()
         for sign in (1, -1)
     )
     # Central differences are off by about step ** 2.
@@ -223,8 +224,8 @@ def test_dropout_drops_its_share_of_each_block() -> None:
     # All scores are equal and all values 1: an output is the number of kept keys, scaled by 1 / (keys * kept share).
     length = 300
     query, value = torch.zeros(1, 4, length, 8), torch.ones(1, 4, length, 8)
-    attend = causal_backend("sdpa")
-    outputs = [attend(query, query, value, AttentionSpec(1.0, dropout=0.25))[..., 0] for _ in range(2)]
+    spec = AttentionSpec(1.0, dropout=0.25)
+    outputs = [attend(query, query, value, spec)[..., 0].transpose(1, 2) for _ in range(2)]
     kept = outputs[0] * torch.arange(1, length + 1) * 0.75
     torch.testing.assert_close(kept, kept.round(), rtol=0, atol=1e-3)
     # Half of the keys of 4 * 300 queries, 180600 draws: a standard deviation is 0.1 %.
@@ -238,12 +239,10 @@ def peak_bytes(length: int, documents: int, query_heads: int, **asked: Any) -> i
     torch.manual_seed(0)
     dims = asked.pop("dims", (8, 8, 8))
     tensors = heads(query_heads, 1, 1, length=length, dims=dims, batch=1, dtype=torch.float32)
-    if asked.pop("sinks", False):
-        asked["sinks"] = torch.randn(query_heads, requires_grad=True)
+    sinks = torch.randn(query_heads, requires_grad=True) if asked.pop("sinks", False) else None
     starts = None if documents == 1 else [list(range(0, length, length // documents))]
     with LiveMemory() as memory:
-        spec = AttentionSpec(0.3, **asked)
-        attend_documents("sdpa", *tensors, spec, starts).sum().backward()
+        attend(*tensors, AttentionSpec(0.3, **asked), sinks, starts).sum().backward()
     return memory.peak
 
 
@@ -272,73 +271,6 @@ def test_memory_is_linear_in_the_length(length: int, documents: int, query_heads
 def test_documents_share_a_windows_mask() -> None:
     # One mask has 256 KiB, 64 of them twice what else there is.
     assert peak_bytes(16384, 64, 2, window=128) <= 1.2 * peak_bytes(16384, 1, 2, window=128)
-
-
-@pytest.fixture
-def flash_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The package needs a GPU; this stands in for it: its documented layout (B, S, heads, D), window and softcap."""
-    calls = []
-
-    def flash_attn_func(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        dropout_p: float,
-        softmax_scale: float,
-        causal: bool,
-        window_size: tuple[int, int],
-        softcap: float,
-    ) -> Tensor:
-        calls.append({"window_size": window_size, "softcap": softcap})
-        assert causal
-        assert q.shape[3] == k.shape[3] == v.shape[3] <= 256
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        left, right = window_size
-        window = None if left == -1 else left + 1
-        assert right == (-1 if window is None else 0)
-        return dense_attention(q, k, v, scaling=softmax_scale, window=window, softcap=softcap or None)
-
-    module = types.ModuleType("flash_attn")
-    module.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
-    module.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
-    monkeypatch.setitem(sys.modules, "flash_attn", module)
-    return calls
-
-
-@pytest.mark.parametrize("dims", [(8, 8, 8), (8, 8, 6), (264, 264, 264)])
-@pytest.mark.parametrize("with_sinks", [False, True])
-@pytest.mark.parametrize("softcap", [None, 1.5])
-@pytest.mark.parametrize("window", [None, 5])
-def test_flash_attention_is_handed_what_it_can_do(
-    flash_calls: list[dict[str, Any]],
-    window: int | None,
-    softcap: float | None,
-    with_sinks: bool,
-    dims: tuple[int, ...],
-) -> None:
-    torch.manual_seed(0)
-    query, key, value = heads(4, 2, 2, length=12, dims=dims)
-    sinks = torch.randn(4, dtype=torch.float64) if with_sinks else None
-    spec = AttentionSpec(0.3, window=window, softcap=softcap, sinks=sinks)
-    starts = [[0, 5], [0, 7]]
-    output = attend_documents("flash_attention_2", query, key, value, spec, starts)
-    expected = dense_attention(
-        query, key, value, scaling=0.3, window=window, softcap=softcap, sinks=sinks, starts=starts
-    )
-    torch.testing.assert_close(output.transpose(1, 2), expected, **EXACT)
-    # The package has no sinks; a token can stand for one, but must not leave a window, and is not softcapped.
-    by_flash = max(dims) <= 256 and not (with_sinks and (window or softcap))
-    longer = {"window_size": (-1, -1) if window is None else (4, 0), "softcap": softcap or 0.0}
-    assert flash_calls.count(longer) == (0 if not by_flash else 2 if window else 4)
-
-
-def test_backends_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mst_ds.attention.kernels.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="needs the package flash-attn"):
-        causal_backend("flash_attention_2")
-    with pytest.raises(ValueError, match="'eager'"):
-        causal_backend("eager")
 
 
 @pytest.mark.parametrize("asked", [{}, {"sliding_window": 5}, {"softcap": 1.5}], ids=str)

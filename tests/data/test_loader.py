@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import multiprocessing
+import subprocess
 from collections.abc import Callable
 from itertools import islice
 from typing import Any
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from mst_ds.data import IGNORE_INDEX, Batch, PackedDataset, ShardedLoader, eval_batches
+from mst_ds.data import IGNORE_INDEX, ON_HOST, Batch, Loading, PackedDataset, ShardedLoader, eval_batches
 from mst_ds.data.order import SampleOrder, permutation
 from mst_ds.topology import Topology
 
@@ -17,10 +19,13 @@ Packed = Callable[..., PackedDataset]
 LAYOUTS = [(1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (4, 2)]  # dp_size, sp_size
 
 
-def world(dataset: PackedDataset, dp_size: int, sp_size: int, micro: int = 1, seed: int = 7) -> list[ShardedLoader]:
+def world(
+    dataset: PackedDataset, dp_size: int, sp_size: int, micro: int = 1, seed: int = 7, workers: int = 0
+) -> list[ShardedLoader]:
     size = dp_size * sp_size
     topologies = [Topology(rank, size, sp_size) for rank in range(size)]
-    return [ShardedLoader(dataset, topology, micro_batch_size=micro, seed=seed) for topology in topologies]
+    settings = {"micro_batch_size": micro, "seed": seed, "loading": Loading(num_workers=workers)}
+    return [ShardedLoader(dataset, topology, **settings) for topology in topologies]
 
 
 def whole_rows(parts: list[Batch], sp_size: int, seq_len: int) -> list[list[int]]:
@@ -90,7 +95,7 @@ def test_all_ranks_have_equal_batches_where_the_samples_do_not_divide(packed: Pa
 
     for _ in range(10):
         for batch in (next(loader) for loader in loaders):
-            assert {tensor.shape for tensor in batch.values()} == {(micro, 3)}
+            assert {tensor.shape for name, tensor in batch.items() if name not in ON_HOST} == {(micro, 3)}
 
 
 def test_leaving_early_leaves_nothing_behind(packed: Packed) -> None:
@@ -121,6 +126,45 @@ def test_resumed_run_goes_on_with_the_same_samples_at_any_layout(packed: Packed,
     fingerprint = {"packing": "documents", "seq_len": 5, "num_samples": 10, "num_tokens": 49}
     assert states == [{"samples_seen": 24, "seed": 7} | fingerprint] * 4
     assert samples_of(after, steps=24 // dp_size) == expected
+
+
+def test_what_workers_made_ahead_is_made_again_where_a_run_goes_on(packed: Packed) -> None:
+    dataset = packed(num_samples=10)
+    expected = samples_of(world(dataset, 2, 1), steps=6)
+
+    (*before,) = world(dataset, 2, 1, workers=2)
+    seen = samples_of(before, steps=3)
+    (*after,) = world(dataset, 2, 1, workers=1)
+    for loader in after:
+        loader.load_state_dict(before[0].state_dict())
+
+    assert before[0].state_dict()["samples_seen"] == 6
+    assert seen + samples_of(after, steps=3) == expected
+
+
+def test_a_worker_outlives_the_signals_that_stop_a_run(packed: Packed) -> None:
+    dataset = packed(num_samples=10)
+    (loader,) = world(dataset, 1, 1, workers=1)
+    seen = samples_of([loader], steps=1)
+    (worker,) = multiprocessing.active_children()
+    for name in ("USR1", "TERM"):
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+
+    # More than were made ahead.
+    assert seen + samples_of([loader], steps=5) == samples_of(world(dataset, 1, 1), steps=6)
+    worker.terminate()  # as this process does when it ends
+    worker.join(timeout=60)
+    assert worker.exitcode == 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_draw_none_of_the_models_random_numbers(packed: Packed, workers: int) -> None:
+    (loader,) = world(packed(num_samples=10), 1, 1, workers=workers)
+    before = torch.get_rng_state()
+    next(loader)
+    list(eval_batches(loader.dataset, loader.topology, micro_batch_size=1, loading=Loading(workers)))
+
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mst_ds.data import IGNORE_INDEX, Batch, shard, shift_labels
+from mst_ds.data import IGNORE_INDEX, ON_HOST, Batch, shard, shift_labels, to_device
 from mst_ds.topology import Topology
 
 PAD = 77
@@ -18,7 +18,9 @@ def batch_of(batch_size: int, seq_len: int) -> Batch:
 
 
 def shards_of(batch: Batch, sp_size: int) -> list[Batch]:
-    return [shard(batch, Topology(rank, sp_size, sp_size), PAD) for rank in range(sp_size)]
+    """What each rank holds of the tokens."""
+    shards = [shard(batch, Topology(rank, sp_size, sp_size), PAD) for rank in range(sp_size)]
+    return [{name: tensor for name, tensor in part.items() if name not in ON_HOST} for part in shards]
 
 
 def test_label_is_the_next_token_and_the_last_has_none() -> None:
@@ -58,7 +60,7 @@ def test_documents_and_padding_stay_what_they_are(sp_size: int) -> None:
     batch = batch_of(2, 10)
     batch["position_ids"] = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0, 0, 1], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]])
     batch["attention_mask"] = torch.tensor([[1] * 8 + [0] * 2, [1] * 10])
-    batch["labels"][batch["position_ids"] == 0] = IGNORE_INDEX
+    batch["labels"][(batch["position_ids"] == 0) | (batch["attention_mask"] == 0)] = IGNORE_INDEX
 
     shards = shards_of(batch, sp_size)
 
@@ -71,6 +73,29 @@ def test_documents_and_padding_stay_what_they_are(sp_size: int) -> None:
     assert torch.equal(whole["shift_labels"][:, :9], batch["labels"][:, 1:])
     # The last tokens of both documents in the first row, which would predict another document.
     assert whole["shift_labels"][0, [2, 6]].tolist() == [IGNORE_INDEX] * 2
+
+
+def test_every_rank_knows_the_documents_of_the_whole_sequence() -> None:
+    # 10 tokens in shards of 4, so that the table counts 12 a row.
+    batch = batch_of(2, 10)
+    batch["position_ids"] = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0, 0, 1], [*range(10)]])
+    batch["attention_mask"] = torch.tensor([[1] * 8 + [0] * 2, [1] * 10])
+    batch["labels"][0, 8:] = IGNORE_INDEX
+
+    tables = [shard(batch, Topology(rank, 3, 3))["document_table"].tolist() for rank in range(3)]
+
+    assert tables == [[[0, 3], [3, 4], [7, 1], [8, 0], [12, 10], [22, 0]]] * 3
+
+
+def test_a_label_on_padding_is_refused() -> None:
+    batch = batch_of(1, 8)
+    batch["attention_mask"] = torch.tensor([[1] * 6 + [0] * 2])
+    batch["labels"][0, 6] = IGNORE_INDEX
+
+    assert shards_of(batch, 1)[0]["shift_labels"][0, 6] == IGNORE_INDEX
+    batch["labels"][0, 7] = 5
+    with pytest.raises(ValueError, match="labels must be -100 after padding"):
+        shards_of(batch, 2)
 
 
 def test_last_label_of_a_shard_is_the_first_token_of_the_next() -> None:
@@ -96,3 +121,10 @@ def test_shards_can_be_sent_and_leave_the_batch_as_it_was() -> None:
         for tensor in part.values():
             tensor.zero_()
     assert all(torch.equal(batch[name], before[name]) for name in batch)
+
+
+def test_on_a_device_the_host_still_reads_the_documents() -> None:
+    batch = to_device(shard(batch_of(1, 8), Topology(0, 1, 1)), torch.device("meta"))
+
+    assert batch["document_table"].tolist() == [[0, 8]]
+    assert {tensor.device.type for name, tensor in batch.items() if name not in ON_HOST} == {"meta"}

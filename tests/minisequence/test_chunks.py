@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+from mst_ds.memory.live import LiveMemory
 from mst_ds.minisequence.chunks import (
     GradientSum,
     ProductsInFp32,
@@ -129,6 +130,31 @@ def test_outer_products_are_added_without_rounding_to_16_bits():
     weight.add_outer_products(left, right)
     assert torch.equal(weight.total, torch.full((2, 3), 1 + 5 * 2.0**-20))
     assert torch.equal(weight.rounded(), torch.ones(2, 3, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("has", "called"),
+    [
+        (ProductsInFp32(added=True, alone=True), [torch.mm, torch.addmm]),
+        (ProductsInFp32(alone=True), [torch.mm, torch.mm]),
+        (ProductsInFp32(added=True), [torch.addmm, torch.addmm]),
+        (ProductsInFp32(), []),
+    ],
+    ids=["both", "alone", "added", "neither"],
+)
+def test_the_first_product_is_written_where_it_can_be(monkeypatch, has, called):
+    monkeypatch.setattr("mst_ds.minisequence.chunks.products_in_fp32", lambda device, dtype: has)
+    torch.manual_seed(0)
+    left, right = torch.randn(33, 8).bfloat16(), torch.randn(33, 5).bfloat16()
+    weight = GradientSum(torch.empty(8, 5, dtype=torch.bfloat16), True)
+    with ProductsOfCuda() as products, LiveMemory() as memory:
+        weight.add_outer_products(left, right)
+        assert memory.live == 8 * 5 * 4
+        weight.add_outer_products(left, right)
+    assert products.called == called
+    assert weight.total.dtype == torch.float32
+    expected = 2 * left.double().t() @ right.double()
+    torch.testing.assert_close(weight.total.double(), expected, rtol=1e-6, atol=1e-5)
 
 
 def test_outer_products_for_a_transposed_weight():

@@ -34,7 +34,9 @@ def unchunked(module, tensors):
 def chunked(module, offset, chunks, tensors):
     weight = tensors["weight"]
     function = functools.partial(of_module, module, weight)
-    return chunked_rms_norm(tensors["x"], weight, function=function, epsilon=EPSILON, offset=offset, chunks=chunks)
+    return chunked_rms_norm(
+        tensors["x"], weight, function=function, epsilon=EPSILON, offset=offset, keeps_dtype=True, chunks=chunks
+    )
 
 
 @functools.cache
@@ -124,7 +126,9 @@ def test_output_may_be_written_to():
 
 def test_a_weight_that_is_not_gathered_is_refused():
     with pytest.raises(ValueError, match="a norm's weight has no elements"):
-        chunked_rms_norm(torch.ones(4, 8), torch.empty(0), function=torch.sin, epsilon=1e-6, offset=0.0, chunks=1)
+        chunked_rms_norm(
+            torch.ones(4, 8), torch.empty(0), function=torch.sin, epsilon=1e-6, offset=0.0, keeps_dtype=True, chunks=1
+        )
 
 
 @pytest.mark.parametrize("kind", NORMS)

@@ -118,6 +118,30 @@ def test_the_optimizer_reads_and_writes_its_states():
     assert step_seconds(without_moments, gpu) == pytest.approx((12 + 4) * count / 50e9 + 8 * count / 1.5e9, rel=1e-12)
 
 
+def test_chunks_but_the_first_read_and_write_the_sums_of_gradients():
+    gpu = replace(ENDLESS, flops=float("inf"), memory_rate=3350e9)
+
+    def more(work, **counts):
+        return step_seconds(work.with_settings(**counts), gpu) - step_seconds(work, gpu)
+
+    work = workload(stage=0, ranks=1, accumulation=2)
+    shape = work.shape
+    of_mlps = shape.num_hidden_layers * 3 * shape.hidden_size * shape.intermediate_size
+    of_head = shape.hidden_size * shape.vocab_size
+    assert more(work, mlp_chunks=5) == pytest.approx(2 * 4 * of_mlps * 8 / 3350e9, rel=1e-6)
+    assert more(work, loss_chunks=3) == pytest.approx(2 * 2 * of_head * 8 / 3350e9, rel=1e-6)
+    # Chunks are of one expert's tokens, or of all tokens where every token goes through the MLP.
+    sparse = workload(stage=0, ranks=1, model=EXPERTS)
+    shape, experts = sparse.shape, sparse.shape.experts
+    of_experts = experts.num_sparse_layers * experts.num_experts * experts.intermediate_size
+    of_others = experts.num_sparse_layers * experts.shared_intermediate_size
+    of_others += shape.num_dense_layers * shape.intermediate_size
+    for chunks, again in ((experts.num_experts, 0), (experts.num_experts + 1, 1)):
+        width = of_experts * again + of_others * (chunks - 1)
+        expected = 3 * shape.hidden_size * width * 8 / 3350e9
+        assert more(sparse, mlp_chunks=chunks) == pytest.approx(expected, rel=1e-6)
+
+
 def test_offloaded_parameters_come_from_the_host():
     gpu = replace(ENDLESS, flops=float("inf"), host_rate=50e9)
     work = workload(stage=3, offload_param={"device": "cpu"})
@@ -171,3 +195,19 @@ def test_devices_by_the_drivers_name():
     }
     gpus = [gpu_of_device(name, int(gib * GIB)) for name, gib in found.items()]
     assert [gpu and gpu.name for gpu in gpus] == ["H100", "A100-40GB", "A100-80GB", "L40S", None, None]
+
+
+@pytest.mark.parametrize(
+    ("name", "gib", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", 78.0, "H100"),
+        ("NVIDIA H100 80GB HBM3", 79.65, "H100"),
+        ("NVIDIA A100-SXM4-40GB", 38.5, "A100-40GB"),
+        ("NVIDIA H200", 139.7, "H200"),
+        ("NVIDIA H100 80GB HBM3", 39.5, None),  # half of one, as a virtual GPU
+        ("NVIDIA H100", 93.0, None),
+    ],
+)
+def test_a_driver_may_keep_a_gibibyte_more(name, gib, expected):
+    gpu = gpu_of_device(name, int(gib * GIB))
+    assert (gpu and gpu.name) == expected

@@ -17,7 +17,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from mst_ds import apply_plan, make_plan
 from mst_ds.data import shard
-from mst_ds.planner import Phase
+from mst_ds.memory.phases import planned_bytes
 from mst_ds.training.loop import train_step
 
 SMALL: dict[str, Any] = {
@@ -101,15 +101,11 @@ def _steps(
     after = resident_bytes()
     hook.remove()
     engine.destroy()
-    planned = {phase.name: phase for phase in plan.phases}
+    planned = {phase.name: planned_bytes(phase, torch.device("cpu")) for phase in plan.phases}
     return {
-        "between steps": (_bytes(planned["initialisation"]), after - before),
-        "end of the forward": (_bytes(planned["forward"]), at_forwards_end[-1] - before),
+        "between steps": (planned["initialisation"], after - before),
+        "end of the forward": (planned["forward"], at_forwards_end[-1] - before),
     }
-
-
-def _bytes(phase: Phase) -> int:
-    return phase.device_bytes + phase.host_bytes
 
 
 @pytest.mark.parametrize("case", slow_but_for(["stage 3, parameters too"], CASES))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from planned import EXPERTS, HIDDEN, experts_with
-from transformers import LlamaConfig, Olmo2Config
+from transformers import Gemma2Config, LlamaConfig, Olmo2Config
 
 from mst_ds.config import GIB, TrainConfig
 from mst_ds.planner import make_plan
@@ -24,9 +24,9 @@ LLAMA_8B = LlamaConfig(
 )
 
 
-def small_plan(ds_config=DS_CONFIGS / "zero3_mst.json", **overrides):
+def small_plan(ds_config=DS_CONFIGS / "zero3_mst.json", model="small_llama", **overrides):
     arguments = {"world_size": 2, "seq_len": 4096, "device_memory": 8 * GIB} | overrides
-    return make_plan("small_llama", ds_config, **arguments)
+    return make_plan(model, ds_config, **arguments)
 
 
 @pytest.mark.parametrize("path", sorted(DS_CONFIGS.glob("*.json")), ids=lambda path: path.stem)
@@ -185,7 +185,7 @@ def test_each_choice_has_its_memory_and_its_time():
     offload = choices_of(on_host)["offload_activations"]
     assert offload.copied_bytes == 2 * (layer_inputs + output + log_sum_exp)
     assert offload.device_bytes == -(layer_inputs + output + log_sum_exp) * 30 // 32
-    assert offload.host_bytes == on_host.host_bytes == layer_inputs + output + log_sum_exp  # powers of two already
+    assert offload.host_bytes == on_host.host_bytes == layer_inputs + output + log_sum_exp
     assert offload.flops == 0
 
 
@@ -209,7 +209,7 @@ def test_gate_and_up_on_the_host_have_their_memory_and_their_time():
     on = choices_of(kept)["keep_mlp"]
     of_tensor = 2**16 * 14336 * 2
     assert (on.value, on.flops, on.copied_bytes) == (True, -2 * MLP // 3, 2 * 32 * 2 * of_tensor)
-    assert on.host_bytes == kept.host_bytes - again.host_bytes == 32 * 2 * 2**31  # a power of two each
+    assert on.host_bytes == kept.host_bytes - again.host_bytes == 32 * 2 * of_tensor  # in 56 pieces each
     # Of two layers, one of which is on its way; the chunks of the MLP need less in turn.
     by_phase = [{phase.name: phase.device_bytes for phase in plan.phases} for plan in (kept, again)]
     assert by_phase[0]["loss"] - by_phase[1]["loss"] == 2 * 2 * of_tensor
@@ -258,6 +258,7 @@ def test_host_memory_lets_the_planner_use_the_host():
 
 def test_attention_is_what_can_run(monkeypatch):
     bf16 = {"bf16": {"enabled": True}}
+    capped = Gemma2Config(vocab_size=128, hidden_size=64, num_attention_heads=4, num_hidden_layers=2)
     # Whether the package is there, and whether transformers can use it here.
     for is_installed, is_available, expected in [
         (False, False, "sdpa"),
@@ -266,11 +267,14 @@ def test_attention_is_what_can_run(monkeypatch):
     ]:
         monkeypatch.setattr("mst_ds.planner.request.find_spec", lambda name, i=is_installed: name if i else None)
         monkeypatch.setattr("transformers.utils.import_utils.is_flash_attn_2_available", lambda i=is_available: i)
-        assert small_plan(bf16).settings.attention == expected
-        assert small_plan({}).settings.attention == "sdpa"  # fp32
+        assert small_plan(bf16, model=capped).settings.attention == expected
+        assert small_plan({}, model=capped).settings.attention == "sdpa"  # fp32
+        assert small_plan(bf16).settings.attention == "sdpa"  # torch has all that it needs
     assert small_plan(bf16 | {"mst": {"attention": "sdpa"}}).settings.attention == "sdpa"
-    with pytest.raises(ValueError, match="'flash_attention_2', which has no fp32; allowed: 'sdpa', or enable bf16"):
-        small_plan({"mst": {"attention": "flash_attention_2"}})
+    for name in ("flash_attention_2", "flash_attention_3"):
+        assert small_plan(bf16 | {"mst": {"attention": name}}).settings.attention == name
+        with pytest.raises(ValueError, match=f"'{name}', which has no fp32; allowed: 'sdpa', or enable bf16"):
+            small_plan({"mst": {"attention": name}})
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from mst_ds import apply_plan, make_plan
 from mst_ds.data import shard
 from mst_ds.geometry import ELEMENTS_THAT_KEEP_BUSY
 from mst_ds.memory.live import LiveMemory
+from mst_ds.memory.phases import planned_bytes
 from mst_ds.minisequence import chunks
 from mst_ds.training.loop import train_step
 
@@ -114,7 +115,7 @@ def _measure(rank: int, stage: int, case: Case) -> dict[str, tuple[int, int]]:
     engine.step = take_step
     engine.destroy()
     return {
-        phase.name: (phase.device_bytes + phase.host_bytes, alive[phase.name])
+        phase.name: (planned_bytes(phase, torch.device("cpu")), alive[phase.name])
         for phase in plan.phases
         if phase.name in alive
     }

@@ -11,7 +11,7 @@ from mst_ds.config import GIB
 from mst_ds.model_shape import ModelShape
 from mst_ds.planner.activations import attention_step
 from mst_ds.planner.phases import layer_phase, loss_phase, step_phases
-from mst_ds.planner.search import MIN_CHUNK_TOKENS, choose_chunks, choose_settings
+from mst_ds.planner.search import CHUNK_TOKENS_OF_GPU, MIN_CHUNK_TOKENS, choose_chunks, choose_settings
 from mst_ds.planner.types import total_bytes
 from mst_ds.planner.workload import Workload
 from mst_ds.settings import MstConfig, Settings
@@ -58,7 +58,8 @@ def test_chunks_are_the_fewest_that_keep_mlp_and_loss_from_being_the_peak(seq_le
     assert mlp_chunks > 1
     assert loss_chunks > 1
     for backward in (False, True):
-        assert "mlp_chunk" not in {term.name for term in layer_phase(work, mlp_chunks, backward=backward).terms}
+        at_most, many = (layer_phase(work, chunks, backward=backward) for chunks in (mlp_chunks, 64 * mlp_chunks))
+        assert at_most.device_bytes == many.device_bytes
     one_fewer = [layer_phase(work, mlp_chunks - 1, backward=backward) for backward in (False, True)]
     assert "mlp_chunk" in {term.name for phase in one_fewer for term in phase.terms}
     assert peak(work, mlp_chunks, loss_chunks).name != "loss"
@@ -127,6 +128,23 @@ def test_no_chunk_is_shorter_than_the_floor(seq_len):
         for chunks in auto(work, device_memory):
             assert 1 <= chunks <= work.tokens
             assert chunks == 1 or work.tokens // chunks >= MIN_CHUNK_TOKENS
+
+
+@pytest.mark.parametrize(("seq_len", "expected"), [(1021, (1, 1)), (4097, (2, 2)), (65536, (32, 32))])
+def test_chunks_are_shorter_than_a_gpu_prefers_only_where_memory_demands_it(seq_len, expected):
+    work = workload(SHORT_AND_WIDE, seq_len=seq_len)
+    preferring = partial(
+        choose_chunks, work, mlp_chunks="auto", loss_chunks="auto", preferred_tokens=CHUNK_TOKENS_OF_GPU
+    )
+    # With all the memory that there is, others would take more.
+    assert preferring(device_memory=HUGE) == expected
+    assert all(more > fewer for more, fewer in zip(auto(work), expected, strict=True))
+    needed, lowest = (peak(work, *counts).device_bytes for counts in (expected, auto(work, 1)))
+    assert preferring(device_memory=needed) == expected
+    # One byte less takes more chunks; whatever fits in the shortest chunks is found.
+    assert preferring(device_memory=needed - 1) > expected
+    for device_memory in (needed - 1, lowest):
+        assert peak(work, *preferring(device_memory=device_memory)).device_bytes <= device_memory
 
 
 def test_the_users_counts_stay():
@@ -257,7 +275,7 @@ def test_gate_and_up_are_kept_as_the_user_says():
 def test_experts_keep_nothing(keep_mlp):
     """As groups of heads without sequence parallelism: what the model has not got has no effect."""
     work = workload(EXPERTS)
-    assert kept_in(settings_of(work, keep_mlp=keep_mlp)) is None
+    assert kept_in(settings_of(work, keep_mlp=keep_mlp, mlp_chunks=8, loss_chunks=8)) is None
     assert kept_in(settings_of(work, keep_mlp=keep_mlp, device_memory=1)) is not None
     of_adapters = replace(workload().shape, trained=replace(workload().shape.trained, mlp=1000))
     assert kept_in(settings_of(replace(workload(), shape=of_adapters), keep_mlp=keep_mlp)) is None

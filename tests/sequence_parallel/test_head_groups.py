@@ -8,7 +8,7 @@ import pytest
 import torch
 from dense_attention import dense_attention, heads
 
-from mst_ds.attention import AttentionSpec, DocumentAttention, causal_backend
+from mst_ds.attention import AttentionSpec, CausalAttention, Documents
 from mst_ds.geometry import HeadLayout
 from mst_ds.memory.live import LiveMemory
 from mst_ds.recompute import HostStore, LayerRecompute
@@ -25,10 +25,10 @@ def on_shards(tensors, sinks, grad_output, sp_size, head_groups, make_recompute=
     layout = HeadLayout(tensors[0].shape[1], tensors[1].shape[1], sp_size, head_groups)
 
     def run(group):
-        documents = DocumentAttention(causal_backend("sdpa"), AttentionSpec(SCALING, window=window), starts)
+        whole = CausalAttention("sdpa", Documents(starts)), AttentionSpec(SCALING, window=window)
         part = [t.detach().chunk(sp_size, dim=2)[group.rank].clone().requires_grad_() for t in tensors]
         own_sinks = None if sinks is None else sinks.detach().clone().requires_grad_()
-        attention = SequenceAttention(documents, None if sp_size == 1 else group, layout)
+        attention = SequenceAttention(*whole, None if sp_size == 1 else group, layout)
         if make_recompute is None:
             output = attention(*part, own_sinks)
         else:
@@ -113,7 +113,7 @@ def test_in_a_layer_that_is_computed_again(sinks, sp_size, head_groups, keep, of
 def peaks(head_groups, sp_size=2, num_heads=8, length=256, dim=16):
     """Of a forward and of a backward of rank 0, in units of one of its shards of the queries."""
     unit = num_heads * length // sp_size * dim * 4
-    documents = DocumentAttention(causal_backend("sdpa"), AttentionSpec(SCALING), None)
+    whole = CausalAttention("sdpa"), AttentionSpec(SCALING)
     attention_of = HeadLayout(num_heads, num_heads, sp_size, head_groups)
 
     def run(group):
@@ -122,7 +122,7 @@ def peaks(head_groups, sp_size=2, num_heads=8, length=256, dim=16):
         # The meter is this thread's own; the other rank's tensors it does not see.
         memory = LiveMemory()
         with memory if group.rank == 0 else nullcontext():
-            output = SequenceAttention(documents, group, attention_of)(*leaves)
+            output = SequenceAttention(*whole, group, attention_of)(*leaves)
             group.all_gather(torch.zeros(()))  # a simulated group holds what was exchanged last
             forward, kept = memory.peak, memory.live
             memory.reset_peak()

@@ -12,7 +12,7 @@ from distributed import run_ranks
 from tiny import samples, tiny_llama, tiny_settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mst_ds.data import IGNORE_INDEX, Batch, shard, shift_labels
+from mst_ds.data import IGNORE_INDEX, ON_HOST, Batch, shard, shift_labels
 from mst_ds.memory.live import LiveMemory
 from mst_ds.patching import apply_settings
 from mst_ds.topology import Topology
@@ -82,10 +82,7 @@ def packed() -> tuple[Batch, torch.Tensor]:
 def packed_documents(rank: int) -> tuple[float, Gradients]:
     topology = Topology(rank, 2, 2)
     data, positions = packed()
-    batch = shard(data, topology)
-    # One token is missing to the shards' common length; padding goes on in the last document.
-    whole = torch.cat([positions, positions[:, -1:] + 1], dim=1)
-    batch["position_ids"] = whole.chunk(2, dim=1)[rank]
+    batch = shard({**data, "position_ids": positions}, topology)
     return sharded_gradients(topology, batch, valid(data["labels"]))
 
 
@@ -167,19 +164,22 @@ class Collectives(TorchDispatchMode):
 
 def count_collectives(rank: int) -> list[dict[str, int]]:
     topology = Topology(rank, 2, 2)
+    batch = shard(samples(1, SEQ_LEN), topology)
+    without_table = {name: tensor for name, tensor in batch.items() if name not in ON_HOST}
     counts = []
-    for layers in (1, 3):
+    for layers, given in ((1, batch), (3, batch), (1, without_table)):
         model = apply_settings(tiny_llama(num_hidden_layers=layers), tiny_settings(2, recompute=False))
         with Collectives() as collectives:
-            model(**shard(samples(1, SEQ_LEN), topology), num_items_in_batch=1)
+            model(**given, num_items_in_batch=1)
         counts.append(dict(collectives.calls))
     return counts
 
 
-def test_positions_are_gathered_once_and_each_layer_exchanges_twice() -> None:
-    one_layer, three_layers = run_ranks(count_collectives, 2)[0]
-    assert one_layer == {"allgather_": 1, "alltoall_base_": 2}
-    assert three_layers == {"allgather_": 1, "alltoall_base_": 6}
+def test_each_layer_exchanges_twice_and_positions_alone_are_gathered_once() -> None:
+    one_layer, three_layers, by_positions = run_ranks(count_collectives, 2)[0]
+    assert one_layer == {"alltoall_base_": 2}
+    assert three_layers == {"alltoall_base_": 6}
+    assert by_positions == {"allgather_": 1, "alltoall_base_": 2}
 
 
 def peak_bytes(rank: int) -> list[int]:

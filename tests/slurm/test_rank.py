@@ -47,6 +47,17 @@ def test_a_task_becomes_a_rank(variables: dict[str, str]) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "5 8 1 2 2\n", "rank 5 of 8 on n3\n")
 
 
+@pytest.mark.parametrize(
+    ("variables", "threads"),
+    [({"SLURM_CPUS_ON_NODE": "13"}, "6"), ({"SLURM_CPUS_ON_NODE": "1"}, "1"), ({"OMP_NUM_THREADS": "3"}, "3")],
+)
+def test_a_rank_has_its_part_of_the_cores(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], threads: str
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert start('echo "$OMP_NUM_THREADS"', **{"SLURM_CPUS_ON_NODE": "64", **variables}).stdout.split() == [threads]
+
+
 def test_tasks_of_two_nodes(cluster: Cluster) -> None:
     output = cluster.run("srun", "--nodes=2", "--ntasks-per-node=2", "slurm/rank.sh", "bash", "-c", SHOW)
     assert sorted(output.splitlines()) == ["0 4 0 2 2", "1 4 1 2 2", "2 4 0 2 2", "3 4 1 2 2"]

@@ -57,6 +57,10 @@ def test_shipped_configs_resolve_to_what_deepspeed_accepts(path, has_accelerator
 
 def test_defaults_are_deepspeeds():
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import (
+        DeepSpeedZeroOffloadOptimizerConfig,
+        DeepSpeedZeroOffloadParamConfig,
+    )
 
     for stage in range(4):
         ours = read_zero({"zero_optimization": {"stage": stage}}, dp_world_size=4)
@@ -70,7 +74,11 @@ def test_defaults_are_deepspeeds():
         assert ours.stage3_max_reuse_distance == theirs.max_reuse_distance
         assert ours.stage3_param_persistence_threshold == theirs.param_persistence_threshold
         assert ours.stage3_model_persistence_threshold == theirs.model_persistence_threshold
-    assert read_zero({}, dp_world_size=4).stage == DeepSpeedZeroConfig().stage
+    ours, theirs = read_zero({}, dp_world_size=4), DeepSpeedZeroConfig()
+    assert ours.stage == theirs.stage
+    param, optimizer = DeepSpeedZeroOffloadParamConfig(), DeepSpeedZeroOffloadOptimizerConfig()
+    assert (ours.pins_parameters, ours.param_max_in_cpu) == (param.pin_memory, param.max_in_cpu)
+    assert ours.pins_optimizer == optimizer.pin_memory
 
 
 def test_a_mapping_is_copied():
@@ -336,6 +344,10 @@ def test_settings_are_typed(ds_config, field, expected):
         (
             {"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}},
             "device is 'disk'; allowed: none, cpu",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "pin_memory": "yes"}}},
+            "offload_param.pin_memory is 'yes'; allowed: true or false",
         ),
         ({"data_types": {"grad_accum_dtype": "fp8"}}, "grad_accum_dtype is 'fp8'; allowed: fp32"),
         ({"data_types": {"grad_accum_dtype": ["fp32"]}}, r"grad_accum_dtype is \['fp32'\]; allowed: fp32"),

@@ -1,0 +1,94 @@
+"""Which kernel computes attention: by the name that a user gave, the device, the dtype and what a layer asks for.
+
+The rules and where they come from:
+
+- On the CPU torch has flash attention without dropout.
+- On CUDA flash attention takes 16 bits, heads up to 256 wide (up to 192 on devices with little shared memory), a window
+  and packed documents, in one call for all rows.
+- cuDNN is what torch prefers from compute capability 9.0 on, where it is the faster (torch 2.11,
+  `check_prefer_cudnn_attention`). It is used where every row is one document: it makes a plan for each new length,
+  which takes tens of milliseconds (pytorch#191576). Before 9.15.1 it is wrong for lengths that are no multiple of 128
+  (pytorch#169849).
+- Who asks for flash attention gets it: the package flash-attn 2, or 3 and 4 by way of torch.
+- For fp32 and wider heads CUDA has the memory-efficient kernel, in fp64 none.
+- No kernel of torch has a softcap; the package flash-attn has one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from mst_ds.geometry import WIDEST_FLASH_HEAD
+
+from .blockwise import Blockwise
+from .documents import Documents
+from .flash import FlashPackage, TorchFlash
+from .kernel import Kernel
+from .over_blocks import OverBlocks
+from .per_document import PerDocument
+from .spec import AttentionSpec
+from .torch_kernels import BlockKernel, CpuFlash, Cudnn, Efficient
+
+_WIDEST_CUDNN_HEAD = 128
+_FIRST_RIGHT_CUDNN = 91501
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """capability: of CUDA. cudnn: its version, such as 91501; None where there is none."""
+
+    capability: tuple[int, int]
+    cudnn: int | None
+
+    @property
+    def widest_flash_head(self) -> int:
+        """In a backward, which needs more shared memory than some devices have (torch's `sdp_utils.cpp`)."""
+        return 192 if self.capability in {(8, 6), (8, 9)} or self.capability[0] == 12 else WIDEST_FLASH_HEAD
+
+
+@cache
+def gpu(device: torch.device) -> Gpu:
+    """The device's own numbers."""
+    cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+    return Gpu(torch.cuda.get_device_capability(device), cudnn)
+
+
+def choose_kernel(
+    name: str, query: Tensor, spec: AttentionSpec, documents: Documents, masks: dict[tuple[object, ...], Tensor]
+) -> Kernel:
+    """The kernel for a layer's query (B, n, S, D), whose width keys and values have too.
+
+    Args:
+        name: of the setting "attention".
+        masks: of windows, shared by all layers.
+    """
+    is_flash = query.is_cuda and query.itemsize == 2 and query.shape[3] <= gpu(query.device).widest_flash_head
+    if name == "flash_attention_2" and is_flash and not (spec.softcap is not None and spec.dropout):
+        return FlashPackage()
+    if spec.softcap is not None:
+        return PerDocument(Blockwise())
+    if is_flash and not (name == "sdpa" and _prefers_cudnn(query, spec, documents)):
+        return TorchFlash()
+    block = _block_kernel(query, spec, is_flash=is_flash)
+    return PerDocument(Blockwise() if block is None else OverBlocks(block, masks))
+
+
+def _block_kernel(query: Tensor, spec: AttentionSpec, *, is_flash: bool) -> BlockKernel | None:
+    """None where torch has no kernel, and would build the S x S scores."""
+    if not query.is_cuda:
+        return None if spec.dropout else CpuFlash()
+    if is_flash:
+        return Cudnn()
+    return None if query.dtype == torch.float64 else Efficient()
+
+
+def _prefers_cudnn(query: Tensor, spec: AttentionSpec, documents: Documents) -> bool:
+    of_device = gpu(query.device)
+    if of_device.cudnn is None or of_device.capability[0] not in {9, 10} or not torch.backends.cuda.cudnn_sdp_enabled():
+        return False
+    is_right = of_device.cudnn >= _FIRST_RIGHT_CUDNN or query.shape[2] % 128 == 0
+    return is_right and documents.are_rows and spec.window is None and query.shape[3] <= _WIDEST_CUDNN_HEAD

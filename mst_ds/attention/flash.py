@@ -1,0 +1,158 @@
+"""Flash attention on CUDA, which takes all documents of a batch, windows and grouped heads in one call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .documents import Documents
+from .kernel import Attended, Gradients
+from .spec import AttentionSpec
+
+aten = torch.ops.aten
+
+
+class TorchFlash:
+    """A `Kernel`: torch's flash attention, or what `torch.nn.attention` has put in its place. Without softcap."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, documents: Documents) -> Attended:
+        output, log_sum_exp, seed, offset, _ = aten._flash_attention_forward(
+            *_laid_out(documents, query, key, value),
+            *_borders(documents, query, key),
+            spec.dropout,
+            True,
+            False,
+            scale=spec.scaling,
+            **_window(spec),
+        )
+        return _attended(documents, query, output, log_sum_exp, (seed, offset))
+
+    def backward(
+        self,
+        grad_output: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attended: Attended,
+        spec: AttentionSpec,
+        documents: Documents,
+    ) -> Gradients:
+        (draw,) = attended.draws
+        grads = aten._flash_attention_backward(
+            *_laid_out(documents, grad_output, query, key, value, attended.output),
+            _packed_log_sum_exp(documents, attended.log_sum_exp),
+            *_borders(documents, query, key),
+            spec.dropout,
+            True,
+            *draw,
+            scale=spec.scaling,
+            **_window(spec),
+        )
+        of_query, of_key, of_value = (_unpacked(documents, query, grad) for grad in grads)
+        return of_query, of_key, of_value
+
+
+class FlashPackage:
+    """A `Kernel`: the package flash-attn, version 2.7 or a later one of 2, which has a softcap too."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, documents: Documents) -> Attended:
+        from flash_attn import flash_attn_interface as package
+
+        run = package._flash_attn_forward if documents.are_rows else package._flash_attn_varlen_forward
+        output, log_sum_exp, _, seed = run(
+            *_laid_out(documents, query, key, value),
+            **_package_borders(documents, query, key),
+            **_package_arguments(spec),
+            return_softmax=False,
+        )
+        return _attended(documents, query, output, log_sum_exp, (seed,))
+
+    def backward(
+        self,
+        grad_output: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attended: Attended,
+        spec: AttentionSpec,
+        documents: Documents,
+    ) -> Gradients:
+        from flash_attn import flash_attn_interface as package
+
+        ((seed,),) = attended.draws
+        grad_output, query_, key_, value_, output = _laid_out(
+            documents, grad_output, query, key, value, attended.output
+        )
+        grads = [torch.empty_like(x) for x in (query_, key_, value_)]
+        run = package._flash_attn_backward if documents.are_rows else package._flash_attn_varlen_backward
+        run(
+            grad_output,
+            query_,
+            key_,
+            value_,
+            output,
+            _packed_log_sum_exp(documents, attended.log_sum_exp),
+            *grads,
+            **_package_borders(documents, query, key),
+            **_package_arguments(spec),
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            rng_state=seed,
+        )
+        of_query, of_key, of_value = (_unpacked(documents, query, grad) for grad in grads)
+        return of_query, of_key, of_value
+
+
+def _laid_out(documents: Documents, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """(B, n, S, D) -> (B, S, n, D); where rows have several documents, all rows' tokens in one: (B * S, n, D)."""
+    by_token = [tensor.transpose(1, 2) for tensor in tensors]
+    return tuple(by_token if documents.are_rows else [tensor.flatten(0, 1) for tensor in by_token])
+
+
+def _unpacked(documents: Documents, query: Tensor, tensor: Tensor) -> Tensor:
+    """The way back."""
+    by_token = tensor if documents.are_rows else tensor.unflatten(0, (len(query), -1))
+    return by_token.transpose(1, 2)
+
+
+def _attended(
+    documents: Documents, query: Tensor, output: Tensor, log_sum_exp: Tensor, draw: tuple[Tensor, ...]
+) -> Attended:
+    if not documents.are_rows:
+        log_sum_exp = log_sum_exp.unflatten(1, (len(query), -1)).transpose(0, 1)  # it is (n, B * S)
+    return Attended(_unpacked(documents, query, output), log_sum_exp, [draw])
+
+
+def _packed_log_sum_exp(documents: Documents, log_sum_exp: Tensor) -> Tensor:
+    return log_sum_exp.contiguous() if documents.are_rows else log_sum_exp.transpose(0, 1).flatten(1).contiguous()
+
+
+def _borders(documents: Documents, query: Tensor, key: Tensor) -> tuple[Tensor | None, Tensor | None, int, int]:
+    if documents.are_rows:
+        return None, None, query.shape[2], key.shape[2]
+    borders = documents.borders(query.shape[0], query.shape[2], key.shape[2], query.device)
+    return borders.queries, borders.keys, borders.most_queries, borders.most_keys
+
+
+def _window(spec: AttentionSpec) -> dict[str, int]:
+    """How many tokens to the left and to the right of a query's own it sees; -1 for all of them."""
+    return {"window_size_left": -1 if spec.window is None else spec.window - 1, "window_size_right": 0}
+
+
+def _package_borders(documents: Documents, query: Tensor, key: Tensor) -> dict[str, Any]:
+    if documents.are_rows:
+        return {}
+    names = "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"
+    return dict(zip(names, _borders(documents, query, key), strict=True))
+
+
+def _package_arguments(spec: AttentionSpec) -> dict[str, Any]:
+    return {
+        "dropout_p": spec.dropout,
+        "softmax_scale": spec.scaling,
+        "causal": True,
+        **_window(spec),
+        "softcap": spec.softcap or 0.0,
+        "alibi_slopes": None,
+    }

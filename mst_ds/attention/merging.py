@@ -1,0 +1,47 @@
+"""Attention put together of parts by their log-sum-exps, as flash attention does over its blocks (arXiv 2205.14135)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mst_ds.geometry import ELEMENTS_THAT_KEEP_BUSY
+
+from .kernel import Attended
+
+
+def merge(one: Attended, other: Attended) -> Attended:
+    """The attention of the same queries to the keys of both, rounded once."""
+    log_sum_exp = torch.logaddexp(one.log_sum_exp, other.log_sum_exp)
+    output = one.output * (one.log_sum_exp - log_sum_exp).exp()[..., None]
+    output += other.output * (other.log_sum_exp - log_sum_exp).exp()[..., None]
+    return Attended(output.to(one.output.dtype), log_sum_exp, (*one.draws, *other.draws))
+
+
+def merge_sinks(attended: Attended, sinks: Tensor) -> Attended:
+    """Attention with a further logit in each head's softmax, (n,), whose value is 0 (GPT-OSS, arXiv 2508.10925).
+
+    The output is written over. A kernel that gets the merged output and log-sum-exp for its backward gives the
+    gradients with sinks: probabilities are `exp(score - log_sum_exp)`, and their mean gradient is that of the output.
+    """
+    log_sum_exp = torch.logaddexp(attended.log_sum_exp, _of_queries(sinks, attended.log_sum_exp))
+    attended.output.mul_((attended.log_sum_exp - log_sum_exp).exp()[..., None])
+    return Attended(attended.output, log_sum_exp, attended.draws)
+
+
+def sinks_gradient(grad_output: Tensor, attended: Attended, sinks: Tensor) -> Tensor:
+    """(n,), in fp32 at least, from what `merge_sinks` gave: the more a sink weighs, the smaller the output."""
+    total = attended.log_sum_exp.new_zeros(sinks.shape)
+    batch, heads, length, width = grad_output.shape
+    # Products in fp32, of so many queries at a time that they need little memory.
+    for rows in torch.arange(length).split(max(1, ELEMENTS_THAT_KEEP_BUSY // (batch * heads * width))):
+        part = slice(int(rows[0]), int(rows[-1]) + 1)
+        log_sum_exp = attended.log_sum_exp[:, :, part]
+        products = grad_output[:, :, part].to(total.dtype) * attended.output[:, :, part]
+        weights = (_of_queries(sinks, log_sum_exp) - log_sum_exp).exp()
+        total -= (products.sum(dim=3) * weights).sum(dim=(0, 2))
+    return total
+
+
+def _of_queries(sinks: Tensor, log_sum_exp: Tensor) -> Tensor:
+    return sinks.to(log_sum_exp.dtype)[:, None]

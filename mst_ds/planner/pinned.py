@@ -1,0 +1,25 @@
+"""What pinned memory of the host takes beyond the bytes that are asked for."""
+
+from __future__ import annotations
+
+from mst_ds.geometry import pinned_block
+from mst_ds.planner.types import MemoryTerm, product_term
+
+Terms = tuple[MemoryTerm, ...]
+
+
+def rounding_term(name: str, more: int) -> Terms:
+    """The bytes that a term's blocks have more than the term, where there are any. No tensor has them; on a CPU, where
+    nothing is pinned, there are none."""
+    return (product_term(f"{name}_rounding", "host", ("bytes", more), kind="reserve"),) if more else ()
+
+
+def pinned(term: MemoryTerm, *, most: int | None = None) -> Terms:
+    """A term in pinned memory, with its rounding.
+
+    Args:
+        most: bytes of a block, all but the last of which have as many. None: there is one block.
+    """
+    full, rest = divmod(term.bytes, most) if most else (0, term.bytes)
+    taken = full * pinned_block(most or 0) + pinned_block(rest)
+    return (term, *rounding_term(term.name, taken - term.bytes))

@@ -1,0 +1,73 @@
+"""What kernels of CUDA are handed, and what is made of their results, with dense arithmetic in their place."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import pytest
+import torch
+from cuda_on_cpu import CudaOnCpu, cuda_on_cpu, flash_package_on_cpu
+from dense_attention import dense_attention, heads
+from torch import Tensor
+
+from mst_ds.attention import AttentionSpec, Documents
+from mst_ds.attention.flash import FlashPackage, TorchFlash
+from mst_ds.attention.kernel import Kernel
+from mst_ds.attention.over_blocks import OverBlocks
+from mst_ds.attention.per_document import PerDocument
+from mst_ds.attention.torch_kernels import Cudnn, Efficient
+
+# fp64, sums of some tens of terms.
+EXACT = {"rtol": 1e-12, "atol": 1e-13}
+LENGTH = 24
+STARTS = [[0, 7, 20], [0, 23]]
+
+
+def run_kernel(kernel: Kernel, tensors: list[Tensor], grad: Tensor, spec: AttentionSpec, starts: Any) -> list[Tensor]:
+    documents, given = Documents(starts), [tensor.detach() for tensor in tensors]
+    attended = kernel.forward(*given, spec, documents)
+    assert attended.log_sum_exp.shape == attended.output.shape[:3]
+    return [attended.output, *kernel.backward(grad, *given, attended, spec, documents)]
+
+
+def truth(tensors: list[Tensor], grad: Tensor, starts: Any, **asked: Any) -> list[Tensor]:
+    """For the last queries, as many as there are."""
+    query, key, value = tensors
+    padded = torch.nn.functional.pad(query, (0, 0, key.shape[2] - query.shape[2], 0))
+    output = dense_attention(padded, key, value, scaling=0.3, starts=starts, **asked).transpose(1, 2)
+    output = output[:, :, -query.shape[2] :]
+    return [output, *torch.autograd.grad(output, tensors, grad)]
+
+
+CASES: dict[str, tuple[Kernel, AbstractContextManager[CudaOnCpu], str, tuple[str, ...]]] = {
+    "torch's flash": (TorchFlash(), cuda_on_cpu, "flash", ("window",)),
+    "flash-attn": (FlashPackage(), flash_package_on_cpu, "flash", ("window", "softcap")),
+    "efficient": (PerDocument(OverBlocks(Efficient())), cuda_on_cpu, "efficient", ("window",)),
+    "cuDNN": (PerDocument(OverBlocks(Cudnn())), cuda_on_cpu, "cudnn", ()),
+}
+ASKED: list[dict[str, Any]] = [{}, {"window": 5}, {"softcap": 1.5}, {"window": 5, "softcap": 1.5}]
+
+
+@pytest.mark.parametrize("queries", [LENGTH, 9], ids=["all queries", "the last queries"])
+@pytest.mark.parametrize("starts", [None, STARTS, [[0, 11]]], ids=["one document", "documents", "alike"])
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [(name, asked) for name, (*_, able) in CASES.items() for asked in ASKED if set(asked) <= set(able)],
+    ids=str,
+)
+def test_values_and_gradients(
+    monkeypatch: pytest.MonkeyPatch, name: str, asked: dict[str, Any], starts: Any, queries: int
+) -> None:
+    monkeypatch.setattr("mst_ds.geometry._WINDOW_QUERIES", 4)  # so that a window has several blocks
+    kernel, installed, runs, _ = CASES[name]
+    torch.manual_seed(0)
+    tensors = heads(4, 2, 2, length=LENGTH)
+    tensors[0] = tensors[0][:, :, :queries].detach().requires_grad_()
+    grad = torch.randn(2, 4, queries, 8, dtype=torch.float64)
+    with installed() as kernels:
+        found = run_kernel(kernel, tensors, grad, AttentionSpec(0.3, **asked), starts)
+    torch.testing.assert_close(found, truth(tensors, grad, starts and starts * (3 - len(starts)), **asked), **EXACT)
+    assert kernels.calls[f"{runs} forward"] == kernels.calls[f"{runs} backward"] >= 1
+    if runs == "flash":
+        assert kernels.calls == {"flash forward": 1, "flash backward": 1}

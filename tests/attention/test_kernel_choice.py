@@ -1,0 +1,98 @@
+"""Which kernel is chosen, for a device that need not be there."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mst_ds.attention import AttentionSpec, Documents, choice, prepare_attention
+from mst_ds.attention.choice import Gpu, choose_kernel
+from mst_ds.attention.over_blocks import OverBlocks
+from mst_ds.attention.per_document import PerDocument
+from mst_ds.config import ATTENTION_IMPLEMENTATIONS
+
+H100, OLD_CUDNN, A100, RTX_4090 = Gpu((9, 0), 91501), Gpu((9, 0), 91002), Gpu((8, 0), 91501), Gpu((8, 9), 91501)
+PACKED = Documents([[0, 3]])
+
+
+def chosen(
+    monkeypatch: pytest.MonkeyPatch,
+    device: Gpu | None,
+    *,
+    name: str = "sdpa",
+    dtype: torch.dtype = torch.bfloat16,
+    length: int = 256,
+    width: int = 128,
+    documents: Documents | None = None,
+    **asked: Any,
+) -> str:
+    """The kernel's name, and that of the kernel of its blocks."""
+    monkeypatch.setattr(choice, "gpu", lambda _: device)
+    with FakeTensorMode():
+        query = torch.empty(1, 4, length, width, dtype=dtype, device="cpu" if device is None else "cuda")
+    kernel: Any = choose_kernel(name, query, AttentionSpec(0.1, **asked), documents or Documents(), {})
+    while isinstance(kernel, PerDocument | OverBlocks):
+        kernel = kernel.kernel
+    return type(kernel).__name__
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "kernel"),
+    [
+        (None, {}, "CpuFlash"),
+        (None, {"dtype": torch.float64, "window": 5, "documents": PACKED}, "CpuFlash"),
+        (None, {"dropout": 0.1}, "Blockwise"),
+        (None, {"softcap": 1.0, "name": "flash_attention_2"}, "Blockwise"),
+        (H100, {}, "Cudnn"),
+        (H100, {"dropout": 0.1}, "Cudnn"),
+        # One call for all documents, whatever their lengths; a window without a mask.
+        (H100, {"documents": PACKED}, "TorchFlash"),
+        (H100, {"documents": Documents([[0]])}, "Cudnn"),
+        (H100, {"window": 5}, "TorchFlash"),
+        (H100, {"width": 136}, "TorchFlash"),
+        (H100, {"width": 264}, "Efficient"),
+        (H100, {"dtype": torch.float32, "window": 5}, "Efficient"),
+        (H100, {"dtype": torch.float64}, "Blockwise"),
+        (H100, {"softcap": 1.0}, "Blockwise"),
+        (H100, {"name": "flash_attention_2"}, "FlashPackage"),
+        (H100, {"name": "flash_attention_2", "softcap": 1.0}, "FlashPackage"),
+        (H100, {"name": "flash_attention_2", "softcap": 1.0, "dropout": 0.1}, "Blockwise"),
+        (H100, {"name": "flash_attention_2", "dtype": torch.float32}, "Efficient"),
+        (H100, {"name": "flash_attention_3"}, "TorchFlash"),
+        (OLD_CUDNN, {}, "Cudnn"),
+        (OLD_CUDNN, {"length": 255}, "TorchFlash"),
+        (Gpu((9, 0), None), {}, "TorchFlash"),
+        (A100, {}, "TorchFlash"),
+        (A100, {"width": 256}, "TorchFlash"),
+        (RTX_4090, {"width": 256}, "Efficient"),
+    ],
+    ids=str,
+)
+def test_the_kernel_for_a_device(
+    monkeypatch: pytest.MonkeyPatch, device: Gpu | None, asked: dict[str, Any], kernel: str
+) -> None:
+    assert chosen(monkeypatch, device, **asked) == kernel
+
+
+def test_cudnn_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: False)
+    assert chosen(monkeypatch, H100) == "TorchFlash"
+
+
+def test_packages_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    with pytest.raises(ValueError, match="needs the package flash-attn, version 2: install it"):
+        prepare_attention("flash_attention_2")
+    for number in (3, 4):
+        with pytest.raises(ValueError, match=f"needs the package flash-attn {number}, which torch does not find"):
+            prepare_attention(f"flash_attention_{number}")
+    monkeypatch.delattr(torch.nn.attention, "activate_flash_attention_impl")
+    with pytest.raises(ValueError, match=r"needs torch 2\.11 or newer"):
+        prepare_attention("flash_attention_3")
+    known = ", ".join(ATTENTION_IMPLEMENTATIONS)  # of the setting
+    with pytest.raises(ValueError, match=f"must be one of {known}; got 'eager'"):
+        prepare_attention("eager")

@@ -1,0 +1,159 @@
+"""Pinned memory: blocks as torch's allocator takes them, of what DeepSpeed pins and of what layers keep."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from distributed import run_ranks
+from planned import LAYERS, MODEL, bytes_of, plan_of
+from steps import build_engine
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+from mst_ds.geometry import pinned_block
+from mst_ds.memory.host import give_back_pinned_memory
+from mst_ds.model_shape import ModelShape
+from mst_ds.model_shape.counts import TrainedCounts
+from mst_ds.planner.phases import step_phases
+from mst_ds.planner.workload import Workload
+from mst_ds.settings import Settings
+from mst_ds.zero import read_zero
+
+# "Round up the allocation to the nearest power of two to improve reuse": PowerOf2Ceil(size), in all versions of
+# ATen/core/CachingHostAllocator.h from 2.9 on; an empty tensor has no block.
+BLOCKS = {
+    0: 0,
+    1: 1,
+    2: 2,
+    3: 4,
+    4096: 4096,
+    4097: 8192,
+    500_000_000: 2**29,
+    2**30: 2**30,
+    2**30 + 1: 2**31,
+    75 * 2**30: 2**37,
+}
+CPU = {"device": "cpu"}
+# Of plan_of's model on two ranks: the stage, zero_optimization, and the terms whose bytes DeepSpeed pins.
+PINNED: dict[str, tuple[int, dict[str, Any], list[str]]] = {
+    "stage 2": (
+        2,
+        {"offload_optimizer": CPU},
+        ["master_parameters", "fp32_gradient", "parameter_staging", "gradient_staging_on_host"],
+    ),
+    "stage 3": (3, {"offload_optimizer": CPU}, ["gradients", "fp32_gradient"]),
+    "stage 3, parameters too": (
+        3,
+        {"offload_optimizer": CPU, "offload_param": CPU},
+        ["gradients", "fp32_gradient", "parameters", "parameter_blocks"],
+    ),
+    "stage 3, the optimizer not pinned": (
+        3,
+        {"offload_optimizer": CPU | {"pin_memory": False}, "offload_param": CPU},
+        ["parameters", "parameter_blocks"],
+    ),
+    # One flat buffer is pinned, whatever is said.
+    "stage 3, nothing pinned": (
+        3,
+        {key: CPU | {"pin_memory": False} for key in ("offload_optimizer", "offload_param")},
+        ["parameters"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("count", "block"), BLOCKS.items())
+def test_a_block_is_the_next_power_of_two(count: int, block: int) -> None:
+    assert pinned_block(count) == block
+
+
+def pinned_sizes(rank: int, stage: int, zero: dict[str, Any]) -> list[int]:
+    """Bytes of each tensor that DeepSpeed pins until its engine is built; on a CPU it would leave them as they are."""
+    from deepspeed.accelerator import get_accelerator
+
+    sizes: list[int] = []
+
+    def pin(accelerator: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        sizes.append(tensor.nbytes)
+        return tensor
+
+    ds_config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **zero},
+    }
+    with patch.object(type(get_accelerator()), "pin_memory", pin):
+        at_stage_3 = HfDeepSpeedConfig(ds_config) if stage == 3 else None
+        config = LlamaConfig(**MODEL.to_dict())
+        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16) if at_stage_3 else LlamaForCausalLM(config)
+        build_engine(model, **ds_config).destroy()
+    return sizes
+
+
+@pytest.mark.parametrize("case", PINNED)
+def test_what_deepspeed_pins_is_planned_with_its_rounding(case: str) -> None:
+    stage, zero, names = PINNED[case]
+    terms = bytes_of(plan_of(stage, zero=zero, world_size=2), "initialisation")
+    planned = sum(terms[name] + terms.get(f"{name}_rounding", 0) for name in names)
+    for sizes in run_ranks(pinned_sizes, 2, stage, zero):
+        assert sum(map(pinned_block, sizes)) == planned
+    rounded = {name.removesuffix("_rounding") for name in terms if name.endswith("_rounding")}
+    assert rounded <= set(names), "nothing else is pinned"
+
+
+def test_a_sub_group_has_a_block_of_its_own() -> None:
+    """Of 67,440 elements in fp32, 40,000 of them in the first."""
+    zero = {"offload_optimizer": CPU, "sub_group_size": 40_000}
+    terms = bytes_of(plan_of(3, zero=zero, world_size=4), "optimizer_step")
+    assert terms["fp32_gradient"] == 4 * 67_440
+    assert terms["fp32_gradient_rounding"] == 2**18 - 4 * 40_000 + 2**17 - 4 * 27_440
+
+
+def test_blocks_of_weights_are_given_back_before_activations_come() -> None:
+    plan = plan_of(3, zero={"offload_param": CPU})
+    assert "parameter_blocks" in bytes_of(plan, "initialisation")
+    for phase in ("forward", "backward", "optimizer_step"):
+        assert "parameter_blocks" not in bytes_of(plan, phase)
+
+
+def test_weights_below_adapters_stay_in_blocks_of_their_own() -> None:
+    """By hand: shards of the MLPs' weights are 12,288 bytes, of embedding and head 64,000, of adapters 1,000 in all."""
+    shape = ModelShape.from_config(MODEL)
+    adapted = replace(shape, trained=TrainedCounts(all=1000, layer=300, mlp=0, head=0, embedding=0, largest=100))
+    zero = read_zero(
+        {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3, "offload_param": CPU}}, dp_world_size=2
+    )
+    settings = Settings(sp_size=1, mlp_chunks=1, loss_chunks=1, attention="sdpa")
+    initialisation, *_ = step_phases(Workload(adapted, zero, seq_len=4000, settings=settings))
+    terms = {term.name: term.bytes for term in initialisation.terms}
+    assert terms["parameters_rounding"] == LAYERS * 3 * (2**14 - 12_288) + 2 * (2**16 - 64_000) + 24
+    assert "parameter_blocks" not in terms
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [(torch.accelerator, "empty_host_cache"), (torch._C, "_host_emptyCache")], ids=["2.12", "2.9"]
+)
+def test_torch_gives_back_what_it_keeps(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> None:
+    calls: list[str] = []
+    monkeypatch.delattr(torch.accelerator, "empty_host_cache", raising=False)
+    monkeypatch.setattr(module, name, lambda: calls.append(name), raising=False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    give_back_pinned_memory()
+    assert calls == []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    give_back_pinned_memory()
+    assert calls == [name]
+
+
+def test_parameters_that_need_not_go_to_nvme_stay_on_the_host() -> None:
+    nvme = {"device": "nvme", "buffer_size": 1000}
+    terms = bytes_of(plan_of(3, zero={"offload_param": nvme}), "loss")
+    assert terms["parameters_on_host"] == terms["parameters"]
+    few = bytes_of(plan_of(3, zero={"offload_param": nvme | {"max_in_cpu": 1000}}), "loss")
+    assert (few["parameters_on_host"], few["parameters_on_host_rounding"]) == (2000, 48)
+    assert few["parameters"] == terms["parameters"]
