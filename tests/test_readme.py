@@ -284,7 +284,7 @@ def test_flags_and_mst_keys_of_the_tables() -> None:
 def paths_named(page: Path) -> Iterator[str]:
     """What a page links to, and what it names in code that looks like a path of this project."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    yield from (link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link)
+    yield from (link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link)
     for code in re.findall(r"`([^`\n]+)`", text):
         is_path = re.fullmatch(r"\.?\w[\w.-]*(/[\w.-]+)+/?|\w+/|[\w-]+\.(py|md|toml|yaml|txt)|Makefile", code)
         if is_path and code not in RUN_LEAVES:

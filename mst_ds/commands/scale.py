@@ -1,4 +1,4 @@
-"""Sweep sizes and settings, each point a launch of its own:
+"""Sweep sizes and variants, each point a launch of its own:
 
 mst-scale --sweep laptop.yaml --output_dir runs/scaling
 
@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seq_len", nargs="+", help="Tokens in a sequence: 4096 32K 1M.")
     parser.add_argument("--num_nodes", type=int, nargs="+", help="Nodes; more than 1 needs SLURM (default: 1).")
     parser.add_argument("--num_gpus", type=int, nargs="+", help="Ranks of a node, on a CPU too (default: 1).")
-    parser.add_argument("--settings", nargs="+", help="Names of the file's settings; default: all of them.")
+    parser.add_argument("--variants", nargs="+", help="Names of the file's variants; default: all of them.")
     parser.add_argument("--time_limit", type=float, help="Minutes for each point (default: 30).")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--point", type=int, help="Run this point alone; the first is 0.")
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
             return _report(_output_dir(options))
         if options.gpu is not None and not options.predict:
             raise ValueError("--gpu is what --predict is for; allowed: both, or neither")
-        sizes = ("sp_size", "seq_len", "num_nodes", "num_gpus", "settings", "time_limit")
+        sizes = ("sp_size", "seq_len", "num_nodes", "num_gpus", "variants", "time_limit")
         sweep = read_sweep(options.sweep, {name: getattr(options, name) for name in sizes}, flags)
         sweep.check()
         if options.count:

@@ -1,10 +1,10 @@
 """From text to sharded batches: documents, tokens, packed samples, this rank's part of each batch."""
 
 from mst_ds.config import IGNORE_INDEX
-from mst_ds.data.documents import load_documents
 from mst_ds.data.loader import Loading, ShardedLoader, eval_batches
 from mst_ds.data.packing import PackedDataset, split_documents
 from mst_ds.data.sharding import ON_HOST, Batch, shard, shift_labels, to_device
+from mst_ds.data.text_source import load_documents
 from mst_ds.data.tokenising import tokenise
 from mst_ds.data.tokenizer import byte_tokenizer, load_tokenizer
 from mst_ds.data.training_data import TrainingData, describe, load_training_data

@@ -9,8 +9,8 @@ from functools import partial
 from transformers import PreTrainedTokenizerBase
 
 from mst_ds.config import TrainConfig
-from mst_ds.data.documents import load_documents
 from mst_ds.data.packing import PackedDataset, split_documents
+from mst_ds.data.text_source import load_documents
 from mst_ds.data.tokenising import letters_warning, tokenise
 
 

@@ -14,9 +14,9 @@ from mst_ds.model_shape import ModelShape
 from mst_ds.preflight.cases import Case, case_of_run
 from mst_ds.preflight.compare import Outcome, run_plain, run_planned
 from mst_ds.preflight.culprit import find_culprit
-from mst_ds.preflight.documents import Documents
 from mst_ds.preflight.errors import is_exact
 from mst_ds.preflight.float64 import default_float64
+from mst_ds.preflight.sequences import Documents
 from mst_ds.preflight.shrink import random_fields
 from mst_ds.preflight.small_model import build_small_model
 

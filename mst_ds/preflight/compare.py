@@ -17,9 +17,9 @@ from torch.nn.utils.rnn import pad_sequence
 from mst_ds.geometry import shard_length
 from mst_ds.patching import apply_settings, find_parts
 from mst_ds.preflight.cases import Case
-from mst_ds.preflight.documents import Documents
 from mst_ds.preflight.errors import relative_error
 from mst_ds.preflight.float64 import Float64
+from mst_ds.preflight.sequences import Documents
 from mst_ds.preflight.trace import Trace, Tracer, join_shards
 from mst_ds.sequence_parallel import SequenceGroup
 from mst_ds.sequence_parallel.simulated import run_simulated

@@ -1,11 +1,11 @@
-"""Scaling experiments: a sweep of launches over sizes and settings, their results, and what these show."""
+"""Scaling experiments: a sweep of launches over sizes and variants, their results, and what these show."""
 
 from mst_ds.scaling.launchers import Interrupted, Launcher, launcher_here
 from mst_ds.scaling.predict import predict_sweep
 from mst_ds.scaling.report import write_report
 from mst_ds.scaling.result import Result, read_results
 from mst_ds.scaling.runner import check_results, run_point
-from mst_ds.scaling.sweep import Point, Setting, Sweep
+from mst_ds.scaling.sweep import Point, Sweep, Variant
 from mst_ds.scaling.sweep_file import read_sweep
 
 __all__ = [
@@ -13,8 +13,8 @@ __all__ = [
     "Launcher",
     "Point",
     "Result",
-    "Setting",
     "Sweep",
+    "Variant",
     "check_results",
     "launcher_here",
     "predict_sweep",

@@ -19,7 +19,7 @@ class Curve:
     one: FLOP/s of a rank against those of a rank in the smallest world.
 
     Attributes:
-        group: setting, and whether it is predicted.
+        group: variant, and whether it is predicted.
         label: tells the curves of a group apart.
     """
 
@@ -47,7 +47,7 @@ def strong_curves(results: Iterable[Result]) -> list[Curve]:
     """The same step on more ranks: length and tokens of a step stay."""
     return _curves(
         results,
-        lambda result: (result.source, result.setting, result.seq_len, result.tokens_per_step),
+        lambda result: (result.source, result.variant, result.seq_len, result.tokens_per_step),
         lambda result: f"{short_length(result.seq_len)}, {_sequences(result)} a step",
     )
 
@@ -57,14 +57,14 @@ def weak_curves(results: Iterable[Result]) -> list[Curve]:
     results = list(results)
     more = _curves(
         results,
-        lambda result: (result.source, result.setting, result.sp_size, result.seq_len, _tokens_of_rank(result)),
+        lambda result: (result.source, result.variant, result.sp_size, result.seq_len, _tokens_of_rank(result)),
         lambda result: f"more sequences of {short_length(result.seq_len)}, sp {result.sp_size}",
     )
     longer = _curves(
         results,
         lambda result: (
             result.source,
-            result.setting,
+            result.variant,
             result.dp_size,
             result.seq_len / result.sp_size,
             _tokens_of_rank(result),
@@ -97,7 +97,7 @@ def _curves(
 
 
 def _group(result: Result) -> str:
-    return result.setting if result.is_measured else f"{result.setting}, {result.source}"
+    return result.variant if result.is_measured else f"{result.variant}, {result.source}"
 
 
 def _sequences(result: Result) -> str:

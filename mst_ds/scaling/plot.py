@@ -60,24 +60,24 @@ def _against_length(results: Sequence[Result]) -> Figure | None:
     if not shown:
         return None
     worlds = sorted({(result.num_nodes, result.num_gpus) for result in shown})
-    sp_sizes, settings = sorted({result.sp_size for result in shown}), sorted({result.setting for result in shown})
+    sp_sizes, variants = sorted({result.sp_size for result in shown}), sorted({result.variant for result in shown})
     figure, axes = _figure(len(worlds), 2, sharex=True, sharey="row")
     for column, world in enumerate(worlds):
         top, bottom = axes[:, column]
         of_world = [result for result in shown if (result.num_nodes, result.num_gpus) == world]
         top.set_title(f"{world[0]} node{'s' * (world[0] > 1)} × {world[1]} rank{'s' * (world[1] > 1)}")
-        for source, setting, sp_size in sorted({(each.source, each.setting, each.sp_size) for each in of_world}):
+        for source, variant, sp_size in sorted({(each.source, each.variant, each.sp_size) for each in of_world}):
             line = [
                 result
                 for result in of_world
-                if (result.source, result.setting, result.sp_size) == (source, setting, sp_size)
+                if (result.source, result.variant, result.sp_size) == (source, variant, sp_size)
             ]
             style = {
                 "color": f"C{sp_sizes.index(sp_size) % 10}",
-                "marker": _MARKERS[settings.index(setting) % len(_MARKERS)],
+                "marker": _MARKERS[variants.index(variant) % len(_MARKERS)],
                 **_style(line[0]),
             }
-            label = f"sp {sp_size}, {setting}" + ("" if line[0].is_measured else f" ({source})")
+            label = f"sp {sp_size}, {variant}" + ("" if line[0].is_measured else f" ({source})")
             _line(top, line, [result.tokens_per_second for result in line], label, style)
             peaks = [None if result.peak_bytes is None else result.peak_bytes / GIB for result in line]
             _line(bottom, line, peaks, label, style)
@@ -122,7 +122,7 @@ def _length_axis(axes: Axes, lengths: Sequence[int]) -> None:
 
 
 def _scaling(strong: Sequence[Curve], weak: Sequence[Curve]) -> Figure | None:
-    """A row for each setting; each axes with a legend of its own beside it."""
+    """A row for each variant; each axes with a legend of its own beside it."""
     groups = list(dict.fromkeys(curve.group for curve in [*strong, *weak]))
     if not groups:
         return None
@@ -173,9 +173,9 @@ def _planned_against_measured(results: Sequence[Result]) -> Figure | None:
         return None
     figure, axes = _figure(1)
     place: Axes = axes[0, 0]
-    for number, setting in enumerate(sorted({result.setting for result in shown})):
+    for number, variant in enumerate(sorted({result.variant for result in shown})):
         pairs = [
-            (each.planned_peak_bytes or 0, each.measured_peak_bytes or 0) for each in shown if each.setting == setting
+            (each.planned_peak_bytes or 0, each.measured_peak_bytes or 0) for each in shown if each.variant == variant
         ]
         place.plot(
             [planned / GIB for planned, _ in pairs],
@@ -183,7 +183,7 @@ def _planned_against_measured(results: Sequence[Result]) -> Figure | None:
             linestyle="none",
             color=f"C{number % 10}",
             marker=_MARKERS[number % len(_MARKERS)],
-            label=setting,
+            label=variant,
         )
     every = [count / GIB for each in shown for count in (each.planned_peak_bytes or 0, each.measured_peak_bytes or 0)]
     ends = [min(every) / 1.3, max(every) * 1.3]

@@ -20,7 +20,7 @@ def predict_sweep(sweep: Sweep, output_dir: Path, gpu: Gpu, host_memory: int | N
         host_memory: bytes of a node, of which each of its ranks has an equal part; None: not known.
 
     Raises:
-        ValueError: a setting that no point could have.
+        ValueError: a variant that no point could have.
     """
     results = []
     for point in sweep.points:

@@ -27,7 +27,7 @@ _COLUMNS = (
     "sp_size",
     "dp_size",
     "seq_len",
-    "setting",
+    "variant",
     "steps",
     "tokens_per_second",
     "step_seconds",
@@ -96,12 +96,12 @@ def _summary(results: Sequence[Result]) -> str:
 def _against_length(results: Sequence[Result]) -> list[str]:
     groups: dict[tuple[str, str, int, int], list[Result]] = {}
     for result in results:
-        groups.setdefault((result.source, result.setting, result.num_nodes, result.num_gpus), []).append(result)
+        groups.setdefault((result.source, result.variant, result.num_nodes, result.num_gpus), []).append(result)
     # Where nothing is done there is nothing to compare.
     groups = {key: group for key, group in groups.items() if any(result.status == DONE for result in group)}
     sections = ["## Against length"] if groups else []
-    for (source, setting, num_nodes, num_gpus), group in groups.items():
-        of = f"{setting}, {num_nodes} × {num_gpus} ranks{'' if group[0].is_measured else f', {source}'}"
+    for (source, variant, num_nodes, num_gpus), group in groups.items():
+        of = f"{variant}, {num_nodes} × {num_gpus} ranks{'' if group[0].is_measured else f', {source}'}"
         sections.append(f"### {of}\n\n{_by_length('tokens/s', group, _rate)}\n\n{_by_length('GiB', group, _memory)}")
     return sections
 
@@ -134,7 +134,7 @@ def _scaling(title: str, curves: Sequence[Curve]) -> list[str]:
             rows.append([curve.group, curve.label, *sizes, _rate(result), f"{speedup:.2f}", f"{efficiency:.0%}"])
     if not rows:
         return []
-    header = ["setting", "curve", "ranks", "sp", "length", "tokens/s", "speed-up", "efficiency"]
+    header = ["variant", "curve", "ranks", "sp", "length", "tokens/s", "speed-up", "efficiency"]
     return [f"## {title}\n\nBoth in model FLOPs, against the fewest ranks.\n\n{_table(header, rows)}"]
 
 

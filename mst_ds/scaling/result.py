@@ -49,7 +49,7 @@ class Result:
     sp_size: int
     dp_size: int | None
     seq_len: int
-    setting: str
+    variant: str
     steps: int | None = None
     tokens_per_second: float | None = None
     step_seconds: float | None = None
@@ -111,7 +111,7 @@ def read_result(folder: Path) -> Result | None:
 
 
 def read_results(output_dir: Path) -> list[Result]:
-    """All that are there: measured ones first, each kind by setting and size.
+    """All that are there: measured ones first, each kind by variant and size.
 
     Raises:
         ValueError: a file is none of ours.
@@ -123,4 +123,4 @@ def read_results(output_dir: Path) -> list[Result]:
 
 def _order(result: Result) -> tuple[Any, ...]:
     sizes = (result.num_nodes, result.num_gpus, result.sp_size, result.seq_len)
-    return (not result.is_measured, result.source, result.setting, *sizes)
+    return (not result.is_measured, result.source, result.variant, *sizes)

@@ -132,6 +132,6 @@ def point_result(point: Point, **fields: Any) -> Result:
         sp_size=sp_size,
         dp_size=None if world_size % sp_size else world_size // sp_size,
         seq_len=point.seq_len,
-        setting=point.setting.name,
+        variant=point.variant.name,
         **fields,
     )

@@ -1,4 +1,4 @@
-"""What a sweep consists of: each combination of its sizes and settings is a point, a launch of its own."""
+"""What a sweep consists of: each combination of its sizes and variants is a point, a launch of its own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LEAST_STEPS = 2
 
 
 @dataclass(frozen=True)
-class Setting:
+class Variant:
     """A named variant of a run: what it changes of the "mst" block, of the other DeepSpeed keys, of the train flags."""
 
     name: str
@@ -35,7 +35,7 @@ class Point:
     num_gpus: int
     sp_size: int
     seq_len: int
-    setting: Setting
+    variant: Variant
 
     @property
     def world_size(self) -> int:
@@ -46,7 +46,7 @@ class Point:
         """Tells points of a sweep apart; the name of a folder."""
         return (
             f"nodes{self.num_nodes}-gpus{self.num_gpus}-sp{self.sp_size}-{short_length(self.seq_len)}-"
-            f"{self.setting.name}"
+            f"{self.variant.name}"
         )
 
     def check_sp_size(self, num_attention_heads: int) -> None:
@@ -66,26 +66,26 @@ class Sweep:
     seq_lens: tuple[int, ...]
     num_nodes: tuple[int, ...]
     num_gpus: tuple[int, ...]
-    settings: tuple[Setting, ...]
+    variants: tuple[Variant, ...]
     train: Mapping[str, Any]
     time_limit: float
 
     @functools.cached_property
     def points(self) -> tuple[Point, ...]:
         """In the order of their numbers: the lengths of a curve one after another, the shortest first."""
-        combinations = itertools.product(self.settings, self.num_nodes, self.num_gpus, self.sp_sizes, self.seq_lens)
-        return tuple(Point(nodes, gpus, sp, length, setting) for setting, nodes, gpus, sp, length in combinations)
+        combinations = itertools.product(self.variants, self.num_nodes, self.num_gpus, self.sp_sizes, self.seq_lens)
+        return tuple(Point(nodes, gpus, sp, length, variant) for variant, nodes, gpus, sp, length in combinations)
 
     def check(self) -> None:
-        """Refuses what would be wrong in every point of a setting, before any runs.
+        """Refuses what would be wrong in every point of a variant, before any runs.
 
         Raises:
             ValueError: a train flag, a key of the "mst" block or the DeepSpeed JSON is wrong, the model is not found or
                 none that can be trained, or there are too few steps to measure one.
         """
-        for setting in self.settings:
+        for variant in self.variants:
             # Any point stands for all: they differ in numbers that have been checked.
-            point = next(point for point in self.points if point.setting is setting)
+            point = next(point for point in self.points if point.variant is variant)
             config = self.train_config(point)
             if config.max_steps < _LEAST_STEPS:
                 raise ValueError(
@@ -96,7 +96,7 @@ class Sweep:
 
     def flags(self, point: Point) -> dict[str, str]:
         """The train flags of a point, as text, without those that every point has its own of."""
-        values = {**self.train, **point.setting.train}
+        values = {**self.train, **point.variant.train}
         return {name: str(value) for name, value in values.items() if value is not None}
 
     def train_config(self, point: Point) -> TrainConfig:
@@ -108,14 +108,14 @@ class Sweep:
         return _train_config(tuple(self.flags(point).items()))
 
     def ds_config(self, point: Point) -> DsConfig:
-        """The DeepSpeed JSON of a point: that of the flags, with the setting's keys over it.
+        """The DeepSpeed JSON of a point: that of the flags, with the variant's keys over it.
 
         Raises:
             ValueError: see `load_ds_config`.
         """
         base = load_ds_config(self.train_config(point).ds_config)
-        mst = {"mst": {**point.setting.mst, "sp_size": point.sp_size}}
-        return load_ds_config(_merged(_merged(base, point.setting.ds_config), mst))
+        mst = {"mst": {**point.variant.mst, "sp_size": point.sp_size}}
+        return load_ds_config(_merged(_merged(base, point.variant.ds_config), mst))
 
 
 @functools.cache

@@ -12,17 +12,17 @@ from mst_ds.command_line.flags import unknown_flag
 from mst_ds.config import MOST_TOKENS, TrainConfig, nearest, parse_seq_len
 from mst_ds.files.read_file import read_yaml
 from mst_ds.files.shipped import existing_or_shipped_file
-from mst_ds.scaling.sweep import Setting, Sweep
+from mst_ds.scaling.sweep import Sweep, Variant
 
 _SIZES = ("sp_size", "seq_len", "num_nodes", "num_gpus")
-_KEYS = (*_SIZES, "settings", "train", "time_limit")
-_DEFAULTS: Mapping[str, Any] = {"num_nodes": 1, "num_gpus": 1, "sp_size": 1, "settings": {"default": {}}}
+_KEYS = (*_SIZES, "variants", "train", "time_limit")
+_DEFAULTS: Mapping[str, Any] = {"num_nodes": 1, "num_gpus": 1, "sp_size": 1, "variants": {"default": {}}}
 _DEFAULT_STEPS = 5
 _DEFAULT_MINUTES = 30.0
 # Each point has its own.
 _OF_POINTS = ("seq_len", "output_dir", "resume", "local_rank")
 _TRAIN_FLAGS = tuple(field.name for field in dataclasses.fields(TrainConfig) if field.name not in _OF_POINTS)
-_SETTING_KEYS = ("mst", "ds_config", "train")
+_VARIANT_KEYS = ("mst", "ds_config", "train")
 
 
 def read_sweep(
@@ -32,17 +32,17 @@ def read_sweep(
 
     Args:
         path: YAML, or the name of a shipped one, with any of the keys `sp_size`, `seq_len`, `num_nodes`, `num_gpus` (a
-            number, or a list), `settings` (name -> "mst", "ds_config", "train"), `train` (flag -> value) and
+            number, or a list), `variants` (name -> "mst", "ds_config", "train"), `train` (flag -> value) and
             `time_limit` (minutes).
-        given: the same keys; wins over the file. Of `settings` it lists names: only these are left.
-        train: flags of mst-train; win over those of the file, not over a setting's.
+        given: the same keys; wins over the file. Of `variants` it lists names: only these are left.
+        train: flags of mst-train; win over those of the file, not over a variant's.
 
     Raises:
         ValueError: the file is missing or malformed, or anything in it or in the arguments is not allowed, in one line.
     """
     values = {**_DEFAULTS, **({} if path is None else _load(path))}
     chosen = {key: value for key, value in (given or {}).items() if value is not None}
-    names = chosen.pop("settings", None)
+    names = chosen.pop("variants", None)
     values |= chosen
     if "seq_len" not in values:
         raise ValueError("no seq_len is given; allowed: lengths such as 4K 128K, by --seq_len or in the sweep's file")
@@ -56,7 +56,7 @@ def read_sweep(
         seq_lens=numbers["seq_len"],
         num_nodes=numbers["num_nodes"],
         num_gpus=numbers["num_gpus"],
-        settings=_chosen(_settings(values["settings"]), names),
+        variants=_chosen(_variants(values["variants"]), names),
         train=flags,
         time_limit=float(limit),
     )
@@ -118,31 +118,31 @@ def _flags(what: str, value: Any) -> dict[str, Any]:
     return flags
 
 
-def _settings(value: Any) -> tuple[Setting, ...]:
+def _variants(value: Any) -> tuple[Variant, ...]:
     if not isinstance(value, dict) or not value:
-        raise ValueError(f"settings is {value!r}; allowed: a mapping from names to {', '.join(_SETTING_KEYS)}")
+        raise ValueError(f"variants is {value!r}; allowed: a mapping from names to {', '.join(_VARIANT_KEYS)}")
     found = []
     for name, given in value.items():
         # A folder is called so.
         if not re.fullmatch(r"\w[\w.-]*", str(name)):
-            raise ValueError(f"a setting is called {name!r}; allowed: letters, digits, '_', '.' and '-'")
-        what = f"setting {name!r}"
-        fields = _object(what, given, _SETTING_KEYS)
+            raise ValueError(f"a variant is called {name!r}; allowed: letters, digits, '_', '.' and '-'")
+        what = f"variant {name!r}"
+        fields = _object(what, given, _VARIANT_KEYS)
         mst, ds_config = fields.get("mst") or {}, fields.get("ds_config") or {}
         for key, block in (("mst", mst), ("ds_config", ds_config)):
             if not isinstance(block, dict):
                 raise ValueError(f"{key} of {what} is {block!r}; allowed: a mapping")
         if "sp_size" in mst or "mst" in ds_config:
             raise ValueError(f"{what} has sp_size or an 'mst' block among its keys; allowed: sp_size of the sweep, mst")
-        found.append(Setting(str(name), mst, ds_config, _flags(f"train of {what}", fields.get("train"))))
+        found.append(Variant(str(name), mst, ds_config, _flags(f"train of {what}", fields.get("train"))))
     return tuple(found)
 
 
-def _chosen(settings: tuple[Setting, ...], names: Iterable[str] | None) -> tuple[Setting, ...]:
+def _chosen(variants: tuple[Variant, ...], names: Iterable[str] | None) -> tuple[Variant, ...]:
     if names is None:
-        return settings
-    of_name = {setting.name: setting for setting in settings}
+        return variants
+    of_name = {variant.name: variant for variant in variants}
     for name in names:
         if name not in of_name:
-            raise ValueError(f"settings is {name!r}{nearest(name, of_name)}; allowed: {', '.join(of_name)}")
+            raise ValueError(f"variants is {name!r}{nearest(name, of_name)}; allowed: {', '.join(of_name)}")
     return tuple(of_name[name] for name in dict.fromkeys(names))

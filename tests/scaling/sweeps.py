@@ -6,11 +6,11 @@ from typing import Any
 
 from mst_ds.scaling.result import DONE, MEASURED, Result
 from mst_ds.scaling.runner import point_result
-from mst_ds.scaling.sweep import Point, Setting
+from mst_ds.scaling.sweep import Point, Variant
 
 
-def point(sp_size: int = 1, seq_len: int = 1024, *, num_nodes: int = 1, num_gpus: int = 1, setting: str = "a") -> Point:
-    return Point(num_nodes, num_gpus, sp_size, seq_len, Setting(setting))
+def point(sp_size: int = 1, seq_len: int = 1024, *, num_nodes: int = 1, num_gpus: int = 1, variant: str = "a") -> Point:
+    return Point(num_nodes, num_gpus, sp_size, seq_len, Variant(variant))
 
 
 def done(of: Point, tokens_per_second: float, **fields: Any) -> Result:

@@ -18,7 +18,7 @@ def test_strong_scaling_is_the_same_step_on_more_ranks() -> None:
         done(point(2, 4096, num_gpus=2), 150.0),
         done(point(1, 8192), 70.0),  # another length, alone
         done(point(1, 4096, num_gpus=2), 190.0),  # two sequences a step
-        done(point(2, 4096, num_gpus=2, setting="b"), 1.0),
+        done(point(2, 4096, num_gpus=2, variant="b"), 1.0),
     ]
     (curve,) = strong_curves(results)
     assert (curve.group, curve.label) == ("a", "4K, 1 sequence a step")

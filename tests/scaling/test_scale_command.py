@@ -30,7 +30,7 @@ SWEEP = """
 num_gpus: 2
 sp_size: 2
 seq_len: 256
-settings:
+variants:
   planned: {}
   nowhere:
     train: {dataset: /nowhere.txt}

@@ -18,7 +18,7 @@ FILE = """
 sp_size: [1, 2]
 seq_len: [512, 4K]
 num_nodes: 2
-settings:
+variants:
   plain: {}
   cut:
     mst: {mlp_chunks: 4}
@@ -40,8 +40,8 @@ def test_points_are_all_combinations_the_lengths_of_a_curve_together(file: Path)
     sweep = read_sweep(file)
     assert sweep.time_limit == 1.5
     assert [each.name for each in sweep.points] == [
-        f"nodes2-gpus1-sp{sp_size}-{length}-{setting}"
-        for setting in ("plain", "cut")
+        f"nodes2-gpus1-sp{sp_size}-{length}-{variant}"
+        for variant in ("plain", "cut")
         for sp_size in (1, 2)
         for length in ("512", "4K")
     ]
@@ -49,15 +49,15 @@ def test_points_are_all_combinations_the_lengths_of_a_curve_together(file: Path)
 
 
 def test_what_is_given_beside_the_file_wins(file: Path) -> None:
-    given = {"seq_len": ["1M"], "sp_size": [2, 2], "num_nodes": None, "settings": ["cut"], "time_limit": 9.0}
+    given = {"seq_len": ["1M"], "sp_size": [2, 2], "num_nodes": None, "variants": ["cut"], "time_limit": 9.0}
     sweep = read_sweep(file, given, {"max_steps": "4", "packing": "documents"})
     (only,) = sweep.points
     assert (only.name, sweep.time_limit) == ("nodes2-gpus1-sp2-1M-cut", 9.0)
-    # A setting is a variant of what all points have.
+    # A variant is a variant of what all points have.
     assert sweep.flags(only) == {"max_steps": "7", "packing": "documents"}
 
 
-def test_without_a_file_there_is_one_setting() -> None:
+def test_without_a_file_there_is_one_variant() -> None:
     sweep = read_sweep(given={"seq_len": ["4K", "4096", "8K"]})
     assert [each.name for each in sweep.points] == ["nodes1-gpus1-sp1-4K-default", "nodes1-gpus1-sp1-8K-default"]
     sweep.check()
@@ -72,7 +72,7 @@ def test_the_json_of_a_point(file: Path) -> None:
     assert cut["mst"] == {**shipped["mst"], "sp_size": 2, "mlp_chunks": 4}
 
 
-def test_a_setting_of_an_own_json(file: Path, tmp_path: Path) -> None:
+def test_a_variant_of_an_own_json(file: Path, tmp_path: Path) -> None:
     (tmp_path / "own.json").write_text('{"zero_optimization": {"stage": 1}}', encoding="utf-8")
     sweep = read_sweep(file, train={"ds_config": str(tmp_path / "own.json")})
     assert sweep.ds_config(sweep.points[0]) == {"zero_optimization": {"stage": 1}, "mst": {"sp_size": 1}}
@@ -89,14 +89,14 @@ def test_a_setting_of_an_own_json(file: Path, tmp_path: Path) -> None:
         ("seq_len: 1K\ntime_limit: 0", "time_limit is 0; allowed: minutes"),
         ("seq_len: 1K\ntrain: {max_step: 3}", "unknown key 'max_step'; nearest: 'max_steps'"),
         ("seq_len: 1K\ntrain: {output_dir: here}", "unknown key 'output_dir'"),
-        ("seq_len: 1K\nsettings: {}", "settings is {}"),
-        ("seq_len: 1K\nsettings: {a/b: {}}", "a setting is called 'a/b'"),
-        ("seq_len: 1K\nsettings: {a: {mtl: {}}}", "unknown key 'mtl'; nearest: 'mst'"),
-        ("seq_len: 1K\nsettings: {a: {mst: {sp_size: 2}}}", "sp_size of the sweep"),
+        ("seq_len: 1K\nvariants: {}", "variants is {}"),
+        ("seq_len: 1K\nvariants: {a/b: {}}", "a variant is called 'a/b'"),
+        ("seq_len: 1K\nvariants: {a: {mtl: {}}}", "unknown key 'mtl'; nearest: 'mst'"),
+        ("seq_len: 1K\nvariants: {a: {mst: {sp_size: 2}}}", "sp_size of the sweep"),
         ("seq_len: [1K", "is not YAML"),
         ("seq_len: 1K\nseq_len: 2K", "sweep.yaml has 'seq_len' twice (line 2); allowed: once"),
-        ("seq_len: 1K\nsettings:\n  a: {}\n  a: {train: {max_steps: 7}}", "has 'a' twice (line 4)"),
-        ("seq_len: 1K\nsettings: {1: {}, '1': {}}", "has '1' twice (line 2)"),
+        ("seq_len: 1K\nvariants:\n  a: {}\n  a: {train: {max_steps: 7}}", "has 'a' twice (line 4)"),
+        ("seq_len: 1K\nvariants: {1: {}, '1': {}}", "has '1' twice (line 2)"),
         ("[1, 2]", "allowed: a mapping"),
     ],
 )
@@ -109,7 +109,7 @@ def test_a_file_that_is_wrong(tmp_path: Path, text: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "message"),
+    ("variant", "message"),
     [
         ("mst: {mlp_chunk: 2}", "'mst' has the unknown key 'mlp_chunk'"),
         ("ds_config: {zero_optimization: {stage: 7}}", "stage"),
@@ -118,9 +118,9 @@ def test_a_file_that_is_wrong(tmp_path: Path, text: str, message: str) -> None:
         ("train: {model: ./nowhere}", "model './nowhere' was not found"),
     ],
 )
-def test_a_mistake_of_a_setting_is_found_before_anything_runs(tmp_path: Path, setting: str, message: str) -> None:
+def test_a_mistake_of_a_variant_is_found_before_anything_runs(tmp_path: Path, variant: str, message: str) -> None:
     path = tmp_path / "sweep.yaml"
-    path.write_text(f"seq_len: 1K\nsettings: {{right: {{}}, wrong: {{{setting}}}}}", encoding="utf-8")
+    path.write_text(f"seq_len: 1K\nvariants: {{right: {{}}, wrong: {{{variant}}}}}", encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         read_sweep(path).check()
 

@@ -19,7 +19,7 @@ from mst_ds.data.tokenizer import byte_tokenizer
 SWEEP = """
 num_nodes: [1, 2]
 seq_len: [256, 512, 1K, 16K]
-settings:
+variants:
   whole:
     mst: {mlp_chunks: 1, loss_chunks: 1, recompute: false}
 train: {max_steps: 3, preflight: false, model: FOLDER/model, dataset: FOLDER/numbers.jsonl}

@@ -10,7 +10,7 @@ import pytest
 from datasets.data_files import SPLIT_KEYWORDS
 
 from mst_ds.config import TrainConfig
-from mst_ds.data import batching, documents, load_documents
+from mst_ds.data import batching, load_documents, text_source
 from mst_ds.dataset_files import SPLIT_WORDS
 
 
@@ -203,7 +203,7 @@ def test_id_configuration_and_split_reach_the_hub(monkeypatch: pytest.MonkeyPatc
     def load_dataset(*args: str, **kwargs: str) -> datasets.Dataset:
         return datasets.Dataset.from_dict({"url": ["x"], "text": [f"{args} {kwargs}"]})
 
-    monkeypatch.setattr(documents, "load_dataset", load_dataset)
+    monkeypatch.setattr(text_source, "load_dataset", load_dataset)
 
     assert texts("owner/name", dataset_config="en", dataset_split="test") == ["('owner/name', 'en') {'split': 'test'}"]
 
@@ -212,7 +212,7 @@ def test_reason_of_several_lines_is_given_in_one(monkeypatch: pytest.MonkeyPatch
     def load_dataset(*args: str, **kwargs: str) -> datasets.Dataset:
         raise ValueError("Config name is missing.\nPlease pick one among: ['de', 'en']")
 
-    monkeypatch.setattr(documents, "load_dataset", load_dataset)
+    monkeypatch.setattr(text_source, "load_dataset", load_dataset)
 
     assert "(Config name is missing. Please pick one among: ['de', 'en'])" in refusal("owner/name")
 

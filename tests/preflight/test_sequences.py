@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mst_ds.preflight.documents import Documents
+from mst_ds.preflight.sequences import Documents
 from mst_ds.preflight.shrink import ORIGINAL_POSITIONS
 
 KINDS = {"packed": Documents.packed(41, 50), "padded": Documents.padded(41, 50)}
