@@ -3,12 +3,13 @@
 The rules and where they come from:
 
 - On the CPU torch has flash attention without dropout.
-- On CUDA flash attention takes 16 bits, heads up to 256 wide (up to 192 on devices with little shared memory), a window
-  and packed documents, in one call for all rows.
+- On CUDA, from compute capability 8.0 on, flash attention takes 16 bits, heads up to 256 wide (up to 192 on devices
+  with little shared memory), a window and packed documents, in one call for all rows.
 - cuDNN is what torch prefers from compute capability 9.0 on, where it is the faster (torch 2.11,
   `check_prefer_cudnn_attention`). It is used where every row is one document: it makes a plan for each new length,
   which takes tens of milliseconds (pytorch#191576). Before 9.15.1 it is wrong for lengths that are no multiple of 128
-  (pytorch#169849).
+  (pytorch#169849), and some versions have no dropout. It knows dropout in steps of 1/16 only, has nothing for one
+  token, and its backward is not deterministic (torch's `sdp_utils.cpp`).
 - Who asks for flash attention gets it: the package flash-attn 2, or 3 and 4 by way of torch.
 - For fp32 and wider heads CUDA has the memory-efficient kernel, in fp64 none.
 - No kernel of torch has a softcap; the package flash-attn has one.
@@ -35,6 +36,7 @@ from .torch_kernels import BlockKernel, CpuFlash, Cudnn, Efficient
 
 _WIDEST_CUDNN_HEAD = 128
 _FIRST_RIGHT_CUDNN = 91501
+_CUDNN_DROPOUT_STEPS = 16
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,11 @@ class Gpu:
 
     @property
     def widest_flash_head(self) -> int:
-        """In a backward, which needs more shared memory than some devices have (torch's `sdp_utils.cpp`)."""
-        return 192 if self.capability in {(8, 6), (8, 9)} or self.capability[0] == 12 else WIDEST_FLASH_HEAD
+        """In a backward, which needs more shared memory than some devices have (torch's `sdp_utils.cpp`); 0 where there
+        is no flash attention."""
+        if self.capability < (8, 0):
+            return 0
+        return 192 if (8, 6) <= self.capability <= (8, 9) or self.capability[0] == 12 else WIDEST_FLASH_HEAD
 
 
 @cache
@@ -90,5 +95,9 @@ def _prefers_cudnn(query: Tensor, spec: AttentionSpec, documents: Documents) -> 
     of_device = gpu(query.device)
     if of_device.cudnn is None or of_device.capability[0] not in {9, 10} or not torch.backends.cuda.cudnn_sdp_enabled():
         return False
-    is_right = of_device.cudnn >= _FIRST_RIGHT_CUDNN or query.shape[2] % 128 == 0
-    return is_right and documents.are_rows and spec.window is None and query.shape[3] <= _WIDEST_CUDNN_HEAD
+    is_right = of_device.cudnn >= _FIRST_RIGHT_CUDNN or (query.shape[2] % 128 == 0 and not spec.dropout)
+    if not is_right or query.shape[2] == 1 or not (spec.dropout * _CUDNN_DROPOUT_STEPS).is_integer():
+        return False
+    if torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled():
+        return False
+    return documents.are_rows and spec.window is None and query.shape[3] <= _WIDEST_CUDNN_HEAD

@@ -16,6 +16,7 @@ from mst_ds.attention.per_document import PerDocument
 from mst_ds.config import ATTENTION_IMPLEMENTATIONS
 
 H100, OLD_CUDNN, A100, RTX_4090 = Gpu((9, 0), 91501), Gpu((9, 0), 91002), Gpu((8, 0), 91501), Gpu((8, 9), 91501)
+ORIN, T4 = Gpu((8, 7), 91501), Gpu((7, 5), 91501)
 PACKED = Documents([[0, 3]])
 
 
@@ -48,7 +49,10 @@ def chosen(
         (None, {"dropout": 0.1}, "Blockwise"),
         (None, {"softcap": 1.0, "name": "flash_attention_2"}, "Blockwise"),
         (H100, {}, "Cudnn"),
-        (H100, {"dropout": 0.1}, "Cudnn"),
+        (H100, {"dropout": 0.125}, "Cudnn"),
+        # cuDNN would round it to a multiple of 1/16.
+        (H100, {"dropout": 0.1}, "TorchFlash"),
+        (H100, {"length": 1}, "TorchFlash"),
         # One call for all documents, whatever their lengths; a window without a mask.
         (H100, {"documents": PACKED}, "TorchFlash"),
         (H100, {"documents": Documents([[0]])}, "Cudnn"),
@@ -65,10 +69,14 @@ def chosen(
         (H100, {"name": "flash_attention_3"}, "TorchFlash"),
         (OLD_CUDNN, {}, "Cudnn"),
         (OLD_CUDNN, {"length": 255}, "TorchFlash"),
+        (OLD_CUDNN, {"dropout": 0.125}, "TorchFlash"),
         (Gpu((9, 0), None), {}, "TorchFlash"),
         (A100, {}, "TorchFlash"),
         (A100, {"width": 256}, "TorchFlash"),
         (RTX_4090, {"width": 256}, "Efficient"),
+        (ORIN, {"width": 256}, "Efficient"),
+        (T4, {"dtype": torch.float16}, "Efficient"),
+        (T4, {"dtype": torch.float16, "name": "flash_attention_2"}, "Efficient"),
     ],
     ids=str,
 )
@@ -81,6 +89,14 @@ def test_the_kernel_for_a_device(
 def test_cudnn_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: False)
     assert chosen(monkeypatch, H100) == "TorchFlash"
+
+
+def test_deterministic_algorithms_exclude_cudnn() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+        assert chosen(patch, H100) == "TorchFlash"
+        patch.setattr(torch, "is_deterministic_algorithms_warn_only_enabled", lambda: True)
+        assert chosen(patch, H100) == "Cudnn"
 
 
 def test_packages_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
