@@ -49,7 +49,7 @@ class CausalAttention:
         """
         width = _common_width(query, value)
         wide = [_widened(tensor, width) for tensor in (query, key, value)]
-        spec = _seen(spec, key)
+        spec = _without_idle_window(spec, key)
         kernel = choose_kernel(self.name, wide[0], spec, self.documents, self._masks)
         attended = kernel.forward(wide[0], wide[1], wide[2], spec, self.documents)
         if sinks is not None:
@@ -75,7 +75,7 @@ class CausalAttention:
         width = _common_width(query, value)
         wide = [_widened(tensor, width) for tensor in (grad_output, query, key, value)]
         whole = replace(attended, output=_widened(attended.output, width))
-        spec = _seen(spec, key)
+        spec = _without_idle_window(spec, key)
         kernel = choose_kernel(self.name, wide[1], spec, self.documents, self._masks)
         found = kernel.backward(wide[0], wide[1], wide[2], wide[3], whole, spec, self.documents)
         grads = [grad[..., : like.shape[3]] for grad, like in zip(found, (query, key, value), strict=True)]
@@ -115,8 +115,8 @@ def _activate(name: str) -> None:
         ) from None
 
 
-def _seen(spec: AttentionSpec, key: Tensor) -> AttentionSpec:
-    """Without a window that is as long as all that is there."""
+def _without_idle_window(spec: AttentionSpec, key: Tensor) -> AttentionSpec:
+    """A window that is as long as all that is there hides nothing."""
     return replace(spec, window=None) if spec.window is not None and spec.window >= key.shape[2] else spec
 
 

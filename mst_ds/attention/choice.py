@@ -28,11 +28,11 @@ from mst_ds.geometry import WIDEST_FLASH_HEAD
 from .blockwise import Blockwise
 from .documents import Documents
 from .flash import FlashPackage, TorchFlash
-from .kernel import Kernel
+from .kernel import BlockKernel, Kernel
 from .over_blocks import OverBlocks
 from .per_document import PerDocument
 from .spec import AttentionSpec
-from .torch_kernels import BlockKernel, CpuFlash, Cudnn, Efficient
+from .torch_kernels import CpuFlash, Cudnn, Efficient
 
 _WIDEST_CUDNN_HEAD = 128
 _FIRST_RIGHT_CUDNN = 91501
@@ -70,12 +70,17 @@ def choose_kernel(
     Args:
         name: of the setting "attention".
         masks: of windows, shared by all layers.
+
+    Raises:
+        ValueError: flash attention 3 or 4 with dropout.
     """
     is_flash = query.is_cuda and query.itemsize == 2 and query.shape[3] <= gpu(query.device).widest_flash_head
     if name == "flash_attention_2" and is_flash and not (spec.softcap is not None and spec.dropout):
         return FlashPackage()
     if spec.softcap is not None:
         return PerDocument(Blockwise())
+    if is_flash and spec.dropout and name in ("flash_attention_3", "flash_attention_4"):
+        raise ValueError(f'attention "{name}" has no dropout, and a layer asks for {spec.dropout}: use "sdpa"')
     if is_flash and not (name == "sdpa" and _prefers_cudnn(query, spec, documents)):
         return TorchFlash()
     block = _block_kernel(query, spec, is_flash=is_flash)

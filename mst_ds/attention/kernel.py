@@ -1,5 +1,9 @@
 """What a kernel of attention gives and takes: its output and log-sum-exp are explicit, so that results can be merged.
 
+Kernels stand in three tiers. A `Kernel` takes packed documents; flash attention on CUDA is one. Where there is none,
+`PerDocument` makes one of a `DocumentKernel`, which takes a window. Where there is none, `OverBlocks` makes one of a
+`BlockKernel`, which takes a mask at most.
+
 Everywhere in this room: query (B, n, S, D); key and value (B, k, T, D) with k dividing n. The queries are the last S of
 the T tokens, so that query i stands at position T - S + i.
 """
@@ -65,4 +69,29 @@ class DocumentKernel(Protocol):
 
     def backward(
         self, grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, attended: Attended, spec: AttentionSpec
+    ) -> Gradients: ...
+
+
+@dataclass(frozen=True)
+class Block:
+    """Which keys of a block its queries see, and how they weigh them.
+
+    Args:
+        is_causal: query i sees the keys up to i; there are as many keys as queries.
+        mask: (queries, keys), added to the scores; None where all are seen, or `is_causal` says which.
+    """
+
+    scaling: float
+    dropout: float
+    is_causal: bool = False
+    mask: Tensor | None = None
+
+
+class BlockKernel(Protocol):
+    """Attention of queries (B, n, S, D) to keys and values (B, k, T, D), all of which they see but for `block`."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, block: Block) -> Attended: ...
+
+    def backward(
+        self, grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, attended: Attended, block: Block
     ) -> Gradients: ...

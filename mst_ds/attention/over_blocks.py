@@ -11,10 +11,10 @@ from torch import Tensor
 from mst_ds.dtypes import sum_dtype
 from mst_ds.geometry import window_queries
 
-from .kernel import Attended, Draw, Gradients
+from .kernel import Attended, Block, BlockKernel, Draw, Gradients
 from .merging import merge
 from .spec import AttentionSpec
-from .torch_kernels import Block, BlockKernel
+from .torch_kernels import MASK_STEP
 
 
 @dataclass(frozen=True)
@@ -181,8 +181,17 @@ class OverBlocks:
             hidden = (keys <= rows) | (keys > rows + window)
             # In the kernel's own form: a mask of booleans would be turned into one of these for each call.
             mask = query.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
-            self.masks[kind] = mask.expand(groups, -1, -1).contiguous()
-        return self.masks[kind][:, :size, : window + size].flatten(0, 1)
+            self.masks[kind] = _aligned(mask.expand(groups, -1, -1))
+        mask = self.masks[kind].unflatten(0, (groups, -1))[:, :size, : window + size]
+        return mask.flatten(0, 1) if mask.shape[1] == window_queries(window) else _aligned(mask)
+
+
+def _aligned(mask: Tensor) -> Tensor:
+    """(groups, queries, keys) -> (groups * queries, keys), its rows as far apart as kernels want them."""
+    groups, queries, keys = mask.shape
+    rows = mask.new_empty(groups * queries, -(-keys // MASK_STEP) * MASK_STEP)[:, :keys]
+    rows.unflatten(0, (groups, queries)).copy_(mask)
+    return rows
 
 
 def _pieces(queries: int, keys: int, window: int | None) -> Iterator[Piece]:

@@ -5,43 +5,17 @@ They are operators of aten, whose public function, `scaled_dot_product_attention
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from mst_ds.dtypes import sum_dtype
 
-from .kernel import Attended, Gradients
+from .kernel import Attended, Block, Gradients
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Block:
-    """Which keys of a block its queries see, and how they weigh them.
-
-    Args:
-        is_causal: query i sees the keys up to i; there are as many keys as queries.
-        mask: (queries, keys), added to the scores; None where all are seen, or `is_causal` says which.
-    """
-
-    scaling: float
-    dropout: float
-    is_causal: bool = False
-    mask: Tensor | None = None
-
-
-class BlockKernel(Protocol):
-    """Attention of queries (B, n, S, D) to keys and values (B, k, T, D), all of which they see but for `block`."""
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, block: Block) -> Attended: ...
-
-    def backward(
-        self, grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, attended: Attended, block: Block
-    ) -> Gradients: ...
+# The memory-efficient kernel reads a mask in steps of so many keys: rows must be a multiple of it apart.
+MASK_STEP = 16
 
 
 class CpuFlash:
@@ -106,8 +80,8 @@ class Cudnn:
 class Efficient:
     """CUDA's memory-efficient kernel, for fp32, wide heads and masks. It wants as many key/value as query heads."""
 
-    # It reads rows of a mask, and log-sum-exps, in steps of so many.
-    _MASK_STEP, _ROWS_STEP = 16, 32
+    # It reads log-sum-exps in steps of so many.
+    _ROWS_STEP = 32
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, block: Block) -> Attended:
         key, value = (_repeated(x, query) for x in (key, value))
@@ -141,9 +115,8 @@ class Efficient:
     def _bias(self, query: Tensor, key: Tensor, block: Block) -> Tensor | None:
         if block.mask is None:
             return None
-        keys = key.shape[2]
-        aligned = pad(block.mask, (0, -keys % self._MASK_STEP))[:, :keys]
-        return aligned.expand(*query.shape[:3], keys)
+        assert block.mask.stride(0) % MASK_STEP == 0
+        return block.mask.expand(*query.shape[:3], key.shape[2])
 
 
 def _repeated(of_keys: Tensor, query: Tensor) -> Tensor:

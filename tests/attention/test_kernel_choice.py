@@ -86,6 +86,11 @@ def test_the_kernel_for_a_device(
     assert chosen(monkeypatch, device, **asked) == kernel
 
 
+def test_flash_attention_3_has_no_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r'"flash_attention_3" has no dropout, and a layer asks for 0\.1: use "sdpa"'):
+        chosen(monkeypatch, H100, name="flash_attention_3", dropout=0.1)
+
+
 def test_cudnn_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: False)
     assert chosen(monkeypatch, H100) == "TorchFlash"
