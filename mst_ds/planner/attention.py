@@ -48,7 +48,11 @@ def gathered_step(work: Workload, *, backward: bool) -> Terms:
     Without sequence parallelism it works on the local tensors themselves. With it, three moments can be the highest:
     the exchange before the kernel, the kernel, and the exchange after it. An exchange has a flat buffer at either end.
     """
-    kernel = (*_attention_scores(work, backward=backward), *_repeated_key_value(work, backward=backward))
+    kernel = (
+        *_attention_scores(work, backward=backward),
+        *_repeated_key_value(work, backward=backward),
+        *_widened_heads(work, backward=backward),
+    )
     if backward:
         kernel += _kernel_workspace(work)
     # Flash attention makes the output itself; of other kernels it is put together, document by document.
@@ -118,6 +122,21 @@ def _repeated_key_value(work: Workload, *, backward: bool) -> Terms:
         return ()  # blocks group heads themselves; of a window's first tokens the copies are small
     width = work.group_query_heads * work.shape.head_dim
     return (_gathered(work, "repeated_key_value", 4 if backward else 2, width),)
+
+
+def _widened_heads(work: Workload, *, backward: bool) -> Terms:
+    """Kernels want heads of one width: what is narrower is copied, and its gradient is as wide as the copy."""
+    keys, values = work.shape.head_dim, work.shape.value_head_dim
+    if keys == values:
+        return ()
+    heads, kv_heads, wide = work.group_query_heads, work.group_key_value_heads, max(keys, values)
+    # Output, its gradient and values are as wide as values, query and key as keys.
+    if values < keys:
+        width = (kv_heads + heads * (2 if backward else 1)) * wide
+        width += kv_heads * (wide - values) if backward else 0
+    else:
+        width = (heads + kv_heads) * (2 * wide - keys if backward else wide)
+    return (_gathered(work, "widened_heads", 1, width),)
 
 
 def _kernel_workspace(work: Workload) -> Terms:
