@@ -81,13 +81,12 @@ def unwritten_memory_shows() -> Iterator[None]:
 
 def merge_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the second document of each row see the first."""
-    original = mst_ds.patching.decoder.find_document_starts
+    original = mst_ds.patching.document_arguments.rows_of_table
 
-    def starts(*args: Any) -> list[list[int]] | None:
-        found = original(*args)
-        return found and [[first, *rest[1:]] for first, *rest in found]
+    def merged(*args: Any) -> tuple[list[list[int]], ...]:
+        return tuple([[first, *rest[1:]] for first, *rest in rows] for rows in original(*args))
 
-    monkeypatch.setattr(mst_ds.patching.decoder, "find_document_starts", starts)
+    monkeypatch.setattr(mst_ds.patching.document_arguments, "rows_of_table", merged)
 
 
 @pytest.mark.parametrize(("case", "factor"), [(ONE_RANK, 1.001), (PACKED, 1.001), (PACKED, 1 + 1e-8)], ids=str)
@@ -197,7 +196,7 @@ def test_a_crash_is_a_defect_not_a_refusal(monkeypatch: pytest.MonkeyPatch) -> N
     def crash(*args: Any) -> None:
         raise RuntimeError("two\nlines")
 
-    monkeypatch.setattr(mst_ds.patching.decoder, "find_document_starts", crash)
+    monkeypatch.setattr(mst_ds.patching.document_arguments, "rows_of_table", crash)
     assert defect(PACKED) == "it fails with RuntimeError: two lines"
 
 
