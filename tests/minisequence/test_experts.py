@@ -4,7 +4,6 @@ import functools
 
 import pytest
 import torch
-import torch.nn.functional as F
 from count_products import CountProducts
 from error_budget import (
     assert_equal_but_for_order,
@@ -13,86 +12,23 @@ from error_budget import (
     leaves,
     value_and_gradients,
 )
+from plain_experts import (
+    EXPERTS,
+    HIDDEN,
+    INTERMEDIATE,
+    TOP_K,
+    VARIANTS,
+    make_index,
+    make_tensors,
+    our_experts,
+    plain_experts,
+)
 from torch.utils.checkpoint import checkpoint
 
-from mst_ds.geometry import EXPERTS_OF_A_GRADIENT
 from mst_ds.memory.live import LiveMemory
-from mst_ds.minisequence import chunked_experts, experts
-from mst_ds.minisequence.grouped import runs_of_experts
 
-EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 6, 2, 64, 96
 MIB = 2**20
 assert_same = functools.partial(assert_equal_but_for_order, atol=1e-12)
-
-
-def swiglu(inner):
-    gate, up = inner.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-def clamped_swiglu(inner):
-    """As GPT-OSS gates: gate and up interleaved, clamped."""
-    gate, up = inner[..., ::2].clamp(max=1.0), inner[..., 1::2].clamp(min=-1.0, max=1.0)
-    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
-
-
-def make_index(count, experts=EXPERTS, top_k=TOP_K):
-    """Experts of very different popularity, among them one that is never chosen."""
-    torch.manual_seed(1)
-    popularity = torch.linspace(0, 3, experts)
-    popularity[experts // 2] = -100
-    return (popularity + torch.randn(count, experts)).topk(top_k, dim=-1).indices
-
-
-def make_tensors(dtype, count, *, bias=True, transposed=False, gated=True, hidden=HIDDEN, intermediate=INTERMEDIATE):
-    torch.manual_seed(0)
-    outputs = intermediate * (2 if gated else 1)
-    tensors = {
-        "x": torch.randn(count, hidden),
-        "scores": torch.rand(count, TOP_K),
-        "up": torch.randn(EXPERTS, outputs, hidden) * hidden**-0.5,
-        "down": torch.randn(EXPERTS, hidden, intermediate) * intermediate**-0.5,
-    }
-    if transposed:
-        tensors |= {name: tensors[name].transpose(1, 2).contiguous() for name in ("up", "down")}
-    if bias:
-        tensors |= {"up_bias": torch.randn(EXPERTS, outputs), "down_bias": torch.randn(EXPERTS, hidden)}
-    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
-
-
-def plain_experts(index, tensors, *, gate=swiglu, transposed=False):
-    """As transformers computes them: expert by expert, each over all its tokens."""
-    x, out = tensors["x"], torch.zeros_like(tensors["x"])
-    for expert in range(EXPERTS):
-        rows, places = torch.where(index == expert)
-        up, down = (tensors[name][expert].t() if transposed else tensors[name][expert] for name in ("up", "down"))
-        up_bias, down_bias = (tensors[name][expert] if name in tensors else None for name in ("up_bias", "down_bias"))
-        result = F.linear(gate(F.linear(x[rows], up, up_bias)), down, down_bias)
-        out.index_add_(0, rows, (result * tensors["scores"][rows, places, None]).to(out.dtype))
-    return out
-
-
-def our_experts(chunks, index, tensors, *, gate=swiglu, transposed=False, is_recomputing=False):
-    return chunked_experts(
-        tensors["x"],
-        index,
-        tensors["scores"],
-        tensors["up"],
-        tensors["down"],
-        chunks=chunks,
-        gate=gate,
-        up_bias=tensors.get("up_bias"),
-        down_bias=tensors.get("down_bias"),
-        transposed=transposed,
-        is_recomputing=is_recomputing,
-    )
-
-
-VARIANTS = {
-    "swiglu": ({"bias": False}, {}),
-    "transposed-bias-clamped": ({"transposed": True}, {"gate": clamped_swiglu, "transposed": True}),
-    "no-gate": ({"gated": False}, {"gate": F.gelu}),
-}
 
 
 @functools.cache
@@ -115,82 +51,6 @@ def test_error_budget(dtype, name, chunks):
     candidate = value_and_gradients(ours, tensors, dtype, grad_output)
     assert_within_budget(candidate, reference, truth)
     assert all(candidate[name].dtype == dtype for name in candidate)
-
-
-@pytest.fixture
-def grouped(monkeypatch):
-    """Several experts in one product, as on a GPU; for each how many."""
-    groups, product = [], F.grouped_mm
-
-    def counted(left, right, *, offs):
-        groups.append(len(offs))
-        return product(left, right, offs=offs)
-
-    monkeypatch.setattr(experts, "has_grouped_products", lambda *tensors: True)
-    monkeypatch.setattr(F, "grouped_mm", counted)
-    return groups
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_error_budget_of_several_experts_at_a_time(grouped, name):
-    """All in one product, or three after three where there are biases."""
-    dtype, count = torch.bfloat16, 333 * EXPERTS
-    of_tensors, settings = VARIANTS[name]
-    tensors = make_tensors(dtype, count, **of_tensors)
-    tensors["scores"], index = tensors["scores"][:, :1], torch.arange(count)[:, None] % EXPERTS
-    grad_output = torch.randn_like(tensors["x"])
-    plain = functools.partial(plain_experts, index, **settings)
-    ours = functools.partial(our_experts, 1, index, **settings)
-    truth = value_and_gradients(plain, tensors, torch.float64, grad_output)
-    reference, candidate = (value_and_gradients(each, tensors, dtype, grad_output) for each in (plain, ours))
-    assert set(grouped) == {3 if "up_bias" in tensors else 6}
-    assert_within_budget(candidate, reference, truth)
-    assert all(candidate[name].dtype == dtype for name in candidate)
-
-
-def test_several_experts_at_a_time_and_numbers_that_name_none(grouped):
-    """Frozen tensors, too: in fp32, where both ways round alike but for the order of sums."""
-    tensors, index = make_tensors(torch.float32, 160, bias=False), make_index(160)
-    index[::3, 0] = EXPERTS
-    frozen = {"up", "scores"}
-    plain, ours = (leaves(tensors, frozen=frozen) for _ in range(2))
-    plain_experts(index, plain).square().sum().backward()
-    our_experts(1, index, ours).square().sum().backward()
-    assert max(grouped) > 1
-    assert {name for name in ours if ours[name].grad is None} == frozen
-    for name in tensors.keys() - frozen:
-        torch.testing.assert_close(ours[name].grad, plain[name].grad, rtol=1e-4, atol=1e-5)
-
-
-def test_weight_gradients_of_many_experts_take_several_products(grouped):
-    """Each is beside those of all experts before it is put there."""
-    count = EXPERTS_OF_A_GRADIENT + 3
-    torch.manual_seed(0)
-    up, down, x = torch.randn(count, 32, 16), torch.randn(count, 16, 16), torch.randn(4 * count, 16)
-    index = torch.arange(4 * count)[:, None] % count
-    results = []
-    for chunks in (1, 10**6):  # all experts at a time, each by itself
-        own = leaves({"x": x, "scores": torch.ones(4 * count, 1), "up": up, "down": down})
-        our_experts(chunks, index, own).square().sum().backward()
-        results.append(gradients(own))
-    assert {EXPERTS_OF_A_GRADIENT, 3, count} == set(grouped)
-    for name in results[0]:
-        torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "most", "runs"),
-    [
-        ([3, 4, 5], 12, [(0, 3)]),
-        ([3, 4, 5], 8, [(0, 2), (2, 3)]),
-        ([3, 0, 5, 1], 9, [(0, 1), (2, 4)]),
-        ([0, 20, 1, 2], 8, [(1, 2), (2, 4)]),
-        ([1, 1], 0, [(0, 1), (1, 2)]),
-        ([0, 0], 8, []),
-    ],
-)
-def test_runs_of_experts(sizes, most, runs):
-    assert [(run.start, run.stop) for run in runs_of_experts(sizes, most)] == runs
 
 
 @pytest.mark.parametrize("chunks", [1, 5, 64, 10**6])
