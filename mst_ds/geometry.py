@@ -17,9 +17,10 @@ ELEMENTS_THAT_KEEP_BUSY = 2**24
 # they belong they are beside those of all experts.
 EXPERTS_OF_A_GRADIENT = 16
 
-# Attention without a kernel: a block has so many rows that a head has this many scores, but not fewer rows than are
-# worth a matrix product.
-_SCORES, _ROWS = 2**18, 64
+# Attention without a kernel: on a CPU a block has so many scores of a head, which stay in its cache; on an accelerator
+# so many of all heads, for which it works longer than its kernels take to start. But not fewer rows than are worth a
+# matrix product.
+_SCORES_OF_A_HEAD, _SCORES_OF_ALL_HEADS, _ROWS = 2**18, 2**25, 64
 # The widest head of the flash kernels, torch's and the package's.
 WIDEST_FLASH_HEAD = 256
 # Queries of a window's block, at least. Fewer waste less on masked scores; more, less on overlapping keys.
@@ -58,9 +59,11 @@ def chunk_slices(num_tokens: int, chunks: int) -> Iterator[slice]:
         start = stop
 
 
-def block_queries(keys: int) -> int:
-    """Queries that attention without a kernel takes at a time, each of which sees up to so many keys."""
-    return max(_ROWS, min(_SCORES // keys, keys))
+def block_queries(keys: int, heads: int, *, on_cpu: bool = False) -> int:
+    """Queries that attention without a kernel takes at a time, each of which sees up to so many keys; heads: of all
+    sequences."""
+    scores = _SCORES_OF_A_HEAD if on_cpu else _SCORES_OF_ALL_HEADS // heads
+    return max(_ROWS, min(scores // keys, keys))
 
 
 def window_queries(window: int) -> int:

@@ -27,8 +27,11 @@ class Blockwise:
         generator = _generator(draw, query)
         output = torch.empty_like(query)
         log_sum_exp = query.new_empty(query.shape[:3], dtype=sum_dtype(query.dtype))
-        for rows, keys in _blocks(query.shape[2], key.shape[2], spec.window):
-            weights, _ = _scores(query[:, :, rows], key[:, :, keys], spec)
+        for rows, keys in _blocks(query, key, spec.window):
+            weights = _scores(query[:, :, rows], key[:, :, keys], spec)
+            if spec.softcap is not None:
+                weights.div_(spec.softcap).tanh_().mul_(spec.softcap)
+            _hide(weights, query[:, :, rows], key[:, :, keys], spec.window)
             of_block = weights.logsumexp(dim=-1, keepdim=True)
             weights.sub_(of_block).exp_()
             if generator is not None:
@@ -45,8 +48,12 @@ class Blockwise:
         # A query is in one block; the gradients of keys and values are sums over blocks.
         wide = sum_dtype(query.dtype)
         of_query, of_key, of_value = torch.empty_like(query), *(torch.zeros_like(x, dtype=wide) for x in (key, value))
-        for rows, keys in _blocks(query.shape[2], key.shape[2], spec.window):
-            weights, slope = _scores(query[:, :, rows], key[:, :, keys], spec)
+        for rows, keys in _blocks(query, key, spec.window):
+            weights, slope = _scores(query[:, :, rows], key[:, :, keys], spec), None
+            if spec.softcap is not None:
+                slope = weights.div_(spec.softcap).tanh_().square().neg_().add_(1)
+                weights.mul_(spec.softcap)
+            _hide(weights, query[:, :, rows], key[:, :, keys], spec.window)
             weights.sub_(_folded(attended.log_sum_exp[:, :, rows, None], key)).exp_()
             grad = _folded(grad_output[:, :, rows], key)
             of_weights = (grad @ value[:, :, keys].transpose(2, 3)).to(wide)
@@ -66,32 +73,35 @@ class Blockwise:
         return of_query, of_key.to(key.dtype), of_value.to(value.dtype)
 
 
-def _blocks(queries: int, keys: int, window: int | None) -> Iterator[tuple[slice, slice]]:
+def _blocks(query: Tensor, key: Tensor, window: int | None) -> Iterator[tuple[slice, slice]]:
     """For each block its queries, and the keys that it sees."""
+    (batch, heads, queries, _), keys = query.shape, key.shape[2]
     reach = keys if window is None else window
-    size, first = block_queries(reach), keys - queries
+    size, first = block_queries(reach, batch * heads, on_cpu=is_on_cpu(query)), keys - queries
     for start in range(0, queries, size):
         stop = min(start + size, queries)
         yield slice(start, stop), slice(max(0, first + start - reach + 1), first + stop)
 
 
-def _scores(query: Tensor, key: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor | None]:
-    """(B, k, n / k * b, c), -inf where a key is hidden, the last query standing at the last key; and with a softcap its
-    slope."""
-    scores = (_folded(query, key) @ key.transpose(2, 3)).to(sum_dtype(query.dtype)).mul_(spec.scaling)
-    slope = None
-    if spec.softcap is not None:
-        scores.div_(spec.softcap).tanh_()
-        slope = 1 - scores.square()
-        scores.mul_(spec.softcap)
+def is_on_cpu(tensor: Tensor) -> bool:
+    """Whether blocks are those of a CPU."""
+    return tensor.device.type == "cpu"
+
+
+def _scores(query: Tensor, key: Tensor, spec: AttentionSpec) -> Tensor:
+    """(B, k, n / k * b, c)."""
+    return (_folded(query, key) @ key.transpose(2, 3)).to(sum_dtype(query.dtype)).mul_(spec.scaling)
+
+
+def _hide(scores: Tensor, query: Tensor, key: Tensor, window: int | None) -> None:
+    """Write -inf where a key is hidden from a query; the last query stands at the last key."""
     rows, columns = query.shape[2], key.shape[2]
     keys = torch.arange(columns, device=query.device)
     positions = torch.arange(columns - rows, columns, device=query.device)[:, None]
     hidden = keys > positions
-    if spec.window is not None:
-        hidden |= keys <= positions - spec.window
+    if window is not None:
+        hidden |= keys <= positions - window
     scores.unflatten(2, (-1, rows)).masked_fill_(hidden, float("-inf"))
-    return scores, slope
 
 
 def _folded(of_queries: Tensor, key: Tensor) -> Tensor:

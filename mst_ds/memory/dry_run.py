@@ -134,6 +134,7 @@ def as_on_an_accelerator() -> Iterator[None]:
     with (
         _replaced(decoder, **no_documents),
         _replaced(attend, choose_kernel=_kernel_of_an_accelerator),
+        _replaced(blockwise, is_on_cpu=lambda _: False),
         _replaced(chunks, **no_copies, ELEMENTS_IN_CACHE_OF_CPU=ELEMENTS_THAT_KEEP_BUSY),
     ):
         yield

@@ -190,10 +190,17 @@ def _attention_scores(work: Workload, *, backward: bool) -> Terms:
         product_term(
             "attention_scores",
             "device",
-            ("tensors", 4 if backward else 3),
             ("sequences", work.zero.micro_batch_size),
             ("query heads of a group", work.group_query_heads),
             ("scores of a block", work.block_scores),
-            ("bytes", _FP32_BYTES),
+            ("bytes with those in 16 bits", _score_bytes(work, backward=backward)),
         ),
     )
+
+
+def _score_bytes(work: Workload, *, backward: bool) -> int:
+    """In the forward weights, and what their log-sum-exp takes. In the backward weights, their gradient and a softcap's
+    slope, and a tensor for matrix products if the model has 16 bits."""
+    if not backward:
+        return 2 * _FP32_BYTES
+    return 3 * _FP32_BYTES + (work.zero.dtype_bytes if work.zero.dtype_bytes < _FP32_BYTES else 0)

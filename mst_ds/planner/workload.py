@@ -112,8 +112,9 @@ class Workload:
 
     @property
     def block_scores(self) -> int:
-        """Scores of one head that attention without a kernel computes at a time."""
-        return self.attention_length * block_queries(self.attention_length)
+        """Scores of one head that attention without a kernel computes at a time, on an accelerator."""
+        heads = self.zero.micro_batch_size * self.group_query_heads
+        return self.attention_length * block_queries(self.attention_length, heads)
 
     def chunk_tokens(self, chunks: int) -> int:
         return ceil_divide(self.tokens, chunks)

@@ -29,7 +29,7 @@ def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 4 queries, so that a document of some tokens has several, the last shorter."""
     monkeypatch.setattr("mst_ds.geometry._WINDOW_QUERIES", 4)
     monkeypatch.setattr("mst_ds.geometry._ROWS", 4)
-    monkeypatch.setattr("mst_ds.geometry._SCORES", 4)
+    monkeypatch.setattr("mst_ds.geometry._SCORES_OF_A_HEAD", 4)
 
 
 def attend_shard(

@@ -25,7 +25,7 @@ def test_the_last_queries(
 ) -> None:
     monkeypatch.setattr("mst_ds.geometry._WINDOW_QUERIES", 4)
     monkeypatch.setattr("mst_ds.geometry._ROWS", 4)
-    monkeypatch.setattr("mst_ds.geometry._SCORES", 4)
+    monkeypatch.setattr("mst_ds.geometry._SCORES_OF_A_HEAD", 4)
     torch.manual_seed(0)
     tensors = heads(4, 2, 2, length=LENGTH, dims=(8, 8, 6))
     sinks = [torch.randn(4, dtype=torch.float64, requires_grad=True)] if with_sinks else []

@@ -8,6 +8,7 @@ import transformers
 from tiers import slow_but_for
 
 from mst_ds import apply_plan, make_plan
+from mst_ds.attention import blockwise
 from mst_ds.config import GIB
 from mst_ds.memory.dry_run import KernelWorkspace
 from mst_ds.memory.live import LiveMemory
@@ -78,6 +79,7 @@ def planned_and_measured(family, changes, *, dtype="bf16", chunks=CHUNKS, **mst)
         for parameter in model.parameters():  # as an earlier micro-batch leaves them
             parameter.grad = torch.zeros_like(parameter)
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(blockwise, "is_on_cpu", lambda _: False)  # blocks as on an accelerator
             patch.setattr(stores, "_empty_on_host", partial(uncounted, memory, stores._empty_on_host))
             loss = model(input_ids=input_ids, labels=input_ids).loss
             memory.reset_peak()
