@@ -40,7 +40,7 @@ _CUDNN_DROPOUT_STEPS = 16
 
 
 @dataclass(frozen=True)
-class Gpu:
+class CudaDevice:
     """capability: of CUDA. cudnn: its version, such as 91501; None where there is none."""
 
     capability: tuple[int, int]
@@ -56,10 +56,10 @@ class Gpu:
 
 
 @cache
-def gpu(device: torch.device) -> Gpu:
+def cuda_device(device: torch.device) -> CudaDevice:
     """The device's own numbers."""
     cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
-    return Gpu(torch.cuda.get_device_capability(device), cudnn)
+    return CudaDevice(torch.cuda.get_device_capability(device), cudnn)
 
 
 def choose_kernel(
@@ -74,7 +74,7 @@ def choose_kernel(
     Raises:
         ValueError: flash attention 3 or 4 with dropout.
     """
-    is_flash = query.is_cuda and query.itemsize == 2 and query.shape[3] <= gpu(query.device).widest_flash_head
+    is_flash = query.is_cuda and query.itemsize == 2 and query.shape[3] <= cuda_device(query.device).widest_flash_head
     if name == "flash_attention_2" and is_flash and not (spec.softcap is not None and spec.dropout):
         return FlashPackage()
     if spec.softcap is not None:
@@ -97,7 +97,7 @@ def _block_kernel(query: Tensor, spec: AttentionSpec, *, is_flash: bool) -> Bloc
 
 
 def _prefers_cudnn(query: Tensor, spec: AttentionSpec, documents: Documents) -> bool:
-    of_device = gpu(query.device)
+    of_device = cuda_device(query.device)
     if of_device.cudnn is None or of_device.capability[0] not in {9, 10} or not torch.backends.cuda.cudnn_sdp_enabled():
         return False
     is_right = of_device.cudnn >= _FIRST_RIGHT_CUDNN or (query.shape[2] % 128 == 0 and not spec.dropout)

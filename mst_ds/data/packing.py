@@ -16,7 +16,7 @@ from mst_ds.data.order import permutation
 from mst_ds.data.sharding import Batch
 
 
-def document_lengths(tokens: Dataset) -> NDArray[np.int64]:
+def tokens_of_documents(tokens: Dataset) -> NDArray[np.int64]:
     """The number of tokens of each row of `tokens`, from the Arrow offsets alone."""
     column = tokens.with_format("arrow")[:]["input_ids"]
     return pc.list_value_length(column).to_numpy().astype(np.int64)
@@ -43,7 +43,7 @@ def split_documents(
     Raises:
         ValueError: what is left for training does not make one sample.
     """
-    lengths = document_lengths(tokens)
+    lengths = tokens_of_documents(tokens)
     if num_samples == 0:
         return np.arange(len(lengths)), np.arange(0)
     order = permutation(len(lengths), seed)
@@ -96,7 +96,7 @@ class PackedDataset(torch.utils.data.Dataset[Batch]):
         max_samples: int | None = None,
         packing: Packing = "documents",
     ) -> None:
-        lengths = document_lengths(tokens)
+        lengths = tokens_of_documents(tokens)
         self.seq_len = seq_len
         self.pad_id = pad_id
         self.packing = packing

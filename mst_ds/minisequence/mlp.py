@@ -80,16 +80,14 @@ def chunked_mlp(
         gate_weight, up_weight, down_weight: (I, H), or None for an MLP without a gate; (I, H); (H, I).
         chunks: how many chunks; fewer where a chunk would be shorter than 4 tokens.
         activation: elementwise, deterministic and not in place; differentiated by autograd, one chunk at a time.
-        is_silu: `activation` computes SiLU, so that it is, with the product, one fused kernel where that takes 16 bits
-            and there is a gate. Known of `torch.nn.functional.silu` without this.
+        is_silu: `activation` computes SiLU, which is one fused kernel with the product where that can be.
         gate_bias, up_bias, down_bias: (I,), (I,) and (H,), or None.
         gate_in_up: the gate's rows come first in `up_weight`, (2 I, H), and `up_bias`, (2 I,), as in Phi-3.
         transposed: weights are (inputs, outputs), as in GPT-2: (H, I) or (H, 2 I) up and (I, H) down.
         keep: the forward keeps gate and up too (without a gate, up), each (tokens, I); the backward computes nothing
             again, and the result is the same, bit for bit. True: autograd keeps them. In a layer that is computed
             again, where they lie between its two calls, of which the second takes what the first has put there.
-        is_recomputing: torch.utils.checkpoint computes the layer again, and ends with the last tensor that its backward
-            needs; so the output is computed only if it goes on after this call.
+        is_recomputing: the layer is computed again: the output is computed only if that goes on after this call.
 
     Returns:
         (..., H), the dtype of `hidden_states` (under autocast: the autocast dtype).

@@ -10,19 +10,20 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mst_ds.attention import AttentionSpec, Documents, choice, prepare_attention
-from mst_ds.attention.choice import Gpu, choose_kernel
+from mst_ds.attention.choice import CudaDevice, choose_kernel
 from mst_ds.attention.over_blocks import OverBlocks
 from mst_ds.attention.per_document import PerDocument
 from mst_ds.config import ATTENTION_IMPLEMENTATIONS
 
-H100, OLD_CUDNN, A100, RTX_4090 = Gpu((9, 0), 91501), Gpu((9, 0), 91002), Gpu((8, 0), 91501), Gpu((8, 9), 91501)
-ORIN, T4 = Gpu((8, 7), 91501), Gpu((7, 5), 91501)
+H100, OLD_CUDNN = CudaDevice((9, 0), 91501), CudaDevice((9, 0), 91002)
+A100, RTX_4090 = CudaDevice((8, 0), 91501), CudaDevice((8, 9), 91501)
+ORIN, T4 = CudaDevice((8, 7), 91501), CudaDevice((7, 5), 91501)
 PACKED = Documents([[0, 3]])
 
 
 def chosen(
     monkeypatch: pytest.MonkeyPatch,
-    device: Gpu | None,
+    device: CudaDevice | None,
     *,
     name: str = "sdpa",
     dtype: torch.dtype = torch.bfloat16,
@@ -32,7 +33,7 @@ def chosen(
     **asked: Any,
 ) -> str:
     """The kernel's name, and that of the kernel of its blocks."""
-    monkeypatch.setattr(choice, "gpu", lambda _: device)
+    monkeypatch.setattr(choice, "cuda_device", lambda _: device)
     with FakeTensorMode():
         query = torch.empty(1, 4, length, width, dtype=dtype, device="cpu" if device is None else "cuda")
     kernel: Any = choose_kernel(name, query, AttentionSpec(0.1, **asked), documents or Documents(), {})
@@ -70,7 +71,7 @@ def chosen(
         (OLD_CUDNN, {}, "Cudnn"),
         (OLD_CUDNN, {"length": 255}, "TorchFlash"),
         (OLD_CUDNN, {"dropout": 0.125}, "TorchFlash"),
-        (Gpu((9, 0), None), {}, "TorchFlash"),
+        (CudaDevice((9, 0), None), {}, "TorchFlash"),
         (A100, {}, "TorchFlash"),
         (A100, {"width": 256}, "TorchFlash"),
         (RTX_4090, {"width": 256}, "Efficient"),
@@ -81,7 +82,7 @@ def chosen(
     ids=str,
 )
 def test_the_kernel_for_a_device(
-    monkeypatch: pytest.MonkeyPatch, device: Gpu | None, asked: dict[str, Any], kernel: str
+    monkeypatch: pytest.MonkeyPatch, device: CudaDevice | None, asked: dict[str, Any], kernel: str
 ) -> None:
     assert chosen(monkeypatch, device, **asked) == kernel
 

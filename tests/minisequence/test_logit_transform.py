@@ -11,11 +11,11 @@ from error_budget import (
     leaves,
     value_and_gradients,
 )
-from plain_loss import ONE, make_labels, make_tensors, plain_loss
+from plain_loss import ONE, make_labels, make_tensors, our_loss, plain_loss
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mst_ds.memory.live import LiveMemory
-from mst_ds.minisequence import chunked_loss, chunked_loss_of_head
+from mst_ds.minisequence import chunked_loss_of_head
 
 MIB = 2**20
 # Granite divides by 8, Cohere multiplies by 1/16, Gemma 2 caps at 30. The logits' spread is 2, so a cap of 3 shows.
@@ -24,10 +24,6 @@ TRANSFORMS = {
     "softcap": {"logit_softcap": 3.0},
     "both": {"logit_scale": 2.5, "logit_softcap": 5.0},
 }
-
-
-def our_loss(chunks, labels, tensors, **kwargs):
-    return chunked_loss(tensors["x"], tensors["weight"], labels, chunks=chunks, bias=tensors.get("bias"), **kwargs)
 
 
 def our_loss_of_head(chunks, labels, tensors, **kwargs):

@@ -15,17 +15,12 @@ from error_budget import (
     relative_error,
     value_and_gradients,
 )
-from plain_loss import HIDDEN, ONE, VOCAB, make_labels, make_tensors, plain_loss
+from plain_loss import HIDDEN, ONE, VOCAB, make_labels, make_tensors, our_loss, plain_loss
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mst_ds.memory.live import LiveMemory
-from mst_ds.minisequence import chunked_loss
 
 MIB = 2**20
-
-
-def our_loss(chunks, labels, tensors, **kwargs):
-    return chunked_loss(tensors["x"], tensors["weight"], labels, chunks=chunks, bias=tensors.get("bias"), **kwargs)
 
 
 assert_same = functools.partial(assert_equal_but_for_order, atol=1e-14)

@@ -12,7 +12,7 @@ import psutil
 import pytest
 from cluster import Cluster, Job, processes_of, wait_until
 from processes import ROOT, run
-from trainings import FLAGS, LIMIT, assert_same_weights, command, losses, with_mesh
+from trainings import FLAGS, LIMIT, assert_same_run, command, losses, with_mesh
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -78,11 +78,6 @@ def runs(cluster: Cluster, ds_config: str, tmp_path: Path) -> Iterator[Runs]:
     made = Runs(cluster, ds_config, tmp_path)
     yield made
     made.cancel()
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    assert losses(one) == losses(other)
-    assert_same_weights(one, other)
 
 
 def test_two_nodes_train_one_model(runs: Runs, local: Path) -> None:
