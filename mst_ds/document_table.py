@@ -34,11 +34,12 @@ def document_table(position_ids: Tensor, attention_mask: Tensor | None = None) -
     return torch.stack([first, lengths], dim=1)
 
 
-def rows_of_table(table: Tensor, batch: int, length: int) -> tuple[list[list[int]], list[list[int]]]:
-    """For each of `batch` rows of `length` tokens the first index of each document, and how long each is."""
+def rows_of_table(documents: list[list[int]], batch: int, length: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Of a table as a list: for each of `batch` rows of `length` tokens the first index of each document, and how long
+    each is."""
     starts: list[list[int]] = [[] for _ in range(batch)]
     lengths: list[list[int]] = [[] for _ in range(batch)]
-    for first, of_document in table.tolist():
+    for first, of_document in documents:
         row, start = divmod(first, length)
         starts[row].append(start)
         lengths[row].append(of_document)

@@ -77,3 +77,12 @@ def test_a_copy_has_a_forward_of_its_own():
         for parameter in model.parameters():
             parameter.zero_()
     assert_close(loss_and_gradients(clone, **make_batch()), before, tolerance=0.0)
+
+
+def test_angles_of_other_tokens_do_not_fit():
+    model = apply_settings(tiny_model("llama"), tiny_settings()).float()
+    attention = model.model.layers[0].self_attn
+    width = attention.head_dim
+    for angles in (torch.randn(1, 16, width), torch.randn(1, 4, width), torch.randn(3, 8, width)):
+        with pytest.raises(RuntimeError, match="must match the size of tensor"):
+            attention(torch.randn(2, 8, model.config.hidden_size), (angles, angles), None)

@@ -111,7 +111,11 @@ class ShardedLoader(Iterator[Batch]):
             sample = functools.partial(_sample, self.dataset, self._order)
             shards = _Shards(self.dataset, self.topology, self.micro_batch_size, sample)
             self._batches = self._loading.batches(shards, starts)
-        batch = next(self._batches)
+        try:
+            batch = next(self._batches)
+        except Exception:
+            self._batches = None  # who tries again gets the same batch
+            raise
         self.samples_seen += per_round
         return batch
 

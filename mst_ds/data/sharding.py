@@ -48,7 +48,7 @@ def shard(batch: Batch, topology: Topology, pad_id: int = 0) -> Batch:
     input_ids = batch["input_ids"]
     batch_size, seq_len = input_ids.shape
     layout = TokenLayout(topology.sp_size)
-    position_ids = batch.get("position_ids", torch.arange(seq_len).expand(batch_size, -1))
+    position_ids = batch.get("position_ids", torch.arange(seq_len, device=input_ids.device).expand(batch_size, -1))
     attention_mask = batch.get("attention_mask", torch.ones_like(input_ids))
     # Padding counts from 0 again: a learned position beyond S may not exist. It never has more than S tokens, save in
     # a world with more ranks than tokens.
@@ -60,11 +60,15 @@ def shard(batch: Batch, topology: Topology, pad_id: int = 0) -> Batch:
     }
     added = whole["position_ids"].shape[1] - seq_len
     if added:
-        whole["position_ids"][:, seq_len:] = torch.arange(added) % seq_len
+        whole["position_ids"][:, seq_len:] = torch.arange(added, device=input_ids.device) % seq_len
     if bool(((whole["attention_mask"] == 0) & (whole["shift_labels"] != IGNORE_INDEX)).any()):
         raise ValueError(f"labels must be {IGNORE_INDEX} after padding, where attention_mask is 0: it predicts nothing")
-    shards = {name: layout.split(tensor, dim=1)[topology.sp_rank].contiguous() for name, tensor in whole.items()}
-    return shards | {"document_table": document_table(whole["position_ids"], whole["attention_mask"])}
+    # In memory of their own: a part of one row, which is contiguous, would carry the whole sequence along.
+    shards = {
+        name: layout.split(tensor, dim=1)[topology.sp_rank].clone(memory_format=torch.contiguous_format)
+        for name, tensor in whole.items()
+    }
+    return shards | {"document_table": document_table(whole["position_ids"], whole["attention_mask"]).cpu()}
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -35,7 +35,9 @@ def has_grouped_products(*tensors: Tensor) -> bool:
 def fit_grouped_products(*matrices: Tensor) -> bool:
     """Whether the grouped kernels take these matrices, (groups, M, N), as they lie in memory."""
     return all(
-        matrix.is_contiguous() and matrix.shape[1] % _ALIGNED == matrix.shape[2] % _ALIGNED == 0 for matrix in matrices
+        matrix.is_contiguous()
+        and matrix.shape[1] % _ALIGNED == matrix.shape[2] % _ALIGNED == matrix.storage_offset() % _ALIGNED == 0
+        for matrix in matrices
     )
 
 

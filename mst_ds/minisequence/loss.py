@@ -161,7 +161,7 @@ def _apply(call: _LossCall, hidden_states: Tensor, *parameters: Tensor | None) -
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _LossCall, hidden_states: Tensor, *parameters: Tensor | None) -> Tensor:
-        x, labels = flat(hidden_states), call.labels.to(hidden_states.device).reshape(-1)
+        x, labels = flat(hidden_states), call.labels.to(hidden_states.device).reshape(-1).contiguous()
         token_weight = _token_weight(call, labels, sum_dtype(x.dtype))
         # needs_input_grad says nothing about no_grad, which is invisible in here.
         _, needs_x, *needs = (call.is_grad_enabled and needed for needed in ctx.needs_input_grad)

@@ -130,10 +130,16 @@ def _from_lengths(name: str, given: Any, batch: int, length: int) -> ToldDocumen
 
 
 def _from_table(table: Tensor, batch: int, length: int) -> ToldDocuments:
-    first = table[:, 0].tolist()
-    if not set(range(0, batch * length, length)) <= set(first) or first[-1] >= batch * length:
+    documents = table.tolist()  # once, as a user's loop may have brought it to a device
+    first = [start for start, _ in documents]
+    # Positions rise by one within a document, and its length is its last position and 1; that of padding 0.
+    is_whole = all(
+        of_document == 0 or of_document >= after - start
+        for (start, of_document), after in zip(documents, [*first[1:], batch * length], strict=True)
+    )
+    if not is_whole or not set(range(0, batch * length, length)) <= set(first) or first[-1] >= batch * length:
         raise ValueError(f"{TABLE} is not that of {batch} x {length} tokens: pass that of the whole batch")
-    starts, lengths = rows_of_table(table, batch, length)
+    starts, lengths = rows_of_table(documents, batch, length)
     return ToldDocuments(TABLE, starts, length, lengths)
 
 

@@ -15,6 +15,7 @@ from mst_ds.geometry import host_pieces, pinned_block
 
 # Less than this stays on the device: random seeds and the like.
 _SMALLEST = 4096
+_WRITTEN_IN_PLACE = "what a layer keeps for its backward has been written to in place after its forward"
 
 
 class Kept(Protocol):
@@ -72,7 +73,7 @@ class KeptOnDevice:
     def take(self) -> Tensor:
         tensor, self._tensor = self._tensor, None
         if tensor is not None and tensor._version != self._version:
-            raise RuntimeError("what a layer keeps for its backward has been written to in place after its forward")
+            raise RuntimeError(_WRITTEN_IN_PLACE)
         return _taken_once(tensor)
 
 
@@ -168,11 +169,21 @@ class _KeptOnHost:
         self._on_host = _when_dropped(self, link.give_back, pieces)
         wait = link.copy(pieces, _flat_bytes(source))
         self._leaving = _when_dropped(self, _free_after, wait, source)
+        self._version = source._version
         self._arriving: weakref.finalize[..., _KeptOnHost] | None = None
 
     def wait_until_left(self) -> None:
-        """The source is freed; on its device whatever is computed from here on runs after the copy."""
+        """The source is freed; on its device whatever is computed from here on runs after the copy.
+
+        Raises:
+            RuntimeError: the source has been written to beside the copy.
+        """
+        leaving = self._leaving.peek()
+        is_changed = leaving is not None and leaving[2][1]._version != self._version
+        del leaving
         self._leaving()
+        if is_changed:
+            raise RuntimeError(_WRITTEN_IN_PLACE)
 
     def fetch(self) -> None:
         """Start to copy back."""

@@ -45,5 +45,5 @@ def find_document_starts(
     if group is not None:
         tokens = TokenLayout(group.size).join(group.all_gather(tokens), dim=1)
     table = document_table(tokens // 2, tokens % 2)
-    starts, _ = rows_of_table(table, *tokens.shape)
+    starts, _ = rows_of_table(table.tolist(), *tokens.shape)
     return None if all(row == [0] for row in starts) else starts

@@ -79,6 +79,9 @@ def _rotary(
     # What it was not tried with is the model's own affair.
     if args or kwargs or query.dim() != 4 or cos.dim() != 3 or cos.requires_grad or sin.requires_grad:
         return original(query, key, cos, sin, *args, **kwargs)
+    # Angles of other tokens are its affair, too: it says what does not fit.
+    if cos.shape[1] != query.shape[2] or len(cos) not in (1, len(query)) or key.shape[2] != query.shape[2]:
+        return original(query, key, cos, sin)
     return rotary_embedding(query, cos, sin), rotary_embedding(key, cos, sin)
 
 

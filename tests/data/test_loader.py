@@ -252,3 +252,15 @@ def test_batches_do_not_depend_on_the_state_of_any_generator(packed: Packed) -> 
 
     assert samples_of(world(packed(num_samples=10), 1, 1), steps=10) == first
     assert samples_of(world(packed(num_samples=10), 1, 1, seed=8), steps=10) != first
+
+
+def test_a_batch_that_could_not_be_read_is_read_again(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = packed(num_samples=10)
+    expected = samples_of(world(dataset, 1, 1), steps=3)
+    (loader,) = world(dataset, 1, 1)
+    seen = samples_of([loader], steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(PackedDataset, "__getitem__", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            next(loader)
+    assert seen + samples_of([loader], steps=2) == expected

@@ -119,6 +119,7 @@ def test_shards_can_be_sent_and_leave_the_batch_as_it_was() -> None:
     for part in shards_of(batch, 2):
         assert all(tensor.is_contiguous() and tensor.dtype == torch.int64 for tensor in part.values())
         for tensor in part.values():
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes  # and not the whole sequence
             tensor.zero_()
     assert all(torch.equal(batch[name], before[name]) for name in batch)
 

@@ -205,8 +205,10 @@ def test_loss_of_logits_that_are_minus_infinity_of_ignored_tokens_and_without_gr
     assert losses[2] == 0
     assert not logits[2].any()
     labels[3] = 150
-    cross_entropy.cross_entropy_(before, labels, factor, losses, 7, 1.0, False)
+    # Nor does anybody train on a label that there is not.
+    cross_entropy.cross_entropy_(before, labels, factor, losses, 7, 1.0, True)
     assert losses.isnan().tolist() == [False, False, False, True, False, False, False]
+    assert before.isnan().all(dim=1).tolist() == losses.isnan().tolist()
 
 
 def test_a_capped_loss_is_torchs():

@@ -8,6 +8,8 @@ from tiny_models import tiny_model
 from transformers import DataCollatorWithFlattening
 
 from mst_ds import apply_settings
+from mst_ds.data import shard
+from mst_ds.topology import Topology
 
 LENGTHS = (7, 4, 9)
 
@@ -105,3 +107,14 @@ def test_weights_of_attention_are_refused():
     model, ids = apply_settings(tiny_model("llama"), tiny_settings()), make_batch()["input_ids"]
     with pytest.raises(ValueError, match=r"output_attentions: attention with a plan has no matrix of weights"):
         model(ids, output_attentions=True)
+
+
+def test_a_part_of_a_batch_with_a_part_of_its_table_is_refused():
+    # Of two rows with two documents each; the first row's table would say one document too few.
+    ids = torch.randint(2, 90, (2, 16))
+    positions = torch.cat([torch.arange(8), torch.arange(8)]).expand(2, -1)
+    batch = shard({"input_ids": ids, "labels": ids, "position_ids": positions}, Topology(0, 1, 1))
+    model = apply_settings(tiny_model("llama"), tiny_settings())
+    model(**batch)
+    with pytest.raises(ValueError, match="document_table is not that of 1 x 16 tokens: pass that of the whole batch"):
+        model(**{name: tensor[:1] for name, tensor in batch.items()})

@@ -122,3 +122,12 @@ def test_a_copy_shares_nothing():
     other.begin_forward()
     assert other._leaving is not store._leaving
     assert kept.take()[0] == 3
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_what_is_written_to_in_place_is_not_taken(store):
+    layer, tensor = store().begin_layer(), kept_tensor()
+    kept = layer.keep(tensor)
+    tensor.add_(1)
+    with pytest.raises(RuntimeError, match="has been written to in place after its forward"):
+        kept.take()

@@ -71,9 +71,9 @@ def kernels_run(device: torch.device, dtype: torch.dtype) -> bool:
         return False
     if device.type != "cuda":
         return os.environ.get("TRITON_INTERPRET") == "1"
-    from mst_ds.minisequence.fused import swiglu
-
     try:
+        from mst_ds.minisequence.fused import swiglu
+
         ones = torch.ones(16, device=device, dtype=dtype)
         swiglu.product(ones, ones, out := torch.empty_like(ones))
         is_right = bool((out.float() - 0.731).abs().max() < 0.01)

@@ -60,7 +60,7 @@ def cross_entropy_kernel(
     label = tl.load(labels + row)
     is_valid = label != ignore_index
     # Before the sums, which all threads wait for: afterwards another may have written its gradient there. A label
-    # outside of the vocabulary makes the loss NaN.
+    # outside of the vocabulary makes the loss and all gradients NaN, so that nobody trains on them.
     is_label = is_valid & (label >= 0) & (label < vocab)
     of_label = tl.load(row_logits + label, mask=is_label, other=float("nan")).to(tl.float32) * scale
     # Below all logits but -inf, which may be all that the first tile has.
@@ -76,6 +76,7 @@ def cross_entropy_kernel(
     tl.store(losses + row, tl.where(is_valid, loss, 0.0))
     if NEEDS_GRADIENTS:
         weight = tl.where(is_valid, tl.load(factor) * scale, 0.0)
+        weight = tl.where(is_valid == is_label, weight, float("nan"))
         for start in range(0, vocab, COLUMNS):
             columns = start + tl.arange(0, COLUMNS)
             is_inside = columns < vocab
