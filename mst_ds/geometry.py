@@ -59,11 +59,12 @@ def chunk_slices(num_tokens: int, chunks: int) -> Iterator[slice]:
         start = stop
 
 
-def block_queries(keys: int, heads: int, *, on_cpu: bool = False) -> int:
-    """Queries that attention without a kernel takes at a time, each of which sees up to so many keys; heads: of all
-    sequences."""
+def block_queries(keys: int, heads: int, *, window: int | None = None, on_cpu: bool = False) -> int:
+    """Queries that attention without a kernel takes at a time, of all keys or in a window; heads: of all sequences."""
     scores = _SCORES_OF_A_HEAD if on_cpu else _SCORES_OF_ALL_HEADS // heads
-    return max(_ROWS, min(scores // keys, keys))
+    # No more than a window's worth of queries, which with their windows see twice as many keys.
+    most, seen = (keys, keys) if window is None else (window, min(keys, 2 * window))
+    return max(_ROWS, min(scores // seen, most))
 
 
 def window_queries(window: int) -> int:

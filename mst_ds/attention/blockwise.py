@@ -76,8 +76,8 @@ class Blockwise:
 def _blocks(query: Tensor, key: Tensor, window: int | None) -> Iterator[tuple[slice, slice]]:
     """For each block its queries, and the keys that it sees."""
     (batch, heads, queries, _), keys = query.shape, key.shape[2]
-    reach = keys if window is None else window
-    size, first = block_queries(reach, batch * heads, on_cpu=is_on_cpu(query)), keys - queries
+    reach, first = keys if window is None else window, keys - queries
+    size = block_queries(keys, batch * heads, window=window, on_cpu=is_on_cpu(query))
     for start in range(0, queries, size):
         stop = min(start + size, queries)
         yield slice(start, stop), slice(max(0, first + start - reach + 1), first + stop)

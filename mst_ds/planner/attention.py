@@ -186,7 +186,15 @@ def _attention_scores(work: Workload, *, backward: bool) -> Terms:
     """No kernel of torch has a softcap: attention is computed in plain torch, by blocks of queries."""
     if not work.is_blockwise:
         return ()
+    sums: Terms = ()
+    if backward and work.zero.dtype_bytes < _FP32_BYTES:
+        # In fp32, over blocks: by so much longer than the gradients themselves.
+        width = work.group_key_value_heads * (work.shape.head_dim + work.shape.value_head_dim)
+        factors = (("tokens of all shards", work.attention_tokens), ("width of keys and values", width))
+        more = ("bytes more", _FP32_BYTES - work.zero.dtype_bytes)
+        sums = (product_term("key_value_gradient_sums", "device", *factors, more),)
     return (
+        *sums,
         product_term(
             "attention_scores",
             "device",
