@@ -9,6 +9,8 @@ import torch.nn.attention
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mst_ds.geometry import ceil_divide
+
 from .choice import choose_kernel
 from .documents import Documents
 from .flash_attn_package import flash_attn_2_version
@@ -122,7 +124,7 @@ def _without_idle_window(spec: AttentionSpec, key: Tensor) -> AttentionSpec:
 
 def _common_width(query: Tensor, value: Tensor) -> int:
     width = max(query.shape[3], value.shape[3])
-    return -(-width // _WIDTH) * _WIDTH if query.is_cuda else width
+    return ceil_divide(width, _WIDTH) * _WIDTH if query.is_cuda else width
 
 
 def _widened(tensor: Tensor, width: int) -> Tensor:

@@ -63,8 +63,8 @@ class Documents:
                 for of_queries, of_keys in _ranges(rows[row % len(rows)][1], queries, keys)
             ]
             self._borders[kind] = Borders(
-                queries=_on_device([start for start, *_ in of_rows] + [batch * queries], device),
-                keys=_on_device([start for _, start, *_ in of_rows] + [batch * keys], device),
+                queries=on_device([start for start, *_ in of_rows] + [batch * queries], device, torch.int32),
+                keys=on_device([start for _, start, *_ in of_rows] + [batch * keys], device, torch.int32),
                 most_queries=max(part.stop - part.start for *_, part, _ in of_rows),
                 most_keys=max(part.stop - part.start for *_, part in of_rows),
             )
@@ -83,7 +83,6 @@ def _ranges(starts: list[int], queries: int, keys: int) -> Iterator[tuple[slice,
         yield slice(max(start - first, 0), max(stop - first, 0)), slice(start, stop)
 
 
-def _on_device(numbers: list[int], device: torch.device) -> Tensor:
-    # From pinned memory, so that nothing waits for the copy.
-    on_host = torch.tensor(numbers, dtype=torch.int32, pin_memory=device.type != "cpu")
-    return on_host.to(device, non_blocking=True)
+def on_device(numbers: list[int], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """The numbers as a tensor, copied from pinned memory, so that nothing waits for the copy."""
+    return torch.tensor(numbers, dtype=dtype, pin_memory=device.type != "cpu").to(device, non_blocking=True)

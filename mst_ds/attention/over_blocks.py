@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mst_ds.dtypes import sum_dtype
-from mst_ds.geometry import window_queries
+from mst_ds.geometry import ceil_divide, window_queries
 
 from .kernel import Attended, Block, BlockKernel, Draw, Gradients
 from .merging import merge
@@ -189,7 +189,7 @@ class OverBlocks:
 def _aligned(mask: Tensor) -> Tensor:
     """(groups, queries, keys) -> (groups * queries, keys), its rows as far apart as kernels want them."""
     groups, queries, keys = mask.shape
-    rows = mask.new_empty(groups * queries, -(-keys // MASK_STEP) * MASK_STEP)[:, :keys]
+    rows = mask.new_empty(groups * queries, ceil_divide(keys, MASK_STEP) * MASK_STEP)[:, :keys]
     rows.unflatten(0, (groups, queries)).copy_(mask)
     return rows
 

@@ -210,7 +210,7 @@ class _Link:
 
     That is pieces of few sizes, which fit any tensor. torch's allocator gives blocks of a power of two, and to a host
     that is far ahead of the device fresh ones. Here a piece is free once the copy from it has been given to the stream,
-    on which the next copy into it runs later: there are never more than are in use at once, which is what is planned.
+    on which the next copy into it runs later: of a size there are never more than are in use at once, which is planned.
     """
 
     def __init__(self, device: torch.device, module: Any) -> None:

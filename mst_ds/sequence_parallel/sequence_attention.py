@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mst_ds.attention import Attended, AttentionSpec, CausalAttention
+from mst_ds.attention.documents import on_device
 from mst_ds.dtypes import sum_dtype
 from mst_ds.geometry import HeadLayout
 from mst_ds.recompute import Kept, KeptOnDevice, LayerRecompute, RandomState
@@ -88,7 +89,7 @@ class SequenceAttention:
         query, key, value = gather_sequence(tensors[:3], self._heads(head_group), self.group)
         index = self.layout.key_value_index(self.group.rank, head_group)
         if index is not None:
-            copies = _on_device(index, key.device)
+            copies = on_device(index, key.device)
             key, value = key[:, copies], value[:, copies]
         heads = self.layout.query_heads(self.group.rank, head_group)
         return [query, key, value, *(sinks[heads.start : heads.stop] for sinks in tensors[3:])]
@@ -141,12 +142,7 @@ class SequenceAttention:
 def _summed_by_head(grad: Tensor, index: list[int]) -> Tensor:
     """Gradients of copies of heads -> of the heads, the sum not rounded early."""
     total = grad.new_zeros(grad.shape[0], max(index) + 1, *grad.shape[2:], dtype=sum_dtype(grad.dtype))
-    return total.index_add_(1, _on_device(index, grad.device), grad.to(total.dtype)).to(grad.dtype)
-
-
-def _on_device(index: list[int], device: torch.device) -> Tensor:
-    # From pinned memory, so that nothing waits for the copy.
-    return torch.tensor(index, pin_memory=device.type != "cpu").to(device, non_blocking=True)
+    return total.index_add_(1, on_device(index, grad.device), grad.to(total.dtype)).to(grad.dtype)
 
 
 @dataclass(frozen=True)
