@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mst_ds import apply_settings
-from mst_ds.data import IGNORE_INDEX, ON_HOST, PackedDataset, ShardedLoader, eval_batches, shard, shift_labels
+from mst_ds.data import IGNORE_INDEX, ON_HOST, EvalLoader, PackedDataset, ShardedLoader, shard, shift_labels
 from mst_ds.data.order import permutation
 from mst_ds.minisequence import chunked_loss, chunked_mlp
 from mst_ds.topology import Topology, choose_sp_size
@@ -325,7 +325,7 @@ def test_row_14_ranks_never_have_more_or_other_batches_than_others(packing: str)
     for _ in range(6):  # through the end of an epoch that the batches do not divide
         batches = [next(loader) for loader in of_ranks]
         assert {batch[name].shape for batch in batches for name in batch.keys() - ON_HOST} == {(3, 3)}
-    evaluations = [list(eval_batches(dataset, loader.topology, micro_batch_size=3)) for loader in of_ranks]
+    evaluations = [list(EvalLoader(dataset, loader.topology, micro_batch_size=3)) for loader in of_ranks]
     assert [len(batches) for batches in evaluations] == [2] * 4
     shapes = {batch[name].shape for batches in evaluations for batch in batches for name in batch.keys() - ON_HOST}
     assert shapes == {(3, 3)}

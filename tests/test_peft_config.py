@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from mst_ds.adapters import add_adapters, load_peft_config
 from mst_ds.config import TrainConfig
-from mst_ds.data import eval_batches, load_tokenizer, load_training_data
+from mst_ds.data import EvalLoader, load_tokenizer, load_training_data
 from mst_ds.data.tokenizer import byte_tokenizer
 from mst_ds.model_shape import load_model_config
 from mst_ds.topology import Topology
@@ -81,7 +81,7 @@ def test_a_run_trains_adapters_that_peft_loads(tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     held_out = load_training_data(config, load_tokenizer(config, load_model_config(config.model))).held_out
     assert held_out is not None
-    (batch,) = eval_batches(held_out, Topology(0, 1, 1), micro_batch_size=3)
+    (batch,) = EvalLoader(held_out, Topology(0, 1, 1), micro_batch_size=3)
 
     @torch.no_grad()
     def loss(model: Any) -> float:

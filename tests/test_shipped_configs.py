@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mst_ds.config import TrainConfig
-from mst_ds.data import eval_batches, load_tokenizer, load_training_data
+from mst_ds.data import EvalLoader, load_tokenizer, load_training_data
 from mst_ds.model_shape import load_model_config
 from mst_ds.topology import Topology
 
@@ -88,6 +88,6 @@ def held_out_loss(model: Any) -> float:
     config = TrainConfig(max_steps=STEPS, seq_len=SEQ_LEN, eval_steps=2, eval_samples=EVAL_SAMPLES)
     held_out = load_training_data(config, load_tokenizer(config, load_model_config(config.model))).held_out
     assert held_out is not None
-    (batch,) = eval_batches(held_out, Topology(0, 1, 1), micro_batch_size=EVAL_SAMPLES)
+    (batch,) = EvalLoader(held_out, Topology(0, 1, 1), micro_batch_size=EVAL_SAMPLES)
     logits = model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["shift_labels"].flatten()).item()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import signal
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     import torch
     from deepspeed import DeepSpeedEngine
 
-    from mst_ds.data import ShardedLoader, TrainingData
+    from mst_ds.data import EvalLoader, ShardedLoader, TrainingData
     from mst_ds.engine import Run
     from mst_ds.metrics import MetricsWriter
     from mst_ds.resilience.interruption import Interruption
@@ -54,6 +53,7 @@ class _Job:
     run: Run
     data: TrainingData
     batches: ShardedLoader
+    held_out: EvalLoader | None
     folder: Path
 
 
@@ -85,7 +85,15 @@ def _checked(argv: Sequence[str], held: ExitStack) -> _Job:
     _quiet_libraries()
     settle_environment(os.environ)
     from mst_ds.data import load_training_data
-    from mst_ds.engine import Launch, claimed, output_folder, prepare, require_same_checkpoint, training_batches
+    from mst_ds.engine import (
+        Launch,
+        claimed,
+        evaluation_batches,
+        output_folder,
+        prepare,
+        require_same_checkpoint,
+        training_batches,
+    )
 
     run = prepare(config, Launch.from_environment())
     folder = output_folder(config)
@@ -94,7 +102,7 @@ def _checked(argv: Sequence[str], held: ExitStack) -> _Job:
         require_same_checkpoint(config, run.checkpoint)
     # Tokenising may take an hour: what can be refused without it has been.
     data = load_training_data(config, run.tokenizer)
-    return _Job(run, data, training_batches(run, data), folder)
+    return _Job(run, data, training_batches(run, data), evaluation_batches(run, data), folder)
 
 
 def _quiet_libraries() -> None:
@@ -164,7 +172,6 @@ def _train(job: _Job) -> int:
 def _take_steps(job: _Job, interruption: Interruption) -> bool:
     """Returns whether the last step was reached; then the model is written, too."""
     from mst_ds.checkpoint.export import export_run
-    from mst_ds.data import eval_batches
     from mst_ds.engine import build_engine
     from mst_ds.metrics import device_name
     from mst_ds.training.loop import train
@@ -177,16 +184,11 @@ def _take_steps(job: _Job, interruption: Interruption) -> bool:
     )
     if is_first:
         _announce(job, amounts)
+    # Each step writes to an optimizer's states on the host: workers that were forked beside them would keep old ones.
+    for loader in (job.batches, job.held_out):
+        if loader is not None:
+            loader.start_workers()
     engine = build_engine(run)
-    held_out = None
-    if job.data.held_out is not None:
-        held_out = functools.partial(
-            eval_batches,
-            job.data.held_out,
-            plan.topology,
-            micro_batch_size=plan.micro_batch_size,
-            loading=run.loading,
-        )
     saver = _saver(job, engine, interruption)
     with _metrics(run, folder, engine.device) as metrics:
         is_done = train(
@@ -197,7 +199,7 @@ def _take_steps(job: _Job, interruption: Interruption) -> bool:
             max_steps=config.max_steps,
             steps_done=run.steps_done,
             eval_steps=config.eval_steps,
-            held_out=held_out,
+            held_out=job.held_out,
             non_finite=config.non_finite,
             after_step=saver.after_step,
         )

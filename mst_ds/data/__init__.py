@@ -1,7 +1,7 @@
 """From text to sharded batches: documents, tokens, packed samples, this rank's part of each batch."""
 
 from mst_ds.config import IGNORE_INDEX
-from mst_ds.data.loader import Loading, ShardedLoader, eval_batches
+from mst_ds.data.loader import EvalLoader, Loading, ShardedLoader
 from mst_ds.data.packing import PackedDataset, split_documents
 from mst_ds.data.sharding import ON_HOST, Batch, shard, shift_labels, to_device
 from mst_ds.data.text_source import load_documents
@@ -13,13 +13,13 @@ __all__ = [
     "IGNORE_INDEX",
     "ON_HOST",
     "Batch",
+    "EvalLoader",
     "Loading",
     "PackedDataset",
     "ShardedLoader",
     "TrainingData",
     "byte_tokenizer",
     "describe",
-    "eval_batches",
     "load_documents",
     "load_tokenizer",
     "load_training_data",

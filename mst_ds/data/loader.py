@@ -36,22 +36,22 @@ class Loading:
     num_workers: int = 0
     pin_memory: bool = False
 
-    def batches(self, shards: _Shards, starts: Iterable[int]) -> Iterator[Batch]:
-        """The batches that begin at these samples, in their order."""
-        return iter(
-            DataLoader(
-                shards,
-                batch_size=None,
-                sampler=starts,
-                collate_fn=_as_it_is,
-                num_workers=self.num_workers,
-                pin_memory=self.pin_memory,
-                worker_init_fn=_live_as_long_as_the_rank,
-                # A forked worker has the tables and the order without copying them.
-                multiprocessing_context="fork" if self.num_workers else None,
-                # It draws a seed for its workers, which must not be one of the model's random numbers.
-                generator=torch.Generator(),
-            )
+    def batches(self, shards: _Shards, starts: Iterable[int], *, keeps_workers: bool = False) -> DataLoader[Batch]:
+        """The batches that begin at these samples, in their order. `iter` forks the workers; those that it keeps make
+        the batches of every later `iter`, too."""
+        return DataLoader(
+            shards,
+            batch_size=None,
+            sampler=starts,
+            collate_fn=_as_it_is,
+            num_workers=self.num_workers,
+            persistent_workers=keeps_workers and self.num_workers > 0,
+            pin_memory=self.pin_memory,
+            worker_init_fn=_live_as_long_as_the_rank,
+            # A forked worker has the tables and the order without copying them.
+            multiprocessing_context="fork" if self.num_workers else None,
+            # It draws a seed for its workers, which must not be one of the model's random numbers.
+            generator=torch.Generator(),
         )
 
 
@@ -104,20 +104,34 @@ class ShardedLoader(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         """(B, L) tensors of a shard, see `shard`."""
-        per_round = self.topology.dp_size * self.micro_batch_size
-        if self._batches is None:
-            starts = itertools.count(self.samples_seen, per_round)
-            # Nothing that leads back to this loader: workers end when the last reference to their iterator goes.
-            sample = functools.partial(_sample, self.dataset, self._order)
-            shards = _Shards(self.dataset, self.topology, self.micro_batch_size, sample)
-            self._batches = self._loading.batches(shards, starts)
         try:
-            batch = next(self._batches)
+            batch = next(self._begun())
         except Exception:
             self._batches = None  # who tries again gets the same batch
             raise
-        self.samples_seen += per_round
+        self.samples_seen += self._samples_of_a_round
         return batch
+
+    def start_workers(self) -> None:
+        """Fork them now, from where the loader is in the data, and not at the first `next`.
+
+        A fork shares the memory that its process has, and what this process then writes to is copied, page by page: so
+        before there is much of that.
+        """
+        self._begun()
+
+    @property
+    def _samples_of_a_round(self) -> int:
+        return self.topology.dp_size * self.micro_batch_size
+
+    def _begun(self) -> Iterator[Batch]:
+        if self._batches is None:
+            starts = itertools.count(self.samples_seen, self._samples_of_a_round)
+            # Nothing that leads back to this loader: workers end when the last reference to their iterator goes.
+            sample = functools.partial(_sample, self.dataset, self._order)
+            shards = _Shards(self.dataset, self.topology, self.micro_batch_size, sample)
+            self._batches = iter(self._loading.batches(shards, starts))
+        return self._batches
 
     def state_dict(self) -> dict[str, int | str]:
         """The position in the stream, the same on every rank; it can go on at any dp_size and sp_size.
@@ -154,21 +168,32 @@ class ShardedLoader(Iterator[Batch]):
         self._batches = None
 
 
-def eval_batches(
-    dataset: PackedDataset, topology: Topology, *, micro_batch_size: int, loading: Loading = Loading()
-) -> Iterator[Batch]:
-    """Every sample once over all data-parallel ranks, in order, and equally many batches on every rank.
+class EvalLoader(Iterable[Batch]):
+    """Every sample once over all data-parallel ranks, in order, and equally many batches on every rank; each time that
+    it is gone through, which must end before the next time.
 
     Where the samples run out, a rank gets padding with ignored labels: it takes part in every collective and
-    adds nothing to the loss. The batches are those of `ShardedLoader`.
+    adds nothing to the loss. The batches are those of `ShardedLoader`, of which the arguments are, too.
     """
 
-    def sample(number: int) -> Batch:
-        return dataset[number] if number < len(dataset) else _ignored_sample(dataset)
+    def __init__(
+        self, dataset: PackedDataset, topology: Topology, *, micro_batch_size: int, loading: Loading = Loading()
+    ) -> None:
+        per_round = topology.dp_size * micro_batch_size
+        starts = range(0, _round_up(len(dataset), per_round), per_round)
+        shards = _Shards(dataset, topology, micro_batch_size, functools.partial(_sample_or_padding, dataset))
+        self._batches = loading.batches(shards, starts, keeps_workers=True)
 
-    per_round = topology.dp_size * micro_batch_size
-    starts = range(0, _round_up(len(dataset), per_round), per_round)
-    return loading.batches(_Shards(dataset, topology, micro_batch_size, sample), starts)
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self._batches)
+
+    def start_workers(self) -> None:
+        """See `ShardedLoader`. They stay for all evaluations."""
+        iter(self._batches)
+
+
+def _sample_or_padding(dataset: PackedDataset, number: int) -> Batch:
+    return dataset[number] if number < len(dataset) else _ignored_sample(dataset)
 
 
 def _ignored_sample(dataset: PackedDataset) -> Batch:

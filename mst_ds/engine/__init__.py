@@ -6,7 +6,7 @@ from mst_ds.engine.meeting import RanksDisagreeError, meet
 from mst_ds.engine.output_folder import claimed, output_folder
 from mst_ds.engine.preparation import prepare
 from mst_ds.engine.resume import require_same_checkpoint
-from mst_ds.engine.run import Run, training_batches
+from mst_ds.engine.run import Run, evaluation_batches, training_batches
 
 __all__ = [
     "Launch",
@@ -14,6 +14,7 @@ __all__ = [
     "Run",
     "build_engine",
     "claimed",
+    "evaluation_batches",
     "meet",
     "output_folder",
     "prepare",

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from mst_ds.checkpoint import Checkpoint, Identity
 from mst_ds.config import TrainConfig
-from mst_ds.data import Loading, ShardedLoader, TrainingData
+from mst_ds.data import EvalLoader, Loading, ShardedLoader, TrainingData
 from mst_ds.dtypes import DTYPES
 from mst_ds.engine.hardware import has_accelerator
 from mst_ds.engine.launch import Launch
@@ -80,3 +80,10 @@ def training_batches(run: Run, data: TrainingData) -> ShardedLoader:
     if run.checkpoint is not None:
         loader.load_state_dict(run.checkpoint.data)
     return loader
+
+
+def evaluation_batches(run: Run, data: TrainingData) -> EvalLoader | None:
+    """This rank's batches of an evaluation; None where nothing is held out."""
+    if data.held_out is None:
+        return None
+    return EvalLoader(data.held_out, run.plan.topology, micro_batch_size=run.plan.micro_batch_size, loading=run.loading)

@@ -33,7 +33,7 @@ def train(
     max_steps: int,
     steps_done: int = 0,
     eval_steps: int = 1,
-    held_out: Callable[[], Iterable[Batch]] | None = None,
+    held_out: Iterable[Batch] | None = None,
     objective: Objective = CROSS_ENTROPY,
     non_finite: NonFinite = "stop",
     after_step: Callable[[int], bool] = lambda step: False,
@@ -45,7 +45,8 @@ def train(
 
     Args:
         batches: this rank's shards, see `mst_ds.data.shard`; `gradient_accumulation_steps` of them make a step.
-        held_out: makes the batches of one evaluation, equally many on every rank; None: no evaluation.
+        held_out: the batches of an evaluation, equally many on every rank; each goes through them from the first on.
+            None: no evaluation.
         objective: what steps and evaluations compute.
         non_finite: what a step does whose loss or gradient norm is NaN or inf: end the run, or change no weight and
             be counted.
@@ -79,7 +80,7 @@ def train(
             is_skipped=_is_skipped(step, result, non_finite, has_loss_scale=plan.dtype == "fp16"),
         )
         if held_out is not None and (step % eval_steps == 0 or step == max_steps):
-            metrics.log_eval(step, evaluate(engine, held_out(), objective))
+            metrics.log_eval(step, evaluate(engine, held_out, objective))
         if after_step(step):
             return step == max_steps
     return True

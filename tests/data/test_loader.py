@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from mst_ds.data import IGNORE_INDEX, ON_HOST, Batch, Loading, PackedDataset, ShardedLoader, eval_batches
+from mst_ds.data import IGNORE_INDEX, ON_HOST, Batch, EvalLoader, Loading, PackedDataset, ShardedLoader
 from mst_ds.data.order import SampleOrder, permutation
 from mst_ds.topology import Topology
 
@@ -142,6 +142,41 @@ def test_what_workers_made_ahead_is_made_again_where_a_run_goes_on(packed: Packe
     assert seen + samples_of(after, steps=3) == expected
 
 
+def workers_beside(others: set[Any]) -> set[int | None]:
+    return {worker.pid for worker in set(multiprocessing.active_children()) - others}
+
+
+def test_workers_that_are_started_early_make_the_batches_from_where_a_run_goes_on(packed: Packed) -> None:
+    dataset = packed(num_samples=10)
+    before, expected = world(dataset, 1, 1), world(dataset, 1, 1)
+    samples_of(before, steps=3)
+    samples_of(expected, steps=3)
+    others = set(multiprocessing.active_children())
+    (loader,) = world(dataset, 1, 1, workers=1)
+    loader.load_state_dict(before[0].state_dict())
+    loader.start_workers()
+    started = workers_beside(others)
+
+    assert loader.state_dict() == before[0].state_dict()
+    assert samples_of([loader], steps=4) == samples_of(expected, steps=4)
+    assert len(started) == 1
+    assert workers_beside(others) == started
+
+
+def test_workers_that_are_started_early_make_the_batches_of_all_evaluations(packed: Packed) -> None:
+    dataset, topology = packed(num_samples=10), Topology(0, 1, 1)
+    expected = [batch["input_ids"].tolist() for batch in EvalLoader(dataset, topology, micro_batch_size=2)]
+    others = set(multiprocessing.active_children())
+    loader = EvalLoader(dataset, topology, micro_batch_size=2, loading=Loading(num_workers=1))
+    loader.start_workers()
+    started = workers_beside(others)
+
+    for _ in range(2):
+        assert [batch["input_ids"].tolist() for batch in loader] == expected
+        assert workers_beside(others) == started
+    assert len(started) == 1
+
+
 def test_a_worker_outlives_the_signals_that_stop_a_run(packed: Packed) -> None:
     dataset = packed(num_samples=10)
     others = set(multiprocessing.active_children())
@@ -163,7 +198,7 @@ def test_batches_draw_none_of_the_models_random_numbers(packed: Packed, workers:
     (loader,) = world(packed(num_samples=10), 1, 1, workers=workers)
     before = torch.get_rng_state()
     next(loader)
-    list(eval_batches(loader.dataset, loader.topology, micro_batch_size=1, loading=Loading(workers)))
+    list(EvalLoader(loader.dataset, loader.topology, micro_batch_size=1, loading=Loading(workers)))
 
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -222,9 +257,7 @@ def test_evaluation_sees_each_sample_once_with_equally_many_batches(
 ) -> None:
     dataset = packed(num_samples=7)
     size = dp_size * sp_size
-    batches = [
-        list(eval_batches(dataset, Topology(rank, size, sp_size), micro_batch_size=micro)) for rank in range(size)
-    ]
+    batches = [list(EvalLoader(dataset, Topology(rank, size, sp_size), micro_batch_size=micro)) for rank in range(size)]
 
     assert {len(rank) for rank in batches} == {-(-7 // (dp_size * micro))}
     rows = [row for step in zip(*batches, strict=True) for row in whole_rows(list(step), sp_size, 5)]
@@ -237,7 +270,7 @@ def test_evaluation_sees_each_sample_once_with_equally_many_batches(
 
 
 def test_ranks_beyond_the_last_sample_get_ignored_labels(packed: Packed) -> None:
-    (batch,) = eval_batches(packed(num_samples=2, seq_len=8), Topology(3, 4, 1), micro_batch_size=2)
+    (batch,) = EvalLoader(packed(num_samples=2, seq_len=8), Topology(3, 4, 1), micro_batch_size=2)
 
     assert (batch["shift_labels"] == IGNORE_INDEX).all()
     assert (batch["attention_mask"] == 0).all()

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from defects import scale_gradient
 from filelock import FileLock
 from refusals import GPT2, TINY, TooLateError, model_folder, too_late, write
 
+import mst_ds.engine
 import mst_ds.zero.config
 from mst_ds.commands import train
 from mst_ds.config import parse_train_config
 from mst_ds.data import training_data
 from mst_ds.engine import Launch, prepare
+from mst_ds.resilience import watchdog
 from mst_ds.structure import mlps
 
 
@@ -108,6 +113,26 @@ def test_data_is_read_when_nothing_else_can_refuse_the_run(
     with pytest.raises(TooLateError, match="load_documents"):
         train.main(others)
     assert not (tmp_path / "run").exists()
+
+
+def test_workers_are_forked_before_the_engine_has_states(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    forked = []
+
+    def build_engine(run: Any) -> None:
+        forked.extend(multiprocessing.active_children())
+        raise TooLateError
+
+    monkeypatch.setattr(mst_ds.engine, "build_engine", build_engine)
+    # One rank, which meets nobody.
+    monkeypatch.setattr(mst_ds.engine, "meet", lambda run: run)
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda objects: None)
+    monkeypatch.setattr(watchdog, "Watchdog", nullcontext)
+    texts = write(tmp_path / "text.jsonl", '{"text": "some text some text"}\n' * 99)
+    flags = ["--dataset", texts, "--seq_len", "64", "--preflight", "false", "--output_dir", str(tmp_path / "run")]
+    flags += ["--dataloader_num_workers", "1", "--eval_steps", "10"]
+    with pytest.raises(TooLateError):
+        train.main(flags)
+    assert len(forked) == 2, "one makes batches to train on, one those of evaluations"
 
 
 def test_a_request_that_can_run_lets_processes_meet(tmp_path: Path) -> None:
