@@ -27,8 +27,8 @@ WIDEST_FLASH_HEAD = 256
 _WINDOW_QUERIES = 1024
 
 # What is kept on the host lies in pieces of so many bytes: long enough that a copy takes longer than its start, and a
-# power of two, which torch's allocator of pinned memory does not round.
-_HOST_PIECE = 2**25
+# power of two, which torch's allocator of pinned memory does not round. What is left of a tensor has a part of one.
+HOST_PIECE = 2**25
 
 
 def ceil_divide(dividend: int, divisor: int) -> int:
@@ -87,13 +87,18 @@ def pinned_block(count: int) -> int:
 
 def host_pieces(count: int) -> Iterator[int]:
     """The sizes of the pieces, all but the last as long, in which `count` bytes lie on the host."""
-    for start in range(0, count, _HOST_PIECE):
-        yield min(_HOST_PIECE, count - start)
+    for start in range(0, count, HOST_PIECE):
+        yield min(HOST_PIECE, count - start)
 
 
 def host_bytes(count: int) -> int:
-    """Bytes of pinned memory that the pieces of `count` bytes take: the last one may be rounded up."""
-    return count // _HOST_PIECE * _HOST_PIECE + pinned_block(count % _HOST_PIECE)
+    """Bytes of the pieces in pinned memory of a tensor of `count` bytes: the last one may be rounded up."""
+    return count // HOST_PIECE * HOST_PIECE + pinned_block(count % HOST_PIECE)
+
+
+def host_slabs(count: int) -> int:
+    """Bytes of the slabs in pinned memory, each as long as a whole piece, that pieces of `count` bytes fill."""
+    return ceil_divide(count, HOST_PIECE) * HOST_PIECE
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from mst_ds.geometry import host_bytes
+from mst_ds.geometry import host_bytes, host_slabs
 from mst_ds.planner.pinned import rounding_term
-from mst_ds.planner.types import MemoryTerm, product_term
+from mst_ds.planner.types import MemoryTerm, product_term, total_bytes
 from mst_ds.planner.workload import Workload
 
 Terms = tuple[MemoryTerm, ...]
@@ -61,13 +61,15 @@ def kept_gate_up(work: Workload, *, of_last_layer: bool = True) -> Terms:
 
 
 def kept_on_host(work: Workload) -> Terms:
-    """The tensors, and what the pieces of pinned memory are longer that they lie in; a store has these for good."""
+    """The tensors, what the pieces of pinned memory are longer that they lie in, and what the slabs have more that
+    these are cut from; a store has its slabs for good."""
     terms: Terms = ()
     for name, layers, tensors, sizes in _on_host(work):
         term = product_term(f"{name}_on_host", "host", ("layers", layers), ("tensors", tensors), *sizes)
         taken = layers * tensors * host_bytes(product_term(name, "host", *sizes).bytes)
         terms += (term, *rounding_term(term.name, taken - term.bytes))
-    return terms
+    in_pieces = total_bytes(terms)
+    return (*terms, *rounding_term("slabs_on_host", host_slabs(in_pieces) - in_pieces))
 
 
 def copied_bytes(work: Workload) -> int:

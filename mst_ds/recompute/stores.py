@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from mst_ds.geometry import host_pieces, pinned_block
+
+from .pinned_pieces import Piece, PinnedPieces
 
 # Less than this stays on the device: random seeds and the like.
 _SMALLEST = 4096
@@ -167,7 +169,7 @@ class _KeptOnHost:
         source = tensor if tensor.stride() == self._form.stride() else tensor.clone()
         pieces = link.pieces(tensor.nbytes)
         self._on_host = _when_dropped(self, link.give_back, pieces)
-        wait = link.copy(pieces, _flat_bytes(source))
+        wait = link.copy(_bytes_of(pieces), _flat_bytes(source))
         self._leaving = _when_dropped(self, _free_after, wait, source)
         self._version = source._version
         self._arriving: weakref.finalize[..., _KeptOnHost] | None = None
@@ -190,7 +192,7 @@ class _KeptOnHost:
         if (on_host := self._on_host.peek()) is not None:
             (pieces,) = on_host[2]
             target = torch.empty_like(self._form, device=self._device)
-            wait = self._link.copy(_flat_bytes(target), pieces)
+            wait = self._link.copy(_flat_bytes(target), _bytes_of(pieces))
             self._arriving = _when_dropped(self, _free_after, wait, target)
             self._on_host()
 
@@ -208,28 +210,26 @@ class _KeptOnHost:
 class _Link:
     """The way between a device and the host: the stream of copies, and the memory of the host for them.
 
-    That is pieces of few sizes, which fit any tensor. torch's allocator gives blocks of a power of two, and to a host
-    that is far ahead of the device fresh ones. Here a piece is free once the copy from it has been given to the stream,
-    on which the next copy into it runs later: of a size there are never more than are in use at once, which is planned.
+    That is pieces, which fit any tensor. torch's allocator gives blocks of a power of two, and to a host that is far
+    ahead of the device fresh ones. Here a piece is free once the copy from it has been given to the stream, on which
+    the next copy into it runs later: there are never more than are in use at once, which is planned.
     """
 
     def __init__(self, device: torch.device, module: Any) -> None:
         self._device, self._module = device, module
         self._stream = None if module is None else module.Stream(device)
-        self._free: defaultdict[int, list[Tensor]] = defaultdict(list)
+        pinned = device.type != "cpu"
+        self._pinned = None if module is None else PinnedPieces(lambda size: _empty_on_host(size, pinned))
 
-    def pieces(self, count: int) -> list[Tensor]:
-        """Pieces that hold `count` bytes. On the CPU they are plain memory of that size."""
-        if self._module is None:
-            return [_empty_on_host(size) for size in host_pieces(count)]
-        blocks = (pinned_block(size) for size in host_pieces(count))
-        pinned = self._device.type != "cpu"
-        return [self._free[size].pop() if self._free[size] else _empty_on_host(size, pinned) for size in blocks]
+    def pieces(self, count: int) -> list[Piece]:
+        """Pieces that hold `count` bytes. On the CPU they are plain memory of that size, at no address."""
+        if self._pinned is None:
+            return [Piece(0, _empty_on_host(size)) for size in host_pieces(count)]
+        return [self._pinned.take(pinned_block(size)) for size in host_pieces(count)]
 
-    def give_back(self, pieces: list[Tensor]) -> None:
-        if self._module is not None:
-            for piece in pieces:
-                self._free[len(piece)].append(piece)
+    def give_back(self, pieces: list[Piece]) -> None:
+        if self._pinned is not None:
+            self._pinned.give_back(pieces)
 
     def copy(self, targets: Iterable[Tensor], sources: Iterable[Tensor]) -> Callable[[], None]:
         """Start to copy bytes, after all that the device has been given to compute. What is returned makes it compute
@@ -259,6 +259,10 @@ def _copy_bytes(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
         # A piece may be longer than what it holds.
         count = min(len(target), len(source))
         target[:count].copy_(source[:count], non_blocking=True)
+
+
+def _bytes_of(pieces: Iterable[Piece]) -> list[Tensor]:
+    return [piece.bytes for piece in pieces]
 
 
 def _flat_bytes(tensor: Tensor) -> list[Tensor]:

@@ -1,13 +1,14 @@
 """Copies to the host and back run beside the computation: which waits order them with it."""
 
 import gc
+import random
 
 import pytest
 import torch
 from streams import Streams
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mst_ds.geometry import host_bytes
+from mst_ds.geometry import host_bytes, host_slabs
 from mst_ds.recompute import HostStore
 
 LAYERS = 5
@@ -147,9 +148,11 @@ def pinned_in(*sizes):
 @pytest.mark.parametrize("size", SIZES)
 def test_the_host_has_as_many_bytes_as_are_planned(size):
     """In the second step the pieces of the first are used again, though the copies from them may not be done."""
-    assert pinned_in(size, size) == LAYERS * host_bytes(size)
+    assert pinned_in(size, size) == host_slabs(LAYERS * host_bytes(size))
 
 
-def test_shorter_sequences_take_no_more():
-    """Pieces are of one size but the last, so that those of a long sequence hold a short one."""
-    assert pinned_in(5 * PIECE, 3 * PIECE, 5 * PIECE) == LAYERS * 5 * PIECE
+@pytest.mark.parametrize("seed", range(4))
+def test_sequences_of_any_lengths_take_no_more_than_the_longest_in_pieces(seed):
+    draw = random.Random(seed)
+    sizes = [draw.randrange(4096, 4 * PIECE) // 4 * 4 for _ in range(8)]
+    assert pinned_in(*sizes) == host_slabs(LAYERS * max(map(host_bytes, sizes)))
