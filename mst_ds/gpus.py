@@ -21,6 +21,7 @@ class Gpu:
         node_rate: bytes/s to the other GPUs of its node, one way.
         network_rate: bytes/s to other nodes, one way, of the network card that is its own.
         host_rate: bytes/s to the host's memory, one way.
+        capability: of CUDA.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Gpu:
     node_rate: float
     network_rate: float
     host_rate: float
+    capability: tuple[int, int]
 
 
 _PCIE_4, _PCIE_5 = 25e9, 50e9  # of 32 and 64 GB/s what copies attain
@@ -39,18 +41,18 @@ _ETHERNET_100, _INFINIBAND_200, _INFINIBAND_400 = 12.5e9, 25e9, 50e9
 _GPUS: Mapping[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        Gpu("A10G", 22 * GIB, 70e12, 35e12, 600e9, _PCIE_4, _ETHERNET_100, _PCIE_4),
-        Gpu("A100-40GB", 39 * GIB, 312e12, 19.5e12, 1555e9, 300e9, _INFINIBAND_200, _PCIE_4),
-        Gpu("A100-80GB", 79 * GIB, 312e12, 19.5e12, 2039e9, 300e9, _INFINIBAND_200, _PCIE_4),
-        Gpu("L4", 22 * GIB, 121e12, 30.3e12, 300e9, _PCIE_4, _ETHERNET_100, _PCIE_4),
-        Gpu("L40S", 44 * GIB, 362.05e12, 91.6e12, 864e9, _PCIE_4, _INFINIBAND_200, _PCIE_4),
-        Gpu("H100", 79 * GIB, 989.5e12, 67e12, 3350e9, 450e9, _INFINIBAND_400, _PCIE_5),
+        Gpu("A10G", 22 * GIB, 70e12, 35e12, 600e9, _PCIE_4, _ETHERNET_100, _PCIE_4, (8, 6)),
+        Gpu("A100-40GB", 39 * GIB, 312e12, 19.5e12, 1555e9, 300e9, _INFINIBAND_200, _PCIE_4, (8, 0)),
+        Gpu("A100-80GB", 79 * GIB, 312e12, 19.5e12, 2039e9, 300e9, _INFINIBAND_200, _PCIE_4, (8, 0)),
+        Gpu("L4", 22 * GIB, 121e12, 30.3e12, 300e9, _PCIE_4, _ETHERNET_100, _PCIE_4, (8, 9)),
+        Gpu("L40S", 44 * GIB, 362.05e12, 91.6e12, 864e9, _PCIE_4, _INFINIBAND_200, _PCIE_4, (8, 9)),
+        Gpu("H100", 79 * GIB, 989.5e12, 67e12, 3350e9, 450e9, _INFINIBAND_400, _PCIE_5, (9, 0)),
         # Cards for a slot: a bridge between some of them is not counted on.
-        Gpu("H100-PCIE", 79 * GIB, 756.5e12, 51e12, 2039e9, _PCIE_5, _INFINIBAND_200, _PCIE_5),
-        Gpu("H100-NVL", 93 * GIB, 835.5e12, 60e12, 3900e9, _PCIE_5, _INFINIBAND_200, _PCIE_5),
-        Gpu("H200", 139 * GIB, 989.5e12, 67e12, 4800e9, 450e9, _INFINIBAND_400, _PCIE_5),
-        Gpu("H200-NVL", 139 * GIB, 835.5e12, 60e12, 4800e9, _PCIE_5, _INFINIBAND_200, _PCIE_5),
-        Gpu("B200", 178 * GIB, 2250e12, 75e12, 8000e9, 900e9, _INFINIBAND_400, _PCIE_5),
+        Gpu("H100-PCIE", 79 * GIB, 756.5e12, 51e12, 2039e9, _PCIE_5, _INFINIBAND_200, _PCIE_5, (9, 0)),
+        Gpu("H100-NVL", 93 * GIB, 835.5e12, 60e12, 3900e9, _PCIE_5, _INFINIBAND_200, _PCIE_5, (9, 0)),
+        Gpu("H200", 139 * GIB, 989.5e12, 67e12, 4800e9, 450e9, _INFINIBAND_400, _PCIE_5, (9, 0)),
+        Gpu("H200-NVL", 139 * GIB, 835.5e12, 60e12, 4800e9, _PCIE_5, _INFINIBAND_200, _PCIE_5, (9, 0)),
+        Gpu("B200", 178 * GIB, 2250e12, 75e12, 8000e9, 900e9, _INFINIBAND_400, _PCIE_5, (10, 0)),
     )
 }
 # By words of a driver's name, the first that has them all: the GPUs above that it stands for, or of one that nothing is

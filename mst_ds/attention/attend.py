@@ -9,11 +9,11 @@ import torch.nn.attention
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mst_ds.flash_attn_package import flash_attn_2_version
 from mst_ds.geometry import ceil_divide
 
 from .choice import choose_kernel
 from .documents import Documents
-from .flash_attn_package import flash_attn_2_version
 from .kernel import Attended
 from .merging import merge_sinks, sinks_gradient
 from .spec import AttentionSpec

@@ -4,7 +4,8 @@ The rules and where they come from:
 
 - On the CPU torch has flash attention without dropout.
 - On CUDA, from compute capability 8.0 on, flash attention takes 16 bits, heads up to 256 wide (up to 192 on devices
-  with little shared memory), a window and packed documents, in one call for all rows.
+  with little shared memory), a window and packed documents, in one call for all rows. `has_flash_attention` is asked by
+  plans, too.
 - cuDNN is what torch prefers from compute capability 9.0 on, where it is the faster (torch 2.11,
   `check_prefer_cudnn_attention`). It is used where every row is one document: it makes a plan for each new length,
   which takes tens of milliseconds (pytorch#191576). Before 9.15.1 it is wrong for lengths that are no multiple of 128
@@ -23,7 +24,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from mst_ds.geometry import WIDEST_FLASH_HEAD
+from mst_ds.geometry import has_flash_attention
 
 from .blockwise import Blockwise
 from .documents import Documents
@@ -46,14 +47,6 @@ class CudaDevice:
     capability: tuple[int, int]
     cudnn: int | None
 
-    @property
-    def widest_flash_head(self) -> int:
-        """In a backward, which needs more shared memory than some devices have (torch's `sdp_utils.cpp`); 0 where there
-        is no flash attention."""
-        if self.capability < (8, 0):
-            return 0
-        return 192 if (8, 6) <= self.capability <= (8, 9) or self.capability[0] == 12 else WIDEST_FLASH_HEAD
-
 
 @cache
 def cuda_device(device: torch.device) -> CudaDevice:
@@ -74,7 +67,9 @@ def choose_kernel(
     Raises:
         ValueError: flash attention 3 or 4 with dropout.
     """
-    is_flash = query.is_cuda and query.itemsize == 2 and query.shape[3] <= cuda_device(query.device).widest_flash_head
+    is_flash = query.is_cuda and has_flash_attention(
+        query.itemsize, query.shape[3], cuda_device(query.device).capability
+    )
     if name == "flash_attention_2" and is_flash and not (spec.softcap is not None and spec.dropout):
         return FlashPackage()
     if spec.softcap is not None:

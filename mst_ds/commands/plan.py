@@ -98,7 +98,7 @@ def main(argv: Sequence[str]) -> int:
         request, plan, longest, changes = _plan(options)
         if options.plot is not None:
             plot_plan(plan, expanded(options.plot, "plot"))
-        traced = _trace(options, plan) if options.trace else None
+        traced = _trace(options, plan, request.work.capability) if options.trace else None
     except REQUEST_ERRORS as error:
         return refuse("mst-plan", error)
     if options.json:
@@ -131,7 +131,7 @@ def _plan(options: argparse.Namespace) -> tuple[Request, Plan, int, tuple[Change
     return request, plan, longest, changes
 
 
-def _trace(options: argparse.Namespace, plan: Plan) -> dict[str, dict[str, int]]:
+def _trace(options: argparse.Namespace, plan: Plan, capability: tuple[int, int] | None) -> dict[str, dict[str, int]]:
     """Bytes of activations on the device at the peak of each phase: by the formulas, and on fake tensors."""
     # What the libraries have to say must not mix with the result.
     with contextlib.redirect_stdout(sys.stderr):
@@ -139,7 +139,8 @@ def _trace(options: argparse.Namespace, plan: Plan) -> dict[str, dict[str, int]]
         from mst_ds.memory.dry_run import dry_run, planned_activations
 
         peft_config = load_peft_config(options.peft_config) if options.peft_config is not None else None
-        planned, measured = planned_activations(plan), dry_run(load_config_of_shape(options.model), plan, peft_config)
+        planned = planned_activations(plan)
+        measured = dry_run(load_config_of_shape(options.model), plan, peft_config, capability=capability)
     return {name: {"planned_bytes": planned[name], "dry_run_bytes": count} for name, count in measured.items()}
 
 

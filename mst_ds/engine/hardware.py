@@ -29,6 +29,11 @@ def rank_host_memory(launch: Launch) -> int | None:
     return host_memory() * 3 // 4 // launch.local_world_size
 
 
+def rank_capability(launch: Launch) -> tuple[int, int] | None:
+    """Of CUDA, of this rank's device; None where it has none."""
+    return torch.cuda.get_device_capability(launch.local_rank) if get_accelerator().device_name() == "cuda" else None
+
+
 def rank_gpu(launch: Launch) -> Gpu | None:
     """Whose rates predict the time of a step; None on the CPU and for what is not known."""
     if get_accelerator().device_name() != "cuda":

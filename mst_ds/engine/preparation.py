@@ -13,7 +13,7 @@ from mst_ds.config import AUTO, TrainConfig
 from mst_ds.data import load_tokenizer
 from mst_ds.dtypes import DTYPES
 from mst_ds.engine.deepspeed_config import require_accepted
-from mst_ds.engine.hardware import has_accelerator, rank_device_memory, rank_gpu, rank_host_memory
+from mst_ds.engine.hardware import has_accelerator, rank_capability, rank_device_memory, rank_gpu, rank_host_memory
 from mst_ds.engine.launch import Launch
 from mst_ds.engine.resume import find_checkpoint
 from mst_ds.engine.run import Run
@@ -111,6 +111,7 @@ def _request(config: TrainConfig, launch: Launch, shape: ModelShape, resolved: R
         rank=launch.rank,
         ranks_per_node=launch.local_world_size,
         gpu=rank_gpu(launch),
+        capability=rank_capability(launch),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from mst_ds.attention.choice import choose_kernel
 from mst_ds.attention.flash import TorchFlash
 from mst_ds.attention.kernel import Kernel
 from mst_ds.dtypes import DTYPES
-from mst_ds.geometry import ELEMENTS_THAT_KEEP_BUSY, WIDEST_FLASH_HEAD, flash_query_gradient
+from mst_ds.geometry import ELEMENTS_THAT_KEEP_BUSY, flash_query_gradient, has_flash_attention
 from mst_ds.memory.live import LiveMemory
 from mst_ds.minisequence import chunks
 from mst_ds.patching import apply_plan, decoder
@@ -56,12 +57,21 @@ class _AbsentRanks:
         """Leaves `tensor` as it is."""
 
 
-def dry_run(model_config: PreTrainedConfig, plan: Plan, peft_config: PeftConfig | None = None) -> dict[str, int]:
+def dry_run(
+    model_config: PreTrainedConfig,
+    plan: Plan,
+    peft_config: PeftConfig | None = None,
+    *,
+    capability: tuple[int, int] | None = None,
+) -> dict[str, int]:
     """The most bytes of activations and of kernels' workspace alive on the device in the forward, the loss and the
     backward of a micro-batch.
 
     All layers run, at the plan's length and chunk counts, with torch's attention kernel. Parameters and gradients stand
     there before, and what DeepSpeed does with them is not seen; compare with `planned_activations`.
+
+    Args:
+        capability: of CUDA, of the GPU that is planned for; None: not known.
 
     Raises:
         ValueError: the model cannot be patched, or what it computes depends on values, as a choice of experts does.
@@ -72,7 +82,7 @@ def dry_run(model_config: PreTrainedConfig, plan: Plan, peft_config: PeftConfig 
     apply_plan(model, plan, sequence_group=_AbsentRanks(plan.sp_rank, plan.sp_size) if plan.sp_size > 1 else None)
     peaks: dict[str, int] = {}
     shape = (plan.micro_batch_size, plan.shard_length)
-    with FakeTensorMode(), as_on_an_accelerator():
+    with FakeTensorMode(), as_on_an_accelerator(capability):
         model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"))
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -126,23 +136,25 @@ class KernelWorkspace(TorchDispatchMode):
 
 
 @contextmanager
-def as_on_an_accelerator() -> Iterator[None]:
+def as_on_an_accelerator(capability: tuple[int, int] | None = None) -> Iterator[None]:
     """Products of 16 bits are summed in fp32 without copies, elementwise work takes chunks as large as there, flash
     attention runs where it has a kernel; and positions, which have no values, begin no documents."""
     no_documents = {"find_document_starts": lambda *_: None, "document_lengths": lambda *_: None}
     no_copies = {"products_in_fp32": lambda *_: chunks.ProductsInFp32(added=True, alone=True)}
     with (
         _replaced(decoder, **no_documents),
-        _replaced(attend, choose_kernel=_kernel_of_an_accelerator),
+        _replaced(attend, choose_kernel=functools.partial(_kernel_of_an_accelerator, capability)),
         _replaced(blockwise, is_on_cpu=lambda _: False),
         _replaced(chunks, **no_copies, ELEMENTS_IN_CACHE_OF_CPU=ELEMENTS_THAT_KEEP_BUSY),
     ):
         yield
 
 
-def _kernel_of_an_accelerator(name: str, query: Tensor, spec: AttentionSpec, *rest: Any) -> Kernel:
-    has_flash = query.itemsize == 2 and query.shape[3] <= WIDEST_FLASH_HEAD and spec.softcap is None
-    return TorchFlash() if has_flash else choose_kernel(name, query, spec, *rest)
+def _kernel_of_an_accelerator(
+    capability: tuple[int, int] | None, name: str, query: Tensor, spec: AttentionSpec, *rest: Any
+) -> Kernel:
+    has_flash = has_flash_attention(query.itemsize, query.shape[3], capability)
+    return TorchFlash() if has_flash and spec.softcap is None else choose_kernel(name, query, spec, *rest)
 
 
 @contextmanager

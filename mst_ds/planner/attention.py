@@ -120,7 +120,7 @@ def _repeated_key_value(work: Workload, *, backward: bool) -> Terms:
     """Keys and values with a copy for each query head; in the backward their gradients, too."""
     if not work.repeats_key_value or _last_layer_has_blocks(work):
         return ()  # blocks group heads themselves; of a window's first tokens the copies are small
-    width = work.group_query_heads * work.shape.head_dim
+    width = work.group_query_heads * work.kernel_head_dim
     return (_gathered(work, "repeated_key_value", 4 if backward else 2, width),)
 
 
@@ -146,11 +146,10 @@ def _kernel_workspace(work: Workload) -> Terms:
     cuDNN, which torch prefers on some devices, does not say what it needs, and is planned as if it needed as much. In
     fp32, for wide heads or with a softcap other kernels run.
     """
-    shape = work.shape
     if not work.has_flash or work.is_blockwise:
         return ()
     heads = ("query heads of a group", work.group_query_heads)
-    of_sequence = flash_query_gradient(work.attention_length, shape.head_dim)
+    of_sequence = flash_query_gradient(work.attention_length, work.kernel_head_dim)
     terms = [
         product_term(
             "kernel_query_gradient",
@@ -170,7 +169,7 @@ def _kernel_workspace(work: Workload) -> Terms:
                 ("tensors", 2),
                 ("tokens of all shards", work.attention_tokens),
                 heads,
-                ("head_dim", shape.head_dim),
+                ("head_dim", work.kernel_head_dim),
                 ("bytes", work.zero.dtype_bytes),
                 kind="workspace",
             )

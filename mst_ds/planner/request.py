@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from mst_ds.config import AUTO, GIB, TrainConfig
+from mst_ds.flash_attn_package import flash_attn_2_version
 from mst_ds.gpus import DEFAULT_GPU, Gpu
 from mst_ds.model_shape import ModelShape, load_model_shape
 from mst_ds.planner.search import can_fit
@@ -106,6 +106,7 @@ def read_request(
         rank=rank,
         ranks_per_node=ranks_per_node,
         gpu=gpu,
+        capability=None if gpu is None else gpu.capability,
     )
 
 
@@ -120,8 +121,12 @@ def make_request(
     rank: int,
     ranks_per_node: int | None,
     gpu: Gpu | None,
+    capability: tuple[int, int] | None,
 ) -> Request:
     """`read_request` for a JSON that has been read.
+
+    Args:
+        capability: of CUDA, of a device that need not be a known GPU; None: none, or not known.
 
     Raises:
         ValueError: a setting that cannot be planned, in one line with what is allowed.
@@ -133,7 +138,7 @@ def make_request(
             "support: use sp_size 1 for this model"
         )
     # What no search chooses is as the user settled it, or the default.
-    settled = {**mst.given, "sp_size": sp_size, "attention": _attention(mst.get("attention"), zero.dtype, shape)}
+    settled = {**mst.given, "sp_size": sp_size, "attention": _attention(mst.get("attention"), zero.dtype)}
     work = Workload(
         shape=shape,
         zero=zero,
@@ -141,7 +146,10 @@ def make_request(
         settings=Settings(**settled),
         reserve=_reserve(reserve, mst),
         ranks_per_node=ranks_per_node or world_size,
+        capability=capability,
     )
+    if mst.get("attention") == AUTO and _needs_flash_package(work):
+        work = work.with_settings(attention="flash_attention_2")
     if work.tokens > _MOST_TOKENS:
         raise ValueError(
             f"seq_len {seq_len} with micro batch {zero.micro_batch_size} and sp_size {sp_size} is {work.tokens} tokens "
@@ -158,18 +166,15 @@ def _shape(model: PreTrainedConfig | ModelShape | str) -> ModelShape:
     return load_model_shape(model) if isinstance(model, str) else ModelShape.from_config(model)
 
 
-def _attention(given: str, dtype: str, shape: ModelShape) -> str:
+def _attention(given: str, dtype: str) -> str:
     if given not in (AUTO, "sdpa") and dtype == "fp32":
         raise ValueError(f"attention in 'mst' is {given!r}, which has no fp32; allowed: 'sdpa', or enable bf16")
-    if given != AUTO:
-        return given
-    # torch has all that the package has but a softcap. Where it is missing, as on most machines that only plan,
-    # transformers' seconds are saved.
-    if dtype == "fp32" or not shape.has_attention_softcap or find_spec("flash_attn") is None:
-        return "sdpa"
-    from transformers.utils.import_utils import is_flash_attn_2_available
+    return "sdpa" if given == AUTO else given
 
-    return "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
+
+def _needs_flash_package(work: Workload) -> bool:
+    """torch has all that the package flash-attn has but a softcap."""
+    return work.shape.has_attention_softcap and work.has_flash and flash_attn_2_version() is not None
 
 
 def _device_memory(given: int | Sequence[int] | None, mst: MstConfig, world_size: int) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mst_ds.geometry import WIDEST_FLASH_HEAD, HeadLayout, block_queries, ceil_divide, shard_length
+from mst_ds.geometry import HeadLayout, block_queries, ceil_divide, has_flash_attention, shard_length
 from mst_ds.model_shape import ModelShape
 from mst_ds.settings import Settings
 from mst_ds.zero import ZeroConfig
@@ -17,6 +17,7 @@ class Workload:
     """A model under a ZeRO setting, on one shard of `seq_len` tokens, with the settings of a rank or some to try.
 
     reserve: bytes of the device that are left to others than tensors. ranks_per_node: neighbours in rank order.
+    capability: of CUDA, the device's; None: not known.
     """
 
     shape: ModelShape
@@ -25,6 +26,7 @@ class Workload:
     settings: Settings
     reserve: int = 0
     ranks_per_node: int = 1
+    capability: tuple[int, int] | None = None
 
     def with_settings(self, **changes: Any) -> Workload:
         """This with other values of some knobs."""
@@ -72,8 +74,13 @@ class Workload:
 
     @property
     def has_flash(self) -> bool:
-        """Whether flash attention has a kernel for the model's dtype and heads."""
-        return self.zero.dtype != "fp32" and self.shape.head_dim <= WIDEST_FLASH_HEAD
+        """Whether flash attention has a kernel for the model's dtype and heads on the device."""
+        return has_flash_attention(self.zero.dtype_bytes, self.kernel_head_dim, self.capability)
+
+    @property
+    def kernel_head_dim(self) -> int:
+        """The width of all heads that a kernel is given: what is narrower is widened."""
+        return max(self.shape.head_dim, self.shape.value_head_dim)
 
     @property
     def is_blockwise(self) -> bool:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import LlamaConfig
 
 from mst_ds.attention import AttentionSpec, Documents, choice, prepare_attention
 from mst_ds.attention.choice import CudaDevice, choose_kernel
 from mst_ds.attention.over_blocks import OverBlocks
 from mst_ds.attention.per_document import PerDocument
-from mst_ds.config import ATTENTION_IMPLEMENTATIONS
+from mst_ds.config import ATTENTION_IMPLEMENTATIONS, GIB, parse_train_config
+from mst_ds.dtypes import DTYPES
+from mst_ds.engine import Launch, preparation
+from mst_ds.gpus import DEFAULT_GPU
+from mst_ds.model_shape import ModelShape
+from mst_ds.planner import read_request, request
 
 H100, OLD_CUDNN = CudaDevice((9, 0), 91501), CudaDevice((9, 0), 91002)
 A100, RTX_4090 = CudaDevice((8, 0), 91501), CudaDevice((8, 9), 91501)
@@ -85,6 +92,49 @@ def test_the_kernel_for_a_device(
     monkeypatch: pytest.MonkeyPatch, device: CudaDevice | None, asked: dict[str, Any], kernel: str
 ) -> None:
     assert chosen(monkeypatch, device, **asked) == kernel
+
+
+@pytest.mark.parametrize("device", [H100, A100, RTX_4090, T4], ids=str)
+@pytest.mark.parametrize(("key_width", "value_width"), [(128, 128), (192, 128), (128, 200), (256, 256), (128, 264)])
+@pytest.mark.parametrize("softcap", [None, 1.0])
+@pytest.mark.parametrize(
+    ("dtype", "given", "package"),
+    [
+        ("bf16", "auto", None),
+        ("bf16", "auto", "2.8.3"),
+        ("bf16", "flash_attention_2", "2.8.3"),
+        ("fp32", "auto", "2.8.3"),
+    ],
+)
+def test_a_plan_counts_on_the_kernel_that_is_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+    device: CudaDevice,
+    key_width: int,
+    value_width: int,
+    softcap: float | None,
+    dtype: str,
+    given: str,
+    package: str | None,
+) -> None:
+    monkeypatch.setattr(request, "flash_attn_2_version", lambda: package)
+    shape = ModelShape.from_config(LlamaConfig(hidden_size=64, num_attention_heads=4, head_dim=key_width))
+    shape = replace(shape, value_head_dim=value_width, has_attention_softcap=softcap is not None)
+    ds_config = {"bf16": {"enabled": dtype == "bf16"}, "mst": {"attention": given}}
+    gpu = replace(DEFAULT_GPU, capability=device.capability)
+    work = read_request(shape, ds_config, world_size=1, seq_len=256, device_memory=GIB, gpu=gpu).work
+
+    width, asked = max(key_width, value_width), {} if softcap is None else {"softcap": softcap}
+    kernel = chosen(monkeypatch, device, name=work.settings.attention, dtype=DTYPES[dtype], width=width, **asked)
+    assert work.is_blockwise == (kernel == "Blockwise")
+    if not work.is_blockwise:
+        assert work.has_flash == (kernel in {"Cudnn", "TorchFlash", "FlashPackage"})
+
+
+def test_a_run_plans_for_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparation, "rank_capability", lambda launch: T4.capability)
+    flags = ["--seq_len", "64", "--preflight", "false"]
+    run = preparation.prepare(parse_train_config(flags), Launch.from_environment({}))
+    assert run.request.work.capability == T4.capability
 
 
 def test_flash_attention_3_has_no_dropout(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mst_ds.attention.flash_attn_package import flash_attn_2_version
+from mst_ds.flash_attn_package import flash_attn_2_version
 
 FA2 = ("flash_attn/__init__.py", "flash_attn/flash_attn_interface.py")
 FA4 = ("flash_attn/cute/__init__.py",)
