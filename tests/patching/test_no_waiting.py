@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -75,6 +75,27 @@ def test_nor_does_it_on_shards() -> None:
         return True
 
     assert run_simulated(run, 2) == [True, True]
+
+
+class OnDevice(Tensor):
+    """A tensor of which each operation is noted: on a device the host would wait for any that reads it."""
+
+    noted: ClassVar[list[str]] = []
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.noted.append(func.__name__)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+def test_a_table_that_a_trainer_has_moved_is_read_once() -> None:
+    model = apply_settings(tiny_model("llama"), tiny_settings(keep_attention=True))
+    batch = shard(packed_and_padded(), Topology(0, 1, 1))
+    batch["document_table"] = batch["document_table"].as_subclass(OnDevice)
+    OnDevice.noted.clear()
+    step(model, batch)
+    assert OnDevice.noted == ["tolist"]
 
 
 def test_by_positions_alone_it_waits() -> None:
