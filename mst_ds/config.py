@@ -30,7 +30,15 @@ Auto: TypeAlias = Literal["auto"]
 AUTO: Auto = "auto"
 # A label that no loss counts, as in torch and transformers.
 IGNORE_INDEX = -100
-ATTENTION_IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+# Repositories of the Hugging Face hub, by the names that transformers takes.
+_ATTENTION_OF_HUB = (
+    "kernels-community/flash-attn2",
+    "kernels-community/flash-attn3",
+    "kernels-community/vllm-flash-attn3",
+)
+ATTENTION_IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", *_ATTENTION_OF_HUB)
+# Those that have a softcap.
+SOFTCAP_ATTENTION = ("flash_attention_2", *_ATTENTION_OF_HUB)
 Packing: TypeAlias = Literal["documents", "none"]
 NonFinite: TypeAlias = Literal["stop", "skip"]
 

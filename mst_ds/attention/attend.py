@@ -14,6 +14,7 @@ from mst_ds.geometry import ceil_divide
 
 from .choice import choose_kernel
 from .documents import Documents
+from .hub_kernels import HUB_KERNELS, hub_flash_attention
 from .kernel import Attended
 from .merging import merge_sinks, sinks_gradient
 from .spec import AttentionSpec
@@ -87,10 +88,10 @@ class CausalAttention:
 def prepare_attention(name: str) -> None:
     """Make the kernels ready that the setting "attention" names: "sdpa", torch's own, the fastest it has for a device;
     "flash_attention_2", the package flash-attn; "flash_attention_3" and "flash_attention_4", which torch puts in the
-    place of its own flash attention, in the whole process.
+    place of its own flash attention, in the whole process; a repository of the hub, which is downloaded.
 
     Raises:
-        ValueError: an unknown name, or flash attention without its package.
+        ValueError: an unknown name, flash attention without its package, or a repository that cannot be loaded.
     """
     if name == "flash_attention_2":
         if flash_attn_2_version() is None:
@@ -99,8 +100,10 @@ def prepare_attention(name: str) -> None:
             )
     elif name in _ACTIVATED_BY_TORCH:
         _activate(name)
+    elif name in HUB_KERNELS:
+        hub_flash_attention(name)
     elif name != "sdpa":
-        known = ", ".join(["sdpa", "flash_attention_2", *_ACTIVATED_BY_TORCH])
+        known = ", ".join(["sdpa", "flash_attention_2", *_ACTIVATED_BY_TORCH, *HUB_KERNELS])
         raise ValueError(f"attention must be one of {known}; got {name!r}")
 
 

@@ -11,9 +11,9 @@ The rules and where they come from:
   which takes tens of milliseconds (pytorch#191576). Before 9.15.1 it is wrong for lengths that are no multiple of 128
   (pytorch#169849), and some versions have no dropout. It knows dropout in steps of 1/16 only, has nothing for one
   token, and its backward is not deterministic (torch's `sdp_utils.cpp`).
-- Who asks for flash attention gets it: the package flash-attn 2, or 3 and 4 by way of torch.
+- Who asks for flash attention gets it: the package flash-attn 2, 3 and 4 by way of torch, or 2 and 3 from the hub.
 - For fp32 and wider heads CUDA has the memory-efficient kernel, in fp64 none.
-- No kernel of torch has a softcap; the package flash-attn has one.
+- No kernel of torch has a softcap; the package flash-attn 2 and the hub's kernels have one, and not with dropout.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from mst_ds.geometry import has_flash_attention
 
 from .blockwise import Blockwise
 from .documents import Documents
-from .flash import FlashPackage, TorchFlash
+from .flash import Flash3Package, FlashPackage, TorchFlash
+from .hub_kernels import FLASH_2_OF_HUB, FLASH_3_OF_HUB
 from .kernel import BlockKernel, Kernel
 from .over_blocks import OverBlocks
 from .per_document import PerDocument
@@ -70,11 +71,13 @@ def choose_kernel(
     is_flash = query.is_cuda and has_flash_attention(
         query.itemsize, query.shape[3], cuda_device(query.device).capability
     )
-    if name == "flash_attention_2" and is_flash and not (spec.softcap is not None and spec.dropout):
-        return FlashPackage()
+    if name in ("flash_attention_2", FLASH_2_OF_HUB) and is_flash and not (spec.softcap is not None and spec.dropout):
+        return FlashPackage(name)
+    if name in FLASH_3_OF_HUB and is_flash and not spec.dropout:
+        return Flash3Package(name)
     if spec.softcap is not None:
         return PerDocument(Blockwise())
-    if is_flash and spec.dropout and name in ("flash_attention_3", "flash_attention_4"):
+    if is_flash and spec.dropout and name in ("flash_attention_3", "flash_attention_4", *FLASH_3_OF_HUB):
         raise ValueError(f'attention "{name}" has no dropout, and a layer asks for {spec.dropout}: use "sdpa"')
     if is_flash and not (name == "sdpa" and _prefers_cudnn(query, spec, documents)):
         return TorchFlash()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .documents import Documents
+from .hub_kernels import HUB_KERNELS, hub_flash_attention
 from .kernel import Attended, Gradients
 from .spec import AttentionSpec
 
@@ -54,12 +57,18 @@ class TorchFlash:
         return of_query, of_key, of_value
 
 
+@dataclass(frozen=True)
 class FlashPackage:
-    """A `Kernel`: the package flash-attn, version 2.7 or a later one of 2, which has a softcap too."""
+    """A `Kernel`: the package flash-attn, version 2.7 or a later one of 2, which has a softcap too.
+
+    Args:
+        name: of the setting "attention": whether it is the installed one or the hub's.
+    """
+
+    name: str
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, documents: Documents) -> Attended:
-        from flash_attn import flash_attn_interface as package
-
+        package = _flash_2(self.name)
         run = package._flash_attn_forward if documents.are_rows else package._flash_attn_varlen_forward
         output, log_sum_exp, _, seed = run(
             *_laid_out(documents, query, key, value),
@@ -79,8 +88,7 @@ class FlashPackage:
         spec: AttentionSpec,
         documents: Documents,
     ) -> Gradients:
-        from flash_attn import flash_attn_interface as package
-
+        package = _flash_2(self.name)
         ((seed,),) = attended.draws
         grad_output, query_, key_, value_, output = _laid_out(
             documents, grad_output, query, key, value, attended.output
@@ -102,6 +110,76 @@ class FlashPackage:
         )
         of_query, of_key, of_value = (_unpacked(documents, query, grad) for grad in grads)
         return of_query, of_key, of_value
+
+
+@dataclass(frozen=True)
+class Flash3Package:
+    """A `Kernel`: flash-attn 3 of the hub, which has a softcap and no dropout.
+
+    Args:
+        name: of the setting "attention": its repository. That of vLLM takes a window as a pair, and has no defaults.
+    """
+
+    name: str
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, documents: Documents) -> Attended:
+        run = hub_flash_attention(self.name)._flash_attn_forward
+        starts_q, starts_k, most_q, most_k = _hub_borders(documents, query, key)
+        output, log_sum_exp, *_ = run(
+            *_laid_out(documents, query, key, value),
+            *[None] * 4,  # new keys and values, a second query, where the output goes
+            starts_q,
+            starts_k,
+            *[None] * 3,  # borders of new keys, tokens that count
+            most_q,
+            most_k,
+            *[None] * 9,  # pages of a cache, rotary angles, scales of 8 bits
+            spec.scaling,
+            True,
+            **_hub_window(run, spec),
+            softcap=spec.softcap or 0.0,
+        )
+        return _attended(documents, query, output, log_sum_exp, ())
+
+    def backward(
+        self,
+        grad_output: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attended: Attended,
+        spec: AttentionSpec,
+        documents: Documents,
+    ) -> Gradients:
+        run = hub_flash_attention(self.name)._flash_attn_backward
+        starts_q, starts_k, most_q, most_k = _hub_borders(documents, query, key)
+        given = _laid_out(documents, grad_output, query, key, value, attended.output)
+        grads = [torch.empty_like(x) for x in given[1:4]]
+        run(
+            *given,
+            _packed_log_sum_exp(documents, attended.log_sum_exp),
+            starts_q,
+            starts_k,
+            *[None] * 2,  # tokens that count
+            most_q,
+            most_k,
+            *grads,
+            spec.scaling,
+            True,
+            **_hub_window(run, spec),
+            softcap=spec.softcap or 0.0,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
+        of_query, of_key, of_value = (_unpacked(documents, query, grad) for grad in grads)
+        return of_query, of_key, of_value
+
+
+def _flash_2(name: str) -> Any:
+    if name in HUB_KERNELS:
+        return hub_flash_attention(name)
+    from flash_attn import flash_attn_interface
+
+    return flash_attn_interface
 
 
 def _laid_out(documents: Documents, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -138,6 +216,17 @@ def _borders(documents: Documents, query: Tensor, key: Tensor) -> tuple[Tensor |
 def _window(spec: AttentionSpec) -> dict[str, int]:
     """How many tokens to the left and to the right of a query's own it sees; -1 for all of them."""
     return {"window_size_left": -1 if spec.window is None else spec.window - 1, "window_size_right": 0}
+
+
+def _hub_borders(
+    documents: Documents, query: Tensor, key: Tensor
+) -> tuple[Tensor | None, Tensor | None, int | None, int | None]:
+    return (None, None, None, None) if documents.are_rows else _borders(documents, query, key)
+
+
+def _hub_window(run: Any, spec: AttentionSpec) -> dict[str, Any]:
+    window = _window(spec)
+    return {"window_size": tuple(window.values())} if "window_size" in inspect.signature(run).parameters else window
 
 
 def _package_borders(documents: Documents, query: Tensor, key: Tensor) -> dict[str, Any]:

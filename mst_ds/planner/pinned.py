@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from mst_ds.geometry import pinned_block
 from mst_ds.planner.types import MemoryTerm, product_term
 
@@ -14,12 +16,11 @@ def rounding_term(name: str, more: int) -> Terms:
     return (product_term(f"{name}_rounding", "host", ("bytes", more), kind="reserve"),) if more else ()
 
 
-def pinned(term: MemoryTerm, *, most: int | None = None) -> Terms:
+def pinned(term: MemoryTerm, blocks: Iterable[int] | None = None) -> Terms:
     """A term in pinned memory, with its rounding.
 
     Args:
-        most: bytes of a block, all but the last of which have as many. None: there is one block.
+        blocks: the bytes of each block. None: there is one.
     """
-    full, rest = divmod(term.bytes, most) if most else (0, term.bytes)
-    taken = full * pinned_block(most or 0) + pinned_block(rest)
+    taken = sum(map(pinned_block, [term.bytes] if blocks is None else blocks))
     return (term, *rounding_term(term.name, taken - term.bytes))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from mst_ds.geometry import ceil_divide, pinned_block
-from mst_ds.planner.persistent import persistent_counts, weights
+from mst_ds.planner.persistent import persistent_counts
 from mst_ds.planner.pinned import pinned, rounding_term
 from mst_ds.planner.types import MemoryTerm, Place, product_term, total_bytes
+from mst_ds.planner.weights import ranges, rounding_of_shards, sub_groups, weights_of_ranges
 from mst_ds.planner.workload import Workload
 from mst_ds.zero import OffloadDevice
 
@@ -34,7 +35,7 @@ def parameters(work: Workload) -> Terms:
     """The parameters in the model's dtype: a shard at stage 3, else all of them. On NVMe there are the buffers, too,
     through which they come (`AsyncPartitionedParameterSwapper`), and on the host those that need not go there.
 
-    On the host what is trained is one pinned block, and what is not, a block for each weight
+    On the host what is trained is a pinned block for each group of the optimizer, and what is not, one for each weight
     (`DeepSpeedZeroOptimizer_Stage3._create_param_groups_fp16_flat_cpu_memory`, `Init.partition`).
     """
     zero, size = work.zero, ("bytes", work.zero.dtype_bytes)
@@ -45,8 +46,8 @@ def parameters(work: Workload) -> Terms:
     if place == "device":
         return (term,)
     if place == "host":
-        flat = trained * zero.dtype_bytes
-        more = pinned_block(flat) - flat + (0 if _trains_all(work) else _rounding_of_weights(work))
+        more = sum(map(pinned_block, _blocks_of_ranges(work, zero.dtype_bytes))) - trained * zero.dtype_bytes
+        more += 0 if _trains_all(work) else _rounding_of_weights(work)
         return (term, *rounding_term("parameters", more))
     buffers = ("buffer_count", zero.param_buffer_count), ("buffer_size", zero.param_buffer_size)
     on_host = _state("parameters_on_host", "host", ("max_in_cpu", min(trained, zero.param_max_in_cpu)), size)
@@ -69,12 +70,8 @@ def _trains_all(work: Workload) -> bool:
 
 def _rounding_of_weights(work: Workload) -> int:
     """Of the weights' shards, each in a pinned block of its own."""
-    if not work.zero.pins_parameters:
-        return 0
-    shards = (
-        (work.sharded(size, from_stage=3) * work.zero.dtype_bytes, number) for size, number in weights(work.shape)
-    )
-    return sum(number * (pinned_block(count) - count) for count, number in shards)
+    zero = work.zero
+    return rounding_of_shards(work.shape, zero.dp_world_size, zero.dtype_bytes) if zero.pins_parameters else 0
 
 
 def gathered_parameters(work: Workload, phase: Literal["forward", "loss", "backward"]) -> Terms:
@@ -146,7 +143,8 @@ def gradients(work: Workload, *, so_far: int | None = None) -> Terms:
     """The gradients kept for the step, in the dtype in which they are summed.
 
     All of them below stage 2; from there on a shard, whose memory is taken whole with its first gradient, and which
-    goes where the optimizer is.
+    goes where the optimizer is. At stage 2 the optimizer on the host has its own place for them, and beside it are only
+    sums of several micro-batches, a block for each weight.
 
     Args:
         so_far: trained parameters whose gradients are there already. None: all.
@@ -155,12 +153,44 @@ def gradients(work: Workload, *, so_far: int | None = None) -> Terms:
     if zero.stage < 2:
         count = min(count, so_far) if so_far is not None else count
         return (_state("gradients", "device", ("gradients of this rank", count), ("bytes", zero.dtype_bytes)),)
-    if _has_fp32_gradient_on_host(work) and zero.stage == 2:
-        return ()
-    place: Place = "device" if zero.optimizer_offload == "none" else "host"
+    if zero.stage == 2 and not _sums_in_fp32(work):
+        return _gradients_of_weights(work)
+    place: Place = "device" if zero.optimizer_offload == "none" or zero.stage == 2 else "host"
     of_rank = ("gradients of this rank", work.sharded(count, from_stage=2))
     term = _state("gradients", place, of_rank, ("bytes", zero.grad_accum_dtype_bytes))
     return _pinned_with_optimizer(work, term) if place == "host" else (term,)
+
+
+def _gradients_of_weights(work: Workload) -> Terms:
+    """At stage 2 a rank has whole weights' gradients, also of those that lie in its range in part
+    (`copy_grads_in_partition`, `async_accumulate_grad_in_cpu_via_gpu`)."""
+    zero = work.zero
+    elements, blocks = weights_of_ranges(work.shape, zero.dp_world_size, zero.dtype_bytes)
+    factors = ("gradients of this rank's weights", elements), ("bytes", zero.dtype_bytes)
+    if zero.optimizer_offload == "none":
+        return (_state("gradients", "device", *factors),)
+    if zero.gradient_accumulation_steps == 1:
+        return ()
+    term = _state("gradients", "host", *factors)
+    return (term, *rounding_term(term.name, blocks - term.bytes)) if zero.pins_optimizer else (term,)
+
+
+def micro_batch_gradients(work: Workload) -> Terms:
+    """At stage 2 a micro-batch's own gradients, which are on the device until its backward has ended. Those of the only
+    micro-batch are what is kept for the step, or go to the host one by one, and those of the last go there, too."""
+    zero = work.zero
+    is_summed = zero.gradient_accumulation_steps > 1 or (_sums_in_fp32(work) and zero.optimizer_offload == "none")
+    if zero.stage != 2 or not is_summed:
+        return ()
+    elements, _ = weights_of_ranges(work.shape, zero.dp_world_size, zero.dtype_bytes)
+    factors = ("gradients of this rank's weights", elements), ("bytes", zero.dtype_bytes)
+    return (_state("micro_batch_gradients", "device", *factors),)
+
+
+def _sums_in_fp32(work: Workload) -> bool:
+    """At stage 2 the gradients of a model in 16 bits are then one flat fp32 shard on the device, wherever the optimizer
+    is (`_use_compact_grad_partition_buffer`)."""
+    return work.zero.dtype_bytes < work.zero.grad_accum_dtype_bytes == _FP32_BYTES
 
 
 def gradient_reduction(work: Workload) -> Terms:
@@ -177,8 +207,16 @@ def _has_fp32_gradient_on_host(work: Workload) -> bool:
     return work.zero.optimizer_offload != "none"
 
 
-def _pinned_with_optimizer(work: Workload, term: MemoryTerm, *, most: int | None = None) -> Terms:
-    return pinned(term, most=most) if work.zero.pins_optimizer else (term,)
+def _pinned_with_optimizer(work: Workload, term: MemoryTerm, blocks: Iterable[int] | None = None) -> Terms:
+    return pinned(term, blocks) if work.zero.pins_optimizer else (term,)
+
+
+def _blocks_of_ranges(work: Workload, element_bytes: int) -> list[int]:
+    return [elements * element_bytes for elements in ranges(work.shape, work.zero.dp_world_size)]
+
+
+def _sub_groups(work: Workload) -> tuple[int, ...]:
+    return sub_groups(work.shape, work.zero.dp_world_size, work.zero.sub_group_size)
 
 
 def reduce_bucket(work: Workload) -> Terms:
@@ -203,8 +241,8 @@ def optimizer_states(work: Workload) -> Terms:
     On the host the fp32 gradient has its place from the start, and at stages 1 and 2 what the master parameters are
     copied through; there gradients go to the host by way of a buffer on either side, as large as the largest weight.
     On NVMe the states come through buffers of a sub-group each (`OptimizerSwapper`). Pinned is what goes over the link:
-    gradients, at stage 3 a block for each sub-group, which is that long but for the weight that ends it; at stages 1
-    and 2 the master parameters and all buffers, too. What torch has not allocated, as for NVMe, is not rounded.
+    gradients, at stage 3 a block for each sub-group; at stages 1 and 2 the master parameters and all buffers, too. What
+    torch has not allocated, as for NVMe, is not rounded.
     """
     zero = work.zero
     count = work.sharded(work.shape.trained.all, from_stage=1)
@@ -223,22 +261,21 @@ def optimizer_states(work: Workload) -> Terms:
         return (master, *moments)
     gradient = _state("fp32_gradient", "host", of_rank, ("bytes", _FP32_BYTES))
     if zero.stage == 3:
-        of_sub_group = min(count, zero.sub_group_size)
         if place != "nvme":
-            return (master, *moments, *_pinned_with_optimizer(work, gradient, most=of_sub_group * _FP32_BYTES))
-        sub_group = ("trained parameters of a sub-group", of_sub_group)
+            blocks = (elements * _FP32_BYTES for elements in _sub_groups(work))
+            return (master, *moments, *_pinned_with_optimizer(work, gradient, blocks))
+        sub_group = ("trained parameters of the largest sub-group", max(_sub_groups(work)))
         buffers = ("buffer_count", zero.optimizer_buffer_count), sub_group, ("bytes", _FP32_BYTES)
         return (master, *moments, gradient, _state("optimizer_swap_buffers", "host", *buffers))
     largest = ("largest weight", work.shape.trained.largest)
-    on_host = (
-        master,
-        gradient,
-        _state("parameter_staging", "host", of_rank, ("bytes", zero.dtype_bytes)),
-        _state("gradient_staging_on_host", "host", largest, ("bytes", zero.dtype_bytes)),
-    )
+    in_fp32, staged = (_blocks_of_ranges(work, count) for count in (_FP32_BYTES, zero.dtype_bytes))
+    staging = _state("parameter_staging", "host", of_rank, ("bytes", zero.dtype_bytes))
     return (
         *moments,
-        *(term for each in on_host for term in _pinned_with_optimizer(work, each)),
+        *_pinned_with_optimizer(work, master, in_fp32),
+        *_pinned_with_optimizer(work, gradient, in_fp32),
+        *_pinned_with_optimizer(work, staging, staged),
+        *_pinned_with_optimizer(work, _state("gradient_staging_on_host", "host", largest, ("bytes", zero.dtype_bytes))),
         _state("gradient_staging", "device", largest, ("bytes", zero.dtype_bytes)),
     )
 
@@ -246,17 +283,19 @@ def optimizer_states(work: Workload) -> Terms:
 def optimizer_step(work: Workload) -> Terms:
     """The gradients, and what the step itself needs: a flat fp32 copy of them. A fused AdamW needs nothing more.
 
-    At stage 3 the step walks the shard in groups of `sub_group_size` elements.
+    At stage 3 the step walks the shard in sub-groups.
     """
     zero = work.zero
     if zero.stage == 0:
         return gradients(work)
     bucket = reduce_bucket(work) if zero.stage == 3 else ()
     if _has_fp32_gradient_on_host(work):
-        return (*bucket, *(gradients(work) if zero.stage == 3 else ()))
+        return (*bucket, *(gradients(work) if zero.stage > 1 else ()))
     count = work.sharded(work.shape.trained.all, from_stage=1)
+    if zero.stage == 2 and _sums_in_fp32(work):
+        return gradients(work)  # they are flat, and in fp32
     if zero.stage == 3:
-        count = min(count, zero.sub_group_size)
+        count = max(_sub_groups(work))
     copy = _state("fp32_gradient", "device", ("trained parameters of this step", count), ("bytes", _FP32_BYTES))
     if zero.stage == 1:
         # Those of the other ranks' parameters are freed before the copy is made.

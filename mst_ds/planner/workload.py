@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mst_ds.config import SOFTCAP_ATTENTION
 from mst_ds.geometry import HeadLayout, block_queries, ceil_divide, has_flash_attention, shard_length
 from mst_ds.model_shape import ModelShape
 from mst_ds.settings import Settings
@@ -84,9 +85,9 @@ class Workload:
 
     @property
     def is_blockwise(self) -> bool:
-        """Whether no kernel computes attention: a softcap is known to one package alone, which has no fp32."""
+        """Whether no kernel computes attention: a softcap is known to some packages alone, which have no fp32."""
         return self.shape.has_attention_softcap and (
-            self.settings.attention != "flash_attention_2" or not self.has_flash
+            self.settings.attention not in SOFTCAP_ATTENTION or not self.has_flash
         )
 
     @property

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mst_ds.attention.hub_kernels import hub_flash_attention
+
 
 def visible(queries: int, keys: int, left: int, right: int) -> Tensor:
     """(queries, keys), the last query standing at the last key; -1 for no border on that side."""
@@ -220,10 +222,8 @@ def cuda_on_cpu() -> Iterator[CudaOnCpu]:
         library._destroy()
 
 
-@contextmanager
-def flash_package_on_cpu() -> Iterator[CudaOnCpu]:
-    """Within, `flash_attn.flash_attn_interface` is there, with the functions of its version 2.7."""
-    kernels = CudaOnCpu()
+def _flash_2_interface(kernels: CudaOnCpu) -> types.SimpleNamespace:
+    """The functions of `flash_attn_interface` in version 2.7."""
 
     def named(asked: dict[str, Any]) -> dict[str, Any]:
         assert (asked["dropout_p"], asked["window_size_right"], asked["alibi_slopes"]) == (0.0, 0, None)
@@ -245,19 +245,102 @@ def flash_package_on_cpu() -> Iterator[CudaOnCpu]:
         for target, grad in zip((dq, dk, dv), found, strict=True):
             target.copy_(grad)
 
-    interface = types.SimpleNamespace(
+    return types.SimpleNamespace(
         _flash_attn_forward=forward,
         _flash_attn_varlen_forward=forward,
         _flash_attn_backward=backward,
         _flash_attn_varlen_backward=backward,
     )
-    package = types.ModuleType("flash_attn")
-    package.flash_attn_interface = interface  # type: ignore[attr-defined]
-    before = sys.modules.get("flash_attn")
-    sys.modules["flash_attn"] = package
+
+
+def _flash_3_interface(kernels: CudaOnCpu) -> types.SimpleNamespace:
+    """The functions of kernels-community/flash-attn3, arguments in their order."""
+
+    def asked(q, k, most_q, most_k, causal, scale, left, right, softcap):
+        assert right == 0
+        most = (q.shape[1], k.shape[1]) if most_q is None else (most_q, most_k)
+        return {"most": most, "causal": causal, "scale": scale, "left": left, "softcap": softcap}
+
+    def forward(
+        q, k, v, k_new=None, v_new=None, qv=None, out_=None, cu_seqlens_q=None, cu_seqlens_k=None,
+        cu_seqlens_k_new=None, seqused_q=None, seqused_k=None, max_seqlen_q=None, max_seqlen_k=None, page_table=None,
+        kv_batch_idx=None, leftpad_k=None, rotary_cos=None, rotary_sin=None, seqlens_rotary=None, q_descale=None,
+        k_descale=None, v_descale=None, softmax_scale=None, causal=False, window_size_left=-1, window_size_right=-1,
+        attention_chunk=0, softcap=0.0,
+    ):  # fmt: skip
+        unused = (k_new, v_new, qv, out_, cu_seqlens_k_new, seqused_q, seqused_k, page_table, kv_batch_idx, leftpad_k)
+        unused += (rotary_cos, rotary_sin, seqlens_rotary, q_descale, k_descale, v_descale)
+        assert {*unused, attention_chunk} == {None, 0}
+        window = window_size_left, window_size_right
+        given = asked(q, k, max_seqlen_q, max_seqlen_k, causal, softmax_scale, *window, softcap)
+        return *kernels.flash_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, **given), None, None
+
+    def backward(
+        dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, sequed_q=None, sequed_k=None,
+        max_seqlen_q=None, max_seqlen_k=None, dq=None, dk=None, dv=None, softmax_scale=None, is_causal=False,
+        window_size_left=-1, window_size_right=-1, softcap=0.0, deterministic=False,
+    ):  # fmt: skip
+        assert (sequed_q, sequed_k, deterministic) == (None, None, False)
+        window = window_size_left, window_size_right
+        given = asked(q, k, max_seqlen_q, max_seqlen_k, is_causal, softmax_scale, *window, softcap)
+        found = kernels.flash_backward(dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, **given)
+        for target, grad in zip((dq, dk, dv), found, strict=True):
+            target.copy_(grad)
+
+    return types.SimpleNamespace(_flash_attn_forward=forward, _flash_attn_backward=backward)
+
+
+def _vllm_flash_3_interface(kernels: CudaOnCpu) -> types.SimpleNamespace:
+    """The functions of kernels-community/vllm-flash-attn3: as many arguments have to be given, a window is a pair."""
+    flash_3 = _flash_3_interface(kernels)
+
+    def forward(*given, window_size=(-1, -1), softcap=0.0):
+        assert len(given) == 25
+        return flash_3._flash_attn_forward(*given, *window_size, softcap=softcap)
+
+    def backward(*given, window_size=(-1, -1), softcap=0.0, deterministic=False):
+        assert len(given) == 17
+        flash_3._flash_attn_backward(*given, *window_size, softcap, deterministic)
+
+    return types.SimpleNamespace(_flash_attn_forward=forward, _flash_attn_backward=backward)
+
+
+@contextmanager
+def _module_in_place(name: str, **attributes: Any) -> Iterator[None]:
+    module = types.ModuleType(name)
+    vars(module).update(attributes)
+    before = sys.modules.get(name)
+    sys.modules[name] = module
     try:
-        yield kernels
+        yield
     finally:
-        sys.modules.pop("flash_attn")
+        sys.modules.pop(name)
         if before is not None:
-            sys.modules["flash_attn"] = before
+            sys.modules[name] = before
+
+
+@contextmanager
+def flash_package_on_cpu() -> Iterator[CudaOnCpu]:
+    """Within, `flash_attn.flash_attn_interface` is there."""
+    kernels = CudaOnCpu()
+    with _module_in_place("flash_attn", flash_attn_interface=_flash_2_interface(kernels)):
+        yield kernels
+
+
+@contextmanager
+def hub_on_cpu() -> Iterator[CudaOnCpu]:
+    """Within, the library `kernels` is there, and gives what the hub has."""
+    kernels = CudaOnCpu()
+    hub = {
+        ("kernels-community/flash-attn2", 4 if torch.__version__ >= (2, 10) else 3): _flash_2_interface(kernels),
+        ("kernels-community/flash-attn3", 1): _flash_3_interface(kernels),
+        ("kernels-community/vllm-flash-attn3", 1): _vllm_flash_3_interface(kernels),
+    }
+
+    def get_kernel(repo_id: str, *, version: int) -> types.SimpleNamespace:
+        return types.SimpleNamespace(flash_attn_interface=hub[repo_id, version])
+
+    with _module_in_place("kernels", get_kernel=get_kernel):
+        hub_flash_attention.cache_clear()
+        yield kernels
+    hub_flash_attention.cache_clear()

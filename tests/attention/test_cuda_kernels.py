@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_on_cpu import CudaOnCpu, cuda_on_cpu, flash_package_on_cpu
+from cuda_on_cpu import CudaOnCpu, cuda_on_cpu, flash_package_on_cpu, hub_on_cpu
 from dense_attention import dense_attention, heads
 from torch import Tensor
 
 from mst_ds.attention import AttentionSpec, Documents
-from mst_ds.attention.flash import FlashPackage, TorchFlash
+from mst_ds.attention.flash import Flash3Package, FlashPackage, TorchFlash
+from mst_ds.attention.hub_kernels import FLASH_2_OF_HUB, FLASH_3_OF_HUB
 from mst_ds.attention.kernel import Kernel
 from mst_ds.attention.over_blocks import OverBlocks
 from mst_ds.attention.per_document import PerDocument
@@ -42,7 +43,9 @@ def truth(tensors: list[Tensor], grad: Tensor, starts: Any, **asked: Any) -> lis
 
 CASES: dict[str, tuple[Kernel, AbstractContextManager[CudaOnCpu], str, tuple[str, ...]]] = {
     "torch's flash": (TorchFlash(), cuda_on_cpu, "flash", ("window",)),
-    "flash-attn": (FlashPackage(), flash_package_on_cpu, "flash", ("window", "softcap")),
+    "flash-attn": (FlashPackage("flash_attention_2"), flash_package_on_cpu, "flash", ("window", "softcap")),
+    "flash-attn 2 of the hub": (FlashPackage(FLASH_2_OF_HUB), hub_on_cpu, "flash", ("window", "softcap")),
+    **{name: (Flash3Package(name), hub_on_cpu, "flash", ("window", "softcap")) for name in FLASH_3_OF_HUB},
     "efficient": (PerDocument(OverBlocks(Efficient())), cuda_on_cpu, "efficient", ("window",)),
     "cuDNN": (PerDocument(OverBlocks(Cudnn())), cuda_on_cpu, "cudnn", ()),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import types
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +14,10 @@ from transformers import LlamaConfig
 
 from mst_ds.attention import AttentionSpec, Documents, choice, prepare_attention
 from mst_ds.attention.choice import CudaDevice, choose_kernel
+from mst_ds.attention.hub_kernels import HUB_KERNELS
 from mst_ds.attention.over_blocks import OverBlocks
 from mst_ds.attention.per_document import PerDocument
-from mst_ds.config import ATTENTION_IMPLEMENTATIONS, GIB, parse_train_config
+from mst_ds.config import ATTENTION_IMPLEMENTATIONS, GIB, SOFTCAP_ATTENTION, parse_train_config
 from mst_ds.dtypes import DTYPES
 from mst_ds.engine import Launch, preparation
 from mst_ds.gpus import DEFAULT_GPU
@@ -75,6 +77,12 @@ def chosen(
         (H100, {"name": "flash_attention_2", "softcap": 1.0, "dropout": 0.1}, "Blockwise"),
         (H100, {"name": "flash_attention_2", "dtype": torch.float32}, "Efficient"),
         (H100, {"name": "flash_attention_3"}, "TorchFlash"),
+        (H100, {"name": HUB_KERNELS[0]}, "FlashPackage"),
+        (H100, {"name": HUB_KERNELS[0], "softcap": 1.0, "dropout": 0.1}, "Blockwise"),
+        (H100, {"name": HUB_KERNELS[1], "window": 5}, "Flash3Package"),
+        (H100, {"name": HUB_KERNELS[2], "documents": PACKED}, "Flash3Package"),
+        (H100, {"name": HUB_KERNELS[1], "softcap": 1.0, "dropout": 0.1}, "Blockwise"),
+        (H100, {"name": HUB_KERNELS[1], "dtype": torch.float32}, "Efficient"),
         (OLD_CUDNN, {}, "Cudnn"),
         (OLD_CUDNN, {"length": 255}, "TorchFlash"),
         (OLD_CUDNN, {"dropout": 0.125}, "TorchFlash"),
@@ -137,9 +145,17 @@ def test_a_run_plans_for_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None
     assert run.request.work.capability == T4.capability
 
 
-def test_flash_attention_3_has_no_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r'"flash_attention_3" has no dropout, and a layer asks for 0\.1: use "sdpa"'):
-        chosen(monkeypatch, H100, name="flash_attention_3", dropout=0.1)
+@pytest.mark.parametrize("name", ["flash_attention_3", "kernels-community/flash-attn3"])
+def test_flash_attention_3_has_no_dropout(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    with pytest.raises(ValueError, match=rf'"{name}" has no dropout, and a layer asks for 0\.1: use "sdpa"'):
+        chosen(monkeypatch, H100, name=name, dropout=0.1)
+
+
+def test_plans_know_which_names_have_a_softcap(monkeypatch: pytest.MonkeyPatch) -> None:
+    blockwise = {
+        name for name in ATTENTION_IMPLEMENTATIONS if chosen(monkeypatch, H100, name=name, softcap=1.0) == "Blockwise"
+    }
+    assert blockwise == {*ATTENTION_IMPLEMENTATIONS} - {*SOFTCAP_ATTENTION}
 
 
 def test_cudnn_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,3 +184,33 @@ def test_packages_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     known = ", ".join(ATTENTION_IMPLEMENTATIONS)  # of the setting
     with pytest.raises(ValueError, match=f"must be one of {known}; got 'eager'"):
         prepare_attention("eager")
+
+
+@pytest.mark.parametrize("name", HUB_KERNELS)
+def test_repositories_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    hub = types.ModuleType("kernels")
+
+    def offline(repo_id: str, *, version: int) -> Any:
+        raise OSError("no network\nand many lines more")
+
+    def forward_only(repo_id: str, *, version: int) -> Any:
+        return types.SimpleNamespace(flash_attn_interface=types.SimpleNamespace(_flash_attn_forward=None))
+
+    def something_else(repo_id: str, *, version: int) -> Any:
+        return types.SimpleNamespace(flash_attn_func=None)
+
+    monkeypatch.setitem(sys.modules, "kernels", None)
+    with pytest.raises(ValueError, match=f'"{name}" needs the package kernels: install it'):
+        prepare_attention(name)
+    monkeypatch.setitem(sys.modules, "kernels", hub)
+    for get_kernel, says in (
+        (offline, r'is not loaded by the package kernels \(no network\): use "sdpa"$'),
+        (
+            forward_only,
+            r"has no (_flash_attn_varlen_forward, )?_flash_attn_.*backward in its flash_attn_interface: use",
+        ),
+        (something_else, "has no _flash_attn_forward, _flash_attn_"),
+    ):
+        monkeypatch.setattr(hub, "get_kernel", get_kernel, raising=False)
+        with pytest.raises(ValueError, match=f'attention "{name}" {says}'):
+            prepare_attention(name)

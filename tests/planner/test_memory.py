@@ -40,10 +40,15 @@ def test_the_phases_of_a_plan_and_its_peak(model):
     assert plan.peak_bytes == max(phase.device_bytes for phase in plan.phases) == plan.peak_phase.device_bytes
 
 
+NORMS = (2 * LAYERS + 1) * HIDDEN
+
+
 # Bytes of one parameter's states by the ZeRO paper (arXiv 1910.02054, table 1: 2 + 2 + 12), over 4 ranks.
 @pytest.mark.parametrize(
     ("stage", "parameters", "gradients", "optimizer"),
-    [(0, 2, 2, 12), (1, 2, 2, 3), (2, 2, 0.5, 3), (3, 0.5, 0.5, 3)],
+    # At stage 2 the gradients are those of whole weights: of layers 1 and 2 but for the last weight, of three norms.
+    [(0, 2, 2, 12), (1, 2, 2, 3), (2, 2, 2 * (81_920 + 3 * HIDDEN) / PARAMETERS, 3), (3, 0.5, 0.5, 3)],
+    ids=["0", "1", "2", "3"],
 )
 def test_states_are_sharded_by_stage(stage, parameters, gradients, optimizer):
     plan = plan_of(stage)
@@ -108,13 +113,13 @@ def test_what_comes_from_nvme_comes_through_buffers_of_the_host():
         terms = terms_of(plan_of(3, zero=zero), phase)
         assert {terms[f"{name}_swap_buffers"].place for name in ("parameter", "optimizer")} == {"host"}
         assert terms["parameter_swap_buffers"].bytes == 6 * 10**6 * 2
-        assert terms["optimizer_swap_buffers"].bytes == 6 * 1000 * 4
+        assert terms["optimizer_swap_buffers"].bytes == 6 * (VOCAB * HIDDEN // 4) * 4  # the embedding's shard
     # DeepSpeed's own numbers, and a shard that is less than a sub-group.
     terms = bytes_of(
         plan_of(3, zero={name: {"device": "nvme"} for name in ("offload_param", "offload_optimizer")}), "loss"
     )
     assert terms["parameter_swap_buffers"] == 5 * 10**8 * 2
-    assert terms["optimizer_swap_buffers"] == 4 * terms["master_parameters"]
+    assert terms["optimizer_swap_buffers"] == 4 * (terms["master_parameters"] - NORMS)
     on_host = terms_of(plan_of(3, zero={"offload_param": {"device": "cpu"}}), "loss")
     assert not [name for name in on_host if name.endswith("swap_buffers")]
 
@@ -228,9 +233,15 @@ def test_overlap_has_two_buckets_below_stage_3():
 
 
 def test_optimizer_step_walks_sub_groups_at_stage_3():
-    assert bytes_of(plan_of(3), "optimizer_step")["fp32_gradient"] == PARAMETERS
-    limited = plan_of(3, zero={"sub_group_size": 1000})
-    assert bytes_of(limited, "optimizer_step")["fp32_gradient"] == 4000
+    """A sub-group ends with a whole weight, and norms, which are not decayed, are in others."""
+
+    def gradient(size):
+        return bytes_of(plan_of(3, zero={"sub_group_size": size}), "optimizer_step")["fp32_gradient"]
+
+    embedding, layer = VOCAB * HIDDEN, LAYER - 2 * HIDDEN
+    assert gradient(10**9) == PARAMETERS - NORMS
+    assert gradient(1000) == embedding
+    assert gradient((embedding + layer) // 4) == (LAYERS - 1) * layer + embedding  # the other layers, with the head
     assert bytes_of(plan_of(2, zero={"sub_group_size": 1000}), "optimizer_step")["fp32_gradient"] == PARAMETERS
 
 
