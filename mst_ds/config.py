@@ -154,7 +154,9 @@ class TrainConfig:
     packing: Packing = _flag(  # noqa: RUF009 - the alias hides from ruff that the type is immutable
         "documents", "documents: several to a sample, each as if alone; none: one to a sample, then padding."
     )
-    dataloader_num_workers: int = _flag(0, "Processes of each rank that make batches ahead; 0: none.")
+    dataloader_num_workers: int = _flag(
+        0, "Processes of each rank that make batches ahead, and as many for evaluations; 0: none."
+    )
     dataloader_pin_memory: bool = _flag(True, "Batches lie in pinned memory, where there is an accelerator.")
     max_steps: int = _flag(150, "Optimizer steps.")
     learning_rate: float | None = _flag(None, "Peak learning rate of AdamW; default: 4e-3 for small_llama, else 2e-5.")

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 _THREADS = "OMP_NUM_THREADS"
 # With these OpenMP binds its threads to cores, the first one, which asks here, to one of them.
-_PLACES = ("OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
+_PLACES = ("OMP_PLACES", "GOMP_CPU_AFFINITY")
 _BINDS = "OMP_PROC_BIND"
 
 

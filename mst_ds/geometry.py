@@ -21,9 +21,9 @@ EXPERTS_OF_A_GRADIENT = 16
 # so many of all heads, for which it works longer than its kernels take to start. But not fewer rows than are worth a
 # matrix product.
 _SCORES_OF_A_HEAD, _SCORES_OF_ALL_HEADS, _ROWS = 2**18, 2**25, 64
-# The widest head of the flash kernels, torch's and the package's, and that on devices with too little shared memory for
-# a backward of such heads (torch's `sdp_utils.cpp`).
-_WIDEST_FLASH_HEAD, _WIDEST_WITH_LITTLE_SHARED_MEMORY = 256, 192
+# The widest head of the flash kernels, torch's and the package's. On devices with little shared memory there is no
+# backward of these widths, nor with dropout of those above (torch's `sdp_utils.cpp`).
+_WIDEST_FLASH_HEAD, _TOO_WIDE_FOR_LITTLE_SHARED_MEMORY = 256, range(193, 225)
 # Queries of a window's block, at least. Fewer waste less on masked scores; more, less on overlapping keys.
 _WINDOW_QUERIES = 1024
 
@@ -73,20 +73,23 @@ def window_queries(window: int) -> int:
     return min(window, max(_WINDOW_QUERIES, window // 4))
 
 
-def has_flash_attention(element_bytes: int, head_width: int, capability: tuple[int, int] | None = None) -> bool:
+def has_flash_attention(
+    element_bytes: int, head_width: int, capability: tuple[int, int] | None = None, *, has_dropout: bool = False
+) -> bool:
     """Whether flash attention has a kernel for a forward and its backward on CUDA.
 
     Args:
         head_width: of queries, keys and values alike: what is narrower is widened.
         capability: the device's, of CUDA; None: of one with all kernels.
     """
-    widest = _WIDEST_FLASH_HEAD
-    if capability is not None:
-        if capability < (8, 0):
-            return False
-        if (8, 6) <= capability <= (8, 9) or capability[0] == 12:
-            widest = _WIDEST_WITH_LITTLE_SHARED_MEMORY
-    return element_bytes == 2 and head_width <= widest
+    if element_bytes != 2 or head_width > _WIDEST_FLASH_HEAD:
+        return False
+    if capability is None:
+        return True
+    has_little = (8, 6) <= capability <= (8, 9) or capability[0] == 12
+    if has_little and has_dropout and head_width >= _TOO_WIDE_FOR_LITTLE_SHARED_MEMORY.stop:
+        return False
+    return capability >= (8, 0) and not (has_little and head_width in _TOO_WIDE_FOR_LITTLE_SHARED_MEMORY)
 
 
 def flash_query_gradient(length: int, head_dim: int) -> tuple[int, int]:

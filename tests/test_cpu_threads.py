@@ -55,7 +55,7 @@ def test_what_is_compiled_gets_the_share_of_a_rank(tmp_path: Path) -> None:
         ({"OMP_PROC_BIND": "false"}, "3"),
         ({"OMP_PROC_BIND": "spread"}, None),
         ({"OMP_PLACES": "cores"}, None),
-        ({"KMP_AFFINITY": "compact"}, None),
+        ({"KMP_AFFINITY": "compact"}, "3"),
         ({"GOMP_CPU_AFFINITY": "0-5"}, None),
     ],
 )

@@ -3,9 +3,9 @@
 The rules and where they come from:
 
 - On the CPU torch has flash attention without dropout.
-- On CUDA, from compute capability 8.0 on, flash attention takes 16 bits, heads up to 256 wide (up to 192 on devices
-  with little shared memory), a window and packed documents, in one call for all rows. `has_flash_attention` is asked by
-  plans, too.
+- On CUDA, from compute capability 8.0 on, flash attention takes 16 bits, heads up to 256 wide (not 193 to 224 on
+  devices with little shared memory, nor above with dropout), a window and packed documents, in one call for all rows.
+  `has_flash_attention` is asked by plans, too.
 - cuDNN is what torch prefers from compute capability 9.0 on, where it is the faster (torch 2.11,
   `check_prefer_cudnn_attention`). It is used where every row is one document: it makes a plan for each new length,
   which takes tens of milliseconds (pytorch#191576). Before 9.15.1 it is wrong for lengths that are no multiple of 128
@@ -69,7 +69,7 @@ def choose_kernel(
         ValueError: flash attention 3 or 4 with dropout.
     """
     is_flash = query.is_cuda and has_flash_attention(
-        query.itemsize, query.shape[3], cuda_device(query.device).capability
+        query.itemsize, query.shape[3], cuda_device(query.device).capability, has_dropout=spec.dropout > 0
     )
     if name in ("flash_attention_2", FLASH_2_OF_HUB) and is_flash and not (spec.softcap is not None and spec.dropout):
         return FlashPackage(name)

@@ -10,6 +10,8 @@ import torch
 FLASH_2_OF_HUB = "kernels-community/flash-attn2"
 FLASH_3_OF_HUB = ("kernels-community/flash-attn3", "kernels-community/vllm-flash-attn3")
 HUB_KERNELS = (FLASH_2_OF_HUB, *FLASH_3_OF_HUB)
+# Its builds have code for 8.0 and 9.0a, of which the latter runs nowhere else (`build.toml` of the repositories).
+_FIRST_WITHOUT_FLASH_3 = (10, 0)
 
 
 @cache
@@ -20,14 +22,21 @@ def hub_flash_attention(name: str) -> Any:
         name: one of `HUB_KERNELS`.
 
     Raises:
-        ValueError: `kernels` is not installed or cannot load the repository, or functions are missing from it.
+        ValueError: `kernels` is not installed or cannot load the repository, functions are missing from it, or it has
+            no code for this device.
     """
     try:
         from kernels import get_kernel
-    except ImportError:
+    except ModuleNotFoundError:
         raise ValueError(
             f'attention "{name}" needs the package kernels: install it (pip install kernels), or use "sdpa"'
         ) from None
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+    if name in FLASH_3_OF_HUB and capability >= _FIRST_WITHOUT_FLASH_3:
+        raise ValueError(
+            f'attention "{name}" is built for compute capabilities 8 and 9, and this device has '
+            f'{".".join(map(str, capability))}: use "sdpa"'
+        )
     try:
         package = get_kernel(name, version=_version(name))
     # Of the network, the hub, the import, the loader of shared libraries: there is no common class below this one.

@@ -89,8 +89,10 @@ def chosen(
         (CudaDevice((9, 0), None), {}, "TorchFlash"),
         (A100, {}, "TorchFlash"),
         (A100, {"width": 256}, "TorchFlash"),
-        (RTX_4090, {"width": 256}, "Efficient"),
-        (ORIN, {"width": 256}, "Efficient"),
+        (RTX_4090, {"width": 256}, "TorchFlash"),
+        (RTX_4090, {"width": 256, "dropout": 0.1}, "Efficient"),
+        (RTX_4090, {"width": 208}, "Efficient"),
+        (ORIN, {"width": 208}, "Efficient"),
         (T4, {"dtype": torch.float16}, "Efficient"),
         (T4, {"dtype": torch.float16, "name": "flash_attention_2"}, "Efficient"),
     ],
@@ -203,6 +205,12 @@ def test_repositories_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, name:
     with pytest.raises(ValueError, match=f'"{name}" needs the package kernels: install it'):
         prepare_attention(name)
     monkeypatch.setitem(sys.modules, "kernels", hub)
+    if name in HUB_KERNELS[1:]:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
+        with pytest.raises(ValueError, match=r"is built for compute capabilities 8 and 9, and this device has 10\.0"):
+            prepare_attention(name)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     for get_kernel, says in (
         (offline, r'is not loaded by the package kernels \(no network\): use "sdpa"$'),
         (
