@@ -25,12 +25,6 @@ def hub_flash_attention(name: str) -> Any:
         ValueError: `kernels` is not installed or cannot load the repository, functions are missing from it, or it has
             no code for this device.
     """
-    try:
-        from kernels import get_kernel
-    except ModuleNotFoundError:
-        raise ValueError(
-            f'attention "{name}" needs the package kernels: install it (pip install kernels), or use "sdpa"'
-        ) from None
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
     if name in FLASH_3_OF_HUB and capability >= _FIRST_WITHOUT_FLASH_3:
         raise ValueError(
@@ -38,11 +32,18 @@ def hub_flash_attention(name: str) -> Any:
             f'{".".join(map(str, capability))}: use "sdpa"'
         )
     try:
+        from kernels import get_kernel
+
         package = get_kernel(name, version=_version(name))
+    except ModuleNotFoundError as error:
+        if error.name != "kernels":
+            raise _not_loaded(name, error) from error
+        raise ValueError(
+            f'attention "{name}" needs the package kernels: install it (pip install kernels), or use "sdpa"'
+        ) from None
     # Of the network, the hub, the import, the loader of shared libraries: there is no common class below this one.
     except Exception as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f'attention "{name}" is not loaded by the package kernels ({reason}): use "sdpa"') from error
+        raise _not_loaded(name, error) from error
     interface = getattr(package, "flash_attn_interface", None)
     kinds = ("", "_varlen") if name == FLASH_2_OF_HUB else ("",)
     wanted = [f"_flash_attn{kind}_{direction}" for kind in kinds for direction in ("forward", "backward")]
@@ -50,6 +51,11 @@ def hub_flash_attention(name: str) -> Any:
     if missing:
         raise ValueError(f'attention "{name}" has no {", ".join(missing)} in its flash_attn_interface: use "sdpa"')
     return interface
+
+
+def _not_loaded(name: str, error: Exception) -> ValueError:
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    return ValueError(f'attention "{name}" is not loaded by the package kernels ({reason}): use "sdpa"')
 
 
 def _version(name: str) -> int:
