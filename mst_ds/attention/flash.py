@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -53,8 +55,7 @@ class TorchFlash:
             scale=spec.scaling,
             **_window(spec),
         )
-        of_query, of_key, of_value = (_unpacked(documents, query, grad) for grad in grads)
-        return of_query, of_key, of_value
+        return _unpacked_gradients(documents, query, grads)
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,7 @@ class FlashPackage:
             deterministic=torch.are_deterministic_algorithms_enabled(),
             rng_state=seed,
         )
-        of_query, of_key, of_value = (_unpacked(documents, query, grad) for grad in grads)
-        return of_query, of_key, of_value
+        return _unpacked_gradients(documents, query, grads)
 
 
 @dataclass(frozen=True)
@@ -170,8 +170,7 @@ class Flash3Package:
             softcap=spec.softcap or 0.0,
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
-        of_query, of_key, of_value = (_unpacked(documents, query, grad) for grad in grads)
-        return of_query, of_key, of_value
+        return _unpacked_gradients(documents, query, grads)
 
 
 def _flash_2(name: str) -> Any:
@@ -192,6 +191,11 @@ def _unpacked(documents: Documents, query: Tensor, tensor: Tensor) -> Tensor:
     """The way back."""
     by_token = tensor if documents.are_rows else tensor.unflatten(0, (len(query), -1))
     return by_token.transpose(1, 2)
+
+
+def _unpacked_gradients(documents: Documents, query: Tensor, grads: Sequence[Tensor]) -> Gradients:
+    of_query, of_key, of_value = (_unpacked(documents, query, grad) for grad in grads)
+    return of_query, of_key, of_value
 
 
 def _attended(
@@ -226,7 +230,13 @@ def _hub_borders(
 
 def _hub_window(run: Any, spec: AttentionSpec) -> dict[str, Any]:
     window = _window(spec)
-    return {"window_size": tuple(window.values())} if "window_size" in inspect.signature(run).parameters else window
+    return {"window_size": tuple(window.values())} if _takes_pair(run) else window
+
+
+@cache
+def _takes_pair(run: Any) -> bool:
+    """Asked of a function once, not in every layer's call."""
+    return "window_size" in inspect.signature(run).parameters
 
 
 def _package_borders(documents: Documents, query: Tensor, key: Tensor) -> dict[str, Any]:
