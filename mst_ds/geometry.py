@@ -176,6 +176,12 @@ class HeadLayout:
         return ceil_divide(self.num_heads, self.sp_size)
 
     @property
+    def most_key_value_heads(self) -> int:
+        """Key/value heads of the rank that has most; one that two groups read counts in both."""
+        ranks = range(self.sp_size if self.has_uneven_groups else 1)  # else all ranks are alike
+        return max(sum(len(self.key_value_heads(rank, group)) for group in self.groups) for rank in ranks)
+
+    @property
     def most_query_heads_of_group(self) -> int:
         return ceil_divide(self.most_query_heads, len(self.groups))
 

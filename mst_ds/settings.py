@@ -29,7 +29,8 @@ class Knob:
         is_allowed: whether a value other than `"auto"` is.
         choices: what `"auto"` chooses from by search; of values with which a step is equally fast the first is taken.
             Empty where `"auto"` follows from the model, the ranks and the lengths.
-        needs_recompute: whether it says something of what recompute keeps, and is off without it.
+        off: the value with which it does nothing: of a switch false, of a count 1.
+        needs_recompute: whether it says something of how layers are computed again, and is off without recompute.
         needs_sharding: whether it is without effect on a sequence that is not sharded.
         ranks_agree: whether the ranks of a sequence would wait for each other, or worse, if they differed in it.
         tried: what each of a preflight's four cases has, in their order; of `sp_size` with what each is tried.
@@ -40,6 +41,7 @@ class Knob:
     auto: str
     allowed: str
     is_allowed: Callable[[object], bool]
+    off: object = None
     choices: tuple[bool, ...] = ()
     needs_recompute: bool = False
     needs_sharding: bool = False
@@ -57,12 +59,12 @@ def _is_bool(value: object) -> bool:
 
 
 def _count(values: str, auto: str, **rest: Any) -> Any:
-    knob = Knob(values, auto, "a whole number >= 1", _is_count, **rest)
+    knob = Knob(values, auto, "a whole number >= 1", _is_count, off=1, **rest)
     return field(default=1, metadata={"knob": knob})
 
 
 def _switch(values: str, auto: str, **rest: Any) -> Any:
-    knob = Knob(f"`true`, `false`: {values}", auto, "true or false", _is_bool, **rest)
+    knob = Knob(f"`true`, `false`: {values}", auto, "true or false", _is_bool, off=False, **rest)
     return field(default=False, metadata={"knob": knob})
 
 
@@ -74,7 +76,8 @@ def _word(values: tuple[str, ...], auto: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What one rank executes. Without recompute, `keep_attention` and `offload_activations` are False."""
+    """What one rank executes. Without recompute, `keep_attention` and `offload_activations` are False, and
+    `layer_chunks` is 1."""
 
     sp_size: int = _count(
         "sequence parallelism: ranks that share a sequence; divides the world size, at most the number of query heads",
@@ -82,12 +85,21 @@ class Settings:
         tried=(1, 2),
         several=2,
     )
+    layer_chunks: int = _count(
+        "chunks in which a whole decoder layer is worked through, of a rank, 1 or more; the ranks of a sequence have "
+        "equally many",
+        "with recompute, the fewest with which a layer no longer makes the peak; else 1",
+        needs_recompute=True,
+        ranks_agree=True,
+        tried=(1, 1, 4, 16),
+        several=3,  # a first one, one in between and a last
+    )
     mlp_chunks: int = _count(
-        "chunks of the MLP, of a rank, 1 or more",
+        "chunks of the MLP within a chunk of the layer, of a rank, 1 or more",
         "the fewest with which the MLP no longer makes the peak, on a known GPU of 2048 tokens or more; then "
         "the fewest that fit",
         tried=(1, 4, 4, 64),
-        several=3,  # a first one, one in between and a last
+        several=3,
     )
     loss_chunks: int = _count(
         "chunks of the LM head and the loss, of a rank, 1 or more",
@@ -160,8 +172,13 @@ def candidates(given: Mapping[str, Any]) -> Iterator[dict[str, bool]]:
         chosen = dict(zip(searched, values, strict=True))
         if any(given.get(name, value) != value for name, value in chosen.items()):
             continue
-        if chosen["recompute"] or not any(chosen[name] for name, knob in searched.items() if knob.needs_recompute):
+        if chosen["recompute"] or not _of_recompute({**given, **chosen}):
             yield chosen
+
+
+def _of_recompute(values: Mapping[str, Any]) -> list[str]:
+    """The knobs among `values` that are on and mean something with recompute alone."""
+    return [name for name, knob in KNOBS.items() if knob.needs_recompute and values.get(name, knob.off) != knob.off]
 
 
 @dataclass(frozen=True)
@@ -180,8 +197,8 @@ class MstConfig:
         """Checks the block; a key that it leaves out is `"auto"`.
 
         Raises:
-            ValueError: not a mapping, an unknown key, a value of the wrong type or range, or a setting of what
-                recompute keeps without recompute.
+            ValueError: not a mapping, an unknown key, a value of the wrong type or range, or a setting of how layers
+                are computed again without recompute.
         """
         if not isinstance(block, Mapping):
             raise ValueError(f"'mst' is {block!r}; allowed: an object with the keys {', '.join(_CHECKS)}")
@@ -194,12 +211,11 @@ class MstConfig:
                 raise ValueError(f"{key} in 'mst' is {value!r}; allowed: 'auto' or {allowed}")
         settled = {key: value for key, value in block.items() if value != AUTO}
         if settled.get("recompute") is False:
-            for name, knob in KNOBS.items():
-                if knob.needs_recompute and settled.get(name):
-                    raise ValueError(
-                        f"{name} in 'mst' is {settled[name]}, but recompute is False and layers keep everything; "
-                        "allowed: 'auto' or false, or recompute true"
-                    )
+            for name in _of_recompute(settled):
+                raise ValueError(
+                    f"{name} in 'mst' is {settled[name]}, but recompute is False and layers keep everything; "
+                    f"allowed: 'auto' or {str(KNOBS[name].off).lower()}, or recompute true"
+                )
         memory = {name: settled.pop(name) for name in _MEMORY if name in settled}
         return cls(settled, **memory)
 

@@ -32,17 +32,31 @@ def dense_attention(
     starts: list[list[int]] | None = None,
 ) -> Tensor:
     """query (B, N, S, D), key (B, K, S, D), value (B, K, S, Dv) -> (B, S, N, Dv), in the dtype of the query."""
+    asked = {"scaling": scaling, "window": window, "softcap": softcap, "sinks": sinks, "starts": starts}
+    weights = scores_of(query, key, **asked).softmax(dim=3)[..., : query.shape[2]]
+    return (weights @ value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)).transpose(1, 2)
+
+
+def scores_of(
+    query: Tensor,
+    key: Tensor,
+    *,
+    scaling: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    starts: list[list[int]] | None = None,
+) -> Tensor:
+    """(B, N, S, S), with sinks (B, N, S, S + 1): what attention takes the softmax of; -inf where a key is not seen."""
     batch, heads, length, _ = query.shape
-    key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
-    scores = query @ key.transpose(2, 3) * scaling
+    scores = query @ key.repeat_interleave(heads // key.shape[1], dim=1).transpose(2, 3) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     seen = torch.stack([visible(length, window, row) for row in starts or [[0]] * batch])
     scores = scores.masked_fill(~seen[:, None], float("-inf"))
     if sinks is not None:
         scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(batch, -1, length, 1)], dim=3)
-    weights = scores.softmax(dim=3)[..., :length]
-    return (weights @ value).transpose(1, 2)
+    return scores
 
 
 def heads(*counts: int, length: int, dims: tuple[int, ...] = (8,), batch: int = 2, **kwargs: Any) -> list[Tensor]:

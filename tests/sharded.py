@@ -17,17 +17,25 @@ from mst_ds.sequence_parallel import SequenceGroup, run_simulated
 from mst_ds.topology import Topology
 
 
-def plain_shards(batch: Mapping[str, Tensor], sp_size: int) -> list[Batch]:
-    """Consecutive parts of a length that `sp_size` divides, with their targets, and none of the package's code."""
+def plain_shards(batch: Mapping[str, Tensor], sp_size: int, layer_chunks: int = 1) -> list[Batch]:
+    """Equal parts of each chunk of a length that `sp_size` divides, with their targets, and none of the package's
+    code."""
     tensors = dict(batch)
     tensors["shift_labels"] = shift(tensors.pop("labels"), batch.get("position_ids"), batch.get("attention_mask"))
-    parts = {name: tensor.chunk(sp_size, dim=1) for name, tensor in tensors.items()}
+    length = tensors["shift_labels"].shape[1] // sp_size
+    assert length >= 4 * layer_chunks  # else there are fewer
+    chunks = [sp_size * len(chunk) for chunk in torch.arange(length).tensor_split(layer_chunks)]
+    parts = {}
+    for name, tensor in tensors.items():
+        of_chunks = [stretch.chunk(sp_size, dim=1) for stretch in tensor.split(chunks, dim=1)]
+        parts[name] = [torch.cat(of_rank, dim=1) for of_rank in zip(*of_chunks, strict=True)]
     return [{name: of_ranks[rank] for name, of_ranks in parts.items()} for rank in range(sp_size)]
 
 
-def shards_of_a_run(batch: Mapping[str, Tensor], sp_size: int) -> list[Batch]:
+def shards_of_a_run(batch: Mapping[str, Tensor], sp_size: int, layer_chunks: int = 1) -> list[Batch]:
     """As a run's loader makes them, of any length."""
-    return [shard(dict(batch), Topology(rank, sp_size, sp_size)) for rank in range(sp_size)]
+    ranks = [Topology(rank, sp_size, sp_size) for rank in range(sp_size)]
+    return [shard(dict(batch), topology, layer_chunks=layer_chunks) for topology in ranks]
 
 
 def sharded_loss_and_gradients(
@@ -35,7 +43,7 @@ def sharded_loss_and_gradients(
     batch: Mapping[str, Tensor],
     sp_size: int = 2,
     *,
-    split: Callable[[Mapping[str, Tensor], int], list[Batch]] = plain_shards,
+    split: Callable[[Mapping[str, Tensor], int, int], list[Batch]] = plain_shards,
     num_items_in_batch: int | None = None,
     forward: Mapping[str, Any] | None = None,
     **settings: Any,
@@ -49,7 +57,7 @@ def sharded_loss_and_gradients(
         forward: further arguments of the model.
         settings: of the plan.
     """
-    shards = split(batch, sp_size)
+    shards = split(batch, sp_size, settings.get("layer_chunks", 1))
     valid = sum(int((each["shift_labels"] != -100).sum()) for each in shards)
     num_items = valid if num_items_in_batch is None else num_items_in_batch
     copies = [copy.deepcopy(model) for _ in range(sp_size)]

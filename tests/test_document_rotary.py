@@ -94,11 +94,11 @@ BATCHES = {
 }
 
 
-@pytest.mark.parametrize("sp_size", [1, 2])
+@pytest.mark.parametrize(("sp_size", "layer_chunks"), [(1, 1), (2, 1), (2, 3)])
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("name", MODELS)
-def test_a_document_has_the_frequencies_of_its_own_length(name, batch, sp_size):
-    results = sharded_loss_and_gradients(model_of(name), BATCHES[batch], sp_size)
+def test_a_document_has_the_frequencies_of_its_own_length(name, batch, sp_size, layer_chunks):
+    results = sharded_loss_and_gradients(model_of(name), BATCHES[batch], sp_size, layer_chunks=layer_chunks)
     assert_close(results, each_alone(name))
 
 

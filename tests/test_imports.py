@@ -16,7 +16,9 @@ LAYERS = [
     {"attention", "config"},
     {"dataset_files", "gpus", "model_shape", "objectives", "settings", "topology"},
     {"zero"},
-    {"planner", "minisequence", "sequence_parallel", "metrics", "data"},
+    {"planner", "minisequence", "metrics", "data"},
+    {"layer_stream"},
+    {"sequence_parallel"},
     {"structure", "model_folder"},
     {"patching", "checkpoint"},
     {"preflight", "memory", "scaling"},
@@ -28,7 +30,7 @@ LAYERS = [
 PURE = {"command_line", "config", "dataset_files", "files", "geometry", "gpus", "model_shape", "planner", "settings"}
 PURE |= {"flash_attn_package", "topology", "zero"}
 # Within a layer these have nothing to do with each other.
-APART = {"planner", "minisequence", "sequence_parallel", "metrics", "data"}
+APART = {"planner", "minisequence", "metrics", "data"}
 
 
 def modules():

@@ -255,17 +255,20 @@ def test_dropout_draws_the_same_mask_in_the_recompute(name, attention):
     assert abs(results[0]["loss"] - results[1]["loss"]) > 1e-4
 
 
-def test_zero3_gathers_a_whole_mlp_at_once():
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize(("name", "chunked"), [("llama", "mlp"), ("mixtral", "mlp.experts"), ("apertus", "mlp")])
+def test_zero3_gathers_at_once_what_is_worked_through_in_chunks(name, chunked, recompute):
+    """A whole layer, or, where layers are not computed again, an MLP."""
     from deepspeed.utils import z3_leaf_module
 
-    for name, chunked in (("llama", "mlp"), ("mixtral", "mlp.experts"), ("apertus", "mlp")):
-        model = tiny_model(name)
-        modules = [layer.get_submodule(chunked) for layer in model.model.layers]
-        for stage in (2, 3):
-            apply_settings(model, tiny_settings(), zero_stage=stage)
-            assert [z3_leaf_module(module) for module in modules] == [stage == 3] * 2
-            remove_plan(model)
-            assert not any(z3_leaf_module(module) for module in model.modules())
+    model = tiny_model(name)
+    modules = [layer if recompute else layer.get_submodule(chunked) for layer in model.model.layers]
+    for stage in (2, 3):
+        apply_settings(model, tiny_settings(recompute=recompute), zero_stage=stage)
+        leaves = [module for module in model.modules() if z3_leaf_module(module)]
+        assert leaves == (modules if stage == 3 else [])
+        remove_plan(model)
+        assert not any(z3_leaf_module(module) for module in model.modules())
 
 
 def test_a_deep_copy_computes_with_its_own_weights_and_has_its_own_plan():

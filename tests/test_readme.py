@@ -278,7 +278,7 @@ def test_flags_and_mst_keys_of_the_tables() -> None:
     assert {name.removeprefix("--") for name in flags} <= vars(TrainConfig()).keys()
     keys = names_in_rows(README)
     load_ds_config({"mst": dict.fromkeys(keys, "auto")})
-    assert len(keys) == 11
+    assert len(keys) == 12
 
 
 def paths_named(page: Path) -> Iterator[str]:

@@ -229,16 +229,18 @@ MESH_FLAGS = ("--lr_scheduler_type", "constant", "--save_total_limit", "4")
 
 @pytest.fixture(scope="module")
 def four_samples_a_step(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of sp 2, dp 1."""
+    """A run of sp 2, dp 1, whose layers are worked through in 4 chunks."""
     folder = tmp_path_factory.mktemp("mesh")
-    finish(folder / "run", *MESH_FLAGS, "--ds_config", with_mesh(folder, sp_size=2, accumulation=4))
+    finish(folder / "run", *MESH_FLAGS, "--ds_config", with_mesh(folder, sp_size=2, accumulation=4, layer_chunks=4))
     return folder / "run"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sp_size", "dp_size"), [(1, 1), (1, 2), (4, 1)])
-def test_another_mesh_goes_on(four_samples_a_step: Path, tmp_path: Path, sp_size: int, dp_size: int) -> None:
-    ds_config = with_mesh(tmp_path, sp_size=sp_size, accumulation=4 // dp_size)
+@pytest.mark.parametrize(("sp_size", "dp_size", "layer_chunks"), [(1, 1, 1), (1, 2, 2), (2, 1, 8), (4, 1, 3)])
+def test_another_mesh_goes_on(
+    four_samples_a_step: Path, tmp_path: Path, sp_size: int, dp_size: int, layer_chunks: int
+) -> None:
+    ds_config = with_mesh(tmp_path, sp_size=sp_size, accumulation=4 // dp_size, layer_chunks=layer_chunks)
     flags = ["--resume", str(four_samples_a_step / "checkpoints" / "step-00000003"), "--ds_config", ds_config]
     finish(tmp_path / "run", *MESH_FLAGS, *flags, ranks=sp_size * dp_size)
     expected, found = losses(four_samples_a_step)[3:], losses(tmp_path / "run")

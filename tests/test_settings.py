@@ -19,6 +19,7 @@ def test_an_empty_mst_block_is_all_auto():
 def test_mst_values_are_kept():
     block = {
         "sp_size": 2,
+        "layer_chunks": 4,
         "mlp_chunks": 8,
         "loss_chunks": 4,
         "recompute": True,
@@ -39,7 +40,10 @@ def test_mst_values_are_kept():
 @pytest.mark.parametrize(
     ("block", "message"),
     [
-        ({"mlp_chunk": 2}, "unknown key 'mlp_chunk'; nearest: 'mlp_chunks'; allowed: sp_size, mlp_chunks"),
+        (
+            {"mlp_chunk": 2},
+            "unknown key 'mlp_chunk'; nearest: 'mlp_chunks'; allowed: sp_size, layer_chunks, mlp_chunks",
+        ),
         ({"zzz": 2}, "unknown key 'zzz'; allowed"),
         ({"sp_size": 0}, "sp_size in 'mst' is 0; allowed: 'auto' or a whole number >= 1"),
         ({"mlp_chunks": True}, "mlp_chunks in 'mst' is True"),
@@ -51,6 +55,10 @@ def test_mst_values_are_kept():
         *(
             ({"recompute": False, key: True}, f"{key} in 'mst' is True, but recompute is False .*; allowed: 'auto' or")
             for key in ("keep_attention", "offload_activations")
+        ),
+        (
+            {"recompute": False, "layer_chunks": 2},
+            "layer_chunks in 'mst' is 2, but recompute is False .*; allowed: 'auto' or 1, or recompute true",
         ),
         ({"keep_mlp": "all"}, "keep_mlp in 'mst' is 'all'; allowed: 'auto' or true or false"),
         (
@@ -88,15 +96,18 @@ def test_a_search_tries_what_is_not_settled_in_the_order_of_preference():
     ]
     settled = [tuple(chosen.values()) for chosen in candidates({"keep_attention": True, "keep_mlp": False})]
     assert settled == [(True, True, False, False), (True, True, True, False)]
+    assert {chosen["recompute"] for chosen in candidates({"layer_chunks": 2})} == {True}
+    without = MstConfig.from_dict({"recompute": False, "layer_chunks": 1}).given
+    assert {chosen["recompute"] for chosen in candidates(without)} == {False}
 
 
 def test_settings_are_described_by_the_names_of_the_block():
     off = Settings()
-    assert str(off) == "sp_size 1, mlp_chunks 1, loss_chunks 1, head_groups 1, attention sdpa"
+    assert str(off) == "sp_size 1, layer_chunks 1, mlp_chunks 1, loss_chunks 1, head_groups 1, attention sdpa"
     on = Settings(sp_size=2, mlp_chunks=3, loss_chunks=4, recompute=True, keep_mlp=True, attention="flash_attention_2")
-    assert (
-        str(on)
-        == "sp_size 2, mlp_chunks 3, loss_chunks 4, recompute, keep_mlp, head_groups 1, attention flash_attention_2"
+    assert str(on) == (
+        "sp_size 2, layer_chunks 1, mlp_chunks 3, loss_chunks 4, recompute, keep_mlp, head_groups 1, "
+        "attention flash_attention_2"
     )
 
 

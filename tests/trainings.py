@@ -150,10 +150,11 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert_same_weights(one, other)
 
 
-def with_mesh(folder: Path, *, sp_size: int, accumulation: int) -> str:
-    """The shipped JSON for so many ranks to a sequence, and so many micro-batches a step."""
+def with_mesh(folder: Path, *, sp_size: int, accumulation: int, layer_chunks: int) -> str:
+    """The shipped JSON for so many ranks to a sequence, micro-batches a step and chunks of a layer."""
     ds_config: dict[str, Any] = json.loads((ROOT / "ds_configs" / "zero3_mst.json").read_text(encoding="utf-8"))
-    ds_config["mst"]["sp_size"], ds_config["gradient_accumulation_steps"] = sp_size, accumulation
+    ds_config["mst"] |= {"sp_size": sp_size, "layer_chunks": layer_chunks}
+    ds_config["gradient_accumulation_steps"] = accumulation
     path = folder / f"sp{sp_size}.json"
     path.write_text(json.dumps(ds_config), encoding="utf-8")
     return str(path)

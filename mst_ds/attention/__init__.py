@@ -1,6 +1,7 @@
 """Causal attention on one device: what a layer asks for, the kernels that compute it, documents and windows."""
 
 from .attend import CausalAttention, prepare_attention
+from .chunk import KeyBlock
 from .documents import Documents, DocumentStarts
 from .kernel import Attended
 from .masks import SlidingWindow, describe_mask
@@ -12,6 +13,7 @@ __all__ = [
     "CausalAttention",
     "DocumentStarts",
     "Documents",
+    "KeyBlock",
     "SlidingWindow",
     "describe_mask",
     "prepare_attention",

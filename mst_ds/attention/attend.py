@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.attention
 from torch import Tensor
-from torch.nn.functional import pad
 
 from mst_ds.flash_attn_package import flash_attn_2_version
-from mst_ds.geometry import ceil_divide
 
 from .choice import choose_kernel
+from .chunk import AddGradients, EarlierKeys, KeyBlock, join_keys
 from .documents import Documents
 from .hub_kernels import HUB_KERNELS, hub_flash_attention
 from .kernel import Attended
 from .merging import merge_sinks, sinks_gradient
 from .spec import AttentionSpec
+from .widths import common_width, widened
 
 # The names of transformers, and those of torch.
 _ACTIVATED_BY_TORCH = {"flash_attention_3": "FA3", "flash_attention_4": "FA4"}
-# Kernels on CUDA want heads of one width, a multiple of this.
-_WIDTH = 8
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,8 @@ class CausalAttention:
         Returns:
             Its output is (B, n, S, Dv).
         """
-        width = _common_width(query, value)
-        wide = [_widened(tensor, width) for tensor in (query, key, value)]
+        width = common_width(query, value)
+        wide = [widened(tensor, width) for tensor in (query, key, value)]
         spec = _without_idle_window(spec, key)
         kernel = choose_kernel(self.name, wide[0], spec, self.documents, self._masks)
         attended = kernel.forward(wide[0], wide[1], wide[2], spec, self.documents)
@@ -75,14 +74,112 @@ class CausalAttention:
             grad_output: (B, n, S, Dv).
             attended: what `forward` gave.
         """
-        width = _common_width(query, value)
-        wide = [_widened(tensor, width) for tensor in (grad_output, query, key, value)]
-        whole = replace(attended, output=_widened(attended.output, width))
+        width = common_width(query, value)
+        wide = [widened(tensor, width) for tensor in (grad_output, query, key, value)]
+        whole = replace(attended, output=widened(attended.output, width))
         spec = _without_idle_window(spec, key)
         kernel = choose_kernel(self.name, wide[1], spec, self.documents, self._masks)
         found = kernel.backward(wide[0], wide[1], wide[2], wide[3], whole, spec, self.documents)
         grads = [grad[..., : like.shape[3]] for grad, like in zip(found, (query, key, value), strict=True)]
         return grads if sinks is None else [*grads, sinks_gradient(grad_output, attended, sinks)]
+
+    def earlier_keys(self, tokens: slice, spec: AttentionSpec) -> slice:
+        """The tokens before a chunk that a query of it sees in some row; an empty slice at its start if there are none.
+
+        Args:
+            tokens: of the chunk, positions in the sequence whose documents `documents` has.
+        """
+        first = self.documents.first_continued(tokens)
+        if spec.window is not None:
+            first = min(tokens.start, max(first, tokens.start - spec.window + 1))
+        return slice(first, tokens.start)
+
+    def forward_chunk(
+        self,
+        tokens: slice,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        earlier: Iterable[KeyBlock],
+        spec: AttentionSpec,
+        sinks: Tensor | None = None,
+    ) -> Attended:
+        """Attention of a chunk of a sequence to itself and to what it sees of the earlier tokens.
+
+        Args:
+            tokens: of the chunk, positions in the sequence whose documents `documents` has.
+            query: (B, n, c, D); key: (B, k, c, D); value: (B, k, c, Dv), of the chunk.
+            earlier: the keys and values of earlier tokens, in any order, without overlaps: those of `earlier_keys` at
+                least. A block is let go before the next is asked for.
+            sinks: see `forward`.
+
+        Returns:
+            Its output is (B, n, c, Dv).
+        """
+        needed, own = self.earlier_keys(tokens, spec), self._within(tokens)
+        if needed.start == needed.stop:
+            return own.forward(query, key, value, spec, sinks)
+        if self._has_window(tokens, spec):
+            key, value = join_keys(needed, earlier, key, value)
+            return self._within(slice(needed.start, tokens.stop)).forward(query, key, value, spec, sinks)
+        spec = replace(spec, window=None)
+        attended = own.forward(query, key, value, spec)
+        # Rounded once, when all is merged.
+        attended = replace(attended, output=attended.output.to(attended.log_sum_exp.dtype))
+        attended = self._earlier(tokens, spec).merge(attended, query, key.shape[1], earlier)
+        if sinks is not None:
+            attended = merge_sinks(attended, sinks)
+        return replace(attended, output=attended.output.to(query.dtype))
+
+    def backward_chunk(
+        self,
+        tokens: slice,
+        grad_output: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        earlier: Iterable[KeyBlock],
+        attended: Attended,
+        spec: AttentionSpec,
+        sinks: Tensor | None,
+        add: AddGradients,
+    ) -> list[Tensor]:
+        """The gradients of the chunk's query, key and value, and of sinks; that of the sinks in fp32 at least.
+
+        Args:
+            grad_output: (B, n, c, Dv).
+            earlier: the blocks that `forward_chunk` got, in the same order; without dropout others will do.
+            attended: what `forward_chunk` gave.
+            add: called with positions of T earlier tokens and the gradients of their keys, (B, k, T, D), and values,
+                (B, k, T, Dv), in their dtype. Those of a token that comes several times are to be summed; of one that
+                never comes they are 0.
+        """
+        needed, own = self.earlier_keys(tokens, spec), self._within(tokens)
+        if needed.start == needed.stop:
+            return own.backward(grad_output, query, key, value, attended, spec, sinks)
+        if self._has_window(tokens, spec):
+            key, value = join_keys(needed, earlier, key, value)
+            both = self._within(slice(needed.start, tokens.stop))
+            of_query, of_key, of_value, *of_sinks = both.backward(grad_output, query, key, value, attended, spec, sinks)
+            before = needed.stop - needed.start
+            add(needed, of_key[:, :, :before], of_value[:, :, :before])
+            return [of_query, of_key[:, :, before:], of_value[:, :, before:], *of_sinks]
+        spec, attended = replace(spec, window=None), replace(attended, draws=iter(attended.draws))
+        of_query, *others = own.backward(grad_output, query, key, value, attended, spec, sinks)
+        of_query = of_query.to(attended.log_sum_exp.dtype)
+        of_blocks = self._earlier(tokens, spec)
+        of_blocks.add_gradients(of_query, grad_output, query, key.shape[1], attended, earlier, add)
+        return [of_query.to(query.dtype), *others]
+
+    def _within(self, tokens: slice) -> CausalAttention:
+        return replace(self, documents=self.documents.within(tokens))
+
+    def _has_window(self, tokens: slice, spec: AttentionSpec) -> bool:
+        """Whether the window hides something of a chunk and the documents that go on into it."""
+        return spec.window is not None and spec.window < tokens.stop - self.documents.first_continued(tokens)
+
+    def _earlier(self, tokens: slice, spec: AttentionSpec) -> EarlierKeys:
+        return EarlierKeys(self.name, self.documents, tokens, spec)
 
 
 def prepare_attention(name: str) -> None:
@@ -123,14 +220,3 @@ def _activate(name: str) -> None:
 def _without_idle_window(spec: AttentionSpec, key: Tensor) -> AttentionSpec:
     """A window that is as long as all that is there hides nothing."""
     return replace(spec, window=None) if spec.window is not None and spec.window >= key.shape[2] else spec
-
-
-def _common_width(query: Tensor, value: Tensor) -> int:
-    width = max(query.shape[3], value.shape[3])
-    return ceil_divide(width, _WIDTH) * _WIDTH if query.is_cuda else width
-
-
-def _widened(tensor: Tensor, width: int) -> Tensor:
-    if tensor.shape[3] < width:
-        return pad(tensor, (0, width - tensor.shape[3]))
-    return tensor if tensor.stride(3) == 1 else tensor.contiguous()

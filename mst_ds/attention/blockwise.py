@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,12 +15,18 @@ from .kernel import Attended, Draw, Gradients
 from .spec import AttentionSpec
 
 
+@dataclass(frozen=True)
 class Blockwise:
     """A `DocumentKernel` by blocks of queries, of which only one's scores are alive at a time, in the backward too.
 
     The backward computes each block's scores again. Softmax and the sums of gradients over blocks are in fp32 at least.
     Inside, the query heads of a group are rows of one product with their key/value head: (B, k, n / k * block, ...).
+
+    Args:
+        is_causal: else all queries see all keys.
     """
+
+    is_causal: bool = True
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Attended:
         # Dropout masks follow from this number, so that they are the same when a block is computed again.
@@ -27,11 +34,12 @@ class Blockwise:
         generator = _generator(draw, query)
         output = torch.empty_like(query)
         log_sum_exp = query.new_empty(query.shape[:3], dtype=sum_dtype(query.dtype))
-        for rows, keys in _blocks(query, key, spec.window):
+        for rows, keys in _blocks(query, key, spec.window, self.is_causal):
             weights = _scores(query[:, :, rows], key[:, :, keys], spec)
             if spec.softcap is not None:
                 weights.div_(spec.softcap).tanh_().mul_(spec.softcap)
-            _hide(weights, query[:, :, rows], key[:, :, keys], spec.window)
+            if self.is_causal:
+                _hide(weights, query[:, :, rows], key[:, :, keys], spec.window)
             of_block = weights.logsumexp(dim=-1, keepdim=True)
             weights.sub_(of_block).exp_()
             if generator is not None:
@@ -48,12 +56,13 @@ class Blockwise:
         # A query is in one block; the gradients of keys and values are sums over blocks.
         wide = sum_dtype(query.dtype)
         of_query, of_key, of_value = torch.empty_like(query), *(torch.zeros_like(x, dtype=wide) for x in (key, value))
-        for rows, keys in _blocks(query, key, spec.window):
+        for rows, keys in _blocks(query, key, spec.window, self.is_causal):
             weights, slope = _scores(query[:, :, rows], key[:, :, keys], spec), None
             if spec.softcap is not None:
                 slope = weights.div_(spec.softcap).tanh_().square().neg_().add_(1)
                 weights.mul_(spec.softcap)
-            _hide(weights, query[:, :, rows], key[:, :, keys], spec.window)
+            if self.is_causal:
+                _hide(weights, query[:, :, rows], key[:, :, keys], spec.window)
             weights.sub_(_folded(attended.log_sum_exp[:, :, rows, None], key)).exp_()
             grad = _folded(grad_output[:, :, rows], key)
             of_weights = (grad @ value[:, :, keys].transpose(2, 3)).to(wide)
@@ -73,14 +82,15 @@ class Blockwise:
         return of_query, of_key.to(key.dtype), of_value.to(value.dtype)
 
 
-def _blocks(query: Tensor, key: Tensor, window: int | None) -> Iterator[tuple[slice, slice]]:
+def _blocks(query: Tensor, key: Tensor, window: int | None, is_causal: bool) -> Iterator[tuple[slice, slice]]:
     """For each block its queries, and the keys that it sees."""
     (batch, heads, queries, _), keys = query.shape, key.shape[2]
     reach, first = keys if window is None else window, keys - queries
     size = block_queries(keys, batch * heads, window=window, on_cpu=is_on_cpu(query))
     for start in range(0, queries, size):
         stop = min(start + size, queries)
-        yield slice(start, stop), slice(max(0, first + start - reach + 1), first + stop)
+        seen = slice(max(0, first + start - reach + 1), first + stop) if is_causal else slice(0, keys)
+        yield slice(start, stop), seen
 
 
 def is_on_cpu(tensor: Tensor) -> bool:

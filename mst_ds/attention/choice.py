@@ -31,7 +31,7 @@ from .documents import Documents
 from .flash import Flash3Package, FlashPackage, TorchFlash
 from .hub_kernels import FLASH_2_OF_HUB, FLASH_3_OF_HUB
 from .kernel import BlockKernel, Kernel
-from .over_blocks import OverBlocks
+from .over_blocks import AllKeys, OverBlocks
 from .per_document import PerDocument
 from .spec import AttentionSpec
 from .torch_kernels import CpuFlash, Cudnn, Efficient
@@ -68,38 +68,74 @@ def choose_kernel(
     Raises:
         ValueError: flash attention 3 or 4 with dropout.
     """
-    is_flash = query.is_cuda and has_flash_attention(
-        query.itemsize, query.shape[3], cuda_device(query.device).capability, has_dropout=spec.dropout > 0
-    )
-    if name in ("flash_attention_2", FLASH_2_OF_HUB) and is_flash and not (spec.softcap is not None and spec.dropout):
-        return FlashPackage(name)
-    if name in FLASH_3_OF_HUB and is_flash and not spec.dropout:
-        return Flash3Package(name)
-    if spec.softcap is not None:
-        return PerDocument(Blockwise())
-    if is_flash and spec.dropout and name in ("flash_attention_3", "flash_attention_4", *FLASH_3_OF_HUB):
-        raise ValueError(f'attention "{name}" has no dropout, and a layer asks for {spec.dropout}: use "sdpa"')
-    if is_flash and not (name == "sdpa" and _prefers_cudnn(query, spec, documents)):
-        return TorchFlash()
-    block = _block_kernel(query, spec, is_flash=is_flash)
+    flash = _flash_kernel(name, query, (query.shape[2],), spec, documents, is_causal=True)
+    if flash is not None:
+        return flash
+    block = _block_kernel(query, spec)
     return PerDocument(Blockwise() if block is None else OverBlocks(block, masks))
 
 
-def _block_kernel(query: Tensor, spec: AttentionSpec, *, is_flash: bool) -> BlockKernel | None:
+def choose_block_kernel(name: str, query: Tensor, keys: int, spec: AttentionSpec, documents: Documents) -> Kernel:
+    """The kernel for queries (B, n, S, D) that all see all of a block's keys.
+
+    Args:
+        name: of the setting "attention".
+        keys: how many the block has.
+        spec: of the layer, without a window.
+        documents: of the batch: where several lie in a row, the lengths of blocks are many.
+
+    Raises:
+        ValueError: flash attention 3 or 4 with dropout.
+    """
+    flash = _flash_kernel(name, query, (query.shape[2], keys), spec, documents, is_causal=False)
+    if flash is not None:
+        return flash
+    block = _block_kernel(query, spec)
+    return PerDocument(Blockwise(is_causal=False) if block is None else AllKeys(block))
+
+
+def _flash_kernel(
+    name: str, query: Tensor, lengths: tuple[int, ...], spec: AttentionSpec, documents: Documents, *, is_causal: bool
+) -> Kernel | None:
+    """Flash attention on CUDA, where it is there and the best."""
+    if not _is_flash(query, spec):
+        return None
+    if name in ("flash_attention_2", FLASH_2_OF_HUB) and not (spec.softcap is not None and spec.dropout):
+        return FlashPackage(name, is_causal)
+    if name in FLASH_3_OF_HUB and not spec.dropout:
+        return Flash3Package(name, is_causal)
+    if spec.softcap is not None:
+        return None
+    if spec.dropout and name in ("flash_attention_3", "flash_attention_4", *FLASH_3_OF_HUB):
+        raise ValueError(f'attention "{name}" has no dropout, and a layer asks for {spec.dropout}: use "sdpa"')
+    return None if name == "sdpa" and _prefers_cudnn(query, lengths, spec, documents) else TorchFlash(is_causal)
+
+
+def _is_flash(query: Tensor, spec: AttentionSpec) -> bool:
+    return query.is_cuda and has_flash_attention(
+        query.itemsize, query.shape[3], cuda_device(query.device).capability, has_dropout=spec.dropout > 0
+    )
+
+
+def _block_kernel(query: Tensor, spec: AttentionSpec) -> BlockKernel | None:
     """None where torch has no kernel, and would build the S x S scores."""
+    if spec.softcap is not None:
+        return None
     if not query.is_cuda:
         return None if spec.dropout else CpuFlash()
-    if is_flash:
+    if _is_flash(query, spec):
         return Cudnn()
     return None if query.dtype == torch.float64 else Efficient()
 
 
-def _prefers_cudnn(query: Tensor, spec: AttentionSpec, documents: Documents) -> bool:
+def _prefers_cudnn(query: Tensor, lengths: tuple[int, ...], spec: AttentionSpec, documents: Documents) -> bool:
+    """lengths: of queries and, where there are more or fewer of them, keys."""
     of_device = cuda_device(query.device)
     if of_device.cudnn is None or of_device.capability[0] not in {9, 10} or not torch.backends.cuda.cudnn_sdp_enabled():
         return False
-    is_right = of_device.cudnn >= _FIRST_RIGHT_CUDNN or (query.shape[2] % 128 == 0 and not spec.dropout)
-    if not is_right or query.shape[2] == 1 or not (spec.dropout * _CUDNN_DROPOUT_STEPS).is_integer():
+    is_even = all(length % 128 == 0 for length in lengths)
+    is_right = of_device.cudnn >= _FIRST_RIGHT_CUDNN or (is_even and not spec.dropout)
+    if not is_right or 1 in lengths or not (spec.dropout * _CUDNN_DROPOUT_STEPS).is_integer():
         return False
     if torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled():
         return False

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import torch
 from torch import Tensor
@@ -29,6 +30,20 @@ class Borders:
 
 
 @dataclass(frozen=True)
+class Continued:
+    """In rows of a batch, a document that goes on into a range of tokens.
+
+    Args:
+        first: its first position, before the range.
+        stop: the position after its last in the range.
+    """
+
+    rows: slice
+    first: int
+    stop: int
+
+
+@dataclass(frozen=True)
 class Documents:
     """The documents of a batch.
 
@@ -39,6 +54,8 @@ class Documents:
 
     starts: DocumentStarts | None = None
     _borders: dict[tuple[object, ...], Borders] = field(default_factory=dict, repr=False, compare=False)
+    _within: dict[tuple[int, int], Documents] = field(default_factory=dict, repr=False, compare=False)
+    _continued: dict[tuple[int, int, int], list[Continued]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def are_rows(self) -> bool:
@@ -70,6 +87,45 @@ class Documents:
             )
         return self._borders[kind]
 
+    def within(self, tokens: slice) -> Documents:
+        """What lies of them in a range of tokens, whose first is at position 0; made once for all layers. A document
+        that began before the range begins with it."""
+        if self.starts is None:
+            return self
+        kind = tokens.start, tokens.stop
+        if kind not in self._within:
+            self._within[kind] = Documents(
+                [
+                    [
+                        0,
+                        *(
+                            start - tokens.start
+                            for start in row[bisect_right(row, kind[0]) : bisect_left(row, kind[1])]
+                        ),
+                    ]
+                    for row in self.starts
+                ]
+            )
+        return self._within[kind]
+
+    def continued(self, batch: int, tokens: slice) -> list[Continued]:
+        """Those that began before a range of tokens and go on into it; neighbouring rows with the same come together.
+        Found once for all layers."""
+        kind = batch, tokens.start, tokens.stop
+        if kind not in self._continued:
+            rows = [(rows, *_around(starts, tokens)) for rows, starts in self._rows(batch)]
+            self._continued[kind] = [
+                Continued(slice(same[0][0].start, same[-1][0].stop), first, stop)
+                for (first, stop), group in groupby(rows, key=lambda row: row[1:])
+                if first < tokens.start
+                for same in [list(group)]
+            ]
+        return self._continued[kind]
+
+    def first_continued(self, tokens: slice) -> int:
+        """The first position of the earliest document that goes on into a range of tokens, at most the range's own."""
+        return min([part.first for part in self.continued(1, tokens)], default=tokens.start)
+
     def _rows(self, batch: int) -> list[tuple[slice, list[int]]]:
         if self.starts is None or len(self.starts) == 1:
             return [(slice(0, batch), [0] if self.starts is None else self.starts[0])]
@@ -81,6 +137,12 @@ def _ranges(starts: list[int], queries: int, keys: int) -> Iterator[tuple[slice,
     first = keys - queries
     for start, stop in pairwise([*starts, keys]):
         yield slice(max(start - first, 0), max(stop - first, 0)), slice(start, stop)
+
+
+def _around(starts: list[int], tokens: slice) -> tuple[int, int]:
+    """The first position of the document of a range's first token, and that after its last token in the range."""
+    following = bisect_right(starts, tokens.start)
+    return starts[following - 1], min([tokens.stop, *starts[following : following + 1]])
 
 
 def on_device(numbers: list[int], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:

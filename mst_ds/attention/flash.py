@@ -19,18 +19,25 @@ from .spec import AttentionSpec
 aten = torch.ops.aten
 
 
+@dataclass(frozen=True)
 class TorchFlash:
-    """A `Kernel`: torch's flash attention, or what `torch.nn.attention` has put in its place. Without softcap."""
+    """A `Kernel`: torch's flash attention, or what `torch.nn.attention` has put in its place. Without softcap.
+
+    Args:
+        is_causal: else all queries of a document see all its keys.
+    """
+
+    is_causal: bool = True
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, documents: Documents) -> Attended:
         output, log_sum_exp, seed, offset, _ = aten._flash_attention_forward(
             *_laid_out(documents, query, key, value),
             *_borders(documents, query, key),
             spec.dropout,
-            True,
+            self.is_causal,
             False,
             scale=spec.scaling,
-            **_window(spec),
+            **_window(spec, self.is_causal),
         )
         return _attended(documents, query, output, log_sum_exp, (seed, offset))
 
@@ -44,16 +51,16 @@ class TorchFlash:
         spec: AttentionSpec,
         documents: Documents,
     ) -> Gradients:
-        (draw,) = attended.draws
+        draw = next(iter(attended.draws))
         grads = aten._flash_attention_backward(
             *_laid_out(documents, grad_output, query, key, value, attended.output),
             _packed_log_sum_exp(documents, attended.log_sum_exp),
             *_borders(documents, query, key),
             spec.dropout,
-            True,
+            self.is_causal,
             *draw,
             scale=spec.scaling,
-            **_window(spec),
+            **_window(spec, self.is_causal),
         )
         return _unpacked_gradients(documents, query, grads)
 
@@ -64,9 +71,11 @@ class FlashPackage:
 
     Args:
         name: of the setting "attention": whether it is the installed one or the hub's.
+        is_causal: else all queries of a document see all its keys.
     """
 
     name: str
+    is_causal: bool = True
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, documents: Documents) -> Attended:
         package = _flash_2(self.name)
@@ -74,7 +83,7 @@ class FlashPackage:
         output, log_sum_exp, _, seed = run(
             *_laid_out(documents, query, key, value),
             **_package_borders(documents, query, key),
-            **_package_arguments(spec),
+            **_package_arguments(spec, self.is_causal),
             return_softmax=False,
         )
         return _attended(documents, query, output, log_sum_exp, (seed,))
@@ -90,7 +99,7 @@ class FlashPackage:
         documents: Documents,
     ) -> Gradients:
         package = _flash_2(self.name)
-        ((seed,),) = attended.draws
+        (seed,) = next(iter(attended.draws))
         grad_output, query_, key_, value_, output = _laid_out(
             documents, grad_output, query, key, value, attended.output
         )
@@ -105,7 +114,7 @@ class FlashPackage:
             _packed_log_sum_exp(documents, attended.log_sum_exp),
             *grads,
             **_package_borders(documents, query, key),
-            **_package_arguments(spec),
+            **_package_arguments(spec, self.is_causal),
             deterministic=torch.are_deterministic_algorithms_enabled(),
             rng_state=seed,
         )
@@ -118,9 +127,11 @@ class Flash3Package:
 
     Args:
         name: of the setting "attention": its repository. That of vLLM takes a window as a pair, and has no defaults.
+        is_causal: else all queries of a document see all its keys.
     """
 
     name: str
+    is_causal: bool = True
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, documents: Documents) -> Attended:
         run = hub_flash_attention(self.name)._flash_attn_forward
@@ -135,8 +146,8 @@ class Flash3Package:
             most_k,
             *[None] * 9,  # pages of a cache, rotary angles, scales of 8 bits
             spec.scaling,
-            True,
-            **_hub_window(run, spec),
+            self.is_causal,
+            **_hub_window(run, spec, self.is_causal),
             softcap=spec.softcap or 0.0,
         )
         return _attended(documents, query, output, log_sum_exp, ())
@@ -165,8 +176,8 @@ class Flash3Package:
             most_k,
             *grads,
             spec.scaling,
-            True,
-            **_hub_window(run, spec),
+            self.is_causal,
+            **_hub_window(run, spec, self.is_causal),
             softcap=spec.softcap or 0.0,
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
@@ -217,9 +228,10 @@ def _borders(documents: Documents, query: Tensor, key: Tensor) -> tuple[Tensor |
     return borders.queries, borders.keys, borders.most_queries, borders.most_keys
 
 
-def _window(spec: AttentionSpec) -> dict[str, int]:
+def _window(spec: AttentionSpec, is_causal: bool) -> dict[str, int]:
     """How many tokens to the left and to the right of a query's own it sees; -1 for all of them."""
-    return {"window_size_left": -1 if spec.window is None else spec.window - 1, "window_size_right": 0}
+    left = -1 if spec.window is None else spec.window - 1
+    return {"window_size_left": left, "window_size_right": 0 if is_causal else -1}
 
 
 def _hub_borders(
@@ -228,8 +240,8 @@ def _hub_borders(
     return (None, None, None, None) if documents.are_rows else _borders(documents, query, key)
 
 
-def _hub_window(run: Any, spec: AttentionSpec) -> dict[str, Any]:
-    window = _window(spec)
+def _hub_window(run: Any, spec: AttentionSpec, is_causal: bool) -> dict[str, Any]:
+    window = _window(spec, is_causal)
     return {"window_size": tuple(window.values())} if _takes_pair(run) else window
 
 
@@ -246,12 +258,12 @@ def _package_borders(documents: Documents, query: Tensor, key: Tensor) -> dict[s
     return dict(zip(names, _borders(documents, query, key), strict=True))
 
 
-def _package_arguments(spec: AttentionSpec) -> dict[str, Any]:
+def _package_arguments(spec: AttentionSpec, is_causal: bool) -> dict[str, Any]:
     return {
         "dropout_p": spec.dropout,
         "softmax_scale": spec.scaling,
-        "causal": True,
-        **_window(spec),
+        "causal": is_causal,
+        **_window(spec, is_causal),
         "softcap": spec.softcap or 0.0,
         "alibi_slopes": None,
     }

@@ -5,7 +5,8 @@ Kernels stand in three tiers. A `Kernel` takes packed documents; flash attention
 `BlockKernel`, which takes a mask at most.
 
 Everywhere in this room: query (B, n, S, D); key and value (B, k, T, D) with k dividing n. The queries are the last S of
-the T tokens, so that query i stands at position T - S + i.
+the T tokens, so that query i stands at position T - S + i. A kernel that is made not to be causal is for a block of
+earlier keys: all queries see all of them.
 """
 
 from __future__ import annotations

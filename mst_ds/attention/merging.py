@@ -11,11 +11,24 @@ from .kernel import Attended
 
 
 def merge(one: Attended, other: Attended) -> Attended:
-    """The attention of the same queries to the keys of both, rounded once."""
-    log_sum_exp = torch.logaddexp(one.log_sum_exp, other.log_sum_exp)
-    output = one.output * (one.log_sum_exp - log_sum_exp).exp()[..., None]
-    output += other.output * (other.log_sum_exp - log_sum_exp).exp()[..., None]
-    return Attended(output.to(one.output.dtype), log_sum_exp, (*one.draws, *other.draws))
+    """The attention of the same queries to the keys of both, rounded once. `one` is written over."""
+    total = one.output.to(one.log_sum_exp.dtype)
+    merge_into(total, one.log_sum_exp, other)
+    return Attended(total.to(one.output.dtype), one.log_sum_exp, (*one.draws, *other.draws))
+
+
+def merge_into(output: Tensor, log_sum_exp: Tensor, other: Attended) -> None:
+    """Write attention to the keys of both over the output and log-sum-exp, both in fp32 at least, of the same queries.
+
+    Args:
+        output: (..., queries, D), in any layout.
+        log_sum_exp: (..., queries).
+    """
+    total = torch.logaddexp(log_sum_exp, other.log_sum_exp)
+    output.mul_((log_sum_exp - total).exp_()[..., None])
+    # Of another dtype as it is: a copy in fp32 would be what needs the most memory.
+    output.addcmul_(other.output, (other.log_sum_exp - total).exp_()[..., None])
+    log_sum_exp.copy_(total)
 
 
 def merge_sinks(attended: Attended, sinks: Tensor) -> Attended:

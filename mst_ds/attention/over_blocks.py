@@ -186,6 +186,21 @@ class OverBlocks:
         return mask.flatten(0, 1) if mask.shape[1] == window_queries(window) else _aligned(mask)
 
 
+@dataclass(frozen=True)
+class AllKeys:
+    """A `DocumentKernel` whose queries see all keys, which are one block."""
+
+    kernel: BlockKernel
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Attended:
+        return self.kernel.forward(query, key, value, _block(spec))
+
+    def backward(
+        self, grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, attended: Attended, spec: AttentionSpec
+    ) -> Gradients:
+        return self.kernel.backward(grad_output, query, key, value, attended, _block(spec))
+
+
 def _aligned(mask: Tensor) -> Tensor:
     """(groups, queries, keys) -> (groups * queries, keys), its rows as far apart as kernels want them."""
     groups, queries, keys = mask.shape

@@ -62,12 +62,13 @@ class _Shards(torch.utils.data.Dataset[Batch]):
     dataset: PackedDataset
     topology: Topology
     micro_batch_size: int
+    layer_chunks: int
     sample: Callable[[int], Batch]
 
     def __getitem__(self, start: int) -> Batch:
         first = start + self.topology.dp_rank * self.micro_batch_size
         samples = [self.sample(first + offset) for offset in range(self.micro_batch_size)]
-        return shard(_stack(samples), self.topology, self.dataset.pad_id)
+        return shard(_stack(samples), self.topology, self.dataset.pad_id, layer_chunks=self.layer_chunks)
 
 
 class ShardedLoader(Iterator[Batch]):
@@ -82,6 +83,7 @@ class ShardedLoader(Iterator[Batch]):
     Args:
         micro_batch_size: B, samples in a batch of one data-parallel rank.
         seed: of the order, >= 0.
+        layer_chunks: those of the plan, see `shard`.
         loading: how batches are made.
     """
 
@@ -92,11 +94,13 @@ class ShardedLoader(Iterator[Batch]):
         *,
         micro_batch_size: int,
         seed: int,
+        layer_chunks: int = 1,
         loading: Loading = Loading(),
     ) -> None:
         self.dataset = dataset
         self.topology = topology
         self.micro_batch_size = micro_batch_size
+        self.layer_chunks = layer_chunks
         self.samples_seen = 0
         self._loading = loading
         self._order = SampleOrder(len(dataset), seed)
@@ -129,7 +133,7 @@ class ShardedLoader(Iterator[Batch]):
             starts = itertools.count(self.samples_seen, self._samples_of_a_round)
             # Nothing that leads back to this loader: workers end when the last reference to their iterator goes.
             sample = functools.partial(_sample, self.dataset, self._order)
-            shards = _Shards(self.dataset, self.topology, self.micro_batch_size, sample)
+            shards = _Shards(self.dataset, self.topology, self.micro_batch_size, self.layer_chunks, sample)
             self._batches = iter(self._loading.batches(shards, starts))
         return self._batches
 
@@ -177,11 +181,18 @@ class EvalLoader(Iterable[Batch]):
     """
 
     def __init__(
-        self, dataset: PackedDataset, topology: Topology, *, micro_batch_size: int, loading: Loading = Loading()
+        self,
+        dataset: PackedDataset,
+        topology: Topology,
+        *,
+        micro_batch_size: int,
+        layer_chunks: int = 1,
+        loading: Loading = Loading(),
     ) -> None:
         per_round = topology.dp_size * micro_batch_size
         starts = range(0, _round_up(len(dataset), per_round), per_round)
-        shards = _Shards(dataset, topology, micro_batch_size, functools.partial(_sample_or_padding, dataset))
+        sample = functools.partial(_sample_or_padding, dataset)
+        shards = _Shards(dataset, topology, micro_batch_size, layer_chunks, sample)
         self._batches = loading.batches(shards, starts, keeps_workers=True)
 
     def __iter__(self) -> Iterator[Batch]:

@@ -27,7 +27,7 @@ def shift_labels(labels: Tensor) -> Tensor:
     return pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
 
 
-def shard(batch: Batch, topology: Topology, pad_id: int = 0) -> Batch:
+def shard(batch: Batch, topology: Topology, pad_id: int = 0, *, layer_chunks: int = 1) -> Batch:
     """This rank's part of a batch that every rank of its sequence group holds in full: nothing is exchanged.
 
     Where S is no multiple of sp_size the sequence is padded on the right.
@@ -36,18 +36,20 @@ def shard(batch: Batch, topology: Topology, pad_id: int = 0) -> Batch:
         batch: {"input_ids", "labels"[, "position_ids"][, "attention_mask"]}: (B, S) int64, the labels not shifted.
             Without positions each row is one document, without a mask none of it is padding.
         pad_id: the id on the padding added here.
+        layer_chunks: those of the plan, which decide where sp_size > 1 which tokens are this rank's, see `TokenLayout`.
 
     Returns:
         {"input_ids", "shift_labels", "position_ids", "attention_mask"}: (B, L) int64, L = ceil(S / sp_size). The mask
         is 0 on padding, the batch's own and that added here, and 1 elsewhere. All positions stay below S. And
-        "document_table", that of the whole sequence with its padding, the same for all ranks of the group.
+        "document_table", that of the whole sequence with its padding, the same for all ranks of the group, with the
+        number of layer chunks, which a model whose plan has another number refuses.
 
     Raises:
         ValueError: padding has a label.
     """
     input_ids = batch["input_ids"]
     batch_size, seq_len = input_ids.shape
-    layout = TokenLayout(topology.sp_size)
+    layout = TokenLayout(topology.sp_size, layer_chunks)
     position_ids = batch.get("position_ids", torch.arange(seq_len, device=input_ids.device).expand(batch_size, -1))
     attention_mask = batch.get("attention_mask", torch.ones_like(input_ids))
     # Padding counts from 0 again: a learned position beyond S may not exist. It never has more than S tokens, save in
@@ -65,10 +67,10 @@ def shard(batch: Batch, topology: Topology, pad_id: int = 0) -> Batch:
         raise ValueError(f"labels must be {IGNORE_INDEX} after padding, where attention_mask is 0: it predicts nothing")
     # In memory of their own: a part of one row, which is contiguous, would carry the whole sequence along.
     shards = {
-        name: layout.split(tensor, dim=1)[topology.sp_rank].clone(memory_format=torch.contiguous_format)
+        name: layout.part(tensor, topology.sp_rank, dim=1).clone(memory_format=torch.contiguous_format)
         for name, tensor in whole.items()
     }
-    return shards | {"document_table": document_table(whole["position_ids"], whole["attention_mask"]).cpu()}
+    return shards | {"document_table": document_table(whole["position_ids"], whole["attention_mask"], layout).cpu()}
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

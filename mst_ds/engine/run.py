@@ -75,6 +75,7 @@ def training_batches(run: Run, data: TrainingData) -> ShardedLoader:
         run.plan.topology,
         micro_batch_size=run.plan.micro_batch_size,
         seed=run.config.seed,
+        layer_chunks=run.plan.settings.layer_chunks,
         loading=run.loading,
     )
     if run.checkpoint is not None:
@@ -86,4 +87,10 @@ def evaluation_batches(run: Run, data: TrainingData) -> EvalLoader | None:
     """This rank's batches of an evaluation; None where nothing is held out."""
     if data.held_out is None:
         return None
-    return EvalLoader(data.held_out, run.plan.topology, micro_batch_size=run.plan.micro_batch_size, loading=run.loading)
+    return EvalLoader(
+        data.held_out,
+        run.plan.topology,
+        micro_batch_size=run.plan.micro_batch_size,
+        layer_chunks=run.plan.settings.layer_chunks,
+        loading=run.loading,
+    )

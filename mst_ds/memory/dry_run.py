@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mst_ds.adapters import model_on_meta
-from mst_ds.attention import AttentionSpec, attend, blockwise
-from mst_ds.attention.choice import choose_kernel
+from mst_ds.attention import AttentionSpec, KeyBlock, attend, blockwise, chunk
+from mst_ds.attention.choice import choose_block_kernel, choose_kernel
 from mst_ds.attention.flash import TorchFlash
 from mst_ds.attention.kernel import Kernel
 from mst_ds.dtypes import DTYPES
@@ -28,6 +28,8 @@ from mst_ds.patching import apply_plan, decoder
 from mst_ds.patching.adapters import base_model
 from mst_ds.planner import Plan
 from mst_ds.recompute import stores
+from mst_ds.sequence_parallel import sequence_attention
+from mst_ds.sequence_parallel.carried_keys import CarriedKeys
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -144,6 +146,7 @@ def as_on_an_accelerator(capability: tuple[int, int] | None = None) -> Iterator[
     with (
         _replaced(decoder, **no_documents),
         _replaced(attend, choose_kernel=functools.partial(_kernel_of_an_accelerator, capability)),
+        _replaced(chunk, choose_block_kernel=functools.partial(_block_kernel_of_an_accelerator, capability)),
         _replaced(blockwise, is_on_cpu=lambda _: False),
         _replaced(chunks, **no_copies, ELEMENTS_IN_CACHE_OF_CPU=ELEMENTS_THAT_KEEP_BUSY),
     ):
@@ -153,8 +156,19 @@ def as_on_an_accelerator(capability: tuple[int, int] | None = None) -> Iterator[
 def _kernel_of_an_accelerator(
     capability: tuple[int, int] | None, name: str, query: Tensor, spec: AttentionSpec, *rest: Any
 ) -> Kernel:
-    has_flash = has_flash_attention(query.itemsize, query.shape[3], capability)
-    return TorchFlash() if has_flash and spec.softcap is None else choose_kernel(name, query, spec, *rest)
+    return TorchFlash() if _has_flash(query, spec, capability) else choose_kernel(name, query, spec, *rest)
+
+
+def _block_kernel_of_an_accelerator(
+    capability: tuple[int, int] | None, name: str, query: Tensor, keys: int, spec: AttentionSpec, *rest: Any
+) -> Kernel:
+    if _has_flash(query, spec, capability):
+        return TorchFlash(is_causal=False)
+    return choose_block_kernel(name, query, keys, spec, *rest)
+
+
+def _has_flash(query: Tensor, spec: AttentionSpec, capability: tuple[int, int] | None) -> bool:
+    return spec.softcap is None and has_flash_attention(query.itemsize, query.shape[3], capability)
 
 
 @contextmanager
@@ -163,14 +177,28 @@ def only_the_largest_blocks() -> Iterator[None]:
 
     Nothing is larger in those: all blocks have as many queries, the last at most as many, and none has fewer keys than
     the one before. Three, because a block is done while the gradients of the one before it are still there.
+
+    A chunk of a layer, in its backward, reads the last of the chunks before it alone, once all of these have gradients.
     """
     blocks = blockwise._blocks
 
     def last_blocks(*sizes: Any) -> Iterator[tuple[slice, slice]]:
         yield from deque(blocks(*sizes), maxlen=3)
 
-    with _replaced(blockwise, _blocks=last_blocks):
+    with _replaced(blockwise, _blocks=last_blocks), _replaced(sequence_attention, CarriedKeys=_LastCarriedKeys):
         yield
+
+
+class _LastCarriedKeys(CarriedKeys):
+    # Of what is read in turn, the one that is read, the one on its way, and the one before, which may be held yet.
+    _READ = 4
+
+    def earlier(self, tokens: slice, *, by_chunk: bool) -> Iterator[KeyBlock]:
+        starts = [span.start for span in self._spans if tokens.start <= span.start < tokens.stop]
+        # With a window a chunk's keys are put together of all blocks.
+        if by_chunk and self._gradients and not self._by_chunk and len(starts) > self._READ:
+            tokens = slice(starts[-self._READ], tokens.stop)
+        return super().earlier(tokens, by_chunk=by_chunk)
 
 
 @contextmanager

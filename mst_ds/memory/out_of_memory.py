@@ -12,18 +12,32 @@ from mst_ds.planner import MemoryTerm, Plan
 
 _SHOWN_TERMS = 3
 _OTHERWISE = "a larger sp_size in the 'mst' block, or a shorter seq_len"
+_OF_CHUNK = "a larger layer_chunks in the 'mst' block, or recompute true"
+# What a layer computes of one chunk.
+_CHUNK_TERMS = (
+    "attention_",
+    "query_key_value",
+    "kernel_",
+    "folded_heads",
+    "merged_in_fp32",
+    "block_",
+    "chunk_output",
+    "residual",
+    "mlp_input",
+    "mlp_output",
+)
 # The beginning of a term's name, and what makes such a term smaller.
 _REMEDIES = (
     ("mlp_chunk", "a larger mlp_chunks in the 'mst' block"),
     ("loss_logits", "a larger loss_chunks in the 'mst' block"),
     ("persistent_parameters", "a smaller stage3_param_persistence_threshold"),
     ("gathered_parameters", "a smaller stage3_max_reuse_distance and stage3_prefetch_bucket_size"),
-    ("gathered_", "a larger head_groups or sp_size in the 'mst' block"),
-    ("all_to_all_buffers", "a larger head_groups in the 'mst' block"),
+    ("gathered_", _OF_CHUNK),
+    ("all_to_all_buffers", _OF_CHUNK),
     ("layer_inputs", "offload_activations true in the 'mst' block, or recompute true"),
-    ("attention_gradients", _OTHERWISE),
-    ("kernel_query_gradient", _OTHERWISE),
-    ("kernel_key_value_gradients", _OTHERWISE),
+    *((name, _OF_CHUNK) for name in _CHUNK_TERMS),
+    # Of all tokens, whatever the chunks.
+    *((name, _OTHERWISE) for name in ("key_value_gradients", "carried_keys_values", "layer_output", "layer_input")),
     ("kept_gate_up", "keep_mlp false in the 'mst' block"),
     ("kept_", "offload_activations true in the 'mst' block"),
     ("parameters", "a higher ZeRO stage, more ranks, or offload_param"),

@@ -1,7 +1,8 @@
 """The MsT operators (arXiv 2407.15892): work through a shard chunk by chunk, usable without DeepSpeed."""
 
-from .chunks import chunks_in_cache
-from .experts import chunked_experts
+from .chunks import GradientSum, ParameterSums, chunks_in_cache
+from .experts import ExpertEnds, chunked_experts
+from .linear_sums import SumLinearGradients
 from .loss import chunked_loss, chunked_loss_of_head
 from .mlp import KeptProjections, chunked_mlp
 from .norm import chunked_rms_norm
@@ -9,7 +10,11 @@ from .rotary import rotary_embedding
 from .tokenwise import chunked_tokenwise
 
 __all__ = [
+    "ExpertEnds",
+    "GradientSum",
     "KeptProjections",
+    "ParameterSums",
+    "SumLinearGradients",
     "chunked_experts",
     "chunked_loss",
     "chunked_loss_of_head",

@@ -6,7 +6,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,30 +24,6 @@ def chunks_in_cache(tensor: Tensor) -> int:
 def slices_in_cache(tensor: Tensor) -> Iterator[slice]:
     """Slices of the rows of (T, C) for elementwise work."""
     return chunk_slices(tensor.shape[0], chunks_in_cache(tensor))
-
-
-class Call(Protocol):
-    """What one call of an operator is told beside tensors."""
-
-    @property
-    def is_recomputing(self) -> bool:
-        """Whether torch.utils.checkpoint computes the layer again."""
-
-
-def call_operator(
-    function: type[torch.autograd.Function], compute: Callable[..., Tensor], call: Call, *tensors: Tensor | None
-) -> Tensor:
-    """`function.apply(call, *tensors)`, an output with a gradient.
-
-    A recompute ends with the last tensor that is saved for the layer's backward, at the end of `apply`, if that is the
-    last operator. So `function` leaves its output empty then, and it is computed only where the layer goes on:
-    `compute(call, *tensors, out=output)` writes it.
-    """
-    output: Tensor = function.apply(call, *tensors)
-    if call.is_recomputing:
-        with torch.no_grad():
-            compute(call, *tensors, out=output)
-    return output
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -100,11 +76,10 @@ class GradientSum:
     Args:
         parameter: of any floating dtype; None where an operator is used without it.
         is_needed: if not, `total` is None, and nothing is added.
-        transposed: a weight is (inputs, outputs), and products are added to it as if it were (outputs, inputs).
     """
 
-    def __init__(self, parameter: Tensor | None, is_needed: bool, *, transposed: bool = False) -> None:
-        self.parameter, self.transposed = parameter, transposed
+    def __init__(self, parameter: Tensor | None, is_needed: bool) -> None:
+        self.parameter = parameter
         self.is_needed = is_needed and parameter is not None
         self._total: Tensor | None = None
 
@@ -120,14 +95,24 @@ class GradientSum:
         assert self.parameter is not None
         return torch.float64 if self.parameter.dim() == 1 else sum_dtype(self.parameter.dtype)
 
-    def add_outer_products(self, left: Tensor, right: Tensor) -> None:
+    def part(self, index: int) -> GradientSum:
+        """Of `parameter[index]`; what is added to it is added to this."""
+        assert self.parameter is not None
+        part = GradientSum(self.parameter[index], self.is_needed)
+        part._total = self.total[index] if self.total is not None else None
+        return part
+
+    def add_outer_products(self, left: Tensor, right: Tensor, *, transposed: bool = False) -> None:
         """Add `left.T @ right`, (T, outputs) and (T, inputs) of any floating dtypes, not rounded to 16 bits first.
 
         The first product is written, not added to zeros: in one chunk, that saves all the sum's own memory traffic.
+
+        Args:
+            transposed: the weight is (inputs, outputs).
         """
         if not self.is_needed:
             return
-        if self.transposed:
+        if transposed:
             left, right = right, left
         dtype = self._dtype
         is_wider = left.dtype == right.dtype != dtype
@@ -156,16 +141,47 @@ class GradientSum:
             total.add_(part)
 
     def rounded(self) -> Tensor | None:
-        """The gradient in the parameter's dtype; None where it is not needed."""
-        total = self.total
+        """The gradient in the parameter's dtype; None where it is not needed. The sum is given up."""
+        total, self._total = self.total, None
         return total.to(self.parameter.dtype) if total is not None and self.parameter is not None else None
 
 
 def gradient_sums(
-    parameters: Iterable[Tensor | None], needs: Iterable[bool], *, transposed: bool = False
+    parameters: Iterable[Tensor | None], needs: Iterable[bool], given: Iterable[GradientSum | None] | None = None
 ) -> list[GradientSum]:
-    """One for each parameter, of which `needs` says whether it needs one."""
-    return [GradientSum(*pair, transposed=transposed) for pair in zip(parameters, needs, strict=True)]
+    """One for each parameter, of which `needs` says whether it needs one; where one is given it is that."""
+    made = [GradientSum(*pair) for pair in zip(parameters, needs, strict=True)]
+    return made if given is None else [mine or own for mine, own in zip(given, made, strict=True)]
+
+
+def rounded_own(sums: Iterable[GradientSum], given: Iterable[GradientSum | None]) -> list[Tensor | None]:
+    """The gradients that leave an operator: those whose sum was not given to it."""
+    return [each.rounded() if mine is None else None for each, mine in zip(sums, given, strict=True)]
+
+
+class ParameterSums:
+    """The sums of a layer's parameters over several calls of its operators, which add to them in their backwards.
+
+    An operator that finds one for its parameter leaves it out of autograd, which would round each call's gradient.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self.sums = [GradientSum(parameter, parameter.requires_grad) for parameter in parameters]
+        self._by_parameter = {id(each.parameter): each for each in self.sums if each.is_needed}
+
+    def find(self, parameter: Tensor | None) -> GradientSum | None:
+        """None where it is no parameter of the layer, such as one that is computed of others, or is not trained."""
+        return self._by_parameter.get(id(parameter))
+
+    @staticmethod
+    def take(
+        sums: ParameterSums | None, parameters: Iterable[Tensor | None]
+    ) -> tuple[list[GradientSum | None], list[Tensor | None]]:
+        """The sum of each parameter, None where there is none, and the parameters, without a gradient where there is
+        one."""
+        found = [(None if sums is None else sums.find(each), each) for each in parameters]
+        left = [each.detach() if each is not None and total is not None else each for total, each in found]
+        return [total for total, _ in found], left
 
 
 def unrounded_product(left: Tensor, right: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ from mst_ds.geometry import ceil_divide, chunk_slices
 
 from .chunks import (
     Linear,
+    ParameterSums,
     autocast_disabled,
-    call_operator,
     cast_for_autocast,
     gradient_sums,
     require_gathered,
@@ -27,11 +27,11 @@ from .chunks import (
 from .grouped import (
     GroupedLinear,
     Groups,
+    add_column_sums,
+    add_outer_products,
     fit_grouped_products,
     has_grouped_products,
     runs_of_experts,
-    write_column_sums,
-    write_outer_products,
 )
 
 Gate = Callable[[Tensor], Tensor]
@@ -49,7 +49,9 @@ def chunked_experts(
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     transposed: bool = False,
-    is_recomputing: bool = False,
+    ends: ExpertEnds | None = None,
+    sums: ParameterSums | None = None,
+    skips_output: bool = False,
 ) -> Tensor:
     """For each token the sum over its experts of `weight * down(gate(up(x)))`, worked through in chunks.
 
@@ -70,8 +72,9 @@ def chunked_experts(
         up_bias: (E, U) or None.
         down_bias: (E, H) or None.
         transposed: weights are (E, inputs, outputs), as in GPT-OSS.
-        is_recomputing: torch.utils.checkpoint computes the layer again, and ends with the last tensor that its backward
-            needs; so the output is computed only if it goes on after this call.
+        ends: what the host has read in the forward, where the layer is computed again.
+        sums: as `chunked_mlp` has them; in fp32 for all experts.
+        skips_output: as `chunked_mlp` has it.
 
     Returns:
         (T, H), the dtype of `hidden_states`. Sums are in fp32 at least.
@@ -89,22 +92,31 @@ def chunked_experts(
             "hidden_states must be (tokens, hidden), expert_index and expert_weights (tokens, experts of a token); got "
             f"{tuple(hidden_states.shape)}, {tuple(expert_index.shape)}, {tuple(expert_weights.shape)}"
         )
-    tensors = cast_for_autocast(hidden_states, up_weight, down_weight, up_bias, down_bias)
-    call = _ExpertsCall(gate, chunks, transposed, hidden_states.dtype, is_recomputing)
+    given, left = ParameterSums.take(sums, [up_weight, down_weight, up_bias, down_bias])
+    tensors = cast_for_autocast(hidden_states, *left)
+    ends = ExpertEnds() if ends is None else ends
+    call = _ExpertsCall(gate, chunks, transposed, hidden_states.dtype, skips_output, _Parameters(*given), ends)
     with autocast_disabled(hidden_states.device):
-        return call_operator(_ChunkedExperts, _compute, call, expert_index, expert_weights, *tensors)
+        output: Tensor = _ChunkedExperts.apply(call, expert_index, expert_weights, *tensors)
+    return output
 
 
 @dataclass
-class _ExpertsCall:
-    """ends: where each expert's rows end, once the host has read it."""
+class ExpertEnds:
+    """Where each expert's rows end, once the host has read it: in the forward, for the backward too."""
 
+    known: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class _ExpertsCall:
     gate: Gate
     chunks: int
     transposed: bool
     dtype: torch.dtype
-    is_recomputing: bool
-    ends: list[int] | None = None
+    skips_output: bool
+    given_sums: _Parameters
+    ends: ExpertEnds
 
 
 class _Parameters(NamedTuple):
@@ -150,10 +162,11 @@ def _runs(call: _ExpertsCall, expert_index: Tensor, parameters: _Parameters, x: 
     experts_in_order = torch.arange(num_experts, dtype=ordered.dtype, device=ordered.device)
     ends = torch.searchsorted(ordered, experts_in_order, right=True)
     del ordered
-    if call.ends is None:
-        call.ends = read_ends(ends)
-    starts = [0, *call.ends[:-1]]
-    sizes = [end - start for start, end in zip(starts, call.ends, strict=True)]
+    if call.ends.known is None:
+        call.ends.known = read_ends(ends)
+    known = call.ends.known
+    starts = [0, *known[:-1]]
+    sizes = [end - start for start, end in zip(starts, known, strict=True)]
     longest = max(1, ceil_divide(len(order), call.chunks))
     weights = parameters.up_weight, parameters.down_weight
     is_grouped = has_grouped_products(x, *weights) and fit_grouped_products(*weights)
@@ -165,7 +178,7 @@ def _runs(call: _ExpertsCall, expert_index: Tensor, parameters: _Parameters, x: 
         slices = chunk_slices(count, ceil_divide(count, longest))
         groups = None
         if experts.stop - experts.start > 1:
-            groups = Groups((ends[experts] - start).int(), [end - start for end in call.ends[experts]])
+            groups = Groups((ends[experts] - start).int(), [end - start for end in known[experts]])
         yield _Run(experts, [_Rows(places[rows] // k, places[rows]) for rows in slices], groups)
 
 
@@ -227,7 +240,7 @@ class _ChunkedExperts(torch.autograd.Function):
     def forward(ctx: Any, call: _ExpertsCall, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
         ctx.call = call
-        if not call.is_recomputing:
+        if not call.skips_output:
             return _compute(call, *tensors)
         _, _, x, *_ = tensors
         return torch.empty_like(x, dtype=call.dtype, memory_format=torch.contiguous_format)
@@ -242,8 +255,12 @@ class _ChunkedExperts(torch.autograd.Function):
         dx = torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) if needs_x else None
         d_scores = torch.zeros(expert_weights.numel(), dtype=dtype, device=x.device) if needs_scores else None
         parameters = _Parameters(*tensors)
+        # Where a sum is given, that; else in the parameters' dtype.
         grads = _Parameters(
-            *(torch.zeros_like(tensor) if needed else None for tensor, needed in zip(tensors, needs, strict=True))
+            *(
+                given.total if given is not None else torch.zeros_like(tensor) if needed else None
+                for tensor, needed, given in zip(tensors, needs, call.given_sums, strict=True)
+            )
         )
         inputs = _Inputs(x, grad_output, expert_weights.flatten())
         with autocast_disabled(x.device):
@@ -255,7 +272,8 @@ class _ChunkedExperts(torch.autograd.Function):
                     if d_scores is not None:
                         d_scores[rows.places] = d_score
         d_weights = d_scores.view_as(expert_weights).to(expert_weights.dtype) if d_scores is not None else None
-        return None, None, d_weights, dx.to(x.dtype) if dx is not None else None, *grads
+        own = (grad if given is None else None for grad, given in zip(grads, call.given_sums, strict=True))
+        return None, None, d_weights, dx.to(x.dtype) if dx is not None else None, *own
 
 
 # What a chunk's backward gives beside parameter gradients: its rows, the gradient of the scores, (t,), and that of the
@@ -270,16 +288,17 @@ def _backward_of_one(
     of_expert = parameters.of(run.experts.start)
     up, down = _layers(call, of_expert)
     needs = [grad is not None for grad in grads]
-    sums = _Parameters(*gradient_sums(of_expert, needs, transposed=call.transposed))
+    given = [None if total is None else total.part(run.experts.start) for total in call.given_sums]
+    sums = _Parameters(*gradient_sums(of_expert, needs, given))
     for rows in run.chunks:
-        yield rows, *_backward_chunk(call.gate, up, down, sums, *inputs.of(rows)), up
-    for grad, gradient in zip(grads, sums, strict=True):
-        if grad is not None and gradient.total is not None:
+        yield rows, *_backward_chunk(call, up, down, sums, *inputs.of(rows)), up
+    for grad, gradient, mine in zip(grads, sums, given, strict=True):
+        if grad is not None and mine is None and gradient.total is not None:
             grad[run.experts.start] = gradient.total
 
 
 def _backward_chunk(
-    gate: Gate, up: Linear, down: Linear, sums: _Parameters, x: Tensor, dy: Tensor, scores: Tensor
+    call: _ExpertsCall, up: Linear, down: Linear, sums: _Parameters, x: Tensor, dy: Tensor, scores: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Add one chunk's parameter gradients to `sums`.
 
@@ -289,15 +308,15 @@ def _backward_chunk(
     Returns:
         The gradient of the scores, (t,), and that of the up projection's output, (t, U).
     """
-    inner, gated = _gated(gate, linear(x, *up))
+    inner, gated = _gated(call.gate, linear(x, *up))
     product = gated.detach()
     d_product = unrounded_product(dy.to(down.weight.dtype), down.weight)
     d_score = _score_gradient(d_product, product, dy, down.bias)
     weighted = (dy * scores).to(x.dtype)
-    sums.down_weight.add_outer_products(weighted, product)
+    sums.down_weight.add_outer_products(weighted, product, transposed=call.transposed)
     sums.down_bias.add_column_sums(weighted)
     (d_inner,) = torch.autograd.grad(gated, inner, (d_product * scores).to(x.dtype))
-    sums.up_weight.add_outer_products(d_inner, x)
+    sums.up_weight.add_outer_products(d_inner, x, transposed=call.transposed)
     sums.up_bias.add_column_sums(d_inner)
     return d_score, d_inner
 
@@ -320,10 +339,10 @@ def _backward_of_several(
     for grad, factors in ((grads.down_weight, (weighted, product)), (grads.up_weight, (d_inner, x))):
         if grad is not None:
             left, right = reversed(factors) if call.transposed else factors
-            write_outer_products(left, right, groups, out=grad[run.experts])
+            add_outer_products(left, right, groups, total=grad[run.experts])
     for grad, values in ((grads.down_bias, weighted), (grads.up_bias, d_inner)):
         if grad is not None:
-            write_column_sums(values, groups, out=grad[run.experts])
+            add_column_sums(values, groups, total=grad[run.experts])
     yield rows, d_score, d_inner, up
 
 

@@ -116,13 +116,13 @@ class GroupedLinear:
         return self.bias[torch.searchsorted(ends, torch.arange(rows, device=ends.device), right=True)]
 
 
-def write_outer_products(left: Tensor, right: Tensor, groups: Groups, out: Tensor) -> None:
-    """For each group `left.T @ right`, summed in fp32 and rounded once: (t, M), (t, N) -> (groups, M, N)."""
+def add_outer_products(left: Tensor, right: Tensor, groups: Groups, total: Tensor) -> None:
+    """Add for each group `left.T @ right`, summed in fp32 and rounded once: (t, M), (t, N) -> (groups, M, N)."""
     for part, rows, ends in groups.parts(EXPERTS_OF_A_GRADIENT):
-        out[part] = torch.nn.functional.grouped_mm(left[rows].t(), right[rows], offs=ends)
+        total[part] += torch.nn.functional.grouped_mm(left[rows].t(), right[rows], offs=ends)
 
 
-def write_column_sums(values: Tensor, groups: Groups, out: Tensor) -> None:
-    """For each group the sum of its rows, in fp32 and rounded once: (t, M) -> (groups, M)."""
+def add_column_sums(values: Tensor, groups: Groups, total: Tensor) -> None:
+    """Add for each group the sum of its rows, in fp32 and rounded once: (t, M) -> (groups, M)."""
     ones = values.new_ones(len(values), _ALIGNED)
-    out.copy_(torch.nn.functional.grouped_mm(ones.t(), values, offs=groups.ends)[:, 0])
+    total += torch.nn.functional.grouped_mm(ones.t(), values, offs=groups.ends)[:, 0]

@@ -102,7 +102,7 @@ class _LinearIntoSums(torch.autograd.Function):
         rows, d_rows = flat(x), flat(dy)
         with autocast_disabled(x.device):
             if d_weight is not None:
-                d_weight.add_outer_products(*((rows, d_rows) if ctx.transposed else (d_rows, rows)))
+                d_weight.add_outer_products(d_rows, rows, transposed=ctx.transposed)
             if d_bias is not None:
                 d_bias.add_column_sums(d_rows)
             dx = dy @ (weight.t() if ctx.transposed else weight) if ctx.needs_input_grad[0] else None

@@ -18,21 +18,22 @@ from . import fused
 from .chunks import (
     GradientSum,
     Linear,
+    ParameterSums,
     Scratch,
     autocast_disabled,
-    call_operator,
     cast_for_autocast,
     flat,
     flat_view,
     gradient_sums,
     require_gathered,
+    rounded_own,
 )
 
 Activation = Callable[[Tensor], Tensor]
 
 
 class KeptProjections:
-    """Gate and up of one call, from its layer's forward until the layer is computed again.
+    """Gate and up of one call, from its forward until it is computed again.
 
     Args:
         keep: how a tensor is kept.
@@ -40,7 +41,12 @@ class KeptProjections:
 
     def __init__(self, keep: Callable[[Tensor], Kept]) -> None:
         self._keep = keep
-        self._kept: tuple[Kept | None, ...] = (None, None)
+        self._kept: tuple[Kept | None, ...] | None = None
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the forward has kept something."""
+        return self._kept is not None
 
     def put(self, tensors: _Kept) -> None:
         """Keep what the forward has computed."""
@@ -48,6 +54,7 @@ class KeptProjections:
 
     def take(self) -> _Kept:
         """What was kept, which is kept no longer: a second call is an error."""
+        assert self._kept is not None
         return _Kept(*(kept.take() if kept is not None else None for kept in self._kept))
 
 
@@ -66,7 +73,8 @@ def chunked_mlp(
     gate_in_up: bool = False,
     transposed: bool = False,
     keep: bool | KeptProjections = False,
-    is_recomputing: bool = False,
+    sums: ParameterSums | None = None,
+    skips_output: bool = False,
 ) -> Tensor:
     """`down(activation(gate(x)) * up(x))`, or `down(activation(up(x)))` without a gate, worked through in chunks.
 
@@ -87,28 +95,31 @@ def chunked_mlp(
         keep: the forward keeps gate and up too (without a gate, up), each (tokens, I); the backward computes nothing
             again, and the result is the same, bit for bit. True: autograd keeps them. In a layer that is computed
             again, where they lie between its two calls, of which the second takes what the first has put there.
-        is_recomputing: the layer is computed again: the output is computed only if that goes on after this call.
+        sums: of the layer that is computed again: weight gradients are added to these, and do not leave through
+            autograd.
+        skips_output: the values of the output are not wanted, and left empty: nothing needs them but its backward.
 
     Returns:
         (..., H), the dtype of `hidden_states` (under autocast: the autocast dtype).
 
     Raises:
-        ValueError: `chunks` below 1, `gate_in_up` with a gate of its own, `keep` True with `is_recomputing`, or a
-            parameter that ZeRO-3 has not gathered.
+        ValueError: `chunks` below 1, `gate_in_up` with a gate of its own, or a parameter that ZeRO-3 has not gathered.
     """
-    if keep is True and is_recomputing:
-        raise ValueError("keep is True, but the layer is computed again: keep must be False or a KeptProjections")
     is_silu = is_silu or activation is torch.nn.functional.silu
-    call = _MlpCall(activation, is_silu, chunks, gate_in_up, transposed, is_recomputing)
     parameters = _Parameters(gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias)
-    call.check(parameters)
-    tensors = cast_for_autocast(hidden_states, *parameters)
+    given, left = ParameterSums.take(sums, parameters)
     kept = _Kept(None, None)
-    if keep and torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        kept = keep.take() if isinstance(keep, KeptProjections) and is_recomputing else call.empty_kept(*tensors)
+    is_kept = isinstance(keep, KeptProjections) and keep.is_there
+    call = _MlpCall(activation, is_silu, chunks, gate_in_up, transposed, is_kept, skips_output, given)
+    call.check(parameters)
+    tensors = cast_for_autocast(hidden_states, *left)
+    if isinstance(keep, KeptProjections):
+        kept = keep.take() if is_kept else call.empty_kept(*tensors)
+    elif keep and torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        kept = call.empty_kept(*tensors)
     with autocast_disabled(hidden_states.device):
-        output = call_operator(_ChunkedMLP, _compute, call, *kept, *tensors)
-    if isinstance(keep, KeptProjections) and not is_recomputing:
+        output: Tensor = _ChunkedMLP.apply(call, *kept, *tensors)
+    if isinstance(keep, KeptProjections) and not is_kept:
         keep.put(kept)
     return output
 
@@ -153,7 +164,9 @@ class _MlpCall(NamedTuple):
     chunks: int
     gate_in_up: bool
     transposed: bool
-    is_recomputing: bool
+    is_kept: bool
+    skips_output: bool
+    given_sums: Sequence[GradientSum | None]
 
     def check(self, parameters: _Parameters) -> None:
         if self.gate_in_up and (parameters.gate_weight is not None or parameters.gate_bias is not None):
@@ -212,7 +225,7 @@ def _compute(call: _MlpCall, *tensors: Any, out: Tensor) -> Tensor:
     all_kept, hidden_states, parameters = _unpack(tensors)
     gate, up, down = call.layers(parameters)
     x, flat_out = flat(hidden_states), flat_view(out)
-    project = functools.partial(_project, scratch=Scratch(), is_kept=call.is_recomputing)
+    project = functools.partial(_project, scratch=Scratch(), is_kept=call.is_kept)
     for rows in chunk_slices(x.shape[0], call.chunks):
         kept = all_kept.of(rows)
         # Beside what is kept, at most two tensors of intermediate size are alive: the up projection is written over the
@@ -243,7 +256,7 @@ class _ChunkedMLP(torch.autograd.Function):
         down = call.layers(parameters).down
         # Not a view: models may add to it in place.
         output = hidden_states.new_empty(*hidden_states.shape[:-1], len(down.weight))
-        return output if call.is_recomputing else _compute(call, *tensors, out=output)
+        return output if call.skips_output else _compute(call, *tensors, out=output)
 
     @staticmethod
     @once_differentiable
@@ -254,13 +267,13 @@ class _ChunkedMLP(torch.autograd.Function):
         with autocast_disabled(hidden_states.device):
             x, dy = flat(hidden_states), flat(grad_output)
             dx = torch.empty_like(x) if needs_x else None
-            sums = _Parameters(*gradient_sums(parameters, needs, transposed=call.transposed))
+            sums = _Parameters(*gradient_sums(parameters, needs, call.given_sums))
             backward = _Backward(call, parameters, sums)
             for rows in chunk_slices(x.shape[0], call.chunks):
                 backward.add_chunk(x[rows], dy[rows], dx[rows] if dx is not None else None, kept.of(rows))
             del backward  # its memory is not needed while the sums are rounded
         d_hidden_states = dx.view_as(hidden_states) if dx is not None else None
-        return None, None, None, d_hidden_states, *(gradient.rounded() for gradient in sums)
+        return None, None, None, d_hidden_states, *rounded_own(sums, call.given_sums)
 
 
 class _Stored(NamedTuple):
@@ -290,7 +303,7 @@ class _Backward:
         if self.call.gate_in_up:
             grads = [torch.cat(grads, dim=1)]
         for index, (grad, stored) in enumerate(zip(grads, self.projections, strict=True)):
-            stored.d_weight.add_outer_products(grad, x)
+            stored.d_weight.add_outer_products(grad, x, transposed=self.call.transposed)
             stored.d_bias.add_column_sums(grad)
             if dx is not None and index == 0:
                 torch.mm(grad, stored.weight, out=dx)
@@ -323,7 +336,7 @@ class _Backward:
         activated = activated.detach()
         if sums.down_weight.is_needed:
             product = activated if up is None else torch.mul(up, activated, out=outer)
-            sums.down_weight.add_outer_products(dy, product)
+            sums.down_weight.add_outer_products(dy, product, transposed=self.call.transposed)
             del product
         sums.down_bias.add_column_sums(dy)
         torch.mm(dy, down.weight, out=outer)
@@ -342,7 +355,8 @@ class _Backward:
         from .fused import swiglu
 
         if self.sums.down_weight.is_needed:
-            self.sums.down_weight.add_outer_products(dy, _fused_product(gate, up, outer))
+            product = _fused_product(gate, up, outer)
+            self.sums.down_weight.add_outer_products(dy, product, transposed=self.call.transposed)
         self.sums.down_bias.add_column_sums(dy)
         torch.mm(dy, self.layers.down.weight, out=outer)
         swiglu.backward(gate, up, outer, d_gate, outer)

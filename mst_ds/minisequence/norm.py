@@ -13,7 +13,7 @@ from mst_ds.dtypes import sum_dtype
 from mst_ds.geometry import ceil_divide, chunk_slices
 
 from . import fused
-from .chunks import GradientSum, flat, flat_view, require_gathered
+from .chunks import GradientSum, ParameterSums, flat, flat_view, require_gathered, rounded_own
 from .tokenwise import compute_in_chunks
 
 
@@ -26,6 +26,7 @@ def chunked_rms_norm(
     offset: float,
     keeps_dtype: bool,
     chunks: int,
+    sums: ParameterSums | None = None,
 ) -> Tensor:
     """RMSNorm (arXiv 1910.07467, equation 4), `x / sqrt(mean(x^2) + epsilon) * (weight + offset)`, in chunks of tokens.
 
@@ -41,6 +42,7 @@ def chunked_rms_norm(
         keeps_dtype: `function` returns the dtype of input and weight where these are of one, of 16 bits; otherwise no
             fused kernel is taken.
         chunks: how many chunks; fewer where a chunk would be shorter than 4 tokens.
+        sums: as `chunked_mlp` has them.
 
     Returns:
         (..., H), in the dtype of `function`'s result.
@@ -49,9 +51,9 @@ def chunked_rms_norm(
         ValueError: `weight` is one that ZeRO-3 has not gathered.
     """
     require_gathered("a norm's weight", weight)
-    output: Tensor = _ChunkedRMSNorm.apply(
-        _NormCall(function, epsilon, offset, keeps_dtype, chunks), hidden_states, weight
-    )
+    (given,), (left,) = ParameterSums.take(sums, [weight])
+    call = _NormCall(function, epsilon, offset, keeps_dtype, chunks, given)
+    output: Tensor = _ChunkedRMSNorm.apply(call, hidden_states, left)
     return output
 
 
@@ -61,6 +63,7 @@ class _NormCall(NamedTuple):
     offset: float
     keeps_dtype: bool
     chunks: int
+    given_sum: GradientSum | None
 
     def is_fused(self, *tensors: Tensor) -> bool:
         return self.keeps_dtype and tensors[0].shape[-1] <= fused.WIDEST_NORM and fused.runs(*tensors)
@@ -83,10 +86,11 @@ class _ChunkedRMSNorm(torch.autograd.Function):
         _, needs_x, needs_weight = ctx.needs_input_grad
         x, dy = flat(hidden_states), flat(grad_output)
         dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else None
-        d_weight = GradientSum(weight, needs_weight)
+        d_weight = call.given_sum or GradientSum(weight, needs_weight)
         differentiate = _fused_backward if call.is_fused(x, weight, dy) else _backward
         differentiate(call, x, weight, dy, dx, d_weight)
-        return None, dx.view(hidden_states.shape) if dx is not None else None, d_weight.rounded()
+        d_input = dx.view(hidden_states.shape) if dx is not None else None
+        return None, d_input, *rounded_own([d_weight], [call.given_sum])
 
 
 def _backward(call: _NormCall, x: Tensor, weight: Tensor, dy: Tensor, dx: Tensor | None, d_weight: GradientSum) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,9 +10,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mst_ds.geometry import chunk_slices
-from mst_ds.recompute import RandomState
+from mst_ds.recompute import Conditions
 
-from .chunks import call_operator, flat, flat_view, gradient_sums, require_gathered
+from .chunks import GradientSum, ParameterSums, flat, flat_view, gradient_sums, require_gathered, rounded_own
 from .linear_sums import SumLinearGradients, differentiate
 
 
@@ -23,7 +22,8 @@ def chunked_tokenwise(
     parameters: Sequence[Tensor],
     *,
     chunks: int,
-    is_recomputing: bool = False,
+    sums: ParameterSums | None = None,
+    skips_output: bool = False,
 ) -> Tensor:
     """`function(*inputs)` in chunks of tokens, for a function whose output for a token depends on that token alone.
 
@@ -38,7 +38,7 @@ def chunked_tokenwise(
         inputs: (..., C_i), the same number of tokens in each; of any dtype, differentiated where floating.
         parameters: what `function` reads and gradients are wanted for, where they require them.
         chunks: how many chunks; fewer where a chunk would be shorter than 4 tokens.
-        is_recomputing: as `chunked_mlp` has it.
+        sums, skips_output: as `chunked_mlp` has them.
 
     Returns:
         (..., C), the leading dimensions of the first input.
@@ -48,15 +48,19 @@ def chunked_tokenwise(
     """
     for parameter in parameters:
         require_gathered("a parameter", parameter)
-    call = _TokenwiseCall(function, chunks, is_recomputing, len(inputs))
-    return call_operator(_ChunkedTokenwise, _compute, call, *inputs, *parameters)
+    given, left = ParameterSums.take(sums, parameters)
+    call = _TokenwiseCall(function, chunks, skips_output, len(inputs), tuple(parameters), given)
+    output: Tensor = _ChunkedTokenwise.apply(call, *inputs, *left)
+    return output
 
 
 class _TokenwiseCall(NamedTuple):
     function: Callable[..., Tensor]
     chunks: int
-    is_recomputing: bool
+    skips_output: bool
     num_inputs: int
+    parameters: Sequence[Tensor]
+    given_sums: Sequence[GradientSum | None]
 
 
 def compute_in_chunks(
@@ -96,12 +100,12 @@ def _forget_casts(device: torch.device) -> None:
 class _ChunkedTokenwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _TokenwiseCall, *tensors: Tensor) -> Tensor:
-        inputs, parameters = tensors[: call.num_inputs], tensors[call.num_inputs :]
+        inputs = tensors[: call.num_inputs]
+        # Parameters are not saved with the inputs: others would be given back than those that `function` reads.
         ctx.save_for_backward(*inputs)
-        # Not saved with the inputs: recompute and offload would give others back than those that `function` reads.
-        ctx.call, ctx.parameters = call, parameters
-        ctx.conditions = _Conditions(inputs[0].device)
-        if not call.is_recomputing:
+        ctx.call = call
+        ctx.conditions = Conditions(inputs[0].device)
+        if not call.skips_output:
             return _compute(call, *tensors)
         with ctx.conditions.restored():
             return _uncomputed(call.function, inputs)
@@ -117,7 +121,7 @@ class _ChunkedTokenwise(torch.autograd.Function):
             torch.empty_like(tensor, memory_format=torch.contiguous_format) if needed else None
             for tensor, needed in zip(inputs, needs[: call.num_inputs], strict=True)
         ]
-        sums = gradient_sums(ctx.parameters, needs[call.num_inputs :])
+        sums = gradient_sums(call.parameters, needs[call.num_inputs :], call.given_sums)
         with ctx.conditions.restored():
             # In the order of the forward, so that each chunk draws the random numbers that it drew there.
             for rows in chunk_slices(dy.shape[0], call.chunks):
@@ -131,27 +135,10 @@ class _ChunkedTokenwise(torch.autograd.Function):
                 differentiate(out, dy[rows].view_as(out), leaves, d_rows, sums)
                 # Not beside the next chunk's.
                 del leaves, out
-        return None, *d_inputs, *(gradient.rounded() for gradient in sums)
+        return None, *d_inputs, *rounded_own(sums, call.given_sums)
 
 
 def _take(tensor: Tensor, rows: slice) -> Tensor:
     """Some tokens of (..., C), with as many dimensions as before."""
     chunk = flat(tensor)[rows]
     return chunk.view(*(1,) * (tensor.dim() - 2), *chunk.shape)
-
-
-class _Conditions:
-    """What a forward ran under and its recompute needs again: the states of the random generators, and autocast."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.random_state = RandomState(device)
-        self.autocast_enabled = torch.is_autocast_enabled(device.type)
-        self.autocast_dtype = torch.get_autocast_dtype(device.type)
-
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Within, all is as it was; random states are put back afterwards."""
-        autocast = torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_enabled)
-        with self.random_state.restored(), autocast:
-            yield

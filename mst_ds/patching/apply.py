@@ -11,15 +11,23 @@ import torch.distributed as dist
 from torch import nn
 
 from mst_ds.attention import prepare_attention
+from mst_ds.layer_stream import LayerStream
 from mst_ds.patching.adapters import base_model, without_adapters
 from mst_ds.patching.causal_lm import causal_lm_forward, generate
 from mst_ds.patching.decoder import decoder_forward, known_arguments
 from mst_ds.patching.guards import keep_recompute, require_outermost, require_unwrapped
-from mst_ds.patching.operators import chunk_head, chunk_mlp, chunk_norm, mark_as_leaf, require_input_gradient
+from mst_ds.patching.operators import (
+    chunk_head,
+    chunk_mlp,
+    chunk_norm,
+    mark_as_leaf,
+    require_input_gradient,
+    stream_layer,
+)
 from mst_ds.patching.patched import OwnConfig, PatchedModel
 from mst_ds.patching.undo import Undo
 from mst_ds.planner import Plan
-from mst_ds.recompute import DeviceStore, HostStore, LayerRecompute
+from mst_ds.recompute import DeviceStore, HostStore
 from mst_ds.sequence_parallel import (
     ATTENTION_NAME,
     ProcessSequenceGroup,
@@ -142,17 +150,19 @@ def apply_settings(
         _require_agreement(settings, group)
     undo = Undo()
     base.__dict__[_UNDO] = undo
-    recompute = _replace_parts(parts, settings, undo)
-    if zero_stage == 3:
-        _gather_leaves(parts, undo)
     reason = why_own_attention(base)
+    # A layer whose tokens meet elsewhere than in this project's attention is a stream of one chunk.
+    layer_chunks = settings.layer_chunks if reason is None else 1
+    stream = _replace_parts(parts, settings, layer_chunks, undo)
+    if zero_stage == 3:
+        _gather_leaves(parts, settings, undo)
     configs = _use_attention(base, undo) if reason is None else []
     lengths = DocumentLengths()
     for of_documents in parts.document_rotary:
         by_document = functools.partial(of_documents.forward, lengths, of_documents.module.forward)
         undo.set_attribute(of_documents.module, "forward", by_document)
     forwards = [(module, module.__dict__[name]) for module, name, _ in undo.changes if name == "forward"]
-    keep_recompute([base, parts.loss.decoder], parts.layers, settings, recompute, undo)
+    keep_recompute([base, parts.loss.decoder], parts.layers, settings, undo)
     patched = PatchedModel(
         model=base,
         mlps=parts.mlps,
@@ -160,7 +170,7 @@ def apply_settings(
         layers=parts.layers,
         settings=settings,
         group=group,
-        recompute=recompute,
+        stream=stream,
         forwards=forwards,
         configs=configs,
         why_own_attention=reason,
@@ -189,23 +199,27 @@ def remove_plan(model: Model) -> Model:
     return model
 
 
-def _replace_parts(parts: ModelParts, settings: Settings, undo: Undo) -> LayerRecompute:
-    """Give the modules inside the model their forwards, which look at the layer that is computed again."""
+def _replace_parts(parts: ModelParts, settings: Settings, layer_chunks: int, undo: Undo) -> LayerStream:
+    """Give the modules inside the model their forwards, which look at the layer that runs."""
     store = HostStore() if settings.offload_activations else DeviceStore()
-    recompute = LayerRecompute(keep_attention=settings.keep_attention, store=store)
+    stream = LayerStream(chunks=layer_chunks, keep_attention=settings.keep_attention, store=store)
     for mlp in parts.mlps:
-        chunk_mlp(mlp, settings, recompute, undo)
+        chunk_mlp(mlp, settings, stream, undo)
     for norm in parts.norms:
-        chunk_norm(norm, undo)
+        chunk_norm(norm, stream, undo)
+    if settings.recompute:
+        for layer in parts.layers:
+            stream_layer(layer, stream, undo)
     for rotary in parts.rotary:
         undo.set_attribute(rotary.module, "forward", rotary.forward())
     chunk_head(parts.loss, settings, undo)
-    return recompute
+    return stream
 
 
-def _gather_leaves(parts: ModelParts, undo: Undo) -> None:
-    for mlp in parts.mlps:
-        mark_as_leaf(mlp.module, undo)
+def _gather_leaves(parts: ModelParts, settings: Settings, undo: Undo) -> None:
+    """The loop over a layer's chunks runs inside one gather; without recompute that over an MLP's."""
+    for module in parts.layers if settings.recompute else [mlp.module for mlp in parts.mlps]:
+        mark_as_leaf(module, undo)
     if not parts.loss.is_linear:
         mark_as_leaf(parts.loss.head, undo)
     for module in (*parts.layers, parts.loss.head):

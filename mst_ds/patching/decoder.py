@@ -22,7 +22,6 @@ from mst_ds.sequence_parallel import (
     lengths_of_tokens,
     positions_in_documents,
 )
-from mst_ds.token_layout import TokenLayout
 
 # Of a causal language model, beside those that its class and transformers name.
 _TARGETS = {"labels", "shift_labels", "num_items_in_batch", "ignore_index", "skip_logits"}
@@ -48,7 +47,7 @@ def decoder_forward(original: Callable[..., Any], patched: PatchedModel, *args: 
         with own_attention(patched):
             return original(**kwargs)
     check_known(patched, kwargs)
-    patched.recompute.begin_forward()
+    patched.stream.begin_forward()
     kwargs |= {**_planned_arguments(patched, kwargs), "use_cache": False}
     try:
         return original(**kwargs)
@@ -122,7 +121,7 @@ def _planned_arguments(patched: PatchedModel, kwargs: dict[str, Any]) -> dict[st
     if inputs is None:
         raise ValueError(f"{patched.name} needs input_ids or inputs_embeds")
     batch, length = inputs.shape[:2]
-    told = take_document_starts(kwargs, batch, length, settings.sp_size)
+    told = take_document_starts(kwargs, batch, length, patched.token_layout)
     if patched.why_own_attention is not None:
         return _positions_for_own_attention(patched, told, positions, mask, inputs)
     if _wants(patched, kwargs, "output_attentions"):
@@ -135,7 +134,7 @@ def _planned_arguments(patched: PatchedModel, kwargs: dict[str, Any]) -> dict[st
         else:
             positions = told.positions(inputs.device)
     positions, starts = _find_documents(patched, told, positions, mask, inputs)
-    context = UlyssesContext(group, settings.attention, starts, settings.head_groups, patched.recompute)
+    context = UlyssesContext(group, settings.attention, starts, settings.head_groups, patched.stream)
     # Without a mask transformers looks into the positions for documents, and has the host wait for the answer.
     is_certain = told is not None and told.is_certain
     no_padding = torch.ones(batch, length, dtype=torch.bool, device=inputs.device) if is_certain else None
@@ -168,22 +167,23 @@ def _find_documents(
     """Positions in the whole sequence, None where they tell nothing new, and where documents begin. Rotary embeddings
     that depend on how long these are get to know it."""
     group, lengths, are_given = patched.group, patched.document_lengths, positions is not None
+    layer_chunks = patched.settings.layer_chunks
     if told is not None and told.lengths is not None:
         # Nothing is exchanged or read from the device: every rank has the table of the whole sequence.
         if lengths is not None:
-            lengths.of_tokens = lengths_of_tokens(told.starts, told.lengths, told.length, group)
+            lengths.of_tokens = lengths_of_tokens(told.starts, told.lengths, told.length, group, layer_chunks)
         return positions, told.separate_starts
     if not are_given and (group is not None or mask is not None or lengths is not None):
         batch, length = inputs.shape[:2]
-        layout, rank = (TokenLayout(), 0) if group is None else (TokenLayout(group.size), group.rank)
-        positions = layout.positions(rank, length, inputs.device).expand(batch, -1)
+        rank = 0 if group is None else group.rank
+        positions = patched.token_layout.positions(rank, length, inputs.device).expand(batch, -1)
     # On a shard always: another rank may have padding, and this is a collective call.
-    starts = None if positions is None else find_document_starts(positions, mask, group)
+    starts = None if positions is None else find_document_starts(positions, mask, group, layer_chunks)
     if lengths is not None:
         if not are_given:
             # A document is no longer for padding before it.
-            positions = positions_in_documents(positions, starts, group)
-        lengths.of_tokens = document_lengths(positions, mask, starts, group)
+            positions = positions_in_documents(positions, starts, group, layer_chunks)
+        lengths.of_tokens = document_lengths(positions, mask, starts, group, layer_chunks)
     return positions, starts
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mst_ds.attention import DocumentStarts
 from mst_ds.document_table import rows_of_table
+from mst_ds.token_layout import TokenLayout
 
 TABLE = "document_table"
 _LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k")
@@ -75,17 +76,17 @@ class ToldDocuments:
         return torch.stack(rows).to(device, non_blocking=True)
 
 
-def take_document_starts(kwargs: dict[str, Any], batch: int, length: int, sp_size: int) -> ToldDocuments | None:
+def take_document_starts(kwargs: dict[str, Any], batch: int, length: int, layout: TokenLayout) -> ToldDocuments | None:
     """Take them out of `kwargs`; None where there are none.
 
     Args:
         kwargs: of the decoder. `cu_seq_lens_q`: (documents + 1,), where each begins in all B x L tokens, with the end.
             `max_length_q`: at least the longest. `seq_idx`: (B, L), a number that changes from document to document.
-            `document_table`: of the whole sequence, (N, 2) on the CPU, in place of all these.
-        batch: B, length: L, sp_size: ranks of the sequence.
+            `document_table`: of the whole sequence, see there, on the CPU, in place of all these.
+        batch: B, length: L, layout: of the plan's shards.
 
     Raises:
-        ValueError: they contradict each other or the batch, or the sequence is sharded.
+        ValueError: they contradict each other or the batch, or the sequence is sharded, or was for another plan.
     """
     table = kwargs.pop(TABLE, None)
     taken = {name: kwargs.pop(name, None) for name in (*_LENGTHS, *_LONGEST, "seq_idx")}
@@ -94,11 +95,11 @@ def take_document_starts(kwargs: dict[str, Any], batch: int, length: int, sp_siz
         if taken or kwargs.get("position_ids") is None:
             others = f", and without {', '.join(taken)}" if taken else ""
             raise ValueError(f"{TABLE} goes with the position_ids of which it was made{others}")
-        return _from_table(table, batch, length * sp_size)
+        return _from_table(table, batch, length, layout)
     told = [_from_lengths(name, taken[name], batch, length) for name in _LENGTHS if name in taken]
     if "seq_idx" in taken:
         told.append(_from_indices(taken["seq_idx"], batch, length))
-    if told and sp_size > 1:
+    if told and layout.sp_size > 1:
         raise ValueError(
             f"with sp_size > 1 documents are told apart by position_ids alone: leave {told[0].argument} out"
         )
@@ -129,18 +130,32 @@ def _from_lengths(name: str, given: Any, batch: int, length: int) -> ToldDocumen
     return ToldDocuments(name, rows, length)
 
 
-def _from_table(table: Tensor, batch: int, length: int) -> ToldDocuments:
-    documents = table.tolist()  # once, as a user's loop may have brought it to a device
+def _from_table(table: Tensor, batch: int, length_of_shard: int, layout: TokenLayout) -> ToldDocuments:
+    rows = table.tolist()  # once, as a user's loop may have brought it to a device
+    of_shards, documents, length = rows[0], rows[1:], length_of_shard * layout.sp_size
+    given = TokenLayout(*of_shards)
+    if given.sp_size != layout.sp_size or (layout.sp_size > 1 and given.chunks != layout.chunks):
+        raise ValueError(
+            f"{TABLE} is of shards for sp_size {given.sp_size} and layer_chunks {given.chunks}, but the plan has "
+            f"sp_size {layout.sp_size} and layer_chunks {layout.chunks}: make them by "
+            "mst_ds.data.shard(batch, plan.topology, layer_chunks=plan.settings.layer_chunks)"
+        )
+    if not _is_whole(documents, batch, length):
+        raise ValueError(f"{TABLE} is not that of {batch} x {length} tokens: pass that of the whole batch")
+    starts, lengths = rows_of_table(rows, batch, length)
+    return ToldDocuments(TABLE, starts, length, lengths)
+
+
+def _is_whole(documents: list[list[int]], batch: int, length: int) -> bool:
+    """Whether they are those of `batch` rows of `length` tokens."""
     first = [start for start, _ in documents]
+    if not first or not set(range(0, batch * length, length)) <= set(first) or first[-1] >= batch * length:
+        return False
     # Positions rise by one within a document, and its length is its last position and 1; that of padding 0.
-    is_whole = all(
+    return all(
         of_document == 0 or of_document >= after - start
         for (start, of_document), after in zip(documents, [*first[1:], batch * length], strict=True)
     )
-    if not is_whole or not set(range(0, batch * length, length)) <= set(first) or first[-1] >= batch * length:
-        raise ValueError(f"{TABLE} is not that of {batch} x {length} tokens: pass that of the whole batch")
-    starts, lengths = rows_of_table(documents, batch, length)
-    return ToldDocuments(TABLE, starts, length, lengths)
 
 
 def _from_indices(given: Any, batch: int, length: int) -> ToldDocuments:

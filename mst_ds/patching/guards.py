@@ -109,18 +109,16 @@ def _check_attention(patched: PatchedModel) -> None:
 
 def _check_recompute(patched: PatchedModel) -> None:
     for layer in patched.layers:
-        is_on = bool(layer.gradient_checkpointing)
-        is_ours = not is_on or layer.__dict__.get("_gradient_checkpointing_func") == patched.recompute.run_layer
-        if is_on != patched.settings.recompute or not is_ours:
+        if layer.gradient_checkpointing:
             raise ValueError(
                 f'the recompute of {type(layer).__name__} was changed after mst_ds.apply_plan: set "recompute" in the '
                 '"mst" block, and call mst_ds.remove_plan(model), then mst_ds.apply_plan again'
             )
 
 
-def keep_recompute(modules: list[Any], layers: list[nn.Module], settings: Settings, recompute: Any, undo: Undo) -> None:
-    """Let the layers be computed again as the plan says, also after calls of transformers' own switches, which its
-    Trainer makes.
+def keep_recompute(modules: list[Any], layers: list[nn.Module], settings: Settings, undo: Undo) -> None:
+    """Let the layers be computed again as the plan says, not by transformers, also after calls of its own switches,
+    which its Trainer makes.
 
     Args:
         modules: that have such switches: the model and its decoder.
@@ -128,9 +126,7 @@ def keep_recompute(modules: list[Any], layers: list[nn.Module], settings: Settin
     if not settings.recompute and any(layer.gradient_checkpointing for layer in layers):
         _leave_recompute("gradient_checkpointing_enable", settings.recompute)
     for layer in layers:
-        undo.set_attribute(layer, "gradient_checkpointing", settings.recompute)
-        if settings.recompute:
-            undo.set_attribute(layer, "_gradient_checkpointing_func", recompute.run_layer)
+        undo.set_attribute(layer, "gradient_checkpointing", False)
     for module in modules if layers else []:
         for name in _SWITCHES_OF_RECOMPUTE:
             original = getattr(module, name, None)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mst_ds.minisequence import KeptProjections, chunked_loss, chunked_loss_of_head, chunked_tokenwise
+from mst_ds.layer_stream import LayerStream, Pass, StreamedLayer
+from mst_ds.minisequence import ExpertEnds, KeptProjections, chunked_loss, chunked_loss_of_head, chunked_tokenwise
 from mst_ds.patching.undo import UNSET, Undo
-from mst_ds.recompute import LayerRecompute
 from mst_ds.settings import Settings
 from mst_ds.structure import (
     Chunkable,
@@ -24,18 +24,23 @@ from mst_ds.structure import (
 )
 
 
-def chunk_mlp(mlp: Chunkable, settings: Settings, recompute: LayerRecompute, undo: Undo) -> None:
+def chunk_mlp(mlp: Chunkable, settings: Settings, stream: LayerStream, undo: Undo) -> None:
     if isinstance(mlp, MlpStructure):
-        chunked: Callable[..., Tensor] = functools.partial(_mlp_forward, mlp, recompute, settings.keep_mlp)
+        chunked: Callable[..., Tensor] = functools.partial(_mlp_forward, mlp, stream, settings.keep_mlp)
     elif isinstance(mlp, ExpertsStructure):
-        chunked = functools.partial(_experts_forward, mlp, recompute)
+        chunked = functools.partial(_experts_forward, mlp, stream)
     else:
-        chunked = functools.partial(_tokenwise_forward, mlp, recompute)
+        chunked = functools.partial(_tokenwise_forward, mlp, stream)
     undo.set_attribute(mlp.module, "forward", functools.partial(chunked, mlp.module.forward, settings.mlp_chunks))
 
 
-def chunk_norm(norm: NormStructure, undo: Undo) -> None:
-    undo.set_attribute(norm.module, "forward", functools.partial(_norm_forward, norm, norm.module.forward))
+def chunk_norm(norm: NormStructure, stream: LayerStream, undo: Undo) -> None:
+    undo.set_attribute(norm.module, "forward", functools.partial(_norm_forward, norm, stream, norm.module.forward))
+
+
+def stream_layer(layer: nn.Module, stream: LayerStream, undo: Undo) -> None:
+    streamed = StreamedLayer(stream, layer)
+    undo.set_attribute(layer, "forward", functools.update_wrapper(streamed, layer.forward))
 
 
 def chunk_head(loss: LossStructure, settings: Settings, undo: Undo) -> None:
@@ -66,7 +71,7 @@ def require_input_gradient(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[
 
 def _mlp_forward(
     mlp: MlpStructure,
-    recompute: LayerRecompute,
+    stream: LayerStream,
     keep: bool,
     original: Callable[..., Tensor],
     chunks: int,
@@ -74,36 +79,46 @@ def _mlp_forward(
     **kwargs: Tensor,
 ) -> Tensor:
     (hidden_states,) = _inputs(mlp.module, original, 1, args, kwargs)
-    call = recompute.call
+    call = stream.call
     if call is None:
         return mlp.run(chunks, hidden_states, keep=keep)
-    store = call.store
-    kept = call.note(lambda: KeptProjections(store.keep)) if keep else False
-    return mlp.run(chunks, hidden_states, keep=kept, is_recomputing=call.is_recomputing)
+    kept: bool | KeptProjections = False
+    if keep and call.is_kept and call.runs_for is not Pass.KEYS:
+        part = call.part
+        kept = call.note(lambda: KeptProjections(part.keep))
+    with call.operator() as skips_output:
+        return mlp.run(chunks, hidden_states, keep=kept, sums=call.sums, skips_output=skips_output)
 
 
 def _experts_forward(
     experts: ExpertsStructure,
-    recompute: LayerRecompute,
+    stream: LayerStream,
     original: Callable[..., Tensor],
     chunks: int,
     *args: Tensor,
     **kwargs: Tensor,
 ) -> Tensor:
     inputs = _inputs(experts.module, original, 3, args, kwargs)
-    return experts.run(chunks, *inputs, is_recomputing=recompute.is_recomputing)
+    call = stream.call
+    if call is None:
+        return experts.run(chunks, *inputs)
+    ends = call.note(ExpertEnds) if call.is_kept and call.runs_for is not Pass.KEYS else None
+    with call.operator() as skips_output:
+        return experts.run(chunks, *inputs, ends=ends, sums=call.sums, skips_output=skips_output)
 
 
-def _norm_forward(norm: NormStructure, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _norm_forward(
+    norm: NormStructure, stream: LayerStream, original: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
     # With more than the tensor that it was tried with, such as a gate, it may do something else.
     if len(args) != 1 or kwargs:
         return original(*args, **kwargs)
-    return norm.run(*args)
+    return norm.run(*args, sums=None if stream.call is None else stream.call.sums)
 
 
 def _tokenwise_forward(
     tokenwise: TokenwiseStructure,
-    recompute: LayerRecompute,
+    stream: LayerStream,
     original: Callable[..., Tensor],
     chunks: int,
     *args: Tensor,
@@ -112,7 +127,11 @@ def _tokenwise_forward(
     module = tokenwise.module
     inputs = _inputs(module, original, tokenwise.num_inputs, args, kwargs)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    return chunked_tokenwise(original, inputs, trained, chunks=chunks, is_recomputing=recompute.is_recomputing)
+    call = stream.call
+    if call is None:
+        return chunked_tokenwise(original, inputs, trained, chunks=chunks)
+    with call.operator() as skips_output:
+        return chunked_tokenwise(original, inputs, trained, chunks=chunks, sums=call.sums, skips_output=skips_output)
 
 
 def _inputs(

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from mst_ds.recompute import LayerRecompute
+from mst_ds.layer_stream import LayerStream
 from mst_ds.sequence_parallel import ATTENTION_NAME, SequenceGroup, register_attention
 from mst_ds.settings import Settings
 from mst_ds.structure import Chunkable, DocumentLengths, LossStructure
+from mst_ds.token_layout import TokenLayout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,7 +46,7 @@ class PatchedModel:
         layers: the decoder layers that can be computed again.
         settings: this rank's.
         group: the sequence group; None at sp_size 1.
-        recompute: of its layers.
+        stream: of its layers.
         forwards: of modules inside the decoder, and of the head, that were given one.
         configs: which name this project's attention; empty where the model keeps its own.
         why_own_attention: see `mst_ds.structure`.
@@ -61,7 +62,7 @@ class PatchedModel:
     layers: Sequence[nn.Module]
     settings: Settings
     group: SequenceGroup | None
-    recompute: LayerRecompute
+    stream: LayerStream
     forwards: Sequence[tuple[nn.Module, Any]]
     configs: Sequence[OwnConfig]
     why_own_attention: str | None
@@ -81,6 +82,11 @@ class PatchedModel:
         """Of the model's class, for errors."""
         return type(self.model).__name__
 
+    @property
+    def token_layout(self) -> TokenLayout:
+        """Which tokens of a sequence are this rank's."""
+        return TokenLayout(self.settings.sp_size, self.settings.layer_chunks)
+
 
 @contextmanager
 def own_attention(patched: PatchedModel) -> Iterator[None]:
@@ -95,18 +101,13 @@ def own_attention(patched: PatchedModel) -> Iterator[None]:
     if running.is_generating:
         yield
         return
-    # A layer that is computed again takes the cache out of its arguments.
-    recomputed = [layer for layer in patched.layers if layer.gradient_checkpointing]
     running.is_generating = True
     for own in patched.configs:
         own.config._attn_implementation_internal = own.attention_before
-    for layer in recomputed:
-        layer.gradient_checkpointing = False  # type: ignore[assignment]
     try:
-        yield
+        with patched.stream.paused():
+            yield
     finally:
         running.is_generating = False
         for own in patched.configs:
             own.config._attn_implementation_internal = ATTENTION_NAME
-        for layer in recomputed:
-            layer.gradient_checkpointing = True  # type: ignore[assignment]

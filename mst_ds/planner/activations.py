@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from mst_ds.geometry import ELEMENTS_THAT_KEEP_BUSY, ceil_divide
 from mst_ds.planner.attention import (
+    earlier_keys_step,
     gathered_step,
+    held_keys_values,
     local_term,
     log_sum_exp,
     output_width,
     query_key_value_width,
     window_step,
 )
-from mst_ds.planner.kept import kept_by_recompute
+from mst_ds.planner.kept import Moment, kept_by_recompute
 from mst_ds.planner.types import MemoryTerm, product_term, total_bytes
 from mst_ds.planner.windows import window_mask
 from mst_ds.planner.workload import Workload
@@ -37,12 +39,12 @@ def hidden_term(work: Workload, name: str, tensors: int) -> MemoryTerm:
     )
 
 
-def kept_between_layers(work: Workload) -> Terms:
+def kept_between_layers(work: Workload, phase: Moment) -> Terms:
     """What layers leave for their backward and is kept for all of them until then: with recompute no activations but
     the layers' inputs, and attention's output where that is kept."""
     every_setting = (*_rotary_tables(work), *_router_logits(work), *window_mask(work))
     if work.settings.recompute:
-        return (*kept_by_recompute(work), *every_setting)
+        return (*kept_by_recompute(work, phase), *every_setting)
     return (hidden_term(work, "layer_inputs", work.shape.num_hidden_layers), *every_setting)
 
 
@@ -77,19 +79,27 @@ def layer_activations(work: Workload, *, of_attention: bool = True, after_attent
     if not work.last_layer_keeps_attention:
         terms.append(local_term(work, "attention_output", output_width(work.shape), first))
         terms.append(log_sum_exp(work, first))
+        terms += held_keys_values(work, first)
     return tuple(term for term in terms if term.bytes)
 
 
-def attention_step(work: Workload, *, backward: bool) -> Terms:
-    """Attention with its all-to-alls. In the backward the layer's activations count apart from this."""
-    gathered = gathered_step(work, backward=backward)
+def attention_step(work: Workload, *, backward: bool, earlier: Terms | None = None) -> Terms:
+    """Attention with its all-to-alls. In the backward the layer's activations count apart from this.
+
+    Args:
+        work: of a layer, or of one chunk.
+        earlier: what a chunk needs beside itself to read earlier chunks' keys; None where there are none.
+    """
+    moments = [gathered_step(work, backward=backward)]
+    if earlier is not None:
+        moments.append((*earlier_keys_step(work, backward=backward), *earlier))
     if backward:
-        inputs, output = query_key_value_width(work.shape), output_width(work.shape)
-        whole = (*gathered, local_term(work, "attention_gradients", inputs + output))
-        of_blocks = (*window_step(work), local_term(work, "attention_gradients", inputs + output))
-        return max(whole, of_blocks, key=total_bytes)
+        gradients = local_term(
+            work, "attention_gradients", query_key_value_width(work.shape) + output_width(work.shape)
+        )
+        return (*max(*moments, window_step(work), key=total_bytes), gradients)
     # The output projection comes after it, while all that attention was given is still there.
-    largest = max(gathered, (hidden_term(work, "attention_result", 1),), key=total_bytes)
+    largest = max(*moments, (hidden_term(work, "attention_result", 1),), key=total_bytes)
     if not work.settings.recompute:
         return largest
     # What is kept is among the kept.

@@ -42,6 +42,20 @@ def log_sum_exp(work: Workload, layers: int) -> MemoryTerm:
     )
 
 
+def holds_keys_values(work: Workload) -> bool:
+    """Whether exchanged keys and values are there from when attention is computed again until its backward."""
+    return work.settings.recompute and not work.last_layer_keeps_attention and work.sp_size > 1
+
+
+def held_keys_values(work: Workload, layers: int) -> Terms:
+    """Those of all groups of heads."""
+    if not holds_keys_values(work):
+        return ()
+    width = ("width of keys and values", work.key_value_width), ("bytes", work.zero.dtype_bytes)
+    tokens = ("layers", layers), ("tokens of all shards", work.attention_tokens)
+    return (product_term("held_keys_values", "device", *tokens, *width),)
+
+
 def gathered_step(work: Workload, *, backward: bool) -> Terms:
     """What attention needs for one group of heads, beside the local tensors that it reads and writes.
 
@@ -61,6 +75,8 @@ def gathered_step(work: Workload, *, backward: bool) -> Terms:
     if work.sp_size == 1:
         return (*kernel, *made)
     inputs = _gathered(work, "gathered_query_key_value", 1, _group_inputs(work))
+    if backward and holds_keys_values(work):
+        inputs = _gathered(work, "gathered_query", 1, work.group_query_heads * work.shape.head_dim)
     if not backward:
         return max(
             (inputs, _gathered(work, "all_to_all_buffers", 1, _group_inputs(work))),
@@ -81,6 +97,31 @@ def gathered_step(work: Workload, *, backward: bool) -> Terms:
     )
 
 
+def earlier_keys_step(work: Workload, *, backward: bool) -> Terms:
+    """What attention of a chunk to earlier chunks' keys needs for one group of heads, beside the local tensors: it is
+    merged in fp32, and a group's query heads are rows of one head, which is a copy where heads were not gathered."""
+    width = work.group_query_heads * work.shape.head_dim
+    kernel, is_local = _attention_scores(work, backward=backward), work.sp_size == 1
+    if backward:
+        # Of a group's heads nothing is repeated. In a shard the chunk's own gradients are the local ones.
+        made = [_gathered(work, "block_gradients", 1, width + _group_keys(work)), *_kernel_workspace(work)[:1]]
+        own = [] if is_local else [_gathered(work, "gathered_gradients", 1, _group_inputs(work))]
+    else:
+        made = [_gathered(work, "block_output", 1, _group_output(work))]
+        # Where there is one group it becomes the local output.
+        has_groups = len(work.heads.groups) > 1
+        own = [_gathered(work, "chunk_output", 1, _group_output(work))] * has_groups
+    if work.zero.dtype_bytes < _FP32_BYTES:
+        # The sum of the queries' gradients; the merged output, and what is merged into it.
+        tensors, of_merged = (1, width) if backward else (2, _group_output(work))
+        made.append(_gathered(work, "merged_in_fp32", tensors * _FP32_BYTES // work.zero.dtype_bytes, of_merged))
+    if is_local:
+        return (*own, *made, *kernel, _gathered(work, "folded_heads", 3 if backward else 1, width))
+    outputs = [_gathered(work, "gathered_output_and_gradient", 2, _group_output(work))] * backward
+    inputs = _gathered(work, "gathered_query_key_value", 1, _group_inputs(work))
+    return (inputs, *outputs, *own, *made, *kernel)
+
+
 def window_step(work: Workload) -> Terms:
     """In the backward of a last layer with a window: the gradients of one group's blocks, beside what is gathered."""
     if not _last_layer_has_blocks(work):
@@ -97,8 +138,12 @@ def window_step(work: Workload) -> Terms:
 
 def _group_inputs(work: Workload) -> int:
     """The width of one group's queries, keys and values."""
-    shape, key_value_heads = work.shape, work.group_key_value_heads
-    return (work.group_query_heads + key_value_heads) * shape.head_dim + key_value_heads * shape.value_head_dim
+    return work.group_query_heads * work.shape.head_dim + _group_keys(work)
+
+
+def _group_keys(work: Workload) -> int:
+    """The width of one group's keys and values."""
+    return work.group_key_value_heads * (work.shape.head_dim + work.shape.value_head_dim)
 
 
 def _group_output(work: Workload) -> int:

@@ -15,7 +15,8 @@ from mst_ds.settings import KNOBS
 
 
 def describe_choices(work: Workload, *, gpu: Gpu | None) -> tuple[Choice, ...]:
-    """Each setting against its opposite, or against one group of heads, with everything else as it is."""
+    """Each setting against its opposite, or against one group of heads or one chunk of a layer, with everything else as
+    it is."""
 
     def peaks(work: Workload) -> tuple[int, int]:
         phases = step_phases(work)
@@ -42,15 +43,19 @@ def describe_choices(work: Workload, *, gpu: Gpu | None) -> tuple[Choice, ...]:
 
 def _opposites(work: Workload) -> dict[str, dict[str, Any]]:
     """For each setting that could be another, what changes. The opposite of no recompute keeps what is preferred, that
-    of several groups is one."""
+    of several groups or chunks is one."""
     settings = work.settings
     opposites: dict[str, dict[str, Any]] = {}
     for name, knob in KNOBS.items():
         has_effect = name not in work.without_effect and (settings.recompute or not knob.needs_recompute)
         if knob.choices and has_effect:
             opposites[name] = {name: not getattr(settings, name)}
-    of_recompute = {name: knob.choices[0] for name, knob in KNOBS.items() if knob.needs_recompute}
-    opposites["recompute"] |= {name: not settings.recompute and value for name, value in of_recompute.items()}
+        elif knob.needs_recompute and getattr(settings, name) != knob.off:
+            opposites[name] = {name: knob.off}
+    for name, knob in KNOBS.items():
+        if knob.needs_recompute:
+            preferred = knob.choices[0] if knob.choices else knob.off
+            opposites["recompute"][name] = knob.off if settings.recompute else preferred
     if work.sp_size > 1:
         opposites |= {name: {name: 1} for name, knob in KNOBS.items() if knob.needs_sharding}
     return opposites

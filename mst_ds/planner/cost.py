@@ -29,7 +29,7 @@ def step_seconds(work: Workload, gpu: Gpu) -> float:
     """
     dense = gpu.fp32_flops if work.zero.dtype == "fp32" else gpu.flops
     computing = micro_batch_flops(work) / (dense * ATTAINED) + all_to_all_seconds(work, gpu)
-    computing += _summed_bytes(work) / gpu.memory_rate
+    computing += (_summed_bytes(work) + _merged_bytes(work)) / gpu.memory_rate
     reducing = _collective_seconds(work, gpu, _reduced_bytes(work))
     beside = [_collective_seconds(work, gpu, _gathered_bytes(work)), copied_bytes(work) / gpu.host_rate]
     if work.zero.param_offload != "none":
@@ -60,29 +60,52 @@ def all_to_all_seconds(work: Workload, gpu: Gpu) -> float:
     width = layers * (inputs + output + 2 * inputs + 2 * output)
     if work.settings.recompute:
         width += (layers - work.attention_keeping_layers) * (inputs + output)
+        if work.layer_chunks > 1:
+            # Keys and values alone, before the backward.
+            width += (layers - work.attention_keeping_layers) * _key_value_width(work)
     sent = work.tokens * width * work.zero.dtype_bytes
     # Ranks of a sequence group are neighbours: those of one node first.
     inside = min(work.sp_size, work.ranks_per_node)
     to_neighbours = sent * (inside - 1) / work.sp_size / gpu.node_rate
     to_others = sent * (work.sp_size - inside) / work.sp_size / gpu.network_rate
-    return max(to_neighbours, to_others) + 5 * layers * work.settings.head_groups * _COLLECTIVE_SECONDS
+    exchanges = 5 * layers * work.layer_chunks * work.settings.head_groups
+    return max(to_neighbours, to_others) + exchanges * _COLLECTIVE_SECONDS
+
+
+def _key_value_width(work: Workload) -> int:
+    """Of all heads."""
+    return work.shape.num_key_value_heads * (work.shape.head_dim + work.shape.value_head_dim)
 
 
 def _summed_bytes(work: Workload) -> int:
-    """Of a micro-batch: each chunk but the first reads and writes the sums of its weights' gradients in fp32."""
+    """Of a micro-batch: each chunk but the first reads and writes the sums of its weights' gradients in fp32, those of
+    a layer all of the layer's, those of an MLP, of which a layer's chunk has several, the MLP's."""
     shape, experts, settings = work.shape, work.shape.experts, work.settings
-    again = settings.mlp_chunks - 1
+    again, of_layer = work.layer_chunks * settings.mlp_chunks - 1, work.layer_chunks - 1
     if shape.trained.mlp is not None:
         weights = shape.num_hidden_layers * shape.trained.mlp * again
     else:
         widths = shape.num_dense_layers * shape.intermediate_size * again
         if experts is not None:
             # A chunk is of one expert, which has several where there are more chunks than experts.
-            of_expert = ceil_divide(settings.mlp_chunks, experts.num_experts) - 1
+            of_expert = work.layer_chunks * ceil_divide(settings.mlp_chunks, experts.num_experts) - 1
             routed = experts.num_experts * experts.intermediate_size * of_expert
             widths += experts.num_sparse_layers * (routed + experts.shared_intermediate_size * again)
         weights = (3 if shape.gated_mlp else 2) * shape.hidden_size * widths
+    if shape.is_trained_whole:
+        projections = query_key_value_width(shape) + output_width(shape)
+        weights += of_layer * shape.num_hidden_layers * shape.hidden_size * projections
     return 2 * _FP32_BYTES * (weights + shape.trained.head * (settings.loss_chunks - 1))
+
+
+def _merged_bytes(work: Workload) -> int:
+    """Of a micro-batch, with several chunks of a layer: in its backward each chunk, for each chunk before it, reads and
+    writes the sums of its queries' gradients and of those of the other's keys and values, in fp32."""
+    layers = work.shape.num_hidden_layers - len(work.shape.sliding_windows)
+    width = work.query_heads * work.shape.head_dim + work.key_value_width
+    # A token's queries meet half of all chunks' keys, and its keys half of all queries.
+    blocks = (work.layer_chunks - 1) / 2
+    return int(layers * blocks * work.attention_tokens * width * (2 * _FP32_BYTES + work.zero.dtype_bytes))
 
 
 def _collective_seconds(work: Workload, gpu: Gpu, moved: float) -> float:

@@ -37,6 +37,8 @@ def flops_computed_again(work: Workload) -> int:
     again = gate_up + _projection_flops(work)
     if work.shape.norms.post_norms:
         again += _mlp_flops(work) - kept
+    if work.layer_chunks > 1:
+        again += _projections_for_keys(work)
     if not work.settings.keep_attention:
         again += _full_attention_flops(work)
     return again + _windowed_attention_flops(work)
@@ -61,6 +63,15 @@ def _projection_flops(work: Workload) -> int:
     heads = shape.num_attention_heads + shape.num_key_value_heads
     weights = shape.hidden_size * heads * (shape.head_dim + shape.value_head_dim)
     return 2 * work.tokens * shape.num_hidden_layers * weights
+
+
+def _projections_for_keys(work: Workload) -> int:
+    """Where keys and values are not kept, a layer's chunks are computed up to there before its backward."""
+    shape = work.shape
+    width = (shape.num_attention_heads + shape.num_key_value_heads) * shape.head_dim
+    width += shape.num_key_value_heads * shape.value_head_dim
+    layers = shape.num_hidden_layers - work.attention_keeping_layers
+    return 2 * work.tokens * layers * shape.hidden_size * width
 
 
 def _mlp_flops(work: Workload) -> int:

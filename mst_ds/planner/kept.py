@@ -2,62 +2,94 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from mst_ds.geometry import host_bytes, host_slabs
 from mst_ds.planner.pinned import rounding_term
 from mst_ds.planner.types import MemoryTerm, product_term, total_bytes
 from mst_ds.planner.workload import Workload
 
 Terms = tuple[MemoryTerm, ...]
+# Of a step: while layers run, or the loss.
+Moment = Literal["forward", "loss", "backward"]
 Factor = tuple[str, int]
+# Name, layers that keep it, and what each tensor is the product of.
+Kept = tuple[str, int, tuple[Factor, ...]]
 
 _FP32_BYTES = 4
-# The layer that is worked on, and the one whose tensors are being copied.
-LAYERS_IN_FLIGHT = 2
+_OUTPUT, _LOG_SUM_EXP, _KEYS_VALUES = "kept_attention", "kept_log_sum_exp", "kept_keys_values"
+# The layer, or the chunk of one, that is worked on, and the one whose tensors are being copied.
+PARTS_IN_FLIGHT = 2
 
 
-def kept_by_recompute(work: Workload) -> Terms:
-    """Each layer's input, and the output and log-sum-exp of attention where these are kept.
+def kept_by_recompute(work: Workload, phase: Moment) -> Terms:
+    """Each layer's input, and the output and log-sum-exp of attention where these are kept; where a layer has several
+    chunks, with the keys and values that later ones read.
 
-    Where they are on the host, those of two layers are in flight on the device.
+    Where they are on the host, those of two layers, or of two chunks of one, are in flight on the device. Keys and
+    values go there with their chunk; they come back when they are read.
     """
-    kept = _inputs_and_attention(work)
+    kept = [*_inputs_and_attention(work), *_keys_values(work)]
     if not _is_on_host(work):
-        return tuple(product_term(name, "device", ("layers", count), *sizes) for name, count, sizes in kept)
-    in_flight = (
-        product_term(f"{name}_in_flight", "device", ("layers", min(LAYERS_IN_FLIGHT, count)), *sizes)
-        for name, count, sizes in kept
-    )
+        terms = (product_term(name, "device", ("layers", count), *sizes) for name, count, sizes in kept)
+        # One chunk of the last layer has been differentiated before its input's gradient is there.
+        is_less = phase == "backward" and work.layer_chunks > 1
+        return tuple(_without_a_chunk(work, term) if is_less and term.name == _OUTPUT else term for term in terms)
+    parts = "layers" if work.layer_chunks == 1 else "chunks"
+    in_flight = [
+        product_term(f"{name}_in_flight", "device", (parts, _parts_in_flight(work, count)), *sizes)
+        for name, count, sizes in _inputs_and_attention(work.of_chunk)
+    ]
+    if phase != "backward":
+        # The last chunk's keys and values are not kept.
+        count = min(PARTS_IN_FLIGHT, work.layer_chunks - 1) if phase == "forward" else 1
+        in_flight += [
+            product_term(f"{name}_in_flight", "device", ("chunks", count), *sizes)
+            for name, _, sizes in _keys_of_chunk(work)
+        ]
     return (*in_flight, *kept_on_host(work))
 
 
-def kept_gate_up(work: Workload, *, of_last_layer: bool = True) -> Terms:
-    """Gate and up of the layers' MLPs, of an MLP without a gate what stands before its activation; with experts that of
-    the MLP beside them. On the host, those of two layers, which are in flight.
+def _without_a_chunk(work: Workload, term: MemoryTerm) -> MemoryTerm:
+    (_, layers), (label, tokens), *rest = term.factors
+    if work.layer_chunks == 1:
+        return product_term(term.name, term.place, ("layers", layers - 1), (label, tokens), *rest)
+    of_layers = (f"{label} of all layers, but of a chunk", layers * tokens - tokens // work.layer_chunks)
+    return product_term(term.name, term.place, of_layers, *rest)
 
-    of_last_layer: whether the last layer has its own. Where some layers have experts the last is one of these.
+
+def _parts_in_flight(work: Workload, layers: int) -> int:
+    return min(PARTS_IN_FLIGHT, layers * work.layer_chunks)
+
+
+def kept_gate_up(work: Workload, *, of_last_part: bool = True) -> Terms:
+    """Gate and up of the layers' MLPs, of an MLP without a gate what stands before its activation; with experts that of
+    the MLP beside them. On the host, those of two layers, or chunks, which are in flight.
+
+    of_last_part: whether the last layer has its own, or its last chunk. Where some layers have experts the last is one
+    of these.
     """
-    kinds = _gate_up_layers(work)
-    without = 0 if of_last_layer else 1
-    if _is_on_host(work):
-        # Layers of any kind follow each other somewhere: the widest stand for those that do.
-        left = min(LAYERS_IN_FLIGHT, work.shape.num_hidden_layers) - without
-        counts = []
-        for name, count, width in sorted(kinds, key=lambda kind: -kind[2]):
-            counts.append((f"{name}_in_flight", min(left, count), width))
-            left -= counts[-1][1]
-    else:
-        counts = [(name, count - (without if name == kinds[-1][0] else 0), width) for name, count, width in kinds]
-    terms = (
-        product_term(
-            name,
-            "device",
-            ("layers", count),
-            ("tensors", _gate_up_tensors(work)),
-            *_gate_up_factors(work, width),
-        )
-        for name, count, width in counts
-    )
+    kinds, chunks = _gate_up_layers(work), work.layer_chunks
+    without = 0 if of_last_part else 1
+    if not _is_on_host(work):
+        terms = [_gate_up(work, name, "layers", count, width) for name, count, width in kinds]
+        if without and terms:
+            terms[-1] = _without_a_chunk(work, terms[-1])
+        return tuple(term for term in terms if term.bytes)
+    # Layers of any kind follow each other somewhere: the widest stand for those that do.
+    left = _parts_in_flight(work, work.shape.num_hidden_layers) - without
+    terms = []
+    for name, count, width in sorted(kinds, key=lambda kind: -kind[2]):
+        parts = min(left, count * chunks)
+        label = "layers" if chunks == 1 else "chunks"
+        terms.append(_gate_up(work.of_chunk, f"{name}_in_flight", label, parts, width))
+        left -= parts
     return tuple(term for term in terms if term.bytes)
+
+
+def _gate_up(work: Workload, name: str, label: str, count: int, width: int) -> MemoryTerm:
+    tokens, *sizes = _gate_up_factors(work, width)
+    return product_term(name, "device", (label, count), tokens, ("tensors", _gate_up_tensors(work)), *sizes)
 
 
 def kept_on_host(work: Workload) -> Terms:
@@ -66,18 +98,29 @@ def kept_on_host(work: Workload) -> Terms:
     terms: Terms = ()
     for name, layers, tensors, sizes in _on_host(work):
         term = product_term(f"{name}_on_host", "host", ("layers", layers), ("tensors", tensors), *sizes)
-        taken = layers * tensors * host_bytes(product_term(name, "host", *sizes).bytes)
+        of_tensor = product_term(name, "host", *sizes).bytes
+        # Parts are nearly equal: some have one byte more.
+        short, longer = divmod(of_tensor, parts := _parts(work, name))
+        taken = layers * tensors * (longer * host_bytes(short + 1) + (parts - longer) * host_bytes(short))
         terms += (term, *rounding_term(term.name, taken - term.bytes))
     in_pieces = total_bytes(terms)
     return (*terms, *rounding_term("slabs_on_host", host_slabs(in_pieces) - in_pieces))
 
 
+def _parts(work: Workload, name: str) -> int:
+    """Of a layer's tensor: one for each chunk, and of heads between the all-to-alls for each group."""
+    chunks, groups = work.layer_chunks, len(work.heads.groups)
+    return {_KEYS_VALUES: 2 * (chunks - 1) * groups, _LOG_SUM_EXP: chunks * groups}.get(name, chunks)
+
+
 def copied_bytes(work: Workload) -> int:
-    """Bytes that go over the link to the host in a micro-batch: once there, once back."""
-    kept = (
-        layers * tensors * product_term(name, "host", *sizes).bytes for name, layers, tensors, sizes in _on_host(work)
-    )
-    return 2 * sum(kept)
+    """Bytes that go over the link to the host in a micro-batch: once there, once back; keys and values come back for
+    each later chunk that reads them."""
+    total = 0
+    for name, layers, tensors, sizes in _on_host(work):
+        reads = work.layer_chunks / 2 if name == _KEYS_VALUES else 1
+        total += int((1 + reads) * layers * tensors * product_term(name, "host", *sizes).bytes)
+    return total
 
 
 def _is_on_host(work: Workload) -> bool:
@@ -89,6 +132,7 @@ def _on_host(work: Workload) -> list[tuple[str, int, int, tuple[Factor, ...]]]:
     if not _is_on_host(work):
         return []
     kept = [(name, layers, 1, sizes) for name, layers, sizes in _inputs_and_attention(work)]
+    kept += [(name, layers, 1, sizes) for name, layers, sizes in _keys_values(work)]
     tensors = _gate_up_tensors(work)
     kinds = [kind for kind in _gate_up_layers(work) if kind[2]]
     return [*kept, *((name, count, tensors, _gate_up_factors(work, width)) for name, count, width in kinds)]
@@ -113,11 +157,29 @@ def _gate_up_factors(work: Workload, width: int) -> tuple[Factor, ...]:
     return ("tokens", work.tokens), ("intermediate_size", width), ("bytes", work.zero.dtype_bytes)
 
 
-def _inputs_and_attention(work: Workload) -> list[tuple[str, int, tuple[Factor, ...]]]:
-    """Name, layers that keep it, and what each tensor is the product of."""
+def _keys_values(work: Workload) -> list[Kept]:
+    return _kept_keys(work, work.earlier_tokens)
+
+
+def _keys_of_chunk(work: Workload) -> list[Kept]:
+    return _kept_keys(work, work.of_chunk.attention_tokens)
+
+
+def _kept_keys(work: Workload, tokens: int) -> list[Kept]:
+    if work.layer_chunks == 1 or not work.attention_keeping_layers:
+        return []
+    sizes = (
+        ("tokens of all shards", tokens),
+        ("width of keys and values", work.key_value_width),
+        ("bytes", work.zero.dtype_bytes),
+    )
+    return [(_KEYS_VALUES, work.attention_keeping_layers, sizes)]
+
+
+def _inputs_and_attention(work: Workload) -> list[Kept]:
     shape, size = work.shape, ("bytes", work.zero.dtype_bytes)
     output_width = shape.num_attention_heads * shape.value_head_dim
-    kept: list[tuple[str, int, tuple[Factor, ...]]] = [
+    kept: list[Kept] = [
         ("layer_inputs", shape.num_hidden_layers, (("tokens", work.tokens), ("hidden_size", shape.hidden_size), size))
     ]
     if layers := work.attention_keeping_layers:
@@ -127,7 +189,7 @@ def _inputs_and_attention(work: Workload) -> list[tuple[str, int, tuple[Factor, 
             ("bytes", _FP32_BYTES),
         )
         kept += [
-            ("kept_attention", layers, (("tokens", work.tokens), ("width of all heads", output_width), size)),
-            ("kept_log_sum_exp", layers, log_sum_exp),
+            (_OUTPUT, layers, (("tokens", work.tokens), ("width of all heads", output_width), size)),
+            (_LOG_SUM_EXP, layers, log_sum_exp),
         ]
     return kept

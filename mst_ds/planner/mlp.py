@@ -52,23 +52,30 @@ class MlpStep:
         return self.saved + self.rest + self.chunk
 
 
-def mlp_steps(work: Workload, chunks: int, *, backward: bool) -> tuple[MlpStep, ...]:
-    """The moments at which the MLPs of the model's layers can need most."""
+def mlp_steps(work: Workload, chunks: int, *, backward: bool, has_sums: bool = True) -> tuple[MlpStep, ...]:
+    """The moments at which the MLPs of the model's layers can need most.
+
+    Args:
+        has_sums: whether the sums of weight gradients count here: those of a layer in several chunks are there before.
+    """
     shape, experts = work.shape, work.shape.experts
     steps: tuple[MlpStep, ...] = ()
     if shape.num_dense_layers:
-        steps += _dense_steps(work, chunks, shape.intermediate_size, backward=backward)
+        steps += _dense_steps(work, chunks, shape.intermediate_size, backward=backward, has_sums=has_sums)
     if experts is not None:
-        steps += (_expert_step(work, chunks, experts, backward=backward),)
+        steps += (_expert_step(work, chunks, experts, backward=backward, has_sums=has_sums),)
         if experts.shared_intermediate_size:
-            shared = _dense_steps(work, chunks, experts.shared_intermediate_size, backward=backward)
+            width = experts.shared_intermediate_size
+            shared = _dense_steps(work, chunks, width, backward=backward, has_sums=has_sums)
             # The experts' own result waits to be added.
             routed = hidden_term(work, "experts_result", 1)
             steps += tuple(MlpStep(step.chunk, (*step.rest, routed)) for step in shared)
     return steps
 
 
-def _dense_steps(work: Workload, chunks: int, intermediate_size: int, *, backward: bool) -> tuple[MlpStep, ...]:
+def _dense_steps(
+    work: Workload, chunks: int, intermediate_size: int, *, backward: bool, has_sums: bool
+) -> tuple[MlpStep, ...]:
     """Forward: the gate, and what its activation makes, or up. Backward: gate, up, the product or its gradient, and
     what the activation and its gradient make; at its end the weights' gradients in 16 bits beside their sums in fp32.
     One less in both where gate and up are kept."""
@@ -85,11 +92,11 @@ def _dense_steps(work: Workload, chunks: int, intermediate_size: int, *, backwar
         return (MlpStep((chunk,), (*_held_in_forward(work), hidden_term(work, "mlp_output", 1))),)
     input_gradient = hidden_term(work, "mlp_input_gradient", 1)
     weights = _trained_weights(work, ("matrices", matrices), ("intermediate_size", intermediate_size))
-    if not weights:
+    if not weights or not has_sums:
         return (MlpStep((chunk,), (input_gradient,)),)
     sums = product_term("mlp_weight_gradients", "device", *weights, ("bytes", _FP32_BYTES))
     step = MlpStep((chunk,), (input_gradient, sums))
-    if work.zero.dtype_bytes == _FP32_BYTES:
+    if work.zero.dtype_bytes == _FP32_BYTES or work.settings.recompute:  # a layer's are rounded at its end
         return (step,)
     rounded = product_term("rounded_weight_gradients", "device", *weights, ("bytes", work.zero.dtype_bytes))
     return (step, MlpStep((), (input_gradient, sums, rounded)))
@@ -105,9 +112,10 @@ def _chunk_tensors(work: Workload, matrices: int, *, backward: bool) -> int:
     return (matrices + of_backward if backward else 1 + of_forward) - work.settings.keep_mlp
 
 
-def _expert_step(work: Workload, chunks: int, experts: ExpertShape, *, backward: bool) -> MlpStep:
+def _expert_step(work: Workload, chunks: int, experts: ExpertShape, *, backward: bool, has_sums: bool) -> MlpStep:
     """A chunk is of one expert's tokens, or of several experts' that are no more. Sums over a token's experts are in
-    fp32, and the sum over chunks of one expert's weight gradients; those of all experts are in the model's dtype.
+    fp32, and the sum over chunks of one expert's weight gradients; those of all experts are in the model's dtype, or in
+    a layer that is computed again in fp32, too.
 
     How many tensors a chunk has is measured: gate and up are one tensor of twice the size, differentiated by autograd.
     """
@@ -143,8 +151,14 @@ def _expert_step(work: Workload, chunks: int, experts: ExpertShape, *, backward:
     weights = _trained_weights(work, matrices, ("expert intermediate_size", experts.intermediate_size))
     if not weights:
         return MlpStep(chunk, (sums, *rounded))
+    several = _of_several_experts(work, experts)
+    if not has_sums:
+        return MlpStep(chunk, (sums, *rounded, *several))
     # Adapters are counted over all experts already.
     all_experts = (("experts", experts.num_experts),) if work.shape.trained.mlp is None else ()
+    if work.settings.recompute:
+        of_all = product_term("expert_weight_gradients", "device", *all_experts, *weights, ("bytes", _FP32_BYTES))
+        return MlpStep(chunk, (sums, *rounded, of_all, *several))
     return MlpStep(
         chunk,
         (
@@ -160,18 +174,23 @@ def _expert_weight_gradients(work: Workload, experts: ExpertShape, weights: tupl
     """Those that are being computed: of one expert in fp32. In bf16 a GPU may do several experts in one product, one
     matrix after the other, gate and up being one; so what is larger."""
     of_one = product_term("mlp_weight_gradients", "device", *weights, ("bytes", _FP32_BYTES))
+    return max((of_one, *_of_several_experts(work, experts)), key=lambda term: term.bytes)
+
+
+def _of_several_experts(work: Workload, experts: ExpertShape) -> Terms:
     if work.zero.dtype != "bf16" or work.shape.trained.mlp is not None:
-        return of_one
-    of_several = product_term(
-        "mlp_weight_gradients",
-        "device",
-        ("experts of a product", min(experts.num_experts, EXPERTS_OF_A_GRADIENT)),
-        ("matrices", 2 if work.shape.gated_mlp else 1),
-        ("hidden_size", work.shape.hidden_size),
-        ("expert intermediate_size", experts.intermediate_size),
-        ("bytes", work.zero.dtype_bytes),
+        return ()
+    return (
+        product_term(
+            "mlp_weight_gradients",
+            "device",
+            ("experts of a product", min(experts.num_experts, EXPERTS_OF_A_GRADIENT)),
+            ("matrices", 2 if work.shape.gated_mlp else 1),
+            ("hidden_size", work.shape.hidden_size),
+            ("expert intermediate_size", experts.intermediate_size),
+            ("bytes", work.zero.dtype_bytes),
+        ),
     )
-    return max(of_one, of_several, key=lambda term: term.bytes)
 
 
 def _trained_weights(work: Workload, matrices: Factor, intermediate_size: Factor) -> tuple[Factor, ...]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
+from mst_ds.model_shape import ModelShape
 from mst_ds.planner import activations, states
-from mst_ds.planner.kept import LAYERS_IN_FLIGHT, kept_gate_up, kept_on_host
+from mst_ds.planner.attention import output_width, query_key_value_width
+from mst_ds.planner.kept import PARTS_IN_FLIGHT, kept_gate_up, kept_on_host
 from mst_ds.planner.mlp import MlpStep, mlp_steps
+from mst_ds.planner.stream import blocks_in_flight, end_of_backward, parameter_sums, stream_terms
 from mst_ds.planner.types import MemoryTerm, Phase, total_bytes
 from mst_ds.planner.workload import Workload
 
@@ -42,10 +45,7 @@ def layer_phase(work: Workload, mlp_chunks: int, *, backward: bool) -> Phase:
     moments = (
         Phase(name, standing + _on_device(_of_layers(layers, backward=backward) + largest))
         for layers in _last_layers(work)
-        for largest in (
-            _largest_mlp(layers, mlp_chunks, backward=backward),
-            rest_of_layer_moment(layers, backward=backward),
-        )
+        for largest in _moments(layers, mlp_chunks, backward=backward)
     )
     return max(moments, key=lambda phase: phase.device_bytes)
 
@@ -63,13 +63,12 @@ def _backward_making_gradients(work: Workload, mlp_chunks: int) -> Phase:
     so_far += [
         (layers, after_layers - layers.shape.num_hidden_layers * trained.layer) for layers in _first_layers(work)
     ]
+    # A layer that is computed again gives its own all at its end.
+    own = 0 if work.settings.recompute else trained.layer
     moments = [
-        moment
+        (layers, moment, count + (own if number else 0))
         for layers, count in so_far
-        for moment in (
-            (layers, _largest_mlp(layers, mlp_chunks, backward=True), count),
-            (layers, rest_of_layer_moment(layers, backward=True), count + trained.layer),
-        )
+        for number, moment in enumerate(_moments(layers, mlp_chunks, backward=True))
     ]
     standing = _standing(work, has_gradients=False) + states.reduce_bucket(work) + kept_on_host(work)
     standing += states.micro_batch_gradients(work)
@@ -95,17 +94,24 @@ def _after_backward(work: Workload) -> Phase:
 
 def _of_layers(work: Workload, *, backward: bool) -> Terms:
     """What layers keep, and what goes from one to the next."""
-    terms = activations.kept_between_layers(work)
+    terms = activations.kept_between_layers(work, "backward" if backward else "forward")
     if backward:
         terms += activations.output_gradient(work)
-    elif work.settings.offload_activations and work.shape.num_hidden_layers > LAYERS_IN_FLIGHT:
+    elif work.settings.offload_activations and work.shape.num_hidden_layers > (
+        PARTS_IN_FLIGHT if work.layer_chunks == 1 else 1
+    ):
         # The first layer's input, which the decoder holds until all layers have run, though it is on the host.
         terms += (activations.hidden_term(work, "embeddings", 1),)
     return terms
 
 
-def _largest_mlp(work: Workload, mlp_chunks: int, *, backward: bool) -> Terms:
-    return max((step.terms for step in mlp_moments(work, mlp_chunks, backward=backward)), key=total_bytes)
+def _moments(work: Workload, mlp_chunks: int, *, backward: bool) -> list[Terms]:
+    """The largest moment of the MLP, and those of all else."""
+    mlp = max((step.terms for step in mlp_moments(work, mlp_chunks, backward=backward)), key=total_bytes)
+    moments = [mlp, rest_of_layer_moment(work, backward=backward)]
+    if backward and work.settings.recompute:
+        moments.append(end_of_backward(work))
+    return moments
 
 
 def _last_layers(work: Workload) -> list[Workload]:
@@ -134,7 +140,7 @@ def _on_device(terms: Terms) -> Terms:
 
 def loss_phase(work: Workload, loss_chunks: int) -> Phase:
     """The loss, which computes its gradients in the forward and scales them at the start of the backward."""
-    terms = _standing_computing(work, "loss") + activations.kept_between_layers(work)
+    terms = _standing_computing(work, "loss") + activations.kept_between_layers(work, "loss")
     terms += activations.loss_unchunked(work)
     terms += _saved(work, backward=False)
     # What the loss is computed from is free before its gradients are scaled.
@@ -145,33 +151,67 @@ def loss_phase(work: Workload, loss_chunks: int) -> Phase:
 
 def mlp_moments(work: Workload, mlp_chunks: int, *, backward: bool) -> tuple[MlpStep, ...]:
     """The MLPs of a layer, each with what the layer's other operators have saved by then."""
-    saved = _saved(work, backward=backward)
-    return tuple(MlpStep(step.chunk, step.rest, saved) for step in mlp_steps(work, mlp_chunks, backward=backward))
+    saved, whole = _saved(work, backward=backward), stream_terms(work, backward=backward)
+    has_sums = work.layer_chunks == 1
+    if backward and not has_sums:
+        whole += parameter_sums(work)
+    steps = mlp_steps(work.of_chunk, mlp_chunks, backward=backward, has_sums=has_sums)
+    return tuple(MlpStep(step.chunk, (*step.rest, *whole), saved) for step in steps)
 
 
 def rest_of_layer_moment(work: Workload, *, backward: bool) -> Terms:
     """The largest operator of a layer beside its MLP, with what the layer has saved by then."""
-    attention = activations.attention_step(work, backward=backward)
     norm = activations.norm_step(work, backward=backward)
     final_norm_input = activations.hidden_term(work, "final_norm_input", 1)
-    moments = [attention + _saved(work, backward=backward, after_attention=False, of_mlp=False)]
+    moments = [attention_moment(work, backward=backward)]
     if work.settings.recompute:
-        # The norm of the MLP's output, or the one before it, or where there is neither the layer's first, the last in
-        # its backward; and the model's.
-        norms = work.shape.norms
-        is_first = norms.pre_norms == 1
-        saved = _saved(
-            work,
-            backward=backward,
-            of_attention=not is_first,
-            after_attention=not is_first,
-            of_mlp=norms.post_norms > 0,
-        )
-        moments += [norm + saved, (*norm, final_norm_input, *kept_gate_up(work))]
+        # The model's norm, beside which no layer runs.
+        moments += [_norm_moment(work, backward=backward), (*norm, final_norm_input, *kept_gate_up(work))]
     else:
         # The model's norm finds all that layers saved. In the forward its input is counted with its output.
         moments.append((*norm, *[final_norm_input] * backward, *_saved(work, backward=backward)))
     return max(moments, key=total_bytes)
+
+
+def attention_moment(work: Workload, *, backward: bool) -> Terms:
+    """Attention of a layer, or of a chunk of it."""
+    saved = _saved(work, backward=backward, after_attention=False, of_mlp=False)
+    if not work.settings.recompute:
+        return activations.attention_step(work, backward=backward) + saved
+    reads_earlier = work.layer_chunks > 1 and not work.last_layer_has_window
+    earlier = blocks_in_flight(work) * backward if reads_earlier else None
+    step = activations.attention_step(work.of_chunk, backward=backward, earlier=earlier)
+    whole = stream_terms(work, backward=backward)
+    if not backward:
+        return step + saved + whole
+    if work.shape.norms.pre_norms != 1:
+        # The gradient of the layer's output is held until all chunks are done.
+        step += (activations.hidden_term(work.of_chunk, "residual_gradient", 1),)
+    return step + saved + whole + parameter_sums(work, but=_input_projections(work.shape))
+
+
+def _norm_moment(work: Workload, *, backward: bool) -> Terms:
+    """The norm of the MLP's output, or the one before it, or where there is neither the layer's first, the last in its
+    backward."""
+    norms, trained = work.shape.norms, work.shape.trained
+    is_first = norms.pre_norms == 1
+    saved = _saved(
+        work,
+        backward=backward,
+        of_attention=not is_first,
+        after_attention=not is_first,
+        of_mlp=norms.post_norms > 0,
+    )
+    step = activations.norm_step(work.of_chunk, backward=backward) + stream_terms(work, backward=backward)
+    if not backward:
+        return step + saved
+    of_attention = _input_projections(work.shape) + work.shape.hidden_size * output_width(work.shape)
+    missing = trained.layer if norms.post_norms else 0 if is_first else of_attention
+    return step + saved + parameter_sums(work, but=missing)
+
+
+def _input_projections(shape: ModelShape) -> int:
+    return shape.hidden_size * query_key_value_width(shape)
 
 
 def _saved(
@@ -179,10 +219,13 @@ def _saved(
 ) -> Terms:
     """What the layers have saved, beside what `_of_layers` has; of the last layer those parts that are asked for."""
     if backward:
-        saved = activations.layer_activations(work, of_attention=of_attention, after_attention=after_attention)
-        return saved + kept_gate_up(work, of_last_layer=of_mlp)
+        layers = work.of_chunk if work.settings.recompute else work
+        saved = activations.layer_activations(layers, of_attention=of_attention, after_attention=after_attention)
+        # Of several chunks that are on the device the last has been differentiated; in flight are always two.
+        is_there = work.layer_chunks == 1 or work.settings.offload_activations
+        return saved + kept_gate_up(work, of_last_part=of_mlp and is_there)
     if work.settings.recompute:
-        return kept_gate_up(work, of_last_layer=of_mlp)
+        return kept_gate_up(work, of_last_part=of_mlp)
     # All layers save while the forward goes on.
     return activations.layer_activations(work) + kept_gate_up(work)
 

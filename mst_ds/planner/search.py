@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from operator import itemgetter
 
 from mst_ds.config import AUTO, Auto
+from mst_ds.geometry import shard_length
 from mst_ds.gpus import DEFAULT_GPU, Gpu
 from mst_ds.planner import activations
 from mst_ds.planner.cost import step_seconds
 from mst_ds.planner.kept import kept_gate_up
-from mst_ds.planner.phases import layer_phase, loss_phase, mlp_moments, rest_of_layer_moment, step_phases
+from mst_ds.planner.phases import (
+    layer_phase,
+    loss_phase,
+    mlp_moments,
+    rest_of_layer_moment,
+    step_phases,
+)
 from mst_ds.planner.types import Phase, total_bytes
 from mst_ds.planner.workload import Workload
 from mst_ds.settings import MstConfig, candidates
@@ -52,7 +60,8 @@ def choose_settings(
     fitting: list[tuple[float, Workload]] = []
     others: list[tuple[tuple[int, bool, bool], Workload]] = []
     for unchunked in _unchunked_candidates(work, mst):
-        candidate = _with_chunks(unchunked, mst, least, preferred_chunk_tokens)
+        streamed = _with_layer_chunks(unchunked, mst, preferred_chunk_tokens, least)
+        candidate = _with_chunks(streamed, mst, least, preferred_chunk_tokens)
         phases = step_phases(candidate)
         if not _may_offload(candidate, mst, phases, host_memory):
             continue
@@ -77,19 +86,63 @@ def _with_chunks(work: Workload, mst: MstConfig, device_memory: int, preferred_t
     return work.with_settings(mlp_chunks=mlp_chunks, loss_chunks=loss_chunks)
 
 
+def _with_layer_chunks(work: Workload, mst: MstConfig, preferred_tokens: int, device_memory: int) -> Workload:
+    """`work` with as many chunks of a layer as its ranks agree on.
+
+    The fewest with which layers fit on the least device, no shorter than `preferred_tokens` if that is enough; where
+    none fit, the fewest that reach the lowest peak.
+    """
+    length = shard_length(work.seq_len, work.sp_size)
+    given = _given("layer_chunks", mst.get("layer_chunks"), length, "a shard")
+    if given is not None or not _may_stream(work):
+        return work.with_settings(layer_chunks=given or 1)
+
+    @functools.cache
+    def bytes_with(chunks: int) -> int:
+        settings = _with_most_chunks(work.with_settings(layer_chunks=chunks), mst)
+        of_loss = loss_phase(settings, settings.settings.loss_chunks).device_bytes
+        return max(of_loss, _layer_bytes(settings, settings.settings.mlp_chunks))
+
+    most, some = (max(1, length // tokens) for tokens in (MIN_CHUNK_TOKENS, preferred_tokens))
+    if bytes_with(1) <= device_memory or most == 1:
+        return work.with_settings(layer_chunks=1)
+    if some > 1 and bytes_with(some) <= device_memory:
+        most = some
+    # With two chunks keys and values are kept, which may be more than one chunk alone needs.
+    count = _fewest_within(device_memory, 2, most, bytes_with)
+    if min(bytes_with(1), bytes_with(count)) > device_memory and bytes_with(1) <= bytes_with(count):
+        count = 1
+    return work.with_settings(layer_chunks=count)
+
+
+def _may_stream(work: Workload) -> bool:
+    """Whether layers that are computed again can have several chunks."""
+    return work.settings.recompute and not work.shape.other_layers
+
+
 def can_fit(work: Workload, mst: MstConfig, *, device_memory: int, host_memory: int | None) -> bool:
-    """Whether `choose_settings` would find settings that fit: then they also do with the most chunks it may choose."""
-    most = max(1, work.tokens // MIN_CHUNK_TOKENS)
-    counts = {name: mst.get(name) for name in ("mlp_chunks", "loss_chunks")}
-    most_chunks = {name: most if count == AUTO else min(count, work.tokens) for name, count in counts.items()}
+    """Whether `choose_settings` would find settings that fit: then they also do with the most chunks it may choose
+    within a layer's chunks."""
     for unchunked in _unchunked_candidates(work, mst):
-        candidate = unchunked.with_settings(**most_chunks)
+        streamed = _with_layer_chunks(unchunked, mst, MIN_CHUNK_TOKENS, device_memory)
+        candidate = _with_most_chunks(streamed, mst)
         phases = step_phases(candidate)
         is_within = max(phase.device_bytes for phase in phases) <= device_memory
         may_offload = _may_offload(candidate, mst, phases, host_memory)
         if is_within and may_offload and _host_has_room(phases, host_memory):
             return True
     return False
+
+
+def _with_most_chunks(work: Workload, mst: MstConfig) -> Workload:
+    most = {
+        "mlp_chunks": max(1, work.of_chunk.tokens // MIN_CHUNK_TOKENS),
+        "loss_chunks": max(1, work.tokens // MIN_CHUNK_TOKENS),
+    }
+    counts = {name: mst.get(name) for name in most}
+    return work.with_settings(
+        **{name: most[name] if chunks == AUTO else min(chunks, work.tokens) for name, chunks in counts.items()}
+    )
 
 
 def _may_offload(work: Workload, mst: MstConfig, phases: tuple[Phase, ...], host_memory: int | None) -> bool:
@@ -107,7 +160,8 @@ def _unchunked_candidates(work: Workload, mst: MstConfig) -> Iterator[Workload]:
     for chosen in candidates({**mst.given, **work.without_effect}):
         if chosen["offload_activations"] and chosen["keep_mlp"] and mst.get("keep_mlp") == AUTO:
             continue  # several times the host's memory for little time: for the user to decide
-        kept = work.with_settings(**chosen)
+        given = mst.get("layer_chunks")
+        kept = work.with_settings(**chosen, layer_chunks=1 if given == AUTO else given)
         for count in _head_groups(kept, mst.get("head_groups")):
             yield kept.with_settings(head_groups=count)
 
@@ -125,7 +179,7 @@ def _head_groups(work: Workload, given: int | Auto) -> list[int]:
 
 def _attention_is_not_the_peak(work: Workload) -> bool:
     """Whether MLPs in the shortest chunks need as much as attention."""
-    most_chunks = max(1, work.tokens // MIN_CHUNK_TOKENS)
+    most_chunks = max(1, work.of_chunk.tokens // MIN_CHUNK_TOKENS)
     return all(
         total_bytes(rest_of_layer_moment(work, backward=backward))
         <= max(total_bytes(step.terms) for step in mlp_moments(work, most_chunks, backward=backward))
@@ -151,22 +205,25 @@ def choose_chunks(
         ValueError: the user set more chunks than the shard has tokens.
     """
     most, some = (max(1, work.tokens // tokens) for tokens in (MIN_CHUNK_TOKENS, preferred_tokens))
-    mlp = _given("mlp_chunks", mlp_chunks, work) or _fewest(1, some, lambda n: _mlp_is_not_the_peak(work, n))
-    loss = _given("loss_chunks", loss_chunks, work) or _fewest(1, some, lambda n: _loss_is_not_the_peak(work, n, mlp))
+    most_mlp, some_mlp = (max(1, work.of_chunk.tokens // tokens) for tokens in (MIN_CHUNK_TOKENS, preferred_tokens))
+    rank = "a rank (micro batch x shard length)"
+    mlp = _given("mlp_chunks", mlp_chunks, work.tokens, rank)
+    mlp = mlp or _fewest(1, some_mlp, functools.partial(_mlp_is_not_the_peak, work))
+    loss = _given("loss_chunks", loss_chunks, work.tokens, rank)
+    loss = loss or _fewest(1, some, functools.partial(_loss_is_not_the_peak, work, mlp))
     if mlp_chunks == AUTO:
-        mlp = _fewest_within(device_memory, mlp, most, lambda n: _layer_bytes(work, n))
+        mlp = _fewest_within(device_memory, mlp, most_mlp, lambda n: _layer_bytes(work, n))
     if loss_chunks == AUTO:
         loss = _fewest_within(device_memory, loss, most, lambda n: loss_phase(work, n).device_bytes)
     return mlp, loss
 
 
-def _given(name: str, chunks: int | Auto, work: Workload) -> int | None:
+def _given(name: str, chunks: int | Auto, tokens: int, of_what: str) -> int | None:
     if chunks == AUTO:
         return None
-    if chunks > work.tokens:
+    if chunks > tokens:
         raise ValueError(
-            f"{name} is {chunks}, more than the {work.tokens} tokens of a rank (micro batch x shard length); "
-            f"allowed: 'auto' or 1 to {work.tokens}"
+            f"{name} is {chunks}, more than the {tokens} tokens of {of_what}; allowed: 'auto' or 1 to {tokens}"
         )
     return chunks
 
@@ -182,10 +239,10 @@ def _mlp_is_not_the_peak(work: Workload, chunks: int) -> bool:
 
 
 def _kept_by_last_mlp(work: Workload) -> int:
-    return total_bytes(kept_gate_up(work)) - total_bytes(kept_gate_up(work, of_last_layer=False))
+    return total_bytes(kept_gate_up(work)) - total_bytes(kept_gate_up(work, of_last_part=False))
 
 
-def _loss_is_not_the_peak(work: Workload, chunks: int, mlp_chunks: int) -> bool:
+def _loss_is_not_the_peak(work: Workload, mlp_chunks: int, chunks: int) -> bool:
     logits = total_bytes(activations.loss_logits(work, chunks))
     return loss_phase(work, chunks).device_bytes <= _layer_bytes(work, mlp_chunks) or logits <= total_bytes(
         activations.loss_unchunked(work)

@@ -18,6 +18,8 @@ Terms = tuple[MemoryTerm, ...]
 
 _OFFLOAD_PLACES: Mapping[OffloadDevice, Place] = {"none": "device", "cpu": "host", "nvme": "nvme"}
 _FP32_BYTES = 4
+# How often a step uses a layer's parameters: in its forward and in its backward, which computes it again by itself.
+_PASSES = 2
 # Of a buffer of `DeepSpeedEngine.buffered_allreduce_fallback`.
 _ALL_REDUCE_ELEMENTS = 5 * 10**8
 
@@ -111,26 +113,19 @@ def gathered_parameters(work: Workload, phase: Literal["forward", "loss", "backw
 def _layers_until_backward(work: Workload) -> int:
     """The last layers, whose parameters stay from their forward to their backward."""
     distance = work.zero.stage3_max_reuse_distance - 2 * work.shape.head_weight_count
-    return max(
-        0, min(work.shape.num_hidden_layers, ceil_divide(distance, _passes(work) * work.shape.layer_parameter_count))
-    )
+    return max(0, min(work.shape.num_hidden_layers, ceil_divide(distance, _PASSES * work.shape.layer_parameter_count)))
 
 
 def _keeps_embedding(work: Workload, phase: str) -> bool:
     """Whether the embedding stays until it is used again: in its backward, or before that as the head's weight."""
     shape, layers = work.shape, work.shape.num_hidden_layers * work.shape.layer_parameter_count
     if shape.head_parameter_count:
-        distance = _passes(work) * layers + 2 * shape.head_parameter_count
+        distance = _PASSES * layers + 2 * shape.head_parameter_count
     elif phase == "loss":
         return False  # it counts as the head's weight
     else:
-        distance = layers if phase == "forward" else (_passes(work) - 1) * layers
+        distance = layers if phase == "forward" else (_PASSES - 1) * layers
     return distance < work.zero.stage3_max_reuse_distance
-
-
-def _passes(work: Workload) -> int:
-    """How often a step uses a layer's parameters."""
-    return 3 if work.settings.recompute else 2
 
 
 def has_gradients_from_start(work: Workload) -> bool:
@@ -177,14 +172,20 @@ def _gradients_of_weights(work: Workload) -> Terms:
 
 def micro_batch_gradients(work: Workload) -> Terms:
     """At stage 2 a micro-batch's own gradients, which are on the device until its backward has ended. Those of the only
-    micro-batch are what is kept for the step, or go to the host one by one, and those of the last go there, too."""
+    micro-batch are what is kept for the step, or go to the host one by one, and those of the last go there, too.
+
+    A gradient that fits into the reduce bucket is a view into it. Only where gradients stay on the device in their own
+    dtype is each copied out of it (`copy_grads_in_partition`).
+    """
     zero = work.zero
-    is_summed = zero.gradient_accumulation_steps > 1 or (_sums_in_fp32(work) and zero.optimizer_offload == "none")
+    on_device, sums_in_fp32 = zero.optimizer_offload == "none", _sums_in_fp32(work)
+    is_summed = zero.gradient_accumulation_steps > 1 or (sums_in_fp32 and on_device)
     if zero.stage != 2 or not is_summed:
         return ()
-    elements, _ = weights_of_ranges(work.shape, zero.dp_world_size, zero.dtype_bytes)
+    in_bucket = 0 if on_device and not sums_in_fp32 else zero.reduce_bucket_size
+    elements, _ = weights_of_ranges(work.shape, zero.dp_world_size, zero.dtype_bytes, larger_than=in_bucket)
     factors = ("gradients of this rank's weights", elements), ("bytes", zero.dtype_bytes)
-    return (_state("micro_batch_gradients", "device", *factors),)
+    return (_state("micro_batch_gradients", "device", *factors),) if elements else ()
 
 
 def _sums_in_fp32(work: Workload) -> bool:
@@ -297,8 +298,23 @@ def optimizer_step(work: Workload) -> Terms:
     if zero.stage == 3:
         count = max(_sub_groups(work))
     copy = _state("fp32_gradient", "device", ("trained parameters of this step", count), ("bytes", _FP32_BYTES))
+    flat = _flat_gradient(work)
     if zero.stage == 1:
         # Those of the other ranks' parameters are freed before the copy is made.
-        own = _state("gradients", "device", ("gradients of this rank", count), ("bytes", zero.dtype_bytes))
-        return max(gradients(work), (own, copy), key=total_bytes)
-    return (*gradients(work), copy, *bucket)
+        elements, _ = weights_of_ranges(work.shape, zero.dp_world_size, zero.dtype_bytes)
+        factors = ("gradients of this rank's weights", elements), ("bytes", zero.dtype_bytes)
+        own = _state("gradients", "device", *factors)
+        return max(gradients(work), (own, *flat, copy), key=total_bytes)
+    return (*gradients(work), *flat, copy, *bucket)
+
+
+def _flat_gradient(work: Workload) -> Terms:
+    """The gradients of a group or a sub-group in one tensor, of which the fp32 copy is made; then it is freed
+    (`step`, `_prepare_fp32_grad_for_sub_group`). In fp32 it is the copy."""
+    zero = work.zero
+    element_bytes = zero.grad_accum_dtype_bytes if zero.stage == 3 or _sums_in_fp32(work) else zero.dtype_bytes
+    if element_bytes == _FP32_BYTES:
+        return ()
+    of_groups = _sub_groups(work) if zero.stage == 3 else ranges(work.shape, zero.dp_world_size)
+    count = "trained parameters of the largest group", max(of_groups)
+    return (_state("flat_gradient", "device", count, ("bytes", element_bytes)),)

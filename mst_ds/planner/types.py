@@ -66,7 +66,8 @@ class Phase:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a setting of a plan costs (above 0) and saves (below 0), against its opposite or one group of heads.
+    """What a setting of a plan costs (above 0) and saves (below 0), against its opposite, or one group of heads, or one
+    chunk of a layer.
 
     Attributes:
         setting, value: a key of the "mst" block, and what the plan has for it.

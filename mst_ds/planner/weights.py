@@ -18,8 +18,11 @@ def ranges(shape: ModelShape, ranks: int) -> tuple[int, ...]:
 
 
 @cache
-def weights_of_ranges(shape: ModelShape, ranks: int, dtype_bytes: int) -> tuple[int, int]:
+def weights_of_ranges(shape: ModelShape, ranks: int, dtype_bytes: int, *, larger_than: int = 0) -> tuple[int, int]:
     """The weights that stages 1 and 2 give to a rank: those that lie in its range, whole or in part.
+
+    Args:
+        larger_than: elements; weights of so many or fewer are left out.
 
     Returns:
         Their elements, and the bytes of their blocks if each is pinned whole; both of the rank that has most.
@@ -28,9 +31,10 @@ def weights_of_ranges(shape: ModelShape, ranks: int, dtype_bytes: int) -> tuple[
     for group in _optimizer_groups(shape):
         start, length = 0, _range(group, ranks)
         for size in group:
-            for rank in range(start // length, ceil_divide(start + size, length)):
-                elements[rank] += size
-                blocks[rank] += pinned_block(size * dtype_bytes)
+            if size > larger_than:
+                for rank in range(start // length, ceil_divide(start + size, length)):
+                    elements[rank] += size
+                    blocks[rank] += pinned_block(size * dtype_bytes)
             start += size
     return max(elements), max(blocks)
 
@@ -113,3 +117,9 @@ def expert_weights(shape: ModelShape) -> list[int]:
     down = experts.num_experts * experts.intermediate_size * shape.hidden_size
     shared = mlp_weights(shape, experts.shared_intermediate_size) if experts.shared_intermediate_size else []
     return [experts.num_experts * shape.hidden_size, (2 if shape.gated_mlp else 1) * down, down, *shared]
+
+
+def largest_layer_weight(shape: ModelShape) -> int:
+    """Elements of the largest weight of a layer."""
+    of_layers = [*attention_weights(shape), *expert_weights(shape)]
+    return max(of_layers + (mlp_weights(shape, shape.intermediate_size) if shape.num_dense_layers else []))

@@ -7,7 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mst_ds.config import SOFTCAP_ATTENTION
-from mst_ds.geometry import HeadLayout, block_queries, ceil_divide, has_flash_attention, shard_length
+from mst_ds.geometry import (
+    LEAST_CHUNK_TOKENS,
+    HeadLayout,
+    block_queries,
+    ceil_divide,
+    has_flash_attention,
+    shard_length,
+)
 from mst_ds.model_shape import ModelShape
 from mst_ds.settings import Settings
 from mst_ds.zero import ZeroConfig
@@ -43,6 +50,26 @@ class Workload:
         return self.zero.micro_batch_size * shard_length(self.seq_len, self.sp_size)
 
     @property
+    def layer_chunks(self) -> int:
+        """In how many chunks a layer is worked through; fewer than the setting where they would be too short."""
+        if not self.settings.recompute:
+            return 1
+        length = shard_length(self.seq_len, self.sp_size)
+        return min(self.settings.layer_chunks, max(1, length // LEAST_CHUNK_TOKENS))
+
+    @property
+    def of_chunk(self) -> Workload:
+        """What a layer computes at a time: its longest chunk, which is one stretch of the whole sequence."""
+        length = ceil_divide(shard_length(self.seq_len, self.sp_size), self.layer_chunks)
+        return replace(self, seq_len=self.sp_size * length).with_settings(layer_chunks=1)
+
+    @property
+    def earlier_tokens(self) -> int:
+        """B * S of all chunks of a layer but the last, whose keys and values no other chunk reads."""
+        length = shard_length(self.seq_len, self.sp_size)
+        return self.zero.micro_batch_size * self.sp_size * (length - length // self.layer_chunks)
+
+    @property
     def attention_tokens(self) -> int:
         """B * S, with S padded to a multiple of sp_size: between the all-to-alls a rank sees all tokens."""
         return self.tokens * self.sp_size
@@ -57,6 +84,11 @@ class Workload:
     def query_heads(self) -> int:
         """Query heads of a rank between the all-to-alls."""
         return self.heads.most_query_heads
+
+    @property
+    def key_value_width(self) -> int:
+        """Of a rank's keys and values between the all-to-alls, those of all groups together."""
+        return self.heads.most_key_value_heads * (self.shape.head_dim + self.shape.value_head_dim)
 
     @property
     def group_query_heads(self) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 from mst_ds.config import AUTO
 from mst_ds.geometry import LEAST_CHUNK_TOKENS
 from mst_ds.settings import KNOBS, MstConfig, Settings
+from mst_ds.token_layout import TokenLayout
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,16 @@ class Case:
         return f"{self.settings}, {'packed' if self.packed else 'padded'}"
 
     def min_tokens(self) -> int:
-        """The fewest tokens of a rank that make as many chunks as asked for."""
-        return LEAST_CHUNK_TOKENS * max(self.settings.mlp_chunks, self.settings.loss_chunks)
+        """The fewest tokens of a rank that make as many chunks as asked for; within each chunk of a layer, where there
+        are several, as many of the MLP as stand for any number."""
+        settings = self.settings
+        of_layers = settings.layer_chunks * min(settings.mlp_chunks, KNOBS["mlp_chunks"].several)
+        return LEAST_CHUNK_TOKENS * max(of_layers, settings.mlp_chunks, settings.loss_chunks)
+
+    @property
+    def token_layout(self) -> TokenLayout:
+        """Which tokens a rank holds."""
+        return TokenLayout(self.settings.sp_size, self.settings.layer_chunks)
 
 
 def case_of_run(settings: Settings, *, packed: bool) -> Case:
@@ -45,8 +54,8 @@ def _settings(mst: MstConfig, tried: dict[str, Any]) -> Settings:
     """The values to try, but for what the user settled."""
     values = {name: _value(mst.get(name), value) for name, value in tried.items()}
     of_recompute = [name for name, knob in KNOBS.items() if knob.needs_recompute]
-    values["recompute"] |= any(mst.get(name) is True for name in of_recompute)
-    values |= {name: values["recompute"] and values[name] for name in of_recompute}
+    values["recompute"] |= any(mst.get(name) not in (AUTO, KNOBS[name].off) for name in of_recompute)
+    values |= {name: values[name] if values["recompute"] else KNOBS[name].off for name in of_recompute}
     if values["sp_size"] == 1:
         values |= {name: 1 for name, knob in KNOBS.items() if knob.needs_sharding}
     return Settings(**values)

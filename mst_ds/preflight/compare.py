@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from mst_ds.geometry import shard_length
+from mst_ds.layer_stream import stream_of
 from mst_ds.patching import apply_settings, find_parts
 from mst_ds.preflight.cases import Case
 from mst_ds.preflight.errors import relative_error
 from mst_ds.preflight.float64 import Float64
 from mst_ds.preflight.sequences import Documents
-from mst_ds.preflight.trace import Trace, Tracer, join_shards
+from mst_ds.preflight.trace import Trace, Tracer, join_traces
 from mst_ds.sequence_parallel import SequenceGroup
 from mst_ds.sequence_parallel.simulated import run_simulated
 from mst_ds.structure import Chunkable, MlpStructure
@@ -81,8 +82,8 @@ def run_plain(model: PreTrainedModel, documents: Documents, *, traced: bool = Fa
         cross_entropy = torch.nn.functional.cross_entropy(
             output.logits.detach()[:, :-1].flatten(0, 1), rows["labels"][:, 1:].flatten()
         )
-    trace = join_shards([around.trace], documents.tokens_of_rows)
-    trace = {**join_shards([tracer.trace for tracer in tracers], lambda values: values[0]), **trace}
+    trace = join_traces([around.trace], documents.tokens_of_rows)
+    trace = {**join_traces([tracer.trace for tracer in tracers], lambda values: values[0]), **trace}
     return Outcome(outcome.loss, outcome.gradients, cross_entropy, trace)
 
 
@@ -114,7 +115,7 @@ def run_planned(model: PreTrainedModel, documents: Documents, case: Case, *, tra
     Raises:
         Exception: whatever the plan or the patched model raises.
     """
-    settings = case.settings
+    settings, layout = case.settings, case.token_layout
     # A plan is applied by probing the model with random numbers, whose generator threads share.
     one_at_a_time = threading.Lock()
 
@@ -124,8 +125,11 @@ def run_planned(model: PreTrainedModel, documents: Documents, case: Case, *, tra
             without = _linear_layers(find_parts(replica, settings).mlps) if traced else set()
             apply_settings(replica, settings, sequence_group=group)
         length = shard_length(documents.seq_len, settings.sp_size)
-        tracer = Tracer(replica, documents.batch_size, length, without=without) if traced else None
-        shard = documents.shard(0 if group is None else group.rank, settings.sp_size)
+        tracer = None
+        if traced:
+            stream = stream_of(replica)
+            tracer = Tracer(replica, documents.batch_size, length, without=without, stream=stream)
+        shard = documents.shard(0 if group is None else group.rank, layout)
         with Float64():
             loss = replica(**shard, num_items_in_batch=documents.num_items).loss
             loss.backward()
@@ -136,7 +140,8 @@ def run_planned(model: PreTrainedModel, documents: Documents, case: Case, *, tra
     gradients = _gradients([replica for replica, _, _ in ranks])
     if not traced:
         return Outcome(loss, gradients)
-    trace = join_shards([tracer.trace for _, _, tracer in ranks if tracer is not None], documents.tokens_of_batch)
+    traces = [tracer.trace for _, _, tracer in ranks if tracer is not None]
+    trace = join_traces(traces, documents.tokens_of_batch, functools.partial(layout.join, dim=1))
     return Outcome(loss, gradients, trace[head_name(model)].scalar, trace)
 
 

@@ -57,7 +57,7 @@ class Documents:
         """Targets that count, in the whole batch."""
         return sum(int((targets != IGNORE_INDEX).sum()) for _, targets in self._texts())
 
-    def shard(self, sp_rank: int, sp_size: int) -> dict[str, Tensor]:
+    def shard(self, sp_rank: int, layout: TokenLayout) -> dict[str, Tensor]:
         """What a rank of a run gets of the batch: ids, shifted labels, positions, mask, (B, L) each, and the table."""
         whole = {
             "input_ids": torch.zeros(self.batch_size, self.seq_len, dtype=torch.long),
@@ -72,10 +72,10 @@ class Documents:
             whole["shift_labels"][row, part] = targets
             whole["attention_mask"][row, part] = 1
             whole["position_ids"][row, part.stop :] = torch.arange(self.seq_len - part.stop)
-        layout, fill = TokenLayout(sp_size), {"shift_labels": IGNORE_INDEX}
+        fill = {"shift_labels": IGNORE_INDEX}
         whole = {name: layout.padded(values, fill.get(name, 0)) for name, values in whole.items()}
-        shards = {name: layout.split(values, dim=1)[sp_rank].contiguous() for name, values in whole.items()}
-        return shards | {"document_table": document_table(whole["position_ids"], whole["attention_mask"])}
+        shards = {name: layout.part(values, sp_rank, dim=1).contiguous() for name, values in whole.items()}
+        return shards | {"document_table": document_table(whole["position_ids"], whole["attention_mask"], layout)}
 
     def as_rows(self) -> dict[str, Tensor]:
         """Each document alone in a row: ids, labels (not shifted) and mask, padded on the right to the longest."""

@@ -1,16 +1,16 @@
-"""What a decoder layer keeps from its forward, and what is computed again in its backward."""
+"""What is kept of a forward for its backward, where it lies, and under what it ran."""
 
-from .layers import LayerCall, LayerRecompute
-from .random_state import RandomState
-from .stores import DeviceStore, HostStore, Kept, KeptOnDevice, Store
+from .random_state import Conditions, RandomState
+from .stores import DeviceStore, HostStore, Kept, KeptOnDevice, PartStore, Store, read_in_turn
 
 __all__ = [
+    "Conditions",
     "DeviceStore",
     "HostStore",
     "Kept",
     "KeptOnDevice",
-    "LayerCall",
-    "LayerRecompute",
+    "PartStore",
     "RandomState",
     "Store",
+    "read_in_turn",
 ]

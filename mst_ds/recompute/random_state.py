@@ -1,4 +1,4 @@
-"""The states of the random number generators that a computation on one device draws from."""
+"""What a computation runs under: the states of the random number generators that it draws from, and autocast."""
 
 from __future__ import annotations
 
@@ -34,4 +34,21 @@ class RandomState:
         )
         with forked:
             self.restore()
+            yield
+
+
+class Conditions:
+    """What a forward ran under and its recompute needs again: the states of the random generators, and autocast."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.random_state = RandomState(device)
+        self.autocast_enabled = torch.is_autocast_enabled(device.type)
+        self.autocast_dtype = torch.get_autocast_dtype(device.type)
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Within, all is as it was; random states are put back afterwards."""
+        autocast = torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_enabled)
+        with self.random_state.restored(), autocast:
             yield

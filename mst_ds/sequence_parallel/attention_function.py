@@ -18,9 +18,10 @@ from mst_ds.attention import (
     describe_mask,
 )
 from mst_ds.geometry import HeadLayout
-from mst_ds.recompute import LayerRecompute
+from mst_ds.layer_stream import LayerStream
 
 from .groups import SequenceGroup
+from .head_exchange import HeadExchange
 from .sequence_attention import SequenceAttention
 
 ATTENTION_NAME = "mst_ulysses"
@@ -38,14 +39,14 @@ class UlyssesContext:
         backend: a name that `prepare_attention` knows.
         document_starts: see `Documents`; found once per forward, not once per layer.
         head_groups: in so many groups a rank works through its heads, where the sequence is sharded.
-        recompute: of the model's layers; None where they are not computed again.
+        stream: of the model's layers; None where they are not computed again.
     """
 
     group: SequenceGroup | None
     backend: str
     document_starts: DocumentStarts | None
     head_groups: int = 1
-    recompute: LayerRecompute | None = None
+    stream: LayerStream | None = None
 
     @cached_property
     def attention(self) -> CausalAttention:
@@ -103,8 +104,8 @@ def ulysses_attention(
     group = ulysses.group
     sp_size, head_groups = (1, 1) if group is None else (group.size, ulysses.head_groups)
     layout = HeadLayout(query.shape[1], key.shape[1], sp_size, head_groups)
-    attention = SequenceAttention(ulysses.attention, spec, group, layout)
-    return attention(query, key, value, kwargs.get("s_aux"), recompute=ulysses.recompute), None
+    attention = SequenceAttention(ulysses.attention, spec, HeadExchange(group, layout))
+    return attention(query, key, value, kwargs.get("s_aux"), stream=ulysses.stream), None
 
 
 def _check_request(

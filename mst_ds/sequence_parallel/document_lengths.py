@@ -11,24 +11,31 @@ from mst_ds.token_layout import TokenLayout
 from .groups import SequenceGroup
 
 
-def positions_in_documents(position_ids: Tensor, starts: DocumentStarts | None, group: SequenceGroup | None) -> Tensor:
+def positions_in_documents(
+    position_ids: Tensor, starts: DocumentStarts | None, group: SequenceGroup | None, layer_chunks: int = 1
+) -> Tensor:
     """Positions that begin with 0 at each document, for those that begin with 0 at each row.
 
     Args:
         position_ids: (B, L) of this rank's shard.
         starts: what `find_document_starts` found for them.
         group: the sequence group; None where the sequence is not sharded.
+        layer_chunks: of the shards, see `TokenLayout`.
     """
     length = position_ids.shape[1] * (1 if group is None else group.size)
     firsts = [
         first.repeat_interleave(after - first, output_size=length)
         for first, after in _documents(starts, length, position_ids.device)
     ]
-    return position_ids - _shard(torch.stack(firsts), group)
+    return position_ids - _shard(torch.stack(firsts), group, layer_chunks)
 
 
 def document_lengths(
-    position_ids: Tensor, attention_mask: Tensor | None, starts: DocumentStarts | None, group: SequenceGroup | None
+    position_ids: Tensor,
+    attention_mask: Tensor | None,
+    starts: DocumentStarts | None,
+    group: SequenceGroup | None,
+    layer_chunks: int = 1,
 ) -> Tensor:
     """How long each token's document is, with one all-gather: its last position and 1, as transformers has it.
 
@@ -37,11 +44,14 @@ def document_lengths(
         attention_mask: (B, L) of this rank's shard, 1 for a token and 0 for padding; None where all are tokens.
         starts: what `find_document_starts` found for them.
         group: the sequence group; None where the sequence is not sharded.
+        layer_chunks: of the shards, see `TokenLayout`.
 
     Returns:
         (B, L), 1 on padding, which decides nothing.
     """
-    whole = position_ids if group is None else TokenLayout(group.size).join(group.all_gather(position_ids), dim=1)
+    whole = position_ids
+    if group is not None:
+        whole = TokenLayout(group.size, layer_chunks).join(group.all_gather(position_ids), dim=1)
     length = whole.shape[1]
     documents = _documents(starts, length, whole.device)
     batch = max(len(documents), len(whole))
@@ -49,23 +59,24 @@ def document_lengths(
         (row[after - 1] + 1).repeat_interleave(after - first, output_size=length)
         for row, (first, after) in zip(whole.expand(batch, -1), documents * (batch // len(documents)), strict=True)
     ]
-    of_tokens = _shard(torch.stack(lengths), group)
+    of_tokens = _shard(torch.stack(lengths), group, layer_chunks)
     return of_tokens if attention_mask is None else of_tokens.masked_fill(attention_mask == 0, 1)
 
 
 def lengths_of_tokens(
-    starts: DocumentStarts, lengths: list[list[int]], length: int, group: SequenceGroup | None
+    starts: DocumentStarts, lengths: list[list[int]], length: int, group: SequenceGroup | None, layer_chunks: int = 1
 ) -> Tensor:
     """`document_lengths` from what is known of the whole sequence, on the CPU and without an exchange.
 
     Args:
         starts: for each row of `length` tokens the first index of each document.
         lengths: how long each is, 0 for padding.
+        group, layer_chunks: as in `document_lengths`.
     """
     rows = []
     for of_row, (first, after) in zip(lengths, _documents(starts, length, torch.device("cpu")), strict=True):
         rows.append(torch.tensor(of_row).clamp(min=1).repeat_interleave(after - first))
-    return _shard(torch.stack(rows), group)
+    return _shard(torch.stack(rows), group, layer_chunks)
 
 
 def _documents(starts: DocumentStarts | None, length: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
@@ -77,6 +88,6 @@ def _documents(starts: DocumentStarts | None, length: int, device: torch.device)
     return found
 
 
-def _shard(whole: Tensor, group: SequenceGroup | None) -> Tensor:
+def _shard(whole: Tensor, group: SequenceGroup | None, layer_chunks: int) -> Tensor:
     """This rank's part of (B, S)."""
-    return whole if group is None else TokenLayout(group.size).split(whole, dim=1)[group.rank]
+    return whole if group is None else TokenLayout(group.size, layer_chunks).part(whole, group.rank, dim=1)

@@ -1,8 +1,8 @@
-"""Attention over a sharded sequence as one operator: exchanges, heads in groups, documents, and what is kept."""
+"""Attention over a sharded sequence, or over one chunk of it, as one operator, and what is kept of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mst_ds.attention import Attended, AttentionSpec, CausalAttention
-from mst_ds.attention.documents import on_device
-from mst_ds.dtypes import sum_dtype
-from mst_ds.geometry import HeadLayout
-from mst_ds.recompute import Kept, KeptOnDevice, LayerRecompute, RandomState
+from mst_ds.attention import Attended, AttentionSpec, CausalAttention, KeyBlock
+from mst_ds.layer_stream import KeysAreThere, LayerCall, LayerStream, Pass
+from mst_ds.minisequence import GradientSum
+from mst_ds.recompute import Kept, KeptOnDevice, RandomState
 
-from .all_to_all import gather_sequence, scatter_sequence
-from .groups import SequenceGroup
+from .carried_keys import CarriedKeys
+from .head_exchange import HeadExchange
 
 
 @dataclass(frozen=True)
@@ -26,14 +25,12 @@ class SequenceAttention:
 
     Args:
         attention: over whole sequences; what it computes is `spec`.
-        group: the sequence group; None where the sequence is not sharded.
-        layout: which heads each rank works on, and in how many groups.
+        heads: exchanges the shard's heads for those that this rank works on.
     """
 
     attention: CausalAttention
     spec: AttentionSpec
-    group: SequenceGroup | None
-    layout: HeadLayout
+    heads: HeadExchange
 
     def __call__(
         self,
@@ -42,107 +39,213 @@ class SequenceAttention:
         value: Tensor,
         sinks: Tensor | None = None,
         *,
-        recompute: LayerRecompute | None = None,
+        stream: LayerStream | None = None,
     ) -> Tensor:
         """Ulysses attention (arXiv 2309.14509, section 3), heads in groups, one group after another.
 
         The backward needs the local queries, keys, values and output, and what the kernel keeps for its own backward (a
         log-sum-exp): heads of the whole sequence are alive for one group at a time, in the backward, too. In a layer
-        that is computed again attention is not, where its output and that log-sum-exp are kept.
+        that is computed again attention is not, where its output and that log-sum-exp are kept, and with them the keys
+        and values that later chunks read.
 
         Args:
-            query: (B, N, L, D) of this shard; key: (B, K, L, D); value: (B, K, L, Dv); sinks: (N,).
-            recompute: of the model's layers; None where nothing is computed again.
+            query: (B, N, L, D) of this shard, or of the chunk that runs; key: (B, K, L, D); value: (B, K, L, Dv);
+                sinks: (N,).
+            stream: of the model's layers; None where nothing is computed again.
 
         Returns:
             (B, L, N, Dv).
+
+        Raises:
+            KeysAreThere: the chunk runs for its keys and values only.
         """
         tensors = [tensor for tensor in (query, key, value, sinks) if tensor is not None]
-        call = None if recompute is None else recompute.call
-        memo = _Memo() if call is None else call.note(_Memo)
-        if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors):
-            memo.keep = None
-        elif call is None or call.is_recomputing:
-            memo.keep = KeptOnDevice
-        elif recompute is not None and recompute.keep_attention and self.spec.window is None:
+        call = None if stream is None else stream.call
+        if stream is None or call is None:
+            is_differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+            memo = _Memo(KeptOnDevice if is_differentiated else None)
+            return self._apply(_Chunk(slice(0, query.shape[2] * self._ranks), memo), tensors)
+        carried = call.carry(lambda: self._carried(call))
+        chunk = _Chunk(carried.spans[call.chunk], _Memo(), call.chunk, carried)
+        if call.runs_for is not Pass.KEYS:
+            chunk.memo = call.note(_Memo)
+        if call.runs_for is Pass.BACKWARD:
+            if carried.needs_keys:
+                chunk.memo.keep, chunk.holds_keys = KeptOnDevice, True
+            if sinks is not None and call.sums is not None:
+                chunk.sinks_sum = call.sums.find(sinks)
+            return self._apply(chunk, tensors)
+        if call.runs_for is Pass.KEYS:
+            chunk.holds_keys = True
+            if not call.carries_more:
+                for head_group in self.heads.layout.groups:
+                    carried.of_groups[head_group].put(chunk.index, *self.heads.gathered_keys(tensors, head_group))
+                raise KeysAreThere
+            return self._apply(chunk, tensors)
+        chunk.holds_keys = not call.is_last
+        if call.is_kept and stream.keep_attention and self.spec.window is None:
             # With a window attention costs little.
-            memo.keep, memo.keeps_output = call.store.keep, True
-        output: Tensor = _SequenceAttention.apply(self, memo, *tensors)
+            carried.needs_keys = False
+            chunk.memo.keep, chunk.memo.keeps_output = call.part.keep, True
+        output = self._apply(chunk, tensors)
+        if not call.is_last:
+            self._after_forward(carried, call)
         return output
 
-    def attend(self, tensors: Sequence[Tensor]) -> Attended:
-        """Over whole sequences: query, key, value and, if there are any, sinks."""
-        query, key, value, *sinks = tensors
-        return self.attention.forward(query, key, value, self.spec, *sinks)
+    def _apply(self, chunk: _Chunk, tensors: Sequence[Tensor]) -> Tensor:
+        output: Tensor = _SequenceAttention.apply(self, chunk, *tensors)
+        return output
 
-    def gradients(
-        self, kept: _KeptGroup, tensors: Sequence[Tensor], output: Tensor, grad_output: Tensor
+    @property
+    def _ranks(self) -> int:
+        return self.heads.layout.sp_size
+
+    def _carried(self, call: LayerCall) -> _Carried:
+        # A chunk of all shards is one stretch of the sequence.
+        spans = [slice(self._ranks * tokens.start, self._ranks * tokens.stop) for tokens in call.chunks]
+        by_chunk = self.spec.window is not None
+        return _Carried(spans, [CarriedKeys(spans, by_chunk=by_chunk) for _ in self.heads.layout.groups])
+
+    def _after_forward(self, carried: _Carried, call: LayerCall) -> None:
+        """Keep the keys of a chunk, and let go of those that no other reads."""
+        needed = self.attention.earlier_keys(carried.spans[call.chunk + 1], self.spec)
+        for keys in carried.of_groups:
+            if not carried.needs_keys:
+                keys.keep(call.chunk, call.part)
+            keys.forget(needed)
+
+    def forward(self, chunk: _Chunk, tensors: Sequence[Tensor]) -> Tensor:
+        """The output of this shard, (B, L, N, Dv)."""
+        groups: list[_KeptGroup] = []
+        output: Tensor | None = None
+        for head_group in self.heads.layout.groups:
+            query, key, value = self._inputs(chunk, tensors, head_group)
+            sinks = self.heads.sinks(tensors[3:], head_group)
+            # What dropout draws depends on the blocks, which are those of chunks in the backward.
+            earlier = self._earlier(chunk, head_group, by_chunk=self.spec.dropout > 0)
+            attended = self.attention.forward_chunk(chunk.tokens, query, key, value, earlier, self.spec, *sinks)
+            del query, key, value
+            if chunk.memo.keep is not None:
+                groups.append(_KeptGroup.of(attended, chunk.memo.keep))
+            of_group = attended.output
+            del attended
+            output = self.heads.scatter_output(of_group, head_group, output, tensors[0].shape[1])
+            del of_group
+        chunk.memo.groups = None if chunk.memo.keep is None else groups
+        assert output is not None
+        return output
+
+    def backward(
+        self, chunk: _Chunk, tensors: Sequence[Tensor], output: Tensor, grad_output: Tensor, groups: list[_KeptGroup]
+    ) -> Sequence[Tensor]:
+        """The gradients of the tensors that `forward` was given."""
+        grads = [] if self.heads.group is None else self.heads.sums_for(tensors)
+        for head_group, kept in zip(self.heads.layout.groups, groups, strict=True):
+            gathered = self._inputs(chunk, tensors, head_group)
+            of_output, of_grad = self.heads.gathered_outputs([output, grad_output], head_group)
+            found = self._gradients(chunk, head_group, gathered, of_grad, kept.take(of_output), tensors[3:])
+            del gathered, of_output, of_grad
+            if self.heads.group is None:
+                return found
+            self.heads.scatter_gradients(found, head_group, grads)
+            del found
+        return grads
+
+    def _gradients(
+        self,
+        chunk: _Chunk,
+        head_group: int,
+        gathered: Sequence[Tensor],
+        grad_output: Tensor,
+        attended: Attended,
+        sinks: Sequence[Tensor],
     ) -> list[Tensor]:
-        """Of each of the tensors of `attend`, of which `kept` is left."""
-        query, key, value, *sinks = tensors
-        return self.attention.backward(grad_output, query, key, value, kept.take(output), self.spec, *sinks)
+        """Of one group's query, key, value and sinks; those of earlier keys are added to theirs."""
+        heads = self.heads
 
-    def gathered(self, tensors: Sequence[Tensor], head_group: int) -> list[Tensor]:
-        """Query, key, value and sinks of one group of this rank's heads, over the whole sequence."""
-        if self.group is None:
-            return list(tensors)
-        query, key, value = gather_sequence(tensors[:3], self._heads(head_group), self.group)
-        index = self.layout.key_value_index(self.group.rank, head_group)
-        if index is not None:
-            copies = on_device(index, key.device)
-            key, value = key[:, copies], value[:, copies]
-        heads = self.layout.query_heads(self.group.rank, head_group)
-        return [query, key, value, *(sinks[heads.start : heads.stop] for sinks in tensors[3:])]
+        def add(tokens: slice, d_key: Tensor, d_value: Tensor) -> None:
+            assert chunk.carried is not None
+            of_group = heads.summed(d_key, head_group), heads.summed(d_value, head_group)
+            chunk.carried.of_groups[head_group].add(tokens, *of_group)
 
-    def gathered_outputs(self, tensors: Sequence[Tensor], head_group: int) -> Sequence[Tensor]:
-        """(B, L, N, D) tensors of this shard -> (B, n, S, D) of one group of this rank's heads."""
-        of_heads = [tensor.transpose(1, 2) for tensor in tensors]
-        if self.group is None:
-            return of_heads
-        heads = [(queries,) * len(tensors) for queries, *_ in self._heads(head_group)]
-        return gather_sequence(of_heads, heads, self.group)
+        query, key, value = gathered
+        of_sinks = heads.sinks(sinks, head_group)
+        earlier = self._earlier(chunk, head_group, by_chunk=True)
+        found = self.attention.backward_chunk(
+            chunk.tokens,
+            grad_output,
+            query,
+            key,
+            value,
+            earlier,
+            attended,
+            self.spec,
+            of_sinks[0] if of_sinks else None,
+            add,
+        )
+        d_key, d_value = (heads.summed(grad, head_group) for grad in found[1:3])
+        if chunk.carried is not None:
+            keys = chunk.carried.of_groups[head_group]
+            d_key, d_value = keys.complete(chunk.index, d_key, d_value)
+            keys.end(chunk.index)
+        return [found[0], d_key, d_value, *found[3:]]
 
-    def scatter_output(self, of_group: Tensor, head_group: int, output: Tensor) -> None:
-        """Put the output of one group of heads, (B, n, S, D), into this shard's, (B, L, N, D)."""
-        assert self.group is not None
-        heads = [(queries,) for queries, *_ in self._heads(head_group)]
-        for (part,), (received,) in zip(heads, scatter_sequence([of_group], heads, self.group), strict=True):
-            output[:, :, part.start : part.stop] = received.transpose(1, 2)
+    def _inputs(self, chunk: _Chunk, tensors: Sequence[Tensor], head_group: int) -> list[Tensor]:
+        """Query, key and value of one group, of this chunk of the whole sequence."""
+        keys = None if chunk.carried is None else chunk.carried.of_groups[head_group]
+        if keys is not None and keys.has(chunk.index):
+            (query,), (key, value) = self.heads.gathered(tensors[:1], head_group), keys.of(chunk.index)
+        else:
+            query, key, value = self.heads.gathered(tensors[:3], head_group)
+            if keys is not None and chunk.holds_keys:
+                keys.put(chunk.index, key, value)
+        return [query, *(self.heads.copied(tensor, head_group) for tensor in (key, value))]
 
-    def sums_for(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Zeros for the gradients of this shard; in fp32 at least where a head gets several, so that their sum is
-        rounded once."""
-        dtypes = [tensor.dtype for tensor in tensors]
-        first_shared = 1 if self.layout.shares_key_values else 3
-        dtypes[first_shared:] = [sum_dtype(dtype) for dtype in dtypes[first_shared:]]
-        return [torch.zeros_like(tensor, dtype=dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
-
-    def scatter_gradients(self, of_group: Sequence[Tensor], head_group: int, grads: Sequence[Tensor]) -> None:
-        """Add one group's gradients of query, key, value and sinks to this shard's, which `sums_for` made."""
-        assert self.group is not None
-        heads, (query, key, value) = self._heads(head_group), of_group[:3]
-        index = self.layout.key_value_index(self.group.rank, head_group)
-        if index is not None:
-            key, value = (_summed_by_head(grad, index) for grad in (key, value))
-        received = scatter_sequence([query, key, value], heads, self.group)
-        for parts, tensors in zip(heads, received, strict=True):
-            for part, tensor, total in zip(parts, tensors, grads, strict=False):
-                total[:, part.start : part.stop] += tensor
-        mine = heads[self.group.rank][0]
-        for grad, total in zip(of_group[3:], grads[3:], strict=True):
-            total[mine.start : mine.stop] += grad
-
-    def _heads(self, head_group: int) -> list[tuple[range, range, range]]:
-        """For each rank the heads of query, key and value in the group."""
-        layout = self.layout
-        key_values = [layout.key_value_heads(rank, head_group) for rank in range(layout.sp_size)]
-        return [(layout.query_heads(rank, head_group), kv, kv) for rank, kv in enumerate(key_values)]
+    def _earlier(self, chunk: _Chunk, head_group: int, *, by_chunk: bool) -> Iterator[KeyBlock]:
+        if chunk.carried is None:
+            return
+        keys, heads = chunk.carried.of_groups[head_group], self.heads
+        for block in keys.earlier(self.attention.earlier_keys(chunk.tokens, self.spec), by_chunk=by_chunk):
+            yield KeyBlock(block.first, heads.copied(block.key, head_group), heads.copied(block.value, head_group))
 
 
-def _summed_by_head(grad: Tensor, index: list[int]) -> Tensor:
-    """Gradients of copies of heads -> of the heads, the sum not rounded early."""
-    total = grad.new_zeros(grad.shape[0], max(index) + 1, *grad.shape[2:], dtype=sum_dtype(grad.dtype))
-    return total.index_add_(1, on_device(index, grad.device), grad.to(total.dtype)).to(grad.dtype)
+@dataclass
+class _Carried:
+    """What one attention layer carries from chunk to chunk.
+
+    Attributes:
+        spans: of each chunk the tokens of the whole sequence.
+        of_groups: the keys and values of each group of heads.
+        needs_keys: whether they are computed again for the backward, and not kept.
+    """
+
+    spans: Sequence[slice]
+    of_groups: Sequence[CarriedKeys]
+    needs_keys: bool = True
+
+    def end_forward(self) -> None:
+        for keys in self.of_groups:
+            keys.drop()
+
+
+@dataclass
+class _Chunk:
+    """A chunk that attention is called for, or a whole sequence.
+
+    Attributes:
+        tokens: of the whole sequence.
+        memo: what this call leaves for its backward, and for when its layer is computed again.
+        index, carried: of the stream; None where nothing is computed again.
+        holds_keys: whether its keys and values will be read again.
+        sinks_sum: over the chunks of a layer.
+    """
+
+    tokens: slice
+    memo: _Memo
+    index: int = 0
+    carried: _Carried | None = None
+    holds_keys: bool = False
+    sinks_sum: GradientSum | None = None
 
 
 @dataclass(frozen=True)
@@ -162,6 +265,7 @@ class _KeptGroup:
         return Attended(output, self.log_sum_exp.take(), draws)
 
 
+@dataclass
 class _Memo:
     """What one call of attention leaves for its backward, and for when its layer is computed again.
 
@@ -172,7 +276,7 @@ class _Memo:
     """
 
     keep: Callable[[Tensor], Kept] | None = None
-    keeps_output = False
+    keeps_output: bool = False
     groups: list[_KeptGroup] | None = None
     _output: Kept | None = None
     _random_state: RandomState | None = None
@@ -195,58 +299,29 @@ class _Memo:
 
 class _SequenceAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, attention: SequenceAttention, memo: _Memo, *tensors: Tensor) -> Tensor:
-        ctx.attention, ctx.memo = attention, memo
-        output = memo.take_output()
+    def forward(ctx: Any, attention: SequenceAttention, chunk: _Chunk, *tensors: Tensor) -> Tensor:
+        ctx.attention, ctx.chunk = attention, chunk
+        output = chunk.memo.take_output()
         if output is None:
-            output = _forward(attention, memo, tensors)
-            memo.note_output(output, is_random=attention.spec.dropout > 0)
+            output = attention.forward(chunk, tensors)
+            chunk.memo.note_output(output, is_random=attention.spec.dropout > 0)
         ctx.save_for_backward(*tensors, output)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        # First of all: with recompute, this is what computes the layer again, and with it what is kept of attention.
         *tensors, output = ctx.saved_tensors
-        attention, groups, ctx.memo.groups = ctx.attention, ctx.memo.groups, None
+        chunk = ctx.chunk
+        groups, chunk.memo.groups = chunk.memo.groups, None
         if groups is None:
             raise RuntimeError("attention cannot be differentiated a second time: compute the loss again")
-        if attention.group is None:
-            of_output = attention.gathered_outputs([output, grad_output], 0)
-            grads = attention.gradients(groups[0], tensors, *of_output)
-        else:
-            grads = attention.sums_for(tensors)
-            for head_group, kept in zip(attention.layout.groups, groups, strict=True):
-                gathered = attention.gathered(tensors, head_group)
-                of_output = attention.gathered_outputs([output, grad_output], head_group)
-                found = attention.gradients(kept, gathered, *of_output)
-                del gathered, of_output
-                attention.scatter_gradients(found, head_group, grads)
-                del found
-        return None, None, *(grad.to(tensor.dtype) for grad, tensor in zip(grads, tensors, strict=True))
-
-
-def _forward(attention: SequenceAttention, memo: _Memo, tensors: Sequence[Tensor]) -> Tensor:
-    query, value = tensors[0], tensors[2]
-    batch, heads, length, _ = query.shape
-    groups: list[_KeptGroup] = []
-    output: Tensor | None = None
-    for head_group in attention.layout.groups:
-        gathered = attention.gathered(tensors, head_group)
-        attended = attention.attend(gathered)
-        del gathered
-        if memo.keep is not None:
-            groups.append(_KeptGroup.of(attended, memo.keep))
-        of_group = attended.output
-        del attended
-        if attention.group is None:
-            output = of_group.transpose(1, 2).contiguous()
-        else:
-            if output is None:
-                output = query.new_empty(batch, length, heads, value.shape[3])
-            attention.scatter_output(of_group, head_group, output)
-        del of_group
-    memo.groups = None if memo.keep is None else groups
-    assert output is not None
-    return output
+        grads = list(ctx.attention.backward(chunk, tensors, output, grad_output, groups))
+        if chunk.sinks_sum is not None:
+            chunk.sinks_sum.add(grads[3])
+            grads[3] = None
+        return (
+            None,
+            None,
+            *(None if grad is None else grad.to(tensor.dtype) for grad, tensor in zip(grads, tensors, strict=True)),
+        )

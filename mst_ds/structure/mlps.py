@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mst_ds.minisequence import KeptProjections, chunked_experts, chunked_mlp
+from mst_ds.minisequence import ExpertEnds, KeptProjections, ParameterSums, chunked_experts, chunked_mlp
 from mst_ds.structure import probe
 from mst_ds.structure.layers import decoder_layers
 
@@ -49,7 +49,8 @@ class MlpStructure:
         hidden_states: Tensor,
         *,
         keep: bool | KeptProjections = False,
-        is_recomputing: bool = False,
+        sums: ParameterSums | None = None,
+        skips_output: bool = False,
     ) -> Tensor:
         """The module's output, computed by the chunked operator."""
         gate, up, down = self.gate, self.up, self.down
@@ -67,7 +68,8 @@ class MlpStructure:
             gate_in_up=self.gate_in_up,
             transposed=self.transposed,
             keep=keep,
-            is_recomputing=is_recomputing,
+            sums=sums,
+            skips_output=skips_output,
         )
 
     def formula(self, hidden_states: Tensor) -> Tensor:
@@ -112,7 +114,9 @@ class ExpertsStructure:
         expert_index: Tensor,
         expert_weights: Tensor,
         *,
-        is_recomputing: bool = False,
+        ends: ExpertEnds | None = None,
+        sums: ParameterSums | None = None,
+        skips_output: bool = False,
     ) -> Tensor:
         """The module's output, computed by the chunked operator."""
         up, down, up_bias, down_bias = self.parameters()
@@ -127,7 +131,9 @@ class ExpertsStructure:
             up_bias=up_bias,
             down_bias=down_bias,
             transposed=self.transposed,
-            is_recomputing=is_recomputing,
+            ends=ends,
+            sums=sums,
+            skips_output=skips_output,
         )
 
     def formula(self, hidden_states: Tensor, expert_index: Tensor, expert_weights: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from mst_ds.minisequence import chunked_rms_norm, chunked_tokenwise, chunks_in_cache
+from mst_ds.minisequence import ParameterSums, chunked_rms_norm, chunked_tokenwise, chunks_in_cache
 from mst_ds.structure import probe
 from mst_ds.structure.mlps import is_tokenwise
 
@@ -31,7 +31,7 @@ class RMSNormStructure:
     offset: float
     keeps_dtype: bool
 
-    def run(self, hidden_states: Tensor) -> Tensor:
+    def run(self, hidden_states: Tensor, *, sums: ParameterSums | None = None) -> Tensor:
         """The module's output, computed by the chunked operator."""
         forward = functools.partial(type(self.module).forward, self.module)
         return chunked_rms_norm(
@@ -42,6 +42,7 @@ class RMSNormStructure:
             offset=self.offset,
             keeps_dtype=self.keeps_dtype,
             chunks=chunks_in_cache(hidden_states),
+            sums=sums,
         )
 
     def formula(self, hidden_states: Tensor) -> Tensor:
@@ -57,11 +58,11 @@ class OtherNormStructure:
 
     module: nn.Module
 
-    def run(self, hidden_states: Tensor) -> Tensor:
+    def run(self, hidden_states: Tensor, *, sums: ParameterSums | None = None) -> Tensor:
         """The module's output, computed in chunks."""
         forward = functools.partial(type(self.module).forward, self.module)
         trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        return chunked_tokenwise(forward, [hidden_states], trained, chunks=chunks_in_cache(hidden_states))
+        return chunked_tokenwise(forward, [hidden_states], trained, chunks=chunks_in_cache(hidden_states), sums=sums)
 
 
 NormStructure: TypeAlias = RMSNormStructure | OtherNormStructure

@@ -79,6 +79,16 @@ class CudaOnCpu:
 
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
+        self._drawn: list[tuple[torch.Size, ...]] = []
+
+    def draw(self, *given: Tensor) -> Tensor:
+        """What stands for a seed: which call of a forward it was."""
+        self._drawn.append(tuple(x.shape for x in given))
+        return torch.tensor(len(self._drawn) - 1)
+
+    def use(self, seed: Tensor, *given: Tensor) -> None:
+        """A backward draws what its own forward drew."""
+        assert self._drawn[seed.item()] == tuple(x.shape for x in given)
 
     def flash_forward(
         self, q: Tensor, k: Tensor, v: Tensor, cu_q: Any, cu_k: Any, most: tuple[int, int], **asked: Any
@@ -134,8 +144,11 @@ class CudaOnCpu:
 
     @staticmethod
     def _flash(lengths: tuple[int, int], asked: dict[str, Any]) -> dict[str, Any]:
-        assert asked["causal"]
-        seen = visible(*lengths, -1 if asked["left"] is None else asked["left"], 0)
+        left = -1 if asked["left"] is None else asked["left"]
+        right = asked["right"]
+        assert right == (0 if asked["causal"] else -1)
+        assert asked["causal"] or left == -1
+        seen = visible(*lengths, left, right)
         return {"bias": bias_of(seen), "scaling": asked["scale"], "softcap": asked.get("softcap", 0.0)}
 
     # torch's operators, by their schemas.
@@ -143,21 +156,19 @@ class CudaOnCpu:
     def _flash_attention_forward(
         self, q, k, v, cu_q, cu_k, most_q, most_k, dropout, causal, debug, *, scale, window_size_left, window_size_right
     ):
-        assert (dropout, debug, window_size_right) == (0.0, False, 0)
-        found = self.flash_forward(
-            q, k, v, cu_q, cu_k, (most_q, most_k), causal=causal, scale=scale, left=window_size_left
-        )
-        return *found, torch.tensor([3]), torch.tensor(4), torch.empty(0)
+        assert (dropout, debug) == (0.0, False)
+        asked = {"causal": causal, "scale": scale, "left": window_size_left, "right": window_size_right}
+        found = self.flash_forward(q, k, v, cu_q, cu_k, (most_q, most_k), **asked)
+        return *found, self.draw(q, k), torch.tensor(4), torch.empty(0)
 
     def _flash_attention_backward(
         self, g, q, k, v, o, lse, cu_q, cu_k, most_q, most_k, dropout, causal, rng, unused, *, scale,
         window_size_left, window_size_right,
     ):  # fmt: skip
-        assert (rng.item(), unused.item()) == (3, 4)
-        most = most_q, most_k
-        return self.flash_backward(
-            g, q, k, v, o, lse, cu_q, cu_k, most, causal=causal, scale=scale, left=window_size_left
-        )
+        self.use(rng, q, k)
+        assert unused.item() == 4
+        asked = {"causal": causal, "scale": scale, "left": window_size_left, "right": window_size_right}
+        return self.flash_backward(g, q, k, v, o, lse, cu_q, cu_k, (most_q, most_k), **asked)
 
     def _scaled_dot_product_cudnn_attention(
         self, q, k, v, bias, with_sums, dropout=0.0, causal=False, debug=False, *, scale
@@ -166,14 +177,15 @@ class CudaOnCpu:
         self.calls["cudnn forward"] += 1
         seen = visible(q.shape[2], k.shape[2], -1, 0 if causal else -1)
         output, log_sum_exp = dense_forward(q, k, v, bias_of(seen), scale)
-        seed = torch.tensor(3), torch.tensor(4)
+        seed = self.draw(q, k), torch.tensor(4)
         return output, log_sum_exp[..., None], None, None, q.shape[2], k.shape[2], *seed, None
 
     def _scaled_dot_product_cudnn_attention_backward(
         self, g, q, k, v, o, lse, seed, offset, bias, cu_q, cu_k, most_q, most_k, dropout, causal, *, scale
     ):
         self.calls["cudnn backward"] += 1
-        assert (seed.item(), offset.item(), most_q, most_k) == (3, 4, q.shape[2], k.shape[2])
+        self.use(seed, q, k)
+        assert (offset.item(), most_q, most_k) == (4, q.shape[2], k.shape[2])
         assert lse.shape == (*q.shape[:3], 1)
         seen = visible(q.shape[2], k.shape[2], -1, 0 if causal else -1)
         return dense_backward(g, q, k, v, o, lse[..., 0], bias_of(seen), scale)
@@ -183,13 +195,14 @@ class CudaOnCpu:
         self.calls["efficient forward"] += 1
         output, log_sum_exp = dense_forward(q, k, v, self._efficient_bias(q, k, v, bias, causal), scale)
         padded = torch.nn.functional.pad(log_sum_exp, (0, -q.shape[2] % 32), value=float("nan"))
-        return output, padded, torch.tensor(3), torch.tensor(4)
+        return output, padded, self.draw(q, k), torch.tensor(4)
 
     def _scaled_dot_product_efficient_attention_backward(
         self, g, q, k, v, bias, o, lse, seed, offset, dropout, wanted, causal=False, *, scale
     ):
         self.calls["efficient backward"] += 1
-        assert (seed.item(), offset.item(), list(wanted)) == (3, 4, [True, True, True, False])
+        self.use(seed, q, k)
+        assert (offset.item(), list(wanted)) == (4, [True, True, True, False])
         assert lse.is_contiguous()
         assert lse.shape[2] % 32 == 0
         assert lse.isfinite().all()
@@ -226,20 +239,20 @@ def _flash_2_interface(kernels: CudaOnCpu) -> types.SimpleNamespace:
     """The functions of `flash_attn_interface` in version 2.7."""
 
     def named(asked: dict[str, Any]) -> dict[str, Any]:
-        assert (asked["dropout_p"], asked["window_size_right"], asked["alibi_slopes"]) == (0.0, 0, None)
-        scale, left = asked["softmax_scale"], asked["window_size_left"]
-        return {"causal": asked["causal"], "scale": scale, "left": left, "softcap": asked["softcap"]}
+        assert (asked["dropout_p"], asked["alibi_slopes"]) == (0.0, None)
+        window = {"left": asked["window_size_left"], "right": asked["window_size_right"]}
+        return {"causal": asked["causal"], "scale": asked["softmax_scale"], "softcap": asked["softcap"], **window}
 
     def forward(q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=0, max_seqlen_k=0, **asked):
         assert asked["return_softmax"] is False
         most = (q.shape[1], k.shape[1]) if cu_seqlens_q is None else (max_seqlen_q, max_seqlen_k)
         found = kernels.flash_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, most, **named(asked))
-        return *found, None, torch.tensor([3])
+        return *found, None, kernels.draw(q, k)
 
     def backward(
         g, q, k, v, o, lse, dq, dk, dv, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=0, max_seqlen_k=0, **asked
     ):
-        assert asked["rng_state"].item() == 3
+        kernels.use(asked["rng_state"], q, k)
         most = (q.shape[1], k.shape[1]) if cu_seqlens_q is None else (max_seqlen_q, max_seqlen_k)
         found = kernels.flash_backward(g, q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, most, **named(asked))
         for target, grad in zip((dq, dk, dv), found, strict=True):
@@ -257,9 +270,8 @@ def _flash_3_interface(kernels: CudaOnCpu) -> types.SimpleNamespace:
     """The functions of kernels-community/flash-attn3, arguments in their order."""
 
     def asked(q, k, most_q, most_k, causal, scale, left, right, softcap):
-        assert right == 0
         most = (q.shape[1], k.shape[1]) if most_q is None else (most_q, most_k)
-        return {"most": most, "causal": causal, "scale": scale, "left": left, "softcap": softcap}
+        return {"most": most, "causal": causal, "scale": scale, "left": left, "right": right, "softcap": softcap}
 
     def forward(
         q, k, v, k_new=None, v_new=None, qv=None, out_=None, cu_seqlens_q=None, cu_seqlens_k=None,

@@ -9,13 +9,14 @@ import pytest
 import torch
 from cuda_on_cpu import CudaOnCpu, cuda_on_cpu, flash_package_on_cpu, hub_on_cpu
 from dense_attention import dense_attention, heads
+from in_chunks import attend_in_chunks
 from torch import Tensor
 
-from mst_ds.attention import AttentionSpec, Documents
+from mst_ds.attention import AttentionSpec, CausalAttention, Documents
 from mst_ds.attention.flash import Flash3Package, FlashPackage, TorchFlash
 from mst_ds.attention.hub_kernels import FLASH_2_OF_HUB, FLASH_3_OF_HUB
 from mst_ds.attention.kernel import Kernel
-from mst_ds.attention.over_blocks import OverBlocks
+from mst_ds.attention.over_blocks import AllKeys, OverBlocks
 from mst_ds.attention.per_document import PerDocument
 from mst_ds.attention.torch_kernels import Cudnn, Efficient
 
@@ -74,3 +75,44 @@ def test_values_and_gradients(
     assert kernels.calls[f"{runs} forward"] == kernels.calls[f"{runs} backward"] >= 1
     if runs == "flash":
         assert kernels.calls == {"flash forward": 1, "flash backward": 1}
+
+
+BLOCK_KERNELS: dict[str, Kernel] = {
+    "torch's flash": TorchFlash(is_causal=False),
+    "flash-attn": FlashPackage("flash_attention_2", is_causal=False),
+    "flash-attn 2 of the hub": FlashPackage(FLASH_2_OF_HUB, is_causal=False),
+    **{name: Flash3Package(name, is_causal=False) for name in FLASH_3_OF_HUB},
+    "efficient": PerDocument(AllKeys(Efficient())),
+    "cuDNN": PerDocument(AllKeys(Cudnn())),
+}
+
+
+# Each chunk's own documents are one call. A block is one for all rows alike, or for each row that sees it.
+@pytest.mark.parametrize(
+    ("starts", "calls"),
+    [(None, 3 + 2 + 3), ([[0, 11]], 3 + 2 + 2), (STARTS, 3 + (1 + 2) + (2 + 3))],
+    ids=["one document", "alike", "documents"],
+)
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [(name, asked) for name, (*_, able) in CASES.items() for asked in ASKED[:3] if set(asked) <= set(able)],
+    ids=str,
+)
+def test_values_and_gradients_of_chunks(
+    monkeypatch: pytest.MonkeyPatch, name: str, asked: dict[str, Any], starts: Any, calls: int
+) -> None:
+    monkeypatch.setattr("mst_ds.geometry._WINDOW_QUERIES", 4)
+    kernel, installed, runs, _ = CASES[name]
+    monkeypatch.setattr("mst_ds.attention.attend.choose_kernel", lambda *_: kernel)
+    monkeypatch.setattr("mst_ds.attention.chunk.choose_block_kernel", lambda *_: BLOCK_KERNELS[name])
+    torch.manual_seed(0)
+    tensors = heads(4, 2, 2, length=LENGTH)
+    grad = torch.randn(2, 4, LENGTH, 8, dtype=torch.float64)
+    attention, spec = CausalAttention("sdpa", Documents(starts)), AttentionSpec(0.3, **asked)
+    with installed() as kernels:
+        output, _, *grads = attend_in_chunks(attention, tensors, grad, spec, [0, 9, 16, LENGTH], 6)
+    expected = truth(tensors, grad, starts and starts * (3 - len(starts)), **asked)
+    torch.testing.assert_close([output, *grads], expected, **EXACT)
+    assert kernels.calls[f"{runs} forward"] == kernels.calls[f"{runs} backward"]
+    if runs == "flash":
+        assert kernels.calls["flash forward"] == (3 if "window" in asked else calls)

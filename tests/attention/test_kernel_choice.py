@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig
 
 from mst_ds.attention import AttentionSpec, Documents, choice, prepare_attention
-from mst_ds.attention.choice import CudaDevice, choose_kernel
+from mst_ds.attention.choice import CudaDevice, choose_block_kernel, choose_kernel
 from mst_ds.attention.hub_kernels import HUB_KERNELS
-from mst_ds.attention.over_blocks import OverBlocks
+from mst_ds.attention.over_blocks import AllKeys, OverBlocks
 from mst_ds.attention.per_document import PerDocument
 from mst_ds.config import ATTENTION_IMPLEMENTATIONS, GIB, SOFTCAP_ATTENTION, parse_train_config
 from mst_ds.dtypes import DTYPES
@@ -38,15 +38,21 @@ def chosen(
     dtype: torch.dtype = torch.bfloat16,
     length: int = 256,
     width: int = 128,
+    keys: int | None = None,
     documents: Documents | None = None,
     **asked: Any,
 ) -> str:
-    """The kernel's name, and that of the kernel of its blocks."""
+    """The name of the kernel, or of the kernel of its blocks; keys: those of a block that has no mask."""
     monkeypatch.setattr(choice, "cuda_device", lambda _: device)
     with FakeTensorMode():
         query = torch.empty(1, 4, length, width, dtype=dtype, device="cpu" if device is None else "cuda")
-    kernel: Any = choose_kernel(name, query, AttentionSpec(0.1, **asked), documents or Documents(), {})
-    while isinstance(kernel, PerDocument | OverBlocks):
+    spec, documents = AttentionSpec(0.1, **asked), documents or Documents()
+    kernel: Any
+    if keys is None:
+        kernel = choose_kernel(name, query, spec, documents, {})
+    else:
+        kernel = choose_block_kernel(name, query, keys, spec, documents)
+    while isinstance(kernel, PerDocument | OverBlocks | AllKeys):
         kernel = kernel.kernel
     return type(kernel).__name__
 
@@ -102,6 +108,35 @@ def test_the_kernel_for_a_device(
     monkeypatch: pytest.MonkeyPatch, device: CudaDevice | None, asked: dict[str, Any], kernel: str
 ) -> None:
     assert chosen(monkeypatch, device, **asked) == kernel
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "kernel"),
+    [
+        (None, {}, "CpuFlash"),
+        (None, {"softcap": 1.0}, "Blockwise"),
+        (None, {"dropout": 0.1}, "Blockwise"),
+        (H100, {}, "Cudnn"),
+        (H100, {"keys": 1}, "TorchFlash"),
+        # Blocks that begin with a document are of many lengths.
+        (H100, {"documents": PACKED}, "TorchFlash"),
+        (H100, {"dtype": torch.float32}, "Efficient"),
+        (H100, {"dtype": torch.float64}, "Blockwise"),
+        (H100, {"name": "flash_attention_2", "softcap": 1.0}, "FlashPackage"),
+        (H100, {"name": "flash_attention_3"}, "TorchFlash"),
+        (H100, {"name": HUB_KERNELS[0]}, "FlashPackage"),
+        (H100, {"name": HUB_KERNELS[1], "softcap": 1.0}, "Flash3Package"),
+        (OLD_CUDNN, {}, "Cudnn"),
+        (OLD_CUDNN, {"keys": 255}, "TorchFlash"),
+        (A100, {}, "TorchFlash"),
+        (RTX_4090, {"width": 256}, "Efficient"),
+    ],
+    ids=str,
+)
+def test_the_kernel_for_a_block_without_a_mask(
+    monkeypatch: pytest.MonkeyPatch, device: CudaDevice | None, asked: dict[str, Any], kernel: str
+) -> None:
+    assert chosen(monkeypatch, device, **{"keys": 384, **asked}) == kernel
 
 
 @pytest.mark.parametrize("device", [H100, A100, RTX_4090, T4], ids=str)

@@ -16,6 +16,7 @@ from mst_ds.attention import AttentionSpec, CausalAttention, Documents, SlidingW
 from mst_ds.geometry import HeadLayout
 from mst_ds.memory.live import LiveMemory
 from mst_ds.sequence_parallel import SequenceGroup, UlyssesContext, new_sequence_group, run_simulated, ulysses_attention
+from mst_ds.sequence_parallel.head_exchange import HeadExchange
 from mst_ds.sequence_parallel.sequence_attention import SequenceAttention
 
 # fp64, sums of some tens of terms.
@@ -126,7 +127,8 @@ def attend(
 ) -> Tensor:
     """(B, S, N, Dv), on one device, differentiable."""
     layout = HeadLayout(query.shape[1], key.shape[1], 1)
-    return SequenceAttention(CausalAttention("sdpa", Documents(starts)), spec, None, layout)(query, key, value, sinks)
+    attention = SequenceAttention(CausalAttention("sdpa", Documents(starts)), spec, HeadExchange(None, layout))
+    return attention(query, key, value, sinks)
 
 
 def run_spec(tensors: list[Tensor], spec: AttentionSpec) -> list[Tensor]:

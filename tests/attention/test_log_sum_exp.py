@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from dense_attention import dense_attention, heads, visible
+from dense_attention import dense_attention, heads, scores_of
 
 from mst_ds.attention import AttentionSpec, CausalAttention, Documents
 
@@ -36,15 +36,7 @@ def test_the_last_queries(
     whole = dense_attention(*tensors, scaling=0.3, **asked_of_dense).transpose(1, 2)[:, :, tail]
     expected = list(torch.autograd.grad(whole, [*tensors, *sinks], grad))
     expected[0] = expected[0][:, :, tail]
-    # The log-sum-exp is the inverse of a softmax's first weight; by its definition:
-    query, key = tensors[0], tensors[1].repeat_interleave(2, dim=1)
-    scores = query @ key.transpose(2, 3) * 0.3
-    if "softcap" in asked:
-        scores = 1.5 * torch.tanh(scores / 1.5)
-    seen = torch.stack([visible(LENGTH, asked.get("window"), row) for row in starts or [[0]] * 2])
-    scores = scores.masked_fill(~seen[:, None], float("-inf"))
-    if sinks:
-        scores = torch.cat([scores, sinks[0].view(1, -1, 1, 1).expand(2, -1, LENGTH, 1)], dim=3)
+    scores = scores_of(*tensors[:2], scaling=0.3, **asked_of_dense)
 
     attention, spec = CausalAttention("sdpa", Documents(starts)), AttentionSpec(0.3, **asked)
     given = [tensors[0][:, :, tail].detach(), *(x.detach() for x in (*tensors[1:], *sinks))]

@@ -58,9 +58,10 @@ def test_all_contenders_agree_and_are_measured(bench, part):
         assert all("attention" in name for name in result.counts.attention_kernels)
         assert len(result.counts.attention_kernels) == 2
     counts = {result.contender: result.counts for result in results}
-    # The MLP's products: 3 of the forward, 6 of the backward, and of those of the forward that are computed again.
+    # The MLP's products: 3 of the forward, 6 of the backward, and of those of the forward that are computed again: here
+    # all, as the first backward of a layer finds out that its last product need not be.
     token, weights = 2 * LENGTH, LAYERS * 32 * 48
-    mlps = {"no recompute": 9, "recompute": 12, "chunk checkpoint": 15, "DeepSpeed ALST": 15, "mst_ds": 11}
+    mlps = {"no recompute": 9, "recompute": 12, "chunk checkpoint": 15, "DeepSpeed ALST": 15, "mst_ds": 12}
     projections = token * LAYERS * (2 * 32 * 32 + 2 * 32 * 16)  # of attention, computed again
     for name, products in mlps.items():
         extra = counts[name].matrix - counts["no recompute"].matrix - token * weights * (products - 9)

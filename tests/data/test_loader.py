@@ -13,6 +13,7 @@ import torch
 
 from mst_ds.data import IGNORE_INDEX, ON_HOST, Batch, EvalLoader, Loading, PackedDataset, ShardedLoader
 from mst_ds.data.order import SampleOrder, permutation
+from mst_ds.token_layout import TokenLayout
 from mst_ds.topology import Topology
 
 Packed = Callable[..., PackedDataset]
@@ -267,6 +268,20 @@ def test_evaluation_sees_each_sample_once_with_equally_many_batches(
     assert (labels != IGNORE_INDEX).sum() == 7 * 4 - 2
     mask = torch.cat([batch["attention_mask"].flatten() for rank in batches for batch in rank])
     assert mask.sum() == dataset.num_tokens
+
+
+def test_batches_are_sharded_in_the_chunks_of_the_plan(packed: Packed) -> None:
+    dataset, layout = packed(num_samples=3, seq_len=16), TokenLayout(2, chunks=2)
+    topologies = [Topology(rank, 2, 2) for rank in range(2)]
+    settings = {"micro_batch_size": 1, "layer_chunks": 2}
+    held_out = [list(EvalLoader(dataset, topology, **settings)) for topology in topologies]
+    training = [[next(ShardedLoader(dataset, topology, seed=7, **settings))] for topology in topologies]
+
+    for of_ranks, numbers in ((held_out, [*range(3)]), (training, [SampleOrder(3, 7)[0]])):
+        for parts, number in zip(zip(*of_ranks, strict=True), numbers, strict=True):
+            for name in ("input_ids", "position_ids", "attention_mask"):
+                whole = layout.join([part[name] for part in parts], dim=1)
+                assert torch.equal(whole[0], dataset[number][name])
 
 
 def test_ranks_beyond_the_last_sample_get_ignored_labels(packed: Packed) -> None:

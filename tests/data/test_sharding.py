@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mst_ds.data import IGNORE_INDEX, ON_HOST, Batch, shard, shift_labels, to_device
+from mst_ds.token_layout import TokenLayout
 from mst_ds.topology import Topology
 
 PAD = 77
@@ -84,7 +85,25 @@ def test_every_rank_knows_the_documents_of_the_whole_sequence() -> None:
 
     tables = [shard(batch, Topology(rank, 3, 3))["document_table"].tolist() for rank in range(3)]
 
-    assert tables == [[[0, 3], [3, 4], [7, 1], [8, 0], [12, 10], [22, 0]]] * 3
+    assert tables == [[[3, 1], [0, 3], [3, 4], [7, 1], [8, 0], [12, 10], [22, 0]]] * 3
+
+
+@pytest.mark.parametrize("sp_size", [2, 3])
+def test_labels_positions_and_documents_are_those_of_the_sequence_in_any_number_of_chunks(sp_size: int) -> None:
+    # The targets, which the ranks cannot make of their shards, cross chunks and shards.
+    batch = batch_of(2, 50)
+    batch["position_ids"] = torch.cat([torch.arange(21), torch.arange(29)]).expand(2, -1)
+    ranks = [Topology(rank, sp_size, sp_size) for rank in range(sp_size)]
+    expected = [shard(batch, topology, PAD) for topology in ranks]
+    shards = [shard(batch, topology, PAD, layer_chunks=3) for topology in ranks]
+
+    contiguous, in_chunks = TokenLayout(sp_size), TokenLayout(sp_size, 3)
+    for name in expected[0].keys() - ON_HOST:
+        one, other = ([part[name] for part in parts] for parts in (expected, shards))
+        assert torch.equal(in_chunks.join(other, dim=1), contiguous.join(one, dim=1))
+    assert not torch.equal(shards[0]["input_ids"], expected[0]["input_ids"])
+    tables = [part["document_table"].tolist() for part in shards]
+    assert tables == [[[sp_size, 3], *expected[0]["document_table"].tolist()[1:]]] * sp_size
 
 
 def test_a_label_on_padding_is_refused() -> None:
@@ -127,5 +146,5 @@ def test_shards_can_be_sent_and_leave_the_batch_as_it_was() -> None:
 def test_on_a_device_the_host_still_reads_the_documents() -> None:
     batch = to_device(shard(batch_of(1, 8), Topology(0, 1, 1)), torch.device("meta"))
 
-    assert batch["document_table"].tolist() == [[0, 8]]
+    assert batch["document_table"].tolist() == [[1, 1], [0, 8]]
     assert {tensor.device.type for name, tensor in batch.items() if name not in ON_HOST} == {"meta"}

@@ -120,7 +120,7 @@ LAUNCHES: Mapping[str, tuple[Case, int, int]] = {
         forward,
         backward,
     )
-    for length, forward, backward in ((8, 31, 81), (128, 31, 87))
+    for length, forward, backward in ((8, 31, 102), (128, 31, 108))
 }
 
 # The same tokens in few and in many documents: each further one costs a layer at most so many launches.

@@ -52,6 +52,9 @@ def hopper() -> Iterator[None]:
         "Stream": lambda device=None, **_: torch.Stream(device=device or "cuda"),
         "current_stream": lambda device=None: torch.accelerator.current_stream(),
         "stream": lambda stream: nullcontext() if stream is None else stream,
+        "get_rng_state": lambda device=None: torch.empty(16, dtype=torch.uint8),
+        "set_rng_state": lambda state, device=None: None,
+        "device_count": lambda: 1,
         "get_device_capability": lambda device=None: (9, 0),
         "get_device_name": lambda device=None: "NVIDIA H100 80GB HBM3",
     }

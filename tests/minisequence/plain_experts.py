@@ -55,7 +55,7 @@ def plain_experts(index, tensors, *, gate=swiglu, transposed=False):
     return out
 
 
-def our_experts(chunks, index, tensors, *, gate=swiglu, transposed=False, is_recomputing=False):
+def our_experts(chunks, index, tensors, *, gate=swiglu, transposed=False, **settings):
     return chunked_experts(
         tensors["x"],
         index,
@@ -67,7 +67,7 @@ def our_experts(chunks, index, tensors, *, gate=swiglu, transposed=False, is_rec
         up_bias=tensors.get("up_bias"),
         down_bias=tensors.get("down_bias"),
         transposed=transposed,
-        is_recomputing=is_recomputing,
+        **settings,
     )
 
 

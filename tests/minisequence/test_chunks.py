@@ -159,9 +159,9 @@ def test_the_first_product_is_written_where_it_can_be(monkeypatch, has, called):
 
 def test_outer_products_for_a_transposed_weight():
     left, right = torch.randn(5, 2, dtype=torch.bfloat16), torch.randn(5, 3, dtype=torch.bfloat16)
-    stored = GradientSum(torch.empty(3, 2, dtype=torch.bfloat16), True, transposed=True)
+    stored = GradientSum(torch.empty(3, 2, dtype=torch.bfloat16), True)
     for _ in range(2):
-        stored.add_outer_products(left, right)
+        stored.add_outer_products(left, right, transposed=True)
     # Exact products, and sums of ten of them: but for the order of the sum.
     torch.testing.assert_close(stored.total, 2 * right.float().t() @ left.float(), rtol=1e-6, atol=1e-6)
 

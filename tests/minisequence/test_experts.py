@@ -26,6 +26,7 @@ from plain_experts import (
 from torch.utils.checkpoint import checkpoint
 
 from mst_ds.memory.live import LiveMemory
+from mst_ds.minisequence import ParameterSums
 
 MIB = 2**20
 assert_same = functools.partial(assert_equal_but_for_order, atol=1e-12)
@@ -161,14 +162,37 @@ def test_under_recompute():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_a_layer_that_is_computed_again_has_the_same_bits(dtype):
+def test_gradients_without_the_output(dtype):
     tensors, index = make_tensors(dtype, 61), make_index(61)
     grad_output = torch.randn_like(tensors["x"])
     first, again = (
-        value_and_gradients(functools.partial(our_experts, 5, index, is_recomputing=again), tensors, dtype, grad_output)
-        for again in (False, True)
+        value_and_gradients(functools.partial(our_experts, 5, index, skips_output=skips), tensors, dtype, grad_output)
+        for skips in (False, True)
     )
-    assert all(torch.equal(again[name], first[name]) for name in first)
+    assert all(torch.equal(again[name], first[name]) for name in first if name != "output")
+    with CountProducts() as counted:
+        output = our_experts(5, index, tensors, skips_output=True)
+    assert not counted.shapes
+    assert (output.shape, output.dtype) == (first["output"].shape, dtype)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_weight_gradients_are_added_to_a_layers_sums(name):
+    """Over two calls, and not through autograd; what is no parameter of the layer, or frozen, as ever."""
+    of_tensors, settings = VARIANTS[name]
+    tensors, index = make_tensors(torch.float64, 122, **of_tensors), make_index(122)
+    truth = leaves(tensors)
+    plain_experts(index, truth, **settings).square().sum().backward()
+    own = leaves(tensors, frozen={"up_bias"})
+    sums = ParameterSums([tensor for name, tensor in own.items() if name not in ("x", "scores")])
+    for rows in (slice(0, 50), slice(50, None)):
+        part = own | {"x": own["x"][rows], "scores": own["scores"][rows]}
+        our_experts(5, index[rows], part, sums=sums, **settings).square().sum().backward()
+    assert {name for name in own if own[name].grad is not None} == {"x", "scores"}
+    names = {id(tensor): name for name, tensor in own.items()}
+    found = {names[id(each.parameter)]: each.rounded() for each in sums.sums}
+    assert found.pop("up_bias", None) is None
+    assert_same(found, {name: truth[name].grad for name in found})
 
 
 def test_a_second_backward_through_a_retained_graph_gives_the_same():

@@ -11,7 +11,7 @@ from plain_mlp import HIDDEN, INTERMEDIATE, make_tensors, our_mlp, stored
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mst_ds.memory.live import LiveMemory
-from mst_ds.minisequence import KeptProjections
+from mst_ds.minisequence import KeptProjections, ParameterSums
 from mst_ds.recompute import KeptOnDevice
 
 MIB = 2**20
@@ -151,18 +151,11 @@ def test_peak_memory():
     assert plain == pytest.approx([16 + 4 + 1, 16, 16 + 4 + 4 + 2 + 2], abs=0.01)
 
 
-def test_autograd_cannot_keep_what_a_layer_needs_that_is_computed_again():
-    with pytest.raises(
-        ValueError, match=r"keep is True, but the layer is computed again: .* False or a KeptProjections"
-    ):
-        our_mlp(2, make_tensors(torch.float32, (3,)), keep=True, is_recomputing=True)
-
-
 def first_and_again(tensors, kept, dtype=torch.float32, chunks=4, **layout):
     """Output and gradients of a layer's call and of the one that computes it again, with what the first has kept."""
     grad_output = torch.randn_like(tensors["x"])
-    for is_recomputing in (False, True):
-        ours = functools.partial(our_mlp, chunks, keep=kept, is_recomputing=is_recomputing, **layout)
+    for _ in range(2):
+        ours = functools.partial(our_mlp, chunks, keep=kept, **layout)
         yield value_and_gradients(ours, tensors, dtype, grad_output)
 
 
@@ -180,13 +173,51 @@ def test_a_layer_that_is_computed_again_needs_only_down_for_its_output():
     tensors, kept = leaves(make_tensors(torch.float32, (32,), bias=False)), KeptProjections(KeptOnDevice)
     our_mlp(4, tensors, keep=kept)
     with CountProducts() as counted:
-        our_mlp(4, tensors, keep=kept, is_recomputing=True)
+        our_mlp(4, tensors, keep=kept)
     assert counted.shapes == {(8, HIDDEN): 4}
 
 
 def test_what_was_kept_is_taken_once():
     tensors, kept = leaves(make_tensors(torch.float32, (32,))), KeptProjections(KeptOnDevice)
     our_mlp(4, tensors, keep=kept)
-    our_mlp(4, tensors, keep=kept, is_recomputing=True)
+    our_mlp(4, tensors, keep=kept)
     with pytest.raises(RuntimeError, match="a second backward through the same loss needs a second forward"):
-        our_mlp(4, tensors, keep=kept, is_recomputing=True)
+        our_mlp(4, tensors, keep=kept)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_without_the_output_gradients_have_the_same_bits(layout, kept):
+    tensors = stored(make_tensors(torch.bfloat16, (3, 101)), **layout)
+    grad_output = torch.randn_like(tensors["x"])
+    expected = value_and_gradients(functools.partial(our_mlp, 4, **layout), tensors, torch.bfloat16, grad_output)
+    keep = KeptProjections(KeptOnDevice) if kept else False
+    if kept:
+        our_mlp(4, tensors, keep=keep, **layout)
+    ours = functools.partial(our_mlp, 4, keep=keep, skips_output=True, **layout)
+    found = value_and_gradients(ours, tensors, torch.bfloat16, grad_output)
+    assert found.pop("output").shape == expected.pop("output").shape
+    assert_identical(found, expected)
+    with CountProducts() as counted:
+        our_mlp(4, tensors, skips_output=True, **layout)
+    assert not counted.shapes
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weight_gradients_are_added_to_a_layers_sums(layout):
+    """Over two calls, unrounded, and not through autograd; what is frozen as ever."""
+    tensors = make_tensors(torch.bfloat16, (3, 40))
+    truth = leaves({name: tensor.double() for name, tensor in stored(tensors, **layout).items()})
+    our_mlp(1, truth, **layout).square().sum().backward()
+    own = leaves(stored(tensors, **layout), frozen={"up_bias"})
+    sums = ParameterSums([tensor for name, tensor in own.items() if name != "x"])
+    for rows in (slice(0, 11), slice(11, None)):
+        our_mlp(4, own | {"x": own["x"][:, rows]}, sums=sums, **layout).float().square().sum().backward()
+    assert {name for name in own if own[name].grad is not None} == {"x"}
+    for total in sums.sums:
+        (name,) = [name for name, tensor in own.items() if tensor is total.parameter]
+        if name == "up_bias":
+            assert total.total is None
+        else:
+            assert total.total.dtype == (torch.float64 if "bias" in name else torch.float32)
+            assert (total.total - truth[name].grad).norm() <= 2e-2 * truth[name].grad.norm()

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from mst_ds.memory.live import LiveMemory
-from mst_ds.minisequence import chunked_tokenwise
+from mst_ds.minisequence import ParameterSums, chunked_tokenwise
 
 MIB = 2**20
 
@@ -39,13 +39,36 @@ def test_values_and_every_gradient(shape, chunks):
     assert_same(output_and_gradients(ours(module, chunks), module, x), output_and_gradients(module, module, x))
 
 
-def test_a_layer_that_is_computed_again_has_the_same_bits():
+def test_gradients_without_the_output():
     module, x = Mlp(torch.bfloat16, dropout=0.3), tokens(2, 37, dtype=torch.bfloat16)
     results = []
-    for again in (False, True):
+    for skips_output in (False, True):
         torch.manual_seed(2)
-        results.append(output_and_gradients(ours(module, 5, is_recomputing=again), module, x))
+        found = output_and_gradients(ours(module, 5, skips_output=skips_output), module, x)
+        assert found.pop("output").shape == x.shape
+        results.append(found)
     assert all(torch.equal(results[1][name], results[0][name]) for name in results[0])
+    calls = []
+    with torch.no_grad():
+        chunked_tokenwise(lambda x: calls.append(x.shape) or x, [x], [], chunks=5, skips_output=True)
+    assert calls == [(1, 1, HIDDEN)], "a token tells the width"
+
+
+def test_weight_gradients_are_added_to_a_layers_sums():
+    """Over two calls, in fp32 at least, and not through autograd."""
+    module, x = Mlp(), tokens(2, 40)
+    expected = output_and_gradients(module, module, x)
+    module.zero_grad()
+    module.down.bias.requires_grad_(False)
+    sums = ParameterSums(module.parameters())
+    for rows in (slice(0, 11), slice(11, None)):
+        out = ours(module, 5, sums=sums)(x[:, rows])
+        out.backward(torch.ones_like(out).cumsum(-1))
+    assert all(parameter.grad is None for parameter in module.parameters())
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    found = {names[id(each.parameter)]: each.rounded() for each in sums.sums}
+    assert found.pop("down.bias") is None
+    assert_same(found, {name: expected[name] for name in found})
 
 
 def test_several_inputs_of_which_one_is_an_index():

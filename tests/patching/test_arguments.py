@@ -9,6 +9,7 @@ from transformers import DataCollatorWithFlattening
 
 from mst_ds import apply_settings
 from mst_ds.data import shard
+from mst_ds.sequence_parallel import run_simulated
 from mst_ds.topology import Topology
 
 LENGTHS = (7, 4, 9)
@@ -116,5 +117,34 @@ def test_a_part_of_a_batch_with_a_part_of_its_table_is_refused():
     batch = shard({"input_ids": ids, "labels": ids, "position_ids": positions}, Topology(0, 1, 1))
     model = apply_settings(tiny_model("llama"), tiny_settings())
     model(**batch)
-    with pytest.raises(ValueError, match="document_table is not that of 1 x 16 tokens: pass that of the whole batch"):
-        model(**{name: tensor[:1] for name, tensor in batch.items()})
+    for rows in (1, 2):
+        part = {name: tensor[:1] for name, tensor in batch.items()} | {"document_table": batch["document_table"][:rows]}
+        with pytest.raises(ValueError, match="document_table is not that of 1 x 16 tokens: pass that of the whole"):
+            model(**part)
+
+
+@pytest.mark.parametrize(("sp_size", "layer_chunks"), [(2, 1), (2, 3), (1, 2)])
+def test_shards_for_another_plan_are_refused(sp_size, layer_chunks):
+    ids = torch.randint(2, 90, (1, 32))
+    batch = {"input_ids": ids, "labels": ids}
+    plan = tiny_settings(2, layer_chunks=2)
+
+    def run(group):
+        own = apply_settings(tiny_model("llama"), plan, sequence_group=group)
+        topology = Topology(group.rank, 2, 2)
+        assert own(**shard(batch, topology, layer_chunks=2), num_items_in_batch=31).loss.isfinite()
+        other = shard(batch, Topology(group.rank % sp_size, 2, sp_size), layer_chunks=layer_chunks)
+        says = (
+            f"^document_table is of shards for sp_size {sp_size} and layer_chunks {layer_chunks}, but the plan has "
+            r"sp_size 2 and layer_chunks 2: make them by mst_ds.data.shard\(batch, plan.topology, layer_chunks=plan\."
+        )
+        with pytest.raises(ValueError, match=says):
+            own(**other, num_items_in_batch=31)
+
+    run_simulated(run, 2)
+
+
+def test_a_sequence_on_one_rank_has_one_layout():
+    ids = torch.randint(2, 90, (1, 32))
+    batch = shard({"input_ids": ids, "labels": ids}, Topology(0, 1, 1), layer_chunks=3)
+    apply_settings(tiny_model("llama"), tiny_settings(layer_chunks=2))(**batch)

@@ -83,7 +83,7 @@ def test_a_recompute_that_was_on_before_a_plan_without_is_off_and_back_on():
 
 def test_another_recompute_is_refused():
     model = patched()
-    model.model.layers[1]._gradient_checkpointing_func = torch.utils.checkpoint.checkpoint
+    model.model.layers[1].gradient_checkpointing = True
     with pytest.raises(ValueError, match=r"the recompute of LlamaDecoderLayer was changed after mst_ds.apply_plan"):
         model(**make_batch())
 

@@ -44,7 +44,8 @@ def plan_of(
     # DeepSpeed's own threshold would leave all of such small models whole on every rank.
     zero = {"stage": stage, "reduce_bucket_size": 1000, "stage3_prefetch_bucket_size": 500}
     zero |= {"stage3_param_persistence_threshold": 0} | ds_config.pop("zero", {})
-    mst = {"recompute": True} | (mst or {})
+    # One chunk of a layer: what several change is tested for itself.
+    mst = {"recompute": True, "layer_chunks": 1} | (mst or {})
     ds_config = {dtype: {"enabled": True}, "zero_optimization": zero, "mst": mst} | ds_config
     return make_plan(
         model,
@@ -57,7 +58,8 @@ def plan_of(
     )
 
 
-WIDE = 1000  # so wide that the MLP is more than a norm
+WIDE = 2000  # so wide that the MLP is more than a norm, and its weights than a short sequence's attention
+WIDE_NEOX = GPTNeoXConfig(**SIZES | {"intermediate_size": WIDE})
 
 
 def wide_llama():

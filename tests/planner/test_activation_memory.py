@@ -168,7 +168,7 @@ def test_norms_keep_their_inputs_and_work_in_chunks():
     gemma2 = Gemma2Config(**GEMMA2.to_dict() | {"intermediate_size": WIDE})
     assert hidden(model=gemma2) == llama | {"post_norm_inputs": 2 * LAYER_INPUT}
     # Short: the whole in one chunk, in the backward four tensors in fp32. Long: those of a chunk, however long.
-    short = bytes_of(plan_of(mst={"mlp_chunks": 15}), "backward")
+    short = bytes_of(plan_of(model=NORMS_ONLY, mst={"mlp_chunks": 15}), "backward")
     assert short["norm_working_set"] == 4 * 4000 * HIDDEN * 4
     in_fp32 = bytes_of(plan_of(model=NORMS_ONLY, mst={"mlp_chunks": 15}, dtype="fp32"), "backward")
     assert in_fp32["norm_working_set"] == 2 * 4000 * HIDDEN * 4  # two of them are what is given

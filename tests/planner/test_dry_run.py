@@ -69,6 +69,7 @@ def random_case(seed):
     recompute = draw.choice((False, True, True))
     names = ("keep_mlp", "keep_attention", "offload_activations") if recompute else ("keep_mlp",)
     mst = {"recompute": recompute} | {name: draw.choice((False, True)) for name in names}
+    mst["layer_chunks"] = draw.choice((1, 2, 5)) if recompute else 1
     sp_size = draw.choice([size for size in (1, 1, 2, 4) if size <= heads])
     if sp_size > 1 and key_value_heads % sp_size == 0:
         mst["head_groups"] = draw.choice([n for n in (1, 2, 4) if key_value_heads // sp_size % n == 0])
@@ -99,13 +100,16 @@ KEPT, OFFLOADED, KEPT_MLP, OFFLOADED_MLP = (
     for offload in (False, True)
 )
 ALL_KEPT = (NOTHING_TWICE, OFF, KEPT, AGAIN, OFFLOADED, KEPT_MLP, OFFLOADED_MLP)
+AGAIN_OFFLOADED = AGAIN | {"offload_activations": True}
+STREAMED = ((8, KEPT), (8, OFFLOADED), (8, AGAIN_OFFLOADED), (4, KEPT_MLP), (4, OFFLOADED_MLP))
 LLAMA_8B_CASES = (
     *((16_384, 1, mst) for mst in ALL_KEPT),
     *((131_072, 8, mst) for mst in ALL_KEPT),
     (131_072, 1, KEPT),
     (1_048_576, 8, KEPT),
+    *((131_072, sp_size, {"layer_chunks": chunks} | mst) for sp_size in (1, 8) for chunks, mst in STREAMED),
 )
-QUICK_LLAMA_8B_CASES = ((16_384, 1, OFF), (16_384, 1, OFFLOADED_MLP), (131_072, 8, KEPT))
+QUICK_LLAMA_8B_CASES = ((16_384, 1, OFF), (16_384, 1, OFFLOADED_MLP), (131_072, 8, KEPT), LLAMA_8B_CASES[-4])
 
 
 @pytest.mark.parametrize("case", slow_but_for(QUICK_LLAMA_8B_CASES, LLAMA_8B_CASES), ids=str)

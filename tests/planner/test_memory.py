@@ -16,6 +16,7 @@ from planned import (
     PARAMETERS,
     VOCAB,
     WIDE,
+    WIDE_NEOX,
     bytes_of,
     experts_with,
     plan_of,
@@ -41,13 +42,15 @@ def test_the_phases_of_a_plan_and_its_peak(model):
 
 
 NORMS = (2 * LAYERS + 1) * HIDDEN
+OF_WEIGHTS = 2 * (81_920 + 3 * HIDDEN) / PARAMETERS
 
 
 # Bytes of one parameter's states by the ZeRO paper (arXiv 1910.02054, table 1: 2 + 2 + 12), over 4 ranks.
 @pytest.mark.parametrize(
     ("stage", "parameters", "gradients", "optimizer"),
-    # At stage 2 the gradients are those of whole weights: of layers 1 and 2 but for the last weight, of three norms.
-    [(0, 2, 2, 12), (1, 2, 2, 3), (2, 2, 2 * (81_920 + 3 * HIDDEN) / PARAMETERS, 3), (3, 0.5, 0.5, 3)],
+    # At stage 2, and in the step of stage 1, the gradients are those of whole weights: of layers 1 and 2 but for the
+    # last weight, of three norms.
+    [(0, 2, 2, 12), (1, 2, OF_WEIGHTS, 3), (2, 2, OF_WEIGHTS, 3), (3, 0.5, 0.5, 3)],
     ids=["0", "1", "2", "3"],
 )
 def test_states_are_sharded_by_stage(stage, parameters, gradients, optimizer):
@@ -138,18 +141,18 @@ def gathered(phase, mst=None, **zero):
 def test_gathered_parameters_stay_until_they_are_used_again():
     head = VOCAB * HIDDEN
     # Between the last layer's forward and its backward is the head, twice; between another's also the layers after it,
-    # once in the forward, computed again and in the backward.
+    # in the forward and in the backward.
     for distance, kept in [
         (0, 0),
         (2 * head, 0),
         (2 * head + 1, 1),
-        (2 * head + 3 * LAYER, 1),
-        (2 * head + 3 * LAYER + 1, 2),
+        (2 * head + 2 * LAYER, 1),
+        (2 * head + 2 * LAYER + 1, 2),
     ]:
         assert gathered("forward", stage3_max_reuse_distance=distance) == max(1, kept) * LAYER
         assert gathered("loss", stage3_max_reuse_distance=distance) == kept * LAYER + head
         assert gathered("backward", stage3_max_reuse_distance=distance) == max(1, kept) * LAYER
-    # Without recompute they are met once less.
+    # Without recompute they are met as often.
     kept = gathered("loss", {"recompute": False}, stage3_max_reuse_distance=2 * head + 2 * LAYER + 1)
     assert kept == 2 * LAYER + head
     assert gathered("loss", stage3_max_reuse_distance=10**9) == PARAMETERS - HIDDEN  # all but the final norm
@@ -245,6 +248,28 @@ def test_optimizer_step_walks_sub_groups_at_stage_3():
     assert bytes_of(plan_of(2, zero={"sub_group_size": 1000}), "optimizer_step")["fp32_gradient"] == PARAMETERS
 
 
+def test_gradients_in_16_bits_are_flat_before_they_are_in_fp32():
+    """Of the matrices: norms, which are not decayed, are a group of their own that comes later."""
+    matrices = PARAMETERS - NORMS
+    for stage in (2, 3):
+        terms = bytes_of(plan_of(stage), "optimizer_step")
+        assert terms["flat_gradient"] == 2 * matrices // 4
+    # At stage 1 the gradients of the other ranks' parameters, 2 bytes each, are more than 2 + 2 + 4 from 4 ranks on.
+    assert "flat_gradient" not in bytes_of(plan_of(1, world_size=8), "optimizer_step")
+    terms = bytes_of(plan_of(1, world_size=2), "optimizer_step")
+    of_step = [terms[name] for name in ("gradients", "flat_gradient", "fp32_gradient")]
+    # Whole weights, as at stage 2.
+    own = bytes_of(plan_of(2, world_size=2), "optimizer_step")["gradients"]
+    assert of_step == [own, 2 * matrices // 2, 4 * PARAMETERS // 2]
+    assert bytes_of(plan_of(3, zero={"sub_group_size": 1000}), "optimizer_step")["flat_gradient"] == VOCAB * HIDDEN // 2
+    # In fp32 the flat one is the copy, and on the host each weight's has its place.
+    in_fp32 = {"data_types": {"grad_accum_dtype": "fp32"}}
+    on_host = {"zero": {"offload_optimizer": {"device": "cpu"}}}
+    for stage in (1, 2, 3):
+        for other in (in_fp32, on_host, {"dtype": "fp32"}):
+            assert "flat_gradient" not in bytes_of(plan_of(stage, world_size=2, **other), "optimizer_step")
+
+
 def test_chunked_operators_have_the_terms_of_their_implementation():
     plan = plan_of(mst={"mlp_chunks": 3, "loss_chunks": 7, "recompute": True}, seq_len=4001, dtype="bf16")
     loss = bytes_of(plan, "loss")
@@ -275,10 +300,10 @@ def test_kept_gate_and_up_stand_while_layers_do(model, tensors):
     assert not [name for phase in again.phases for name in terms_of(again, phase.name) if name.startswith("kept")]
 
 
-@pytest.mark.parametrize(("model", "tensors"), [(MODEL, 2), (GPT_NEOX, 1)], ids=["gated", "plain"])
+@pytest.mark.parametrize(("model", "tensors"), [(wide_llama(), 2), (WIDE_NEOX, 1)], ids=["gated", "plain"])
 def test_gate_and_up_on_the_host_are_on_the_device_for_two_layers(model, tensors):
     kept = {"recompute": True, "keep_attention": True, "keep_mlp": True, "mlp_chunks": 1}
-    of_tensor = 4000 * INTERMEDIATE * 2
+    of_tensor = 4000 * WIDE * 2
     on_device = plan_of(model=model, mst=kept)
     on_host = plan_of(model=model, mst=kept | {"offload_activations": True})
     for phase in ("forward", "loss", "backward"):
@@ -330,11 +355,17 @@ def test_a_mlp_without_a_gate_has_one_tensor_and_one_matrix_less():
 
 def test_weight_gradients_are_rounded_when_the_chunks_are_gone():
     # So few tokens that the three matrices are more than all of a chunk.
-    terms = bytes_of(plan_of(seq_len=32), "backward")
+    mst = {"recompute": False, "keep_mlp": False}
+    terms = bytes_of(plan_of(seq_len=32, mst=mst), "backward")
     assert "mlp_chunk" not in terms
     assert terms["mlp_weight_gradients"] == 3 * HIDDEN * INTERMEDIATE * 4
     assert terms["rounded_weight_gradients"] == 3 * HIDDEN * INTERMEDIATE * 2
-    assert "rounded_weight_gradients" not in terms_of(plan_of(seq_len=32, dtype="fp32"), "backward")
+    assert "rounded_weight_gradients" not in terms_of(plan_of(seq_len=32, dtype="fp32", mst=mst), "backward")
+    # Those of a layer that is computed again, of which one is rounded at a time; that is more than all of a chunk where
+    # tokens are fewer still.
+    terms = bytes_of(plan_of(model=wide_llama(), seq_len=8), "backward")
+    assert terms["layer_weight_gradients"] == (LAYER + 3 * HIDDEN * (WIDE - INTERMEDIATE)) * 4
+    assert terms["rounded_weight_gradients"] == HIDDEN * WIDE * 2
 
 
 def test_experts_work_on_chunks_of_one_expert_and_return_the_gradients_of_all():
@@ -344,14 +375,17 @@ def test_experts_work_on_chunks_of_one_expert_and_return_the_gradients_of_all():
     rows = 3 * 4000 // 6
     assert backward["mlp_chunk"] == 11 * rows * 240 * 2
     assert backward["mlp_chunk_hidden_states"] == 3 * rows * HIDDEN * 2
-    assert backward["expert_weight_gradients"] == 10 * 3 * HIDDEN * 240 * 2
+    assert backward["expert_weight_gradients"] == 10 * 3 * HIDDEN * 240 * 4
     # Gate and up of ten experts, which are one product on a GPU; of more than 16, not all.
     assert backward["mlp_weight_gradients"] == 10 * 2 * HIDDEN * 240 * 2
     many = {"model": experts_with(mlp_only_layers=[], moe_intermediate_size=240, num_experts=40)}
     terms = bytes_of(plan_of(**many, mst={"mlp_chunks": 6}), "backward")
     assert terms["mlp_weight_gradients"] == 16 * 2 * HIDDEN * 240 * 2
-    in_fp32 = bytes_of(plan_of(**only_experts, mst={"mlp_chunks": 6}, dtype="fp16"), "backward")
-    assert in_fp32["mlp_weight_gradients"] == 3 * HIDDEN * 240 * 4
+    # In a layer that is not computed again they are summed for one expert at a time.
+    kept = plan_of(**only_experts, mst={"mlp_chunks": 6, "recompute": False, "keep_mlp": False}, dtype="fp16")
+    in_fp16 = bytes_of(kept, "backward")
+    assert in_fp16["mlp_weight_gradients"] == 3 * HIDDEN * 240 * 4
+    assert in_fp16["expert_weight_gradients"] == 10 * 3 * HIDDEN * 240 * 2
     assert backward["mlp_input_gradient_sum"] == 4000 * HIDDEN * 4
     # A token goes to an expert once: a chunk is never longer than all tokens.
     whole = bytes_of(plan_of(**only_experts, mst={"mlp_chunks": 1}), "forward")

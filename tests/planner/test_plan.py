@@ -1,6 +1,7 @@
 """From config files to a plan."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -101,17 +102,16 @@ def choices_of(plan):
 
 
 def llama_8b_plan(device_memory=80 * GIB, **mst):
-    ds_config = {
-        "bf16": {"enabled": True},
-        "zero_optimization": {"stage": 3},
-        "mst": {"mlp_chunks": 64, "loss_chunks": 64, "attention": "sdpa", "recompute": True} | mst,
-    }
+    # One chunk of a layer: else plans that are compared differ in that, too.
+    given = {"layer_chunks": 1, "mlp_chunks": 64, "loss_chunks": 64, "attention": "sdpa", "recompute": True}
+    ds_config = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}, "mst": given | mst}
     return make_plan(LLAMA_8B, ds_config, world_size=8, seq_len=2**17, device_memory=device_memory, sp_size=2)
 
 
 # By hand, of one rank's micro-batch: layers x 2 x tokens x weights for the four projections, and for attention layers
 # x 2 x pairs of tokens x (16 query heads of this rank x 2 x 128).
-PROJECTIONS = 32 * 2 * 2**16 * (2 * 4096 * 4096 + 2 * 4096 * 1024)
+INPUT_PROJECTIONS = 32 * 2 * 2**16 * (4096 * 4096 + 2 * 4096 * 1024)
+PROJECTIONS = INPUT_PROJECTIONS + 32 * 2 * 2**16 * 4096 * 4096
 ATTENTION = 32 * 2 * 2**33 * 16 * 2 * 128
 MLP = 32 * 2 * 2**16 * 3 * 4096 * 14336
 HEAD = 2 * 2**16 * 4096 * 128256
@@ -127,6 +127,11 @@ def test_the_flops_of_a_micro_batch_by_hand():
     kept, again = (llama_8b_plan(**settings, keep_attention=keeps).flops for keeps in (True, False))
     assert kept == minimum + gate_and_up + PROJECTIONS
     assert again == kept + ATTENTION
+    # Chunks of a layer read earlier ones' keys: kept, or computed before the backward, with the queries beside them.
+    settings["layer_chunks"] = 4
+    in_chunks, again = (llama_8b_plan(**settings, keep_attention=keeps).flops for keeps in (True, False))
+    assert in_chunks == kept
+    assert again == kept + ATTENTION + INPUT_PROJECTIONS
     assert llama_8b_plan(recompute=True, keep_attention=True, keep_mlp=True).flops == minimum + PROJECTIONS
 
 
@@ -215,9 +220,10 @@ def test_gate_and_up_on_the_host_have_their_memory_and_their_time():
     assert by_phase[0]["loss"] - by_phase[1]["loss"] == 2 * 2 * of_tensor
 
 
-@pytest.mark.parametrize("keep_attention", [True, False])
-def test_opposite_settings_cost_what_the_other_saves(keep_attention):
-    one, other = (choices_of(llama_8b_plan(keep_attention=value))["keep_attention"] for value in (True, False))
+@pytest.mark.parametrize("layer_chunks", [1, 4])
+def test_opposite_settings_cost_what_the_other_saves(layer_chunks):
+    plans = [llama_8b_plan(keep_attention=value, layer_chunks=layer_chunks) for value in (True, False)]
+    one, other = (choices_of(plan)["keep_attention"] for plan in plans)
     assert (one.value, other.value) == (True, False)
     assert (one.device_bytes, one.flops) == (-other.device_bytes, -other.flops)
 
@@ -290,6 +296,10 @@ def test_attention_is_what_can_run(monkeypatch):
             {"ds_config": {"mst": {"mlp_chunks": 4096}}},
             "mlp_chunks is 4096, more than the 2048 tokens of a rank",
         ),
+        (
+            {"ds_config": {"mst": {"layer_chunks": 4096}, "train_micro_batch_size_per_gpu": 4}},
+            "layer_chunks is 4096, more than the 2048 tokens of a shard; allowed: 'auto' or 1 to 2048",
+        ),
         ({"ds_config": {"train_batch_size": 2}}, "train_batch_size is 2; allowed: 1"),
     ],
 )
@@ -297,6 +307,14 @@ def test_what_cannot_be_planned_is_refused_in_one_line(overrides, message):
     with pytest.raises(ValueError, match=message) as error:
         small_plan(**overrides)
     assert "\n" not in str(error.value)
+
+
+def test_chunks_of_a_layer_are_as_the_user_set_them_and_mean_recompute():
+    assert (small_plan().settings.layer_chunks, small_plan().settings.recompute) == (1, False)
+    plan = small_plan(ds_config={"mst": {"layer_chunks": 4}})
+    assert (plan.settings.layer_chunks, plan.settings.recompute) == (4, True)
+    assert plan.as_dict()["layer_chunks"] == 4
+    assert choices_of(plan)["layer_chunks"].value == 4
 
 
 def test_a_plan_that_does_not_fit_is_a_plan():
@@ -307,19 +325,29 @@ def test_a_plan_that_does_not_fit_is_a_plan():
     assert not small_plan(device_memory=exact.peak_bytes - 1).fits
 
 
-@pytest.mark.parametrize("recompute", [True, False])
-def test_longer_sequences_never_need_less(recompute):
-    peaks = [
-        make_plan(
-            LLAMA_8B,
-            load_ds_config(DS_CONFIGS / "zero3_mst.json") | {"mst": {"recompute": recompute}},
-            world_size=8,
-            seq_len=seq_len,
-            device_memory=80 * GIB,
-        ).peak_bytes
-        for seq_len in (8192, 65536, 131072, 131073, 1_000_000, 2**20)
-    ]
+LENGTHS = (8192, 65536, 131072, 131073, 1_000_000, 2**20)
+
+
+def plan_of_length(seq_len, device_memory, **mst):
+    ds_config = load_ds_config(DS_CONFIGS / "zero3_mst.json") | {"mst": mst}
+    return make_plan(LLAMA_8B, ds_config, world_size=8, seq_len=seq_len, device_memory=device_memory)
+
+
+@pytest.mark.parametrize(
+    "mst",
+    [{"recompute": False}, *({"keep_attention": True, "layer_chunks": chunks} for chunks in (1, 4))],
+    ids=["no recompute", "one chunk of a layer", "4 chunks of a layer"],
+)
+def test_longer_sequences_never_need_less(mst):
+    """With what is kept settled: where it is chosen, a longer one keeps less, or has more chunks of a layer."""
+    peaks = [plan_of_length(seq_len, 80 * GIB, keep_mlp=False, **mst).peak_bytes for seq_len in LENGTHS]
     assert peaks == sorted(peaks)
+
+
+def test_what_fits_at_a_length_fits_at_every_shorter_one():
+    for shorter, longer in itertools.pairwise(LENGTHS):
+        lowest = plan_of_length(longer, 1, recompute=True).peak_bytes
+        assert plan_of_length(shorter, lowest, recompute=True).fits
 
 
 def test_the_reserve_is_a_term_of_every_phase():

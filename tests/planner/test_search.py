@@ -105,7 +105,7 @@ def test_a_smaller_budget_never_has_fewer_chunks_and_is_met_with_the_fewest(mode
 
 def test_one_byte_less_than_a_layer_needs_takes_one_more_chunk():
     # On so short a shard the MLP's weight gradients exceed the rest of the layer: more chunks still help.
-    work = workload(seq_len=65536, sp_size=8)
+    work = workload(seq_len=65536, sp_size=8, recompute=False)
     roomy = auto(work)[0]
     needed = layer_phase(work, roomy, backward=True).device_bytes
     assert auto(work, needed)[0] == roomy
@@ -200,6 +200,7 @@ def test_the_fastest_that_fits_is_chosen():
     with_gate_and_up, everything = lowest[NOTHING_TWICE], lowest[None]
     on_device, all_on_host, with_mlp = lowest[True, False], lowest[True, True], lowest[True, False, MLP]
     inputs_on_device, inputs_on_host = lowest[False, False], lowest[False, True]
+    in_32_chunks = peak(work.with_settings(keep_attention=True, keep_mlp=True), 32, 100).device_bytes
     assert inputs_on_host < all_on_host < inputs_on_device < on_device < everything < with_mlp < with_gate_and_up
     cases = [
         # With enough of it nothing is computed twice.
@@ -207,8 +208,9 @@ def test_the_fastest_that_fits_is_chosen():
         (with_gate_and_up, HUGE, NOTHING_TWICE),
         # Then projections are, which are fewer FLOPs than gate and up.
         (with_gate_and_up - 1, HUGE, (True, False, MLP)),
-        (with_mlp, HUGE, (True, False, MLP)),
-        (with_mlp - 1, HUGE, None),
+        (in_32_chunks, HUGE, (True, False, MLP)),
+        # In the shortest chunks their sums take longer than gate and up.
+        (with_mlp, HUGE, None),
         (everything, HUGE, None),
         # Else nothing leaves the device, and attention runs once.
         (everything - 1, HUGE, (True, False)),
@@ -225,10 +227,14 @@ def test_the_fastest_that_fits_is_chosen():
         (inputs_on_device - 1, 32 * 2**32, (False, True)),
     ]
     for device_memory, host_memory, expected in cases:
-        settings = settings_of(work, device_memory=device_memory, host_memory=host_memory)
+        # In one chunk of a layer: what several change follows.
+        settings = settings_of(work, device_memory=device_memory, host_memory=host_memory, layer_chunks=1)
         assert kept_in(settings) == expected
         chosen = replace(work, settings=settings)
         assert peak(chosen, settings.mlp_chunks, settings.loss_chunks).device_bytes <= device_memory
+    # In several attention still runs once where it would run twice.
+    settings = settings_of(work, device_memory=all_on_host - 1, host_memory=HUGE)
+    assert (kept_in(settings), settings.layer_chunks > 1) == ((True, True), True)
 
 
 def test_no_recompute_has_the_chunks_of_any_other_setting():
@@ -325,6 +331,37 @@ def test_what_the_user_set_stays(device_memory, host_memory):
         assert one.offload_activations == offload_activations
     assert settings_of(work, head_groups=3, **memory).head_groups == 3
     assert settings_of(work, mlp_chunks=3, **memory).mlp_chunks == 3
+    assert settings_of(work, layer_chunks=3, **memory).layer_chunks == 3
+    # What the workload has is no wish of theirs.
+    choose = partial(settings_of, recompute=True, keep_attention=False, offload_activations=False, **memory)
+    assert choose(work.with_settings(layer_chunks=5)) == choose(work)
+
+
+@pytest.mark.parametrize("keep_mlp", [False, True])
+@pytest.mark.parametrize("sp_size", [1, 2])
+def test_a_layer_has_several_chunks_where_one_does_not_fit(sp_size, keep_mlp):
+    work = workload(seq_len=500_000, sp_size=sp_size)
+    mst = {"recompute": True, "keep_attention": False, "offload_activations": False, "keep_mlp": keep_mlp}
+
+    def chosen(**given):
+        settings = settings_of(work, **mst, **given)
+        return settings, peak(replace(work, settings=settings), settings.mlp_chunks, settings.loss_chunks).device_bytes
+
+    one, needed = chosen(layer_chunks=1, device_memory=1)
+    assert chosen(device_memory=needed)[0].layer_chunks == one.layer_chunks == 1
+    several, less = chosen(device_memory=needed - 1)
+    assert several.layer_chunks == 2
+    assert less < needed
+    assert chosen(layer_chunks=1000)[0].layer_chunks == 1000
+
+
+def test_layers_that_cannot_stream_have_one_chunk():
+    work = workload(seq_len=500_000)
+    choose = partial(settings_of, keep_attention=False, keep_mlp=False, offload_activations=False, device_memory=1)
+    assert choose(work, recompute=True).layer_chunks > 1
+    assert choose(work, recompute=False).layer_chunks == 1
+    other = replace(work, shape=replace(work.shape, other_layers=("MambaMixer",)))
+    assert choose(other, recompute=True).layer_chunks == 1
 
 
 def test_without_recompute_nothing_is_chosen_for_it():

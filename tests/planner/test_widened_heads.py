@@ -14,6 +14,7 @@ from mst_ds.memory.live import LiveMemory
 from mst_ds.model_shape import ModelShape
 from mst_ds.planner.attention import gathered_step, local_term, query_key_value_width
 from mst_ds.planner.workload import Workload
+from mst_ds.sequence_parallel.head_exchange import HeadExchange
 from mst_ds.sequence_parallel.sequence_attention import SequenceAttention
 from mst_ds.settings import Settings
 from mst_ds.zero import read_zero
@@ -32,8 +33,8 @@ def peak_of_backward(key_width, value_width, kv_heads):
     with FakeTensorMode(), as_on_an_accelerator():
         of_heads = zip((HEADS, kv_heads, kv_heads), (key_width, key_width, value_width), strict=True)
         tensors = [torch.empty(1, n, TOKENS, d, dtype=torch.bfloat16, requires_grad=True) for n, d in of_heads]
-        layout = HeadLayout(HEADS, kv_heads, 1, 1)
-        attention = SequenceAttention(CausalAttention("sdpa"), AttentionSpec(0.1), None, layout)
+        heads = HeadExchange(None, HeadLayout(HEADS, kv_heads, 1, 1))
+        attention = SequenceAttention(CausalAttention("sdpa"), AttentionSpec(0.1), heads)
         grad_output = torch.empty(1, TOKENS, HEADS, value_width, dtype=torch.bfloat16)
         with LiveMemory() as memory, KernelWorkspace():
             output = attention(*tensors)

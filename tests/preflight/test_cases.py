@@ -28,6 +28,9 @@ def test_cases_to_try() -> None:
     assert kept == [(False, False), (False, False), (True, False), (True, True)] * 2
     assert [settings.keep_mlp for settings in tried] == [False, True, False, True] * 2
     assert [settings.head_groups for settings in tried] == [1] * 7 + [2]
+    assert [settings.layer_chunks for settings in tried] == [1, 1, 4, 16] * 2
+    # In each of 16 chunks of a layer three of the MLP.
+    assert [case.min_tokens() for case in cases[:4]] == [4, 16, 48, 256]
 
 
 def settings_to_try(**mst: Any) -> list[Settings]:
@@ -44,6 +47,7 @@ def test_settings_that_the_json_rules_out_are_not_tried() -> None:
     ]
     assert not any(settings.recompute for settings in tried)
     assert not any(settings.keep_attention or settings.offload_activations for settings in tried)
+    assert {settings.layer_chunks for settings in tried} == {1}
     assert all(settings.recompute for settings in settings_to_try(recompute=True))
     kept = settings_to_try(keep_mlp=True)
     assert all(settings.keep_mlp for settings in kept)
@@ -51,7 +55,9 @@ def test_settings_that_the_json_rules_out_are_not_tried() -> None:
     assert not any(settings.keep_mlp for settings in settings_to_try(keep_mlp=False))
     without_chunks = Settings(recompute=True, keep_attention=True)
     of_two = replace(without_chunks, sp_size=2)
-    assert settings_to_try(loss_chunks=1, mlp_chunks=1, sp_size=2, keep_attention=True, offload_activations=False) == [
+    assert settings_to_try(
+        layer_chunks=1, loss_chunks=1, mlp_chunks=1, sp_size=2, keep_attention=True, offload_activations=False
+    ) == [
         without_chunks,
         replace(without_chunks, keep_mlp=True),
         of_two,
@@ -60,3 +66,6 @@ def test_settings_that_the_json_rules_out_are_not_tried() -> None:
     ]
     # Numbers of the user stand for any above 1, as those that are tried do.
     assert {settings.mlp_chunks for settings in settings_to_try(mlp_chunks=7)} == {1, 4, 64}
+    streamed = settings_to_try(layer_chunks=7)
+    assert {settings.layer_chunks for settings in streamed} == {1, 4, 16}
+    assert all(settings.recompute for settings in streamed)

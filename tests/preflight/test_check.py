@@ -22,16 +22,20 @@ import mst_ds.patching.apply
 import mst_ds.patching.causal_lm
 import mst_ds.patching.decoder
 import mst_ds.patching.operators
+import mst_ds.recompute
 import mst_ds.sequence_parallel.all_to_all
+import mst_ds.sequence_parallel.carried_keys
 import mst_ds.structure.mlps
 from mst_ds.planner import make_plan
 from mst_ds.preflight import Case, Check, check_model, require_exact
 from mst_ds.preflight.errors import TOLERANCE
-from mst_ds.sequence_parallel import ATTENTION_NAME
+from mst_ds.sequence_parallel import ATTENTION_NAME, register_attention
 from mst_ds.settings import Settings
 
 PACKED = Case(Settings(sp_size=2, mlp_chunks=3, loss_chunks=3, recompute=True), packed=True)
 ONE_RANK = replace(PACKED, settings=replace(PACKED.settings, sp_size=1))
+STREAMED = replace(PACKED, settings=replace(PACKED.settings, layer_chunks=3))
+ALL_KEPT = replace(STREAMED, settings=replace(STREAMED.settings, keep_attention=True, keep_mlp=True))
 LLAMA = {"num_attention_heads": 8, "num_key_value_heads": 2}
 
 
@@ -108,16 +112,37 @@ def test_scaled_gradient_of_the_last_hidden_states(monkeypatch: pytest.MonkeyPat
     assert said == "lm_head: the gradient of its input is off by 1.0e-03 (relative)"
 
 
-def test_scaled_gradient_inside_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("case", [PACKED, STREAMED, ALL_KEPT], ids=str)
+def test_scaled_gradient_inside_attention(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tied weight is off as well, since what reaches the embeddings is: that is not the head's doing."""
+    register_attention()
     right = ALL_ATTENTION_FUNCTIONS[ATTENTION_NAME]
 
     def of_the_query(module: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
         return right(module, with_scaled_gradient(query, 1.001), *args, **kwargs)
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, ATTENTION_NAME, of_the_query)
-    said = defect(PACKED, tie_word_embeddings=True)
+    said = defect(case, tie_word_embeddings=True)
     assert said.startswith("model.layers.1.self_attn: the gradient of its input is off by ")
+
+
+@pytest.mark.parametrize("case", [STREAMED, ALL_KEPT], ids=str)
+def test_gradients_of_earlier_keys_are_lost(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What only several chunks can have wrong."""
+    monkeypatch.setattr(mst_ds.sequence_parallel.carried_keys.CarriedKeys, "add", lambda self, tokens, *grads: None)
+    assert defect(case).startswith("model.layers.1.self_attn: the gradient of its input is off by ")
+    one_chunk = replace(case, settings=replace(case.settings, layer_chunks=1))
+    assert check(one_chunk).is_exact
+
+
+def test_what_is_kept_comes_back_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What only a layer that is computed again can have wrong."""
+    right = mst_ds.recompute.KeptOnDevice.take
+    monkeypatch.setattr(mst_ds.recompute.KeptOnDevice, "take", lambda self: right(self) * 1.001)
+    assert defect(STREAMED).startswith("model.layers.1.")
+    without = replace(STREAMED, settings=replace(STREAMED.settings, recompute=False, layer_chunks=1))
+    monkeypatch.setattr(mst_ds.recompute.KeptOnDevice, "take", right)
+    assert check(without).is_exact
 
 
 def test_scaled_gradient_of_experts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,7 +314,8 @@ def test_a_defect_weighs_more_than_a_refusal(monkeypatch: pytest.MonkeyPatch) ->
     refused = Check(ONE_RANK, refusal="too early")
     assert replace(report, checks=(refused, *report.checks)).verdict == (
         "LlamaForCausalLM is not exact: model.layers.1.mlp: the gradient of its down_proj.weight is off by 1.0e-03 "
-        "(relative), at sp_size 2, mlp_chunks 3, loss_chunks 3, recompute, head_groups 1, attention sdpa, packed"
+        "(relative), at sp_size 2, layer_chunks 1, mlp_chunks 3, loss_chunks 3, recompute, head_groups 1, "
+        "attention sdpa, packed"
     )
 
 
@@ -336,6 +362,6 @@ def test_a_run_is_refused_before_it_starts(packed: bool, monkeypatch: pytest.Mon
     scale_down_projection(monkeypatch)
     assert refusal(lambda: require_exact(config(), plan.settings, packed=packed)) == (
         "preflight: LlamaForCausalLM is not exact: model.layers.1.mlp: the gradient of its down_proj.weight is off by "
-        "1.0e-03 (relative), at sp_size 2, mlp_chunks 3, loss_chunks 1, recompute, keep_attention, keep_mlp, "
-        "head_groups 1, attention sdpa, " + ("packed" if packed else "padded")
+        "1.0e-03 (relative), at sp_size 2, layer_chunks 1, mlp_chunks 3, loss_chunks 1, recompute, keep_attention, "
+        "keep_mlp, head_groups 1, attention sdpa, " + ("packed" if packed else "padded")
     )

@@ -55,9 +55,9 @@ def test_llama_is_exact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     rows = [line for line in table if "sp_size" in line and "exact" in line]
     assert len(rows) == 8
     for words, count in (
-        ("sp_size 1, mlp_chunks 1,", 1),
-        ("sp_size 1, mlp_chunks 64,", 1),
-        ("sp_size 2, mlp_chunks 4,", 2),
+        ("sp_size 1, layer_chunks 1,", 2),
+        ("sp_size 1, layer_chunks 16,", 1),
+        ("sp_size 2, layer_chunks 4,", 1),
     ):
         assert sum(words in line for line in rows) == count
 

@@ -7,21 +7,23 @@ import torch
 
 from mst_ds.preflight.sequences import Documents
 from mst_ds.preflight.shrink import ORIGINAL_POSITIONS
+from mst_ds.token_layout import TokenLayout
 
 KINDS = {"packed": Documents.packed(41, 50), "padded": Documents.padded(41, 50)}
 
 
-def whole(documents: Documents, sp_size: int = 1) -> dict[str, torch.Tensor]:
+def whole(documents: Documents, sp_size: int = 1, chunks: int = 1) -> dict[str, torch.Tensor]:
     """The shards of all ranks put together."""
-    shards = [documents.shard(rank, sp_size) for rank in range(sp_size)]
-    return {name: torch.cat([shard[name] for shard in shards], dim=1) for name in shards[0]}
+    layout = TokenLayout(sp_size, chunks)
+    shards = [documents.shard(rank, layout) for rank in range(sp_size)]
+    return {name: layout.join([shard[name] for shard in shards], dim=1) for name in shards[0]}
 
 
-@pytest.mark.parametrize("sp_size", [1, 2, 3])
+@pytest.mark.parametrize(("sp_size", "chunks"), [(1, 1), (2, 1), (3, 1), (2, 3), (3, 2)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_tokens_and_targets(kind: str, sp_size: int) -> None:
+def test_the_same_tokens_and_targets(kind: str, sp_size: int, chunks: int) -> None:
     documents = KINDS[kind]
-    batch, rows = whole(documents, sp_size), documents.as_rows()
+    batch, rows = whole(documents, sp_size, chunks), documents.as_rows()
     assert batch["input_ids"].shape == (documents.batch_size, -(-41 // sp_size) * sp_size)
     assert torch.equal(documents.tokens_of_batch(batch["input_ids"]), documents.tokens_of_rows(rows["input_ids"]))
     # transformers predicts label t + 1 from token t.

@@ -10,36 +10,51 @@ from dense_attention import dense_attention, heads
 
 from mst_ds.attention import AttentionSpec, CausalAttention, Documents
 from mst_ds.geometry import HeadLayout
+from mst_ds.layer_stream import LayerStream, StreamedLayer
 from mst_ds.memory.live import LiveMemory
-from mst_ds.recompute import HostStore, LayerRecompute
+from mst_ds.recompute import HostStore
 from mst_ds.sequence_parallel import run_simulated
+from mst_ds.sequence_parallel.head_exchange import HeadExchange
 from mst_ds.sequence_parallel.sequence_attention import SequenceAttention
+from mst_ds.token_layout import TokenLayout
 
 LENGTH, SCALING = 36, 0.3
 # Both rows have other documents; shards of 18 or 12 meet inside of documents.
 STARTS = [[0, 7, 25], [0, 31]]
 
 
-def on_shards(tensors, sinks, grad_output, sp_size, head_groups, make_recompute=None, starts=None, window=None):
-    """Output and gradients of the whole sequence; each rank has a `make_recompute()` of its own, None means none."""
-    layout = HeadLayout(tensors[0].shape[1], tensors[1].shape[1], sp_size, head_groups)
+class Layer(torch.nn.Module):
+    """Of queries, keys and values, (B, L, heads, D) each."""
+
+    def __init__(self, attention, stream, sinks):
+        super().__init__()
+        self.attention, self.stream, self.sinks = attention, stream, sinks
+
+    def forward(self, *tensors):
+        return self.attention(*(t.transpose(1, 2) for t in tensors), self.sinks, stream=self.stream) * 1
+
+
+def on_shards(tensors, sinks, grad_output, sp_size, head_groups, make_stream=None, starts=None, window=None):
+    """Output and gradients of the whole sequence; each rank has a `make_stream()` of its own, None means none."""
+    heads_of_ranks = HeadLayout(tensors[0].shape[1], tensors[1].shape[1], sp_size, head_groups)
+    layout = TokenLayout(sp_size, 1 if make_stream is None else make_stream().chunks)
 
     def run(group):
         whole = CausalAttention("sdpa", Documents(starts)), AttentionSpec(SCALING, window=window)
-        part = [t.detach().chunk(sp_size, dim=2)[group.rank].clone().requires_grad_() for t in tensors]
-        own_sinks = None if sinks is None else sinks.detach().clone().requires_grad_()
-        attention = SequenceAttention(*whole, None if sp_size == 1 else group, layout)
-        if make_recompute is None:
+        part = [layout.split(t.detach(), dim=2)[group.rank].clone().requires_grad_() for t in tensors]
+        own_sinks = None if sinks is None else torch.nn.Parameter(sinks.detach().clone())
+        attention = SequenceAttention(*whole, HeadExchange(None if sp_size == 1 else group, heads_of_ranks))
+        if make_stream is None:
             output = attention(*part, own_sinks)
         else:
-            recompute = make_recompute()
-            output = recompute.run_layer(lambda *given: attention(*given, recompute=recompute) * 1, *part, own_sinks)
-        output.backward(grad_output.chunk(sp_size, dim=1)[group.rank])
+            stream = make_stream()
+            output = StreamedLayer(stream, Layer(attention, stream, own_sinks))(*(t.transpose(1, 2) for t in part))
+        output.backward(layout.split(grad_output, dim=1)[group.rank])
         return [output.detach(), *(t.grad for t in part)], None if sinks is None else own_sinks.grad
 
     results = run_simulated(run, sp_size)
     found = [
-        torch.cat(parts, dim=dim)
+        layout.join(parts, dim=dim)
         for dim, parts in zip((1, 2, 2, 2), zip(*(r[0] for r in results), strict=True), strict=True)
     ]
     return found if sinks is None else [*found, sum(r[1] for r in results)]
@@ -96,18 +111,21 @@ def test_values_of_another_width():
     assert_exact(on_shards(*given, 2, 3), on_the_whole(*given))
 
 
+# One chunk; three, whose borders are inside documents.
+@pytest.mark.parametrize("chunks", [1, 3])
 @pytest.mark.parametrize("offload", [False, True], ids=["device", "host"])
 @pytest.mark.parametrize("keep", [False, True], ids=["again", "kept"])
 @pytest.mark.parametrize(("sp_size", "head_groups"), [(1, 1), (2, 1), (2, 3)])
-@pytest.mark.parametrize("sinks", [False, True], ids=["no sinks", "sinks"])
-def test_in_a_layer_that_is_computed_again(sinks, sp_size, head_groups, keep, offload):
-    given = case(9, 3, sinks=sinks)
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_a_layer_that_is_computed_again(kind, sp_size, head_groups, keep, offload, chunks):
+    # Sinks where there is no window; every kind has them once in the tests above.
+    given = case(9, 3, sinks=kind == "documents")
 
-    def make_recompute():
-        return LayerRecompute(keep_attention=keep, store=HostStore() if offload else None)
+    def make_stream():
+        return LayerStream(chunks=chunks, keep_attention=keep, store=HostStore() if offload else None)
 
-    found = on_shards(*given, sp_size, head_groups, make_recompute, starts=STARTS)
-    assert_exact(found, on_the_whole(*given, starts=STARTS))
+    found = on_shards(*given, sp_size, head_groups, make_stream, **KINDS[kind])
+    assert_exact(found, on_the_whole(*given, **KINDS[kind]))
 
 
 def peaks(head_groups, sp_size=2, num_heads=8, length=256, dim=16):
@@ -122,7 +140,7 @@ def peaks(head_groups, sp_size=2, num_heads=8, length=256, dim=16):
         # The meter is this thread's own; the other rank's tensors it does not see.
         memory = LiveMemory()
         with memory if group.rank == 0 else nullcontext():
-            output = SequenceAttention(*whole, group, attention_of)(*leaves)
+            output = SequenceAttention(*whole, HeadExchange(group, attention_of))(*leaves)
             group.all_gather(torch.zeros(()))  # a simulated group holds what was exchanged last
             forward, kept = memory.peak, memory.live
             memory.reset_peak()

@@ -220,6 +220,10 @@ def refusals(rank: int) -> dict[str, str]:
             model(input_ids=ids, **arguments)
         except ValueError as error:
             messages[name] = str(error)
+    try:
+        apply_settings(tiny_llama(), tiny_settings(topology.sp_size, layer_chunks=2 + rank))
+    except ValueError as error:
+        messages["other chunks"] = str(error)
     return messages
 
 
@@ -229,6 +233,7 @@ def test_what_a_shard_cannot_do_is_refused() -> None:
         assert "num_items_in_batch" in messages["no count"]
         assert "shift_labels must be -100 where attention_mask is 0" in messages["padding"]
         assert "cannot generate" in messages["cache"]
+        assert 'set layer_chunks in the "mst" block' in messages["other chunks"]
 
 
 @pytest.mark.parametrize(
