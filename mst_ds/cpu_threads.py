@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, MutableMapping, Sequence, Set
 from fractions import Fraction
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -16,12 +17,14 @@ _PLACES = ("OMP_PLACES", "GOMP_CPU_AFFINITY")
 _BINDS = "OMP_PROC_BIND"
 
 
-def cores_of_ranks(ranks: range) -> list[Set[int]]:
-    """The cores that each of these ranks may run on. A collective call of all ranks, whichever they ask for."""
-    own = os.sched_getaffinity(0)
-    of_world: list[Set[int]] = [own] * dist.get_world_size()
+def cores_of_node() -> list[Set[int]]:
+    """The cores that each rank of this node may run on. A collective call of all ranks."""
+    # Of the kernel that runs, whose cores containers share. Not every launcher numbers the ranks of a node in a row.
+    node = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+    own = node, os.sched_getaffinity(0)
+    of_world: list[tuple[str, Set[int]]] = [own] * dist.get_world_size()
     dist.all_gather_object(of_world, own)
-    return of_world[ranks.start : ranks.stop]
+    return [cores for other, cores in of_world if other == node]
 
 
 def share_cores(of_node: Sequence[Set[int]], environment: MutableMapping[str, str] = os.environ) -> None:

@@ -13,8 +13,7 @@ import pytest
 import torch
 from distributed import run_ranks
 
-from mst_ds.cpu_threads import cores_of_ranks, share_cores
-from mst_ds.engine import Launch
+from mst_ds.cpu_threads import cores_of_node, share_cores
 
 SOURCE = """
 #include <omp.h>
@@ -93,10 +92,18 @@ def test_a_core_is_shared_by_the_ranks_that_may_run_on_it(monkeypatch: pytest.Mo
 
 
 def bound_cores(rank: int) -> list[Any]:
-    """On two nodes of one rank each, and on one node of two."""
-    with patch.object(os, "sched_getaffinity", lambda pid: {10 + rank}):
-        return [cores_of_ranks(Launch(rank, 2, rank % of_node, of_node).ranks_of_node) for of_node in (1, 2)]
+    """On one node, and on two whose ranks a launcher has not numbered in a row."""
+    nodes = ["alone"] * 3, ["even", "odd", "even"]
+    found = []
+    for of_ranks in nodes:
+        with (
+            patch.object(os, "sched_getaffinity", lambda pid: {10 + rank}),
+            patch.object(Path, "read_text", lambda path, encoding, of_ranks=of_ranks: of_ranks[rank]),
+        ):
+            found.append(cores_of_node())
+    return found
 
 
 def test_ranks_tell_their_neighbours_where_they_may_run() -> None:
-    assert run_ranks(bound_cores, 2) == [[[{10}], [{10}, {11}]], [[{11}], [{10}, {11}]]]
+    everywhere, even = [{10}, {11}, {12}], [{10}, {12}]
+    assert run_ranks(bound_cores, 3) == [[everywhere, even], [everywhere, [{11}]], [everywhere, even]]

@@ -13,7 +13,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from mst_ds.adapters import add_adapters, model_on_meta
 from mst_ds.checkpoint import load_checkpoint, universal_setting
-from mst_ds.cpu_threads import cores_of_ranks, share_cores
+from mst_ds.cpu_threads import cores_of_node, share_cores
 from mst_ds.engine.hardware import has_accelerator
 from mst_ds.engine.optimizer import adamw, schedule
 from mst_ds.engine.run import Run
@@ -37,7 +37,7 @@ def build_engine(run: Run) -> DeepSpeedEngine:
     apply_plan(model, run.plan)
     zero = run.request.work.zero
     if has_accelerator() and zero.offloads_optimizer:
-        share_cores(cores_of_ranks(run.launch.ranks_of_node))
+        share_cores(cores_of_node())
     has_own_optimizer, has_own_schedule = (has_block(run.ds_config, name) for name in ("optimizer", "scheduler"))
     engine, *_ = deepspeed.initialize(
         model=model,

@@ -19,12 +19,6 @@ class Launch:
     local_rank: int
     local_world_size: int
 
-    @property
-    def ranks_of_node(self) -> range:
-        """Launchers number the ranks of a node one after another."""
-        first = self.rank - self.local_rank
-        return range(first, first + self.local_world_size)
-
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Launch:
         """Read the variables of DeepSpeed's launcher or torchrun; without any, a single process.

@@ -129,7 +129,7 @@ def test_the_kernel_for_a_device(
         (OLD_CUDNN, {}, "Cudnn"),
         (OLD_CUDNN, {"keys": 255}, "TorchFlash"),
         (A100, {}, "TorchFlash"),
-        (RTX_4090, {"width": 256}, "Efficient"),
+        (RTX_4090, {"width": 208}, "Efficient"),
     ],
     ids=str,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,9 +13,12 @@ from steps import alone, build_engine, train, zero_block
 from tiny import tiny_llama
 
 from mst_ds import GIB, Plan, apply_plan, make_plan
+from mst_ds.config import TrainConfig
 from mst_ds.data import shard
+from mst_ds.engine import Launch, meet, prepare
+from mst_ds.gpus import gpu_by_name
 from mst_ds.model_shape import load_config_of_shape
-from mst_ds.planner import longest_seq_len
+from mst_ds.planner import Request, longest_seq_len
 
 SEQ_LEN, STEPS = 2048, 2
 DIMENSIONS = {"intermediate_size": 512, "max_position_embeddings": SEQ_LEN}
@@ -62,7 +66,8 @@ def train_on_unequal_ranks(rank: int) -> tuple[int, Any]:
     plan = unequal_plan(rank)
     model = apply_plan(tiny_llama(**DIMENSIONS), plan)
     engine = build_engine(model, zero_optimization=zero_block(3))
-    batch = shard({"input_ids": tokens(), "labels": tokens()}, plan.topology)
+    batch = {"input_ids": tokens(), "labels": tokens()}
+    batch = shard(batch, plan.topology, layer_chunks=plan.settings.layer_chunks)
     outcome = train(engine, [batch], STEPS)
     engine.destroy()
     return plan.settings.loss_chunks, outcome
@@ -81,3 +86,24 @@ def test_ranks_with_their_own_chunk_counts_train_exactly() -> None:
     assert first.losses[0] == pytest.approx(float(expected.pop("loss")), rel=TOLERANCE)
     assert_close(first.gradients, expected, TOLERANCE)
     assert first.losses[1] < first.losses[0]
+
+
+def requests_before_and_after_meeting(rank: int) -> list[Request]:
+    """Of a rank with an H100 and a large host, and one with an A100, which is as large, and a small host."""
+    gpu, host_memory = [(gpu_by_name("H100"), 200 * GIB), (gpu_by_name("A100-80GB"), 100 * GIB)][rank]
+    found = {"rank_gpu": gpu, "rank_capability": gpu.capability, "rank_host_memory": host_memory}
+    found["rank_device_memory"] = gpu.memory
+    with (
+        patch.multiple("mst_ds.engine.preparation", **{name: lambda launch, x=x: x for name, x in found.items()}),
+        patch.dict("os.environ", TORCHELASTIC_USE_AGENT_STORE="True"),  # the ranks have met
+    ):
+        run = prepare(TrainConfig(seq_len=2048), Launch(rank, 2, rank, 2))
+        return [run.request, meet(run).request]
+
+
+def test_ranks_choose_for_the_slowest_device_and_the_smallest_host() -> None:
+    (before, after), (other_before, other_after) = run_ranks(requests_before_and_after_meeting, 2)
+    assert before != other_before
+    assert after.work == other_after.work == other_before.work
+    assert after.rates == other_after.rates == gpu_by_name("A100-80GB")
+    assert after.host_memory == other_after.host_memory == 100 * GIB
