@@ -77,9 +77,12 @@ def errors_of_the_plain_layer(name):
     return errors(name, copy.deepcopy(one_layer(name)))
 
 
-@pytest.mark.parametrize("layer_chunks", [4, 64])
+OF_QWEN3, OF_GPT_OSS = ("qwen3", 2 + 2 + 2 + 4 + 4 + 3), ("gpt-oss", 2 + 2 + 1 + 4 + 4 + 2 + 4)
+
+
 @pytest.mark.parametrize(
-    ("name", "tensors"), [("qwen3", 2 + 2 + 2 + 4 + 4 + 3), ("gpt-oss", 2 + 2 + 1 + 4 + 4 + 2 + 4)]
+    ("name", "tensors", "layer_chunks"),
+    [(*OF_QWEN3, 4), (*OF_QWEN3, 64), (*OF_GPT_OSS, 4), pytest.param(*OF_GPT_OSS, 64, marks=pytest.mark.slow)],
 )
 def test_error_budget_of_every_parameter(name, tensors, layer_chunks):
     settings = tiny_settings(layer_chunks=layer_chunks, mlp_chunks=1, keep_attention=True)
