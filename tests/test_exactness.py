@@ -223,6 +223,7 @@ def test_what_is_exchanged_does_not_grow_with_chunks() -> None:
         of_settings.append(one)
     kept, again = of_settings
     assert kept["gathers"] < again["gathers"], "both settings gather everything at once"
+    assert kept["gathered bytes"] < again["gathered bytes"], "no backward gathers what the forward has dropped"
     assert kept["exchanged bytes"] < again["exchanged bytes"], "attention is run once with both settings"
 
 
