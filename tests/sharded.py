@@ -13,23 +13,31 @@ from torch import Tensor
 
 from mst_ds import apply_settings
 from mst_ds.data import Batch, shard
+from mst_ds.document_table import document_table
 from mst_ds.sequence_parallel import SequenceGroup, run_simulated
+from mst_ds.token_layout import TokenLayout
 from mst_ds.topology import Topology
 
 
 def plain_shards(batch: Mapping[str, Tensor], sp_size: int, layer_chunks: int = 1) -> list[Batch]:
     """Equal parts of each chunk of a length that `sp_size` divides, with their targets, and none of the package's
-    code."""
+    code, but for the table of documents that several chunks need."""
     tensors = dict(batch)
     tensors["shift_labels"] = shift(tensors.pop("labels"), batch.get("position_ids"), batch.get("attention_mask"))
     length = tensors["shift_labels"].shape[1] // sp_size
-    assert length >= 4 * layer_chunks  # else there are fewer
+    if layer_chunks > 1:
+        assert length >= 4 * layer_chunks  # else there are fewer
+        tensors.setdefault("position_ids", torch.arange(sp_size * length).expand_as(tensors["shift_labels"]))
     chunks = [sp_size * len(chunk) for chunk in torch.arange(length).tensor_split(layer_chunks)]
     parts = {}
     for name, tensor in tensors.items():
         of_chunks = [stretch.chunk(sp_size, dim=1) for stretch in tensor.split(chunks, dim=1)]
         parts[name] = [torch.cat(of_rank, dim=1) for of_rank in zip(*of_chunks, strict=True)]
-    return [{name: of_ranks[rank] for name, of_ranks in parts.items()} for rank in range(sp_size)]
+    shards = [{name: of_ranks[rank] for name, of_ranks in parts.items()} for rank in range(sp_size)]
+    if layer_chunks > 1:
+        table = document_table(tensors["position_ids"], batch.get("attention_mask"), TokenLayout(sp_size, layer_chunks))
+        shards = [{**each, "document_table": table} for each in shards]
+    return shards
 
 
 def shards_of_a_run(batch: Mapping[str, Tensor], sp_size: int, layer_chunks: int = 1) -> list[Batch]:

@@ -67,7 +67,8 @@ def build_engine(
 def zero_block(stage: int, *, keep_gathered: bool = False, **settings: Any) -> dict[str, Any]:
     """The ZeRO block of a configuration. At stage 3 every parameter, also a small one, is gathered for the module that
     runs, and dropped after it, as in a model that fills its memory, unless `keep_gathered`."""
-    drops = {} if keep_gathered else {"stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0}
+    names = "stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance"
+    drops = {} if keep_gathered else dict.fromkeys(names, 0)
     return {"stage": stage, "stage3_param_persistence_threshold": 0, **drops, **settings}
 
 

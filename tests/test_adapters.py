@@ -253,10 +253,11 @@ def train_under_zero(rank: int, stage: int) -> dict[str, Outcome]:
     topology, outcomes = Topology(rank, 2, 2), {}
     for case in ENGINE_CASES:
         model = fp32_adapted(case)
-        settings = tiny_settings(topology.sp_size, mlp_chunks=2 + 3 * rank, loss_chunks=1 + 2 * rank)
+        chunks = {"mlp_chunks": 2 + 3 * rank, "loss_chunks": 1 + 2 * rank, "layer_chunks": 4}
+        settings = tiny_settings(topology.sp_size, **chunks)
         apply_settings(model, settings, zero_stage=stage)
         engine = build_engine(model, zero_optimization=zero_block(stage))
-        outcomes[case] = train(engine, [shard(samples(2, SEQ_LEN), topology)], steps=2)
+        outcomes[case] = train(engine, [shard(samples(2, SEQ_LEN), topology, layer_chunks=4)], steps=2)
         engine.destroy()
     return outcomes
 

@@ -55,7 +55,7 @@ def train_sharded(
     )
     first = topology.dp_rank * micro_batches * per_micro_batch
     shards = [
-        shard(rows(data, range(start, start + per_micro_batch)), topology)
+        shard(rows(data, range(start, start + per_micro_batch)), topology, layer_chunks=settings.get("layer_chunks", 1))
         for start in range(first, first + micro_batches * per_micro_batch, per_micro_batch)
     ]
     outcome = train(engine, shards, STEPS)
@@ -69,7 +69,8 @@ def every_stage(rank: int, world_size: int, sp_size: int, batch_size: int) -> di
     for stage, reduce_scatter in itertools.product(range(4), (True, False)):
         if stage == 0 and not reduce_scatter:
             continue  # ZeRO-0 has no such setting
-        recompute = stage % 2 == 1
+        # Every stage by chunks of a layer, and as many as its group has; those without reduce-scatter keep everything.
+        streamed = {"layer_chunks": 4 * (1 + topology.dp_rank), "keep_attention": stage % 2 == 1}
         outcomes[f"ZeRO-{stage} reduce_scatter={reduce_scatter}"] = train_sharded(
             topology,
             batch_size=batch_size,
@@ -77,12 +78,12 @@ def every_stage(rank: int, world_size: int, sp_size: int, batch_size: int) -> di
             reduce_scatter=reduce_scatter,
             mlp_chunks=2 + 3 * rank,
             loss_chunks=1 + 2 * rank,
-            recompute=recompute,
-            keep_attention=recompute and reduce_scatter,
-            offload_activations=stage == 3,
+            recompute=reduce_scatter,
+            offload_activations=reduce_scatter and stage == 3,
             # Nothing waits for it, so that ranks may differ in this too.
             keep_mlp=rank % 2 == 0,
             head_groups=1 + stage % 2,
+            **(streamed if reduce_scatter else {}),
         )
     return outcomes
 
@@ -97,7 +98,8 @@ def assert_exact(candidate: Outcome, reference: Outcome, setting: str = "") -> N
 @pytest.mark.parametrize("mesh", slow_but_for([(2, 2)], [(1, 1), (2, 2), (2, 1), (4, 4), (4, 2)]), ids=str)
 def test_every_zero_stage_trains_as_one_process(mesh: tuple[int, int]) -> None:
     world_size, sp_size = mesh
-    # peers.md rows 5 and 6: chunk counts differ from rank to rank, and no stage scales gradients by sp.
+    # peers.md rows 5 and 6: chunk counts differ from rank to rank, and no stage scales gradients by sp. Those of layers
+    # differ from sequence to sequence.
     batch_size = 2 * (world_size // sp_size)
     reference = plain_training(tiny_llama(), samples(batch_size, SEQ_LEN), STEPS)
     outcomes = run_ranks(every_stage, world_size, world_size, sp_size, batch_size)
@@ -173,8 +175,8 @@ def test_heads_that_sp_does_not_divide(sp_size: int) -> None:
     assert_exact(run_ranks(nine_heads, sp_size, sp_size)[0], reference)
 
 
-class AllGathers(TorchDispatchMode):
-    """Counts the all-gathers of a step, and the bytes that they bring."""
+class Exchanges(TorchDispatchMode):
+    """Counts the all-gathers of a step, and the bytes that they and all-to-alls bring."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,37 +184,47 @@ class AllGathers(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d" and "allgather" in func._opname:
-            self.seen["calls"] += 1
+            self.seen["gathers"] += 1
             outputs = args[0] if isinstance(args[0], list | tuple) else [args[0]]
             flat = itertools.chain.from_iterable(x if isinstance(x, list | tuple) else [x] for x in outputs)
-            self.seen["bytes"] += sum(tensor.nbytes for tensor in flat)
+            self.seen["gathered bytes"] += sum(tensor.nbytes for tensor in flat)
+        elif func.namespace == "c10d" and "alltoall" in func._opname:
+            self.seen["exchanged bytes"] += args[0].nbytes
         return func(*args, **(kwargs or {}))
 
 
-def gathers_per_step(rank: int) -> list[dict[str, int]]:
+def exchanged_per_step(rank: int, keep_gathered: bool, keep_attention: bool) -> list[dict[str, int]]:
     from mst_ds.training.loop import train_step
 
     topology = Topology(rank, 2, 2)
     counts = []
-    for keep_gathered, chunks in itertools.product((True, False), (1, 4, 16)):
-        model = patched_llama(topology, 3, mlp_chunks=chunks, loss_chunks=chunks)
+    for chunks in (1, 4, 16):
+        settings = {"layer_chunks": chunks, "mlp_chunks": chunks, "loss_chunks": chunks}
+        model = patched_llama(topology, 3, keep_attention=keep_attention, **settings)
         engine = build_engine(model, zero_optimization=zero_block(3, keep_gathered=keep_gathered))
-        batch = shard(samples(1, SEQ_LEN), topology)
+        batch = shard(samples(1, SEQ_LEN), topology, layer_chunks=chunks)
         train_step(engine, [batch])  # the first step traces the order of the parameters
-        with AllGathers() as gathers:
+        with Exchanges() as exchanges:
             train_step(engine, [batch])
-        counts.append(dict(gathers.seen))
+        counts.append(dict(exchanges.seen))
         engine.destroy()
     return counts
 
 
-def test_all_gathers_do_not_grow_with_chunks() -> None:
-    counts = run_ranks(gathers_per_step, 2)[0]
+def test_what_is_exchanged_does_not_grow_with_chunks() -> None:
+    """All-gathers by number and bytes, and bytes of all-to-alls."""
     parameter_bytes = sum(parameter.nbytes for parameter in tiny_llama().parameters())
-    for one, four, sixteen in (counts[:3], counts[3:]):
-        assert one["bytes"] >= parameter_bytes, "the meter saw no gathered parameters"
+    of_settings = []
+    for keep in (True, False):
+        one, four, sixteen = run_ranks(exchanged_per_step, 2, keep, keep)[0]
+        assert one["gathered bytes"] >= parameter_bytes, "the meter saw no gathered parameters"
+        assert one["exchanged bytes"] > 0, "the meter saw no all-to-all"
         assert one == four == sixteen
-    assert counts[0]["calls"] < counts[3]["calls"], "both settings gather everything at once"
+        of_settings.append(one)
+    kept, again = of_settings
+    assert kept["gathers"] < again["gathers"], "both settings gather everything at once"
+    assert kept["gathered bytes"] < again["gathered bytes"], "no backward gathers what the forward has dropped"
+    assert kept["exchanged bytes"] < again["exchanged bytes"], "attention is run once with both settings"
 
 
 def evaluate_sharded(rank: int) -> float:

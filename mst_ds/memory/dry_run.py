@@ -141,7 +141,8 @@ class KernelWorkspace(TorchDispatchMode):
 def as_on_an_accelerator(capability: tuple[int, int] | None = None) -> Iterator[None]:
     """Products of 16 bits are summed in fp32 without copies, elementwise work takes chunks as large as there, flash
     attention runs where it has a kernel; and positions, which have no values, begin no documents."""
-    no_documents = {"find_document_starts": lambda *_: None, "document_lengths": lambda *_: None}
+    said_and_found = ("take_document_starts", "find_document_starts", "document_lengths")
+    no_documents: dict[str, Any] = dict.fromkeys(said_and_found, lambda *_: None)
     no_copies = {"products_in_fp32": lambda *_: chunks.ProductsInFp32(added=True, alone=True)}
     with (
         _replaced(decoder, **no_documents),

@@ -167,23 +167,24 @@ def _find_documents(
     """Positions in the whole sequence, None where they tell nothing new, and where documents begin. Rotary embeddings
     that depend on how long these are get to know it."""
     group, lengths, are_given = patched.group, patched.document_lengths, positions is not None
-    layer_chunks = patched.settings.layer_chunks
     if told is not None and told.lengths is not None:
         # Nothing is exchanged or read from the device: every rank has the table of the whole sequence.
         if lengths is not None:
-            lengths.of_tokens = lengths_of_tokens(told.starts, told.lengths, told.length, group, layer_chunks)
+            lengths.of_tokens = lengths_of_tokens(
+                told.starts, told.lengths, told.length, group, patched.settings.layer_chunks
+            )
         return positions, told.separate_starts
     if not are_given and (group is not None or mask is not None or lengths is not None):
         batch, length = inputs.shape[:2]
         rank = 0 if group is None else group.rank
         positions = patched.token_layout.positions(rank, length, inputs.device).expand(batch, -1)
     # On a shard always: another rank may have padding, and this is a collective call.
-    starts = None if positions is None else find_document_starts(positions, mask, group, layer_chunks)
+    starts = None if positions is None else find_document_starts(positions, mask, group)
     if lengths is not None:
         if not are_given:
             # A document is no longer for padding before it.
-            positions = positions_in_documents(positions, starts, group, layer_chunks)
-        lengths.of_tokens = document_lengths(positions, mask, starts, group, layer_chunks)
+            positions = positions_in_documents(positions, starts, group)
+        lengths.of_tokens = document_lengths(positions, mask, starts, group)
     return positions, starts
 
 

@@ -14,6 +14,7 @@ from mst_ds.document_table import rows_of_table
 from mst_ds.token_layout import TokenLayout
 
 TABLE = "document_table"
+_MAKE_SHARDS = "mst_ds.data.shard(batch, plan.topology, layer_chunks=plan.settings.layer_chunks)"
 _LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k")
 _LONGEST = ("max_length_q", "max_length_k")
 
@@ -86,7 +87,8 @@ def take_document_starts(kwargs: dict[str, Any], batch: int, length: int, layout
         batch: B, length: L, layout: of the plan's shards.
 
     Raises:
-        ValueError: they contradict each other or the batch, or the sequence is sharded, or was for another plan.
+        ValueError: they contradict each other or the batch, or the sequence is sharded, or was for another plan, or
+            nothing says how.
     """
     table = kwargs.pop(TABLE, None)
     taken = {name: kwargs.pop(name, None) for name in (*_LENGTHS, *_LONGEST, "seq_idx")}
@@ -96,6 +98,13 @@ def take_document_starts(kwargs: dict[str, Any], batch: int, length: int, layout
             others = f", and without {', '.join(taken)}" if taken else ""
             raise ValueError(f"{TABLE} goes with the position_ids of which it was made{others}")
         return _from_table(table, batch, length, layout)
+    if layout.sp_size > 1 and layout.chunks > 1:
+        # Consecutive tokens have the same shape, and would be silently wrong.
+        raise ValueError(
+            f"with sp_size {layout.sp_size} and layer_chunks {layout.chunks} a shard is not of consecutive tokens, and "
+            f"this one has no {TABLE}, which says how it was made: make it by {_MAKE_SHARDS}, or set "
+            '"layer_chunks": 1 in the "mst" block'
+        )
     told = [_from_lengths(name, taken[name], batch, length) for name in _LENGTHS if name in taken]
     if "seq_idx" in taken:
         told.append(_from_indices(taken["seq_idx"], batch, length))
@@ -137,8 +146,7 @@ def _from_table(table: Tensor, batch: int, length_of_shard: int, layout: TokenLa
     if given.sp_size != layout.sp_size or (layout.sp_size > 1 and given.chunks != layout.chunks):
         raise ValueError(
             f"{TABLE} is of shards for sp_size {given.sp_size} and layer_chunks {given.chunks}, but the plan has "
-            f"sp_size {layout.sp_size} and layer_chunks {layout.chunks}: make them by "
-            "mst_ds.data.shard(batch, plan.topology, layer_chunks=plan.settings.layer_chunks)"
+            f"sp_size {layout.sp_size} and layer_chunks {layout.chunks}: make them by {_MAKE_SHARDS}"
         )
     if not _is_whole(documents, batch, length):
         raise ValueError(f"{TABLE} is not that of {batch} x {length} tokens: pass that of the whole batch")

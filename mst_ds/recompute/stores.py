@@ -20,8 +20,8 @@ from .pinned_pieces import Piece, PinnedPieces
 
 T = TypeVar("T")
 
-# Less than this stays on the device: random seeds and the like.
-_SMALLEST = 4096
+# Less than this stays on the device: random seeds and the like, but nothing of a preflight's small model.
+_SMALLEST = 512
 _WRITTEN_IN_PLACE = "what a layer keeps for its backward has been written to in place after its forward"
 
 

@@ -11,23 +11,20 @@ from mst_ds.token_layout import TokenLayout
 from .groups import SequenceGroup
 
 
-def positions_in_documents(
-    position_ids: Tensor, starts: DocumentStarts | None, group: SequenceGroup | None, layer_chunks: int = 1
-) -> Tensor:
+def positions_in_documents(position_ids: Tensor, starts: DocumentStarts | None, group: SequenceGroup | None) -> Tensor:
     """Positions that begin with 0 at each document, for those that begin with 0 at each row.
 
     Args:
-        position_ids: (B, L) of this rank's shard.
+        position_ids: (B, L) of this rank's shard, consecutive tokens.
         starts: what `find_document_starts` found for them.
         group: the sequence group; None where the sequence is not sharded.
-        layer_chunks: of the shards, see `TokenLayout`.
     """
     length = position_ids.shape[1] * (1 if group is None else group.size)
     firsts = [
         first.repeat_interleave(after - first, output_size=length)
         for first, after in _documents(starts, length, position_ids.device)
     ]
-    return position_ids - _shard(torch.stack(firsts), group, layer_chunks)
+    return position_ids - _shard(torch.stack(firsts), group)
 
 
 def document_lengths(
@@ -35,23 +32,21 @@ def document_lengths(
     attention_mask: Tensor | None,
     starts: DocumentStarts | None,
     group: SequenceGroup | None,
-    layer_chunks: int = 1,
 ) -> Tensor:
     """How long each token's document is, with one all-gather: its last position and 1, as transformers has it.
 
     Args:
-        position_ids: (B, L) of this rank's shard; one row may stand for all.
+        position_ids: (B, L) of this rank's shard, consecutive tokens; one row may stand for all.
         attention_mask: (B, L) of this rank's shard, 1 for a token and 0 for padding; None where all are tokens.
         starts: what `find_document_starts` found for them.
         group: the sequence group; None where the sequence is not sharded.
-        layer_chunks: of the shards, see `TokenLayout`.
 
     Returns:
         (B, L), 1 on padding, which decides nothing.
     """
     whole = position_ids
     if group is not None:
-        whole = TokenLayout(group.size, layer_chunks).join(group.all_gather(position_ids), dim=1)
+        whole = TokenLayout(group.size).join(group.all_gather(position_ids), dim=1)
     length = whole.shape[1]
     documents = _documents(starts, length, whole.device)
     batch = max(len(documents), len(whole))
@@ -59,7 +54,7 @@ def document_lengths(
         (row[after - 1] + 1).repeat_interleave(after - first, output_size=length)
         for row, (first, after) in zip(whole.expand(batch, -1), documents * (batch // len(documents)), strict=True)
     ]
-    of_tokens = _shard(torch.stack(lengths), group, layer_chunks)
+    of_tokens = _shard(torch.stack(lengths), group)
     return of_tokens if attention_mask is None else of_tokens.masked_fill(attention_mask == 0, 1)
 
 
@@ -71,7 +66,8 @@ def lengths_of_tokens(
     Args:
         starts: for each row of `length` tokens the first index of each document.
         lengths: how long each is, 0 for padding.
-        group, layer_chunks: as in `document_lengths`.
+        group: as in `document_lengths`.
+        layer_chunks: of the shards, see `TokenLayout`.
     """
     rows = []
     for of_row, (first, after) in zip(lengths, _documents(starts, length, torch.device("cpu")), strict=True):
@@ -88,6 +84,6 @@ def _documents(starts: DocumentStarts | None, length: int, device: torch.device)
     return found
 
 
-def _shard(whole: Tensor, group: SequenceGroup | None, layer_chunks: int) -> Tensor:
+def _shard(whole: Tensor, group: SequenceGroup | None, layer_chunks: int = 1) -> Tensor:
     """This rank's part of (B, S)."""
     return whole if group is None else TokenLayout(group.size, layer_chunks).part(whole, group.rank, dim=1)

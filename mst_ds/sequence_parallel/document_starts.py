@@ -12,17 +12,16 @@ from .groups import SequenceGroup
 
 
 def find_document_starts(
-    position_ids: Tensor, attention_mask: Tensor | None, group: SequenceGroup | None, layer_chunks: int = 1
+    position_ids: Tensor, attention_mask: Tensor | None, group: SequenceGroup | None
 ) -> DocumentStarts | None:
     """Find where documents begin in the whole sequence, see `document_table`, with one all-gather.
 
     The host waits for the device of the tensors. A batch of `mst_ds.data.shard` brings its table along instead.
 
     Args:
-        position_ids: (B, L) of this rank's shard; one row may stand for all.
+        position_ids: (B, L) of this rank's shard, consecutive tokens; one row may stand for all.
         attention_mask: (B, L) of this rank's shard, 1 for a token and 0 for padding; None where all are tokens.
         group: the sequence group; None where the sequence is not sharded.
-        layer_chunks: of the shards, see `TokenLayout`.
 
     Returns:
         For each row the first index of each document in the whole sequence, or None when every row is one document.
@@ -43,7 +42,7 @@ def find_document_starts(
                 f"got shape {tuple(attention_mask.shape)}{'' if is_binary else ' and other values'}"
             )
         tokens = tokens - 1 + attention_mask.long()
-    layout = TokenLayout(1 if group is None else group.size, layer_chunks)
+    layout = TokenLayout(1 if group is None else group.size)
     if group is not None:
         tokens = layout.join(group.all_gather(tokens), dim=1)
     table = document_table(tokens // 2, tokens % 2, layout)

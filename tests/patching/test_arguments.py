@@ -144,6 +144,26 @@ def test_shards_for_another_plan_are_refused(sp_size, layer_chunks):
     run_simulated(run, 2)
 
 
+@pytest.mark.parametrize("has_positions", [False, True])
+def test_shards_that_do_not_say_how_they_were_made_are_refused_with_several_chunks(has_positions):
+    """Consecutive tokens, as a caller's own code makes them, would be taken for others."""
+    ids = torch.randint(2, 90, (1, 32))
+
+    def run(group):
+        batch = {"input_ids": ids, "shift_labels": ids, "position_ids": torch.arange(32)[None]}
+        own = {name: each.chunk(2, dim=1)[group.rank] for name, each in batch.items()}
+        if not has_positions:
+            del own["position_ids"]
+        several = apply_settings(tiny_model("llama"), tiny_settings(2, layer_chunks=2), sequence_group=group)
+        says = r"^with sp_size 2 and layer_chunks 2 .* no document_table.*: make it by mst_ds\.data\.shard\(.*, or set "
+        with pytest.raises(ValueError, match=says):
+            several(**own, num_items_in_batch=31)
+        one = apply_settings(tiny_model("llama"), tiny_settings(2), sequence_group=group)
+        assert one(**own, num_items_in_batch=31).loss.isfinite()
+
+    run_simulated(run, 2)
+
+
 def test_a_sequence_on_one_rank_has_one_layout():
     ids = torch.randint(2, 90, (1, 32))
     batch = shard({"input_ids": ids, "labels": ids}, Topology(0, 1, 1), layer_chunks=3)

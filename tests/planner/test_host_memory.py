@@ -93,7 +93,7 @@ def _steps(
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     engine = build_engine(model, optimizer=optimizer, **ds_config)
     ids = torch.randint(2, config.vocab_size, (1, seq_len))
-    batch = shard({"input_ids": ids, "labels": ids}, plan.topology)
+    batch = shard({"input_ids": ids, "labels": ids}, plan.topology, layer_chunks=plan.settings.layer_chunks)
     at_forwards_end = []
     hook = engine.module.model.register_forward_hook(lambda *_: at_forwards_end.append(resident_bytes()))
     for _ in range(2):

@@ -104,7 +104,7 @@ def _measure(rank: int, stage: int, case: Case) -> dict[str, tuple[int, int]]:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
         engine = build_engine(model, optimizer=optimizer, **ds_config)
         ids = torch.randint(2, VOCAB, (1, seq_len))
-        batch = shard({"input_ids": ids, "labels": ids}, plan.topology)
+        batch = shard({"input_ids": ids, "labels": ids}, plan.topology, layer_chunks=plan.settings.layer_chunks)
         train_step(engine, [batch])
         memory.reset_peak()
         hook = engine.module.model.register_forward_hook(begin_loss)

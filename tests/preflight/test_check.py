@@ -23,6 +23,7 @@ import mst_ds.patching.causal_lm
 import mst_ds.patching.decoder
 import mst_ds.patching.operators
 import mst_ds.recompute
+import mst_ds.recompute.stores
 import mst_ds.sequence_parallel.all_to_all
 import mst_ds.sequence_parallel.carried_keys
 import mst_ds.structure.mlps
@@ -143,6 +144,15 @@ def test_what_is_kept_comes_back_changed(monkeypatch: pytest.MonkeyPatch) -> Non
     without = replace(STREAMED, settings=replace(STREAMED.settings, recompute=False, layer_chunks=1))
     monkeypatch.setattr(mst_ds.recompute.KeptOnDevice, "take", right)
     assert check(without).is_exact
+
+
+def test_what_is_kept_on_the_host_comes_back_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of so small a model, too, tensors go there."""
+    right = mst_ds.recompute.stores._KeptOnHost.take
+    monkeypatch.setattr(mst_ds.recompute.stores._KeptOnHost, "take", lambda self: right(self) * 1.001)
+    offloaded = replace(STREAMED, settings=replace(STREAMED.settings, offload_activations=True))
+    assert defect(offloaded, "gpt2").startswith("transformer.h.1")
+    assert check(STREAMED, "gpt2").is_exact
 
 
 def test_scaled_gradient_of_experts(monkeypatch: pytest.MonkeyPatch) -> None:

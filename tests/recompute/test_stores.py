@@ -64,8 +64,8 @@ def test_transposed_tensors_keep_their_strides_on_the_host():
 
 def test_small_tensors_stay_on_the_device():
     part = HostStore().begin_part()
-    assert isinstance(part.keep(torch.ones(1023)), KeptOnDevice)
-    assert not isinstance(part.keep(torch.ones(1024)), KeptOnDevice)
+    assert isinstance(part.keep(torch.ones(127)), KeptOnDevice)
+    assert not isinstance(part.keep(torch.ones(128)), KeptOnDevice)
 
 
 # On the CPU, and on a device whose copies run beside what it computes.

@@ -56,12 +56,12 @@ def test_where_documents_begin(case: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_documents_of_shards_in_chunks_are_those_of_the_sequence(size: int) -> None:
+def test_documents_of_shards_are_those_of_the_sequence(size: int) -> None:
     # 48 tokens: of two ranks in chunks of 8, of three in one of 6 and two of 5. Padding inside of the first row.
     whole = torch.cat([torch.arange(17), torch.arange(31)]), torch.arange(48)
     mask = torch.ones(2, 48, dtype=torch.long)
     mask[0, 17:22] = 0
-    positions, layout = torch.stack(whole), TokenLayout(size, chunks=3)
+    positions, layout, chunked = torch.stack(whole), TokenLayout(size), TokenLayout(size, chunks=3)
     starts = find_document_starts(positions, mask, None)
     assert starts == [[0, 17, 22], [0]]
     lengths, of_rows = document_lengths(positions, mask, starts, None), torch.arange(48).expand(2, -1)
@@ -70,11 +70,13 @@ def test_documents_of_shards_in_chunks_are_those_of_the_sequence(size: int) -> N
 
     def function(group: SequenceGroup) -> None:
         own, own_mask, rows = (layout.split(each, dim=1)[group.rank] for each in (positions, mask, of_rows))
-        assert find_document_starts(own, own_mask, group, 3) == starts
-        of_shard = document_lengths(own, own_mask, starts, group, 3)
+        assert find_document_starts(own, own_mask, group) == starts
+        of_shard = document_lengths(own, own_mask, starts, group)
         assert torch.equal(of_shard, layout.split(lengths, dim=1)[group.rank])
-        assert torch.equal(lengths_of_tokens(starts, told, 48, group, 3), of_shard)
-        in_shard = positions_in_documents(rows, starts, group, 3)
+        assert torch.equal(lengths_of_tokens(starts, told, 48, group), of_shard)
+        of_chunks = lengths_of_tokens(starts, told, 48, group, 3)
+        assert torch.equal(of_chunks, chunked.split(lengths, dim=1)[group.rank])
+        in_shard = positions_in_documents(rows, starts, group)
         assert torch.equal(in_shard, layout.split(in_documents, dim=1)[group.rank])
 
     run_simulated(function, size)
