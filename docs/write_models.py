@@ -11,11 +11,10 @@ from pathlib import Path
 from architectures import ARCHITECTURES, Architecture
 from transformers import PreTrainedConfig
 
-from mst_ds.preflight import Case, Check, check_model
-from mst_ds.settings import Settings
+from mst_ds.preflight import Case, Check, cases_to_try, check_model
+from mst_ds.settings import MstConfig, Settings
 
 PAGE = Path(__file__).with_name("models.md")
-CHUNKS = (1, 4, 64)
 # Probing cases are small: what is refused does not depend on numbers above 1.
 SEVERAL = 4
 # What a refusal begins with: left out, so that models that are refused alike are so with the same words.
@@ -37,14 +36,11 @@ class Row:
         """Whether it trains in any way."""
         return self.loss is None
 
-    def cases(self, chunks: Sequence[int]) -> list[Case]:
-        """All that it trains with: the chunk counts given, at sp 1 and 2."""
-        return [
-            _case(sp_size, count if self.mlp is None else 1, count, self.packing is None)
-            for sp_size in ((1, 2) if self.sharding is None else (1,))
-            for count in chunks
-            if self.trains
-        ]
+    def cases(self) -> list[Case]:
+        """Of a preflight's those that it trains with."""
+        settled = {"sp_size": self.sharding, "mlp_chunks": self.mlp}
+        mst = MstConfig({name: 1 for name, reason in settled.items() if reason is not None})
+        return cases_to_try(mst, packed=self.packing is None) if self.trains else []
 
 
 def survey(architecture: Architecture) -> Row:
@@ -132,10 +128,13 @@ loss and backward with eager attention, both in float64. The code has no list of
 table the preflight finds out the same.
 
 - MLP, head and loss: worked through in chunks, experts included. A router's loss is part of the comparison.
-- packed: several documents in a sequence, each as if it were alone, also across the border of two shards.
+- packed: several documents in a sequence, each as if it were alone, also across the border of two shards. A model that
+  has this has its layers worked through in chunks, too: both need this project's attention. Layers of others are one
+  chunk.
 - sharded: sequence parallelism (`sp_size` above 1).
 - worst error: the relative errors (Frobenius norm) of the loss and of every parameter's gradient are below this, with
-  1, 4 and 64 chunks, with recompute and without, packed where that is done.
+  1, 4 and 16 chunks of a layer and 1, 4 and 64 of MLP and loss, without recompute and with, with what it may keep kept,
+  on the host too, or computed again, packed where that is done.
 
 | architecture | for example | MLP | head and loss | packed | sharded | worst error, sp 1 | worst error, sp 2 |
 |---|---|---|---|---|---|---|---|"""
@@ -151,7 +150,7 @@ def main() -> None:
     rows, errors = [], []
     for architecture in ARCHITECTURES:
         row = survey(architecture)
-        checks = _checks(architecture.config(), row.cases(CHUNKS)) if row.trains else ()
+        checks = _checks(architecture.config(), row.cases()) if row.trains else ()
         rows.append(row)
         errors.append({sp_size: worst_error(checks, sp_size) for sp_size in (1, 2)})
     PAGE.write_text(page(rows, errors), encoding="utf-8")

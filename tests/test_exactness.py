@@ -25,7 +25,7 @@ from mst_ds.topology import Topology
 # Neither 2 nor 4 divides it, and a shard has tokens for 16 chunks of at least 4.
 SEQ_LEN = 131
 STEPS = 3
-# fp32 sums in another order; measured: gradients up to 5e-7, losses up to 2e-7.
+# fp32 sums in another order; measured: gradients up to 6e-7, losses up to 2e-7.
 TOLERANCE = 1e-5
 
 
