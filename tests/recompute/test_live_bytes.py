@@ -176,7 +176,7 @@ def test_two_hundred_steps_leave_memory_as_it_was(monkeypatch):
     monkeypatch.setattr(stores, "PinnedPieces", CountedPieces)
     at_once = SimpleNamespace(wait_stream=lambda _: None, wait_event=lambda _: None, record_event=lambda: None)
     module = SimpleNamespace(Stream=lambda _: at_once, current_stream=lambda _: at_once, stream=lambda _: nullcontext())
-    model = llama(2)
+    model = llama(1)
     contender = build_contender("mst_ds, offload", model, Work(256, 1, 1, layer_chunks=4))
     stream_of(contender.model).store = HostStore(lambda _: module)
     found = []
