@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, TypeAlias
 from unittest.mock import patch
 
 import psutil
@@ -25,11 +25,17 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class Work:
-    """What every contender is given: tokens in a sequence, and how many chunks to work in."""
+    """What every contender is given: tokens in a sequence, and how many chunks to work in.
+
+    Args:
+        mlp_chunks: of all tokens, whatever `layer_chunks` is.
+        layer_chunks: of this project's, in which it works through a whole layer.
+    """
 
     seq_len: int
     mlp_chunks: int
     loss_chunks: int
+    layer_chunks: int = 1
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,9 @@ class Contender:
         finally:
             hook.remove()
         return found.pop()
+
+
+Build: TypeAlias = Callable[[str, Any, Work], Contender]
 
 
 def build_contender(name: str, model: nn.Module, work: Work) -> Contender:
@@ -152,7 +161,8 @@ def _alst(name: str, model: Any, work: Work) -> Contender:
 def _mst_ds(name: str, model: Any, work: Work, **settings: Any) -> Contender:
     config = model.config
     settings = {
-        "mlp_chunks": work.mlp_chunks,
+        "layer_chunks": work.layer_chunks,
+        "mlp_chunks": -(-work.mlp_chunks // work.layer_chunks),
         "loss_chunks": work.loss_chunks,
         "recompute": True,
         "keep_attention": True,
@@ -178,7 +188,7 @@ def _mst_ds_offload(name: str, model: Any, work: Work) -> Contender:
 
 def _mst_ds_no_recompute(name: str, model: Any, work: Work) -> Contender:
     """Without recompute, but gate and up are computed again."""
-    without = {"recompute": False, "keep_attention": "auto", "offload_activations": "auto"}
+    without = {"recompute": False, "layer_chunks": 1, "keep_attention": "auto", "offload_activations": "auto"}
     return _mst_ds(name, model, work, **without)
 
 
@@ -204,10 +214,19 @@ def _mst_ds_planned(name: str, model: Any, work: Work) -> Contender:
 
 
 def _mst_ds_one_chunk(name: str, model: Any, work: Work) -> Contender:
-    return _mst_ds(name, model, work, mlp_chunks=1, loss_chunks=1)
+    return _mst_ds(name, model, work, layer_chunks=1, mlp_chunks=1, loss_chunks=1)
 
 
-CONTENDERS: dict[str, Callable[[str, Any, Work], Contender]] = {
+def _streamed(build: Build, layer_chunks: int) -> Build:
+    """The same in so many chunks of a layer, whatever the work says."""
+
+    def build_streamed(name: str, model: Any, work: Work) -> Contender:
+        return build(name, model, replace(work, layer_chunks=layer_chunks))
+
+    return build_streamed
+
+
+CONTENDERS: dict[str, Build] = {
     "no recompute": _plain,
     "recompute": _recompute,
     "chunk checkpoint": _chunk_checkpoint,
@@ -221,7 +240,21 @@ CONTENDERS: dict[str, Callable[[str, Any, Work], Contender]] = {
     "mst_ds, no recompute": _mst_ds_no_recompute,
     "mst_ds, one chunk": _mst_ds_one_chunk,
     "mst_ds, planned": _mst_ds_planned,
+    "mst_ds, 4 layer chunks": _streamed(_mst_ds, 4),
+    "mst_ds, 16 layer chunks": _streamed(_mst_ds, 16),
+    "mst_ds, 16 layer chunks, offload": _streamed(_mst_ds_offload, 16),
+    # Attention runs again and keys and values are projected again: StreamBP's way (arXiv 2506.03077) as a setting of
+    # this project, not StreamBP itself.
+    "mst_ds, as StreamBP": _streamed(_mst_ds_recompute, 16),
 }
+# Those whose layers are worked through in as many chunks as the work says.
+IN_LAYER_CHUNKS = (
+    "mst_ds, attention again",
+    "mst_ds",
+    "mst_ds, offload",
+    "mst_ds, MLP kept",
+    "mst_ds, MLP kept, offload",
+)
 
 # What some contenders need; each is left out where it is not installed.
 _PACKAGES = {"Liger + recompute": "liger_kernel", "DeepSpeed ALST": "deepspeed"}

@@ -26,11 +26,15 @@ make bench ARGS="--lengths 512 4096"
 runs a training step of ordinary recompute, per-chunk checkpoint, DeepSpeed ALST and this project, in turns, on the same
 weights and data. It compares their gradients first, then prints time, peak memory and FLOPs of each, and writes this
 page. `python -m benchmarks.step --help` lists sizes, for a GPU too, and `--longest` finds the longest sequence that
-each can train on. DeepSpeed ALST stands for its tiled MLP and tiled loss in recomputed layers, on one rank.
+each can train on. DeepSpeed ALST stands for its tiled MLP and tiled loss in recomputed layers, on one rank. "mst_ds, as
+StreamBP" is a setting of this project that does what StreamBP does, attention again and keys and values projected
+again in each layer chunk; it is not StreamBP's code. `python -m benchmarks.working_set` needs no memory: it finds what
+one layer's backward takes.
 
 Contenders run interleaved in one process, on the same weights and data, after their gradients were compared. Ratios are
 medians of the ratio within a round. Memory is what is alive at the peak above the weights: gradients and activations;
-on a CPU without what was put on the host on purpose.
+on a CPU without what was put on the host on purpose. Attention forwards are calls of a kernel: a layer in n chunks has
+2n - 1, which compute together what one does.
 
 [On a GPU](gpu.md) one script measures all of this, and more, in ten minutes.
 """

@@ -18,6 +18,7 @@ from mst_ds.recompute import Conditions, DeviceStore, Kept, Store, read_in_turn
 
 from .arguments import LayerArguments
 from .call import KeysAreThere, LayerCall, Pass
+from .handed_over import holders_of_handed_over, is_handed_over
 from .last_output import LastOutput
 from .recorded import Records, cut, hand_on, joined, recording, recording_of
 
@@ -50,6 +51,7 @@ class LayerStream:
         self.call: LayerCall | None = None
         self.store = DeviceStore() if store is None else store
         self.is_paused = False
+        holders_of_handed_over()
 
     def begin_forward(self) -> None:
         """A forward of the model begins."""
@@ -177,6 +179,10 @@ class _LayerRun:
         call, chunks = self.call, self.call.chunks
         call.sums = ParameterSums(self.parameters)
         d_inputs: list[Tensor | None] = [None] * len(needs_inputs)
+        device = self._conditions[0].device
+        if len(chunks) > 1 and needs_inputs[0] and is_handed_over(grads, self._forms[0], device):
+            # A chunk's gradient of the output is not read again: that of its input is written over it.
+            d_inputs[0] = grads[0]
         with self.stream.entered(call):
             if call.needs_keys:
                 self._compute_keys()
@@ -280,9 +286,11 @@ class _LayerRun:
         """Write a chunk's gradients where they belong, or add them where all chunks read the whole input."""
         for place, form in enumerate(self._forms):
             grad, of_chunk[place] = of_chunk[place], None
-            if grad is None:
-                continue
             whole = d_inputs[place]
+            if grad is None:
+                if whole is not None and self.arguments.token_dim(form) is not None:
+                    self.arguments.cut(whole, tokens).zero_()
+                continue
             if len(self.call.chunks) == 1:
                 d_inputs[place] = grad
                 continue

@@ -85,11 +85,12 @@ class _ChunkedRMSNorm(torch.autograd.Function):
         hidden_states, weight = ctx.saved_tensors
         _, needs_x, needs_weight = ctx.needs_input_grad
         x, dy = flat(hidden_states), flat(grad_output)
-        dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else None
+        # Not a view, whose base would hold memory that the next backward may write to if it has it alone.
+        d_input = torch.empty_like(hidden_states, memory_format=torch.contiguous_format) if needs_x else None
+        dx = None if d_input is None else flat_view(d_input)
         d_weight = call.given_sum or GradientSum(weight, needs_weight)
         differentiate = _fused_backward if call.is_fused(x, weight, dy) else _backward
         differentiate(call, x, weight, dy, dx, d_weight)
-        d_input = dx.view(hidden_states.shape) if dx is not None else None
         return None, d_input, *rounded_own([d_weight], [call.given_sum])
 
 

@@ -50,6 +50,12 @@ def kept_by_recompute(work: Workload, phase: Moment) -> Terms:
     return (*in_flight, *kept_on_host(work))
 
 
+def kept_output_of_chunk(work: Workload) -> Terms:
+    """Attention's, of the last layer's chunk that is differentiated first, which `kept_by_recompute` leaves out."""
+    terms = (product_term(name, "device", *sizes) for name, _, sizes in _inputs_and_attention(work.of_chunk))
+    return tuple(term for term in terms if term.name == _OUTPUT)
+
+
 def _without_a_chunk(work: Workload, term: MemoryTerm) -> MemoryTerm:
     (_, layers), (label, tokens), *rest = term.factors
     if work.layer_chunks == 1:

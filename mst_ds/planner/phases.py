@@ -8,9 +8,15 @@ from typing import Literal
 from mst_ds.model_shape import ModelShape
 from mst_ds.planner import activations, states
 from mst_ds.planner.attention import output_width, query_key_value_width
-from mst_ds.planner.kept import PARTS_IN_FLIGHT, kept_gate_up, kept_on_host
+from mst_ds.planner.kept import PARTS_IN_FLIGHT, kept_gate_up, kept_on_host, kept_output_of_chunk
 from mst_ds.planner.mlp import MlpStep, mlp_steps
-from mst_ds.planner.stream import blocks_in_flight, end_of_backward, parameter_sums, stream_terms
+from mst_ds.planner.stream import (
+    blocks_in_flight,
+    carried_keys_values,
+    end_of_backward,
+    parameter_sums,
+    stream_terms,
+)
 from mst_ds.planner.types import MemoryTerm, Phase, total_bytes
 from mst_ds.planner.workload import Workload
 
@@ -156,6 +162,17 @@ def mlp_moments(work: Workload, mlp_chunks: int, *, backward: bool) -> tuple[Mlp
     if backward and not has_sums:
         whole += parameter_sums(work)
     steps = mlp_steps(work.of_chunk, mlp_chunks, backward=backward, has_sums=has_sums)
+    moments = tuple(MlpStep(step.chunk, (*step.rest, *whole), saved) for step in steps)
+    return moments + _first_mlp_moments(work, mlp_chunks) * backward
+
+
+def _first_mlp_moments(work: Workload, mlp_chunks: int) -> tuple[MlpStep, ...]:
+    """The MLPs of a layer's chunk that is differentiated first: all is kept yet, but nothing summed."""
+    if work.layer_chunks == 1 or work.settings.offload_activations:
+        return ()
+    saved = activations.layer_activations(work.of_chunk) + kept_gate_up(work)
+    whole = (*kept_output_of_chunk(work), *carried_keys_values(work))
+    steps = mlp_steps(work.of_chunk, mlp_chunks, backward=True)
     return tuple(MlpStep(step.chunk, (*step.rest, *whole), saved) for step in steps)
 
 

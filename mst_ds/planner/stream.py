@@ -18,25 +18,31 @@ def stream_terms(work: Workload, *, backward: bool) -> Terms:
     """What is whole, or of all earlier tokens, beside what one chunk needs; nothing where there is one chunk.
 
     Forward: the output, the input where that is not among what is kept on the device, and the earlier chunks' keys and
-    values. Backward: the gradient of the input, that of the output being among what goes from layer to layer, and the
-    gradients of earlier chunks' keys and values in fp32; these keys and values themselves, where they were not kept.
+    values. Backward: the gradients of earlier chunks' keys and values in fp32, and these keys and values themselves,
+    where they were not kept. The gradient of the input is written over that of the output, which goes from layer to
+    layer.
     """
     if work.layer_chunks == 1:
         return ()
     if backward:
-        terms = [
-            hidden_term(work, "layer_input_gradient", 1),
-            _of_keys(work, "key_value_gradients", _seen_tokens(work), max(_FP32_BYTES, work.zero.dtype_bytes)),
-        ]
-        if not work.last_layer_keeps_attention:
-            terms.append(_of_keys(work, "carried_keys_values", work.earlier_tokens, work.zero.dtype_bytes))
-        return tuple(terms)
+        grad_bytes = max(_FP32_BYTES, work.zero.dtype_bytes)
+        return (
+            _of_keys(work, "key_value_gradients", _seen_tokens(work), grad_bytes),
+            *carried_keys_values(work),
+        )
     terms = [hidden_term(work, "layer_output", 1)]
     if work.settings.offload_activations:
         terms.append(hidden_term(work, "layer_input", 1))
     if work.settings.offload_activations or not work.last_layer_keeps_attention:
         terms.append(_of_keys(work, "carried_keys_values", _carried_tokens(work), work.zero.dtype_bytes))
     return tuple(terms)
+
+
+def carried_keys_values(work: Workload) -> Terms:
+    """Those of earlier chunks in the backward, where they were not kept."""
+    if work.last_layer_keeps_attention:
+        return ()
+    return (_of_keys(work, "carried_keys_values", work.earlier_tokens, work.zero.dtype_bytes),)
 
 
 def parameter_sums(work: Workload, *, but: int = 0) -> Terms:
@@ -50,7 +56,9 @@ def parameter_sums(work: Workload, *, but: int = 0) -> Terms:
 
 def end_of_backward(work: Workload) -> Terms:
     """The sums are rounded, one after another."""
-    terms = (hidden_term(work, "layer_input_gradient", 1), *parameter_sums(work))
+    terms = parameter_sums(work)
+    if work.layer_chunks == 1:
+        terms = (hidden_term(work, "layer_input_gradient", 1), *terms)
     if work.zero.dtype_bytes == _FP32_BYTES or not work.shape.is_trained_whole:
         return terms
     largest = ("largest weight", largest_layer_weight(work.shape)), ("bytes", work.zero.dtype_bytes)
@@ -58,8 +66,8 @@ def end_of_backward(work: Workload) -> Terms:
 
 
 def blocks_in_flight(work: Workload) -> Terms:
-    """Earlier chunks' keys and values that a chunk reads from the host in its backward: the one that it reads, the one
-    on its way, and the one before, which is let go of when the next has come."""
+    """Earlier chunks' keys and values that a chunk reads from the host in its backward: the one that it reads, and the
+    one on its way."""
     if not work.settings.offload_activations or not work.last_layer_keeps_attention or work.layer_chunks == 1:
         return ()
     blocks = min(_BLOCKS_IN_FLIGHT, work.layer_chunks - 1)

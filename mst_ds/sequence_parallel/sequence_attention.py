@@ -207,6 +207,7 @@ class SequenceAttention:
         keys, heads = chunk.carried.of_groups[head_group], self.heads
         for block in keys.earlier(self.attention.earlier_keys(chunk.tokens, self.spec), by_chunk=by_chunk):
             yield KeyBlock(block.first, heads.copied(block.key, head_group), heads.copied(block.value, head_group))
+            del block  # before the next is asked for
 
 
 @dataclass

@@ -33,10 +33,12 @@ TINY = Size(
 )
 WORK = Work(LENGTH, mlp_chunks=4, loss_chunks=4)
 INSTALLED = [name for name in CONTENDERS if missing_package(name) is None and name != "Liger + recompute"]  # on a CPU
-# Of all attention layers: how often each contender runs the forward of attention.
-ATTENTION_FORWARDS = dict.fromkeys(CONTENDERS, LAYERS) | dict.fromkeys(
-    ("recompute", "chunk checkpoint", "DeepSpeed ALST", "mst_ds, attention again"), 2 * LAYERS
+# How often each contender runs a layer's attention forward, and in how many chunks.
+ATTENTION_FORWARDS = dict.fromkeys(CONTENDERS, 1) | dict.fromkeys(
+    ("recompute", "chunk checkpoint", "DeepSpeed ALST", "mst_ds, attention again", "mst_ds, as StreamBP"), 2
 )
+LAYER_CHUNKS = dict.fromkeys(CONTENDERS, 1) | {"mst_ds, 4 layer chunks": 4}
+LAYER_CHUNKS |= {name: 16 for name in CONTENDERS if "16 layer chunks" in name or "StreamBP" in name}
 
 
 @pytest.fixture(scope="module")
@@ -48,20 +50,26 @@ def bench():
 def test_all_contenders_agree_and_are_measured(bench, part):
     measured = measure(bench, INSTALLED, WORK, part, rounds=1)
     results = measured.results
+    attention_product = LAYERS * 4 * LENGTH**2 * 8  # causal, of all heads: half of 2 FLOPs an element
     assert [result.contender for result in results] == INSTALLED
     assert (measured.reference, measured.out_of_memory) == ("recompute", [])
     for result in results:
         assert result.peak_bytes > 0
         assert len(result.seconds) == 1
-        assert result.counts.attention_forwards == ATTENTION_FORWARDS[result.contender], result.contender
-        assert result.counts.attention_backwards == LAYERS
+        forwards, chunks = ATTENTION_FORWARDS[result.contender], LAYER_CHUNKS[result.contender]
+        # A chunk has a call for itself, and one for all before it, in the backward for each.
+        assert result.counts.attention_backwards == LAYERS * chunks * (chunks + 1) // 2, result.contender
+        if forwards == 1:
+            assert result.counts.attention_forwards == LAYERS * (2 * chunks - 1), result.contender
+        assert result.counts.attention == (2 * forwards + 5) * attention_product, result.contender
         assert all("attention" in name for name in result.counts.attention_kernels)
         assert len(result.counts.attention_kernels) == 2
     counts = {result.contender: result.counts for result in results}
-    # The MLP's products: 3 of the forward, 6 of the backward, and of those of the forward that are computed again: here
-    # all, as the first backward of a layer finds out that its last product need not be.
+    # The MLP's products: 3 of the forward, 6 of the backward, and of those of the forward that are computed again. A
+    # layer's first backward, which is counted here, finds out that nobody reads the MLP's output: it has all 3, and of
+    # the MLP's own backward gate and up once more.
     token, weights = 2 * LENGTH, LAYERS * 32 * 48
-    mlps = {"no recompute": 9, "recompute": 12, "chunk checkpoint": 15, "DeepSpeed ALST": 15, "mst_ds": 12}
+    mlps = {"no recompute": 9, "recompute": 12, "chunk checkpoint": 15, "DeepSpeed ALST": 15, "mst_ds": 14}
     projections = token * LAYERS * (2 * 32 * 32 + 2 * 32 * 16)  # of attention, computed again
     for name, products in mlps.items():
         extra = counts[name].matrix - counts["no recompute"].matrix - token * weights * (products - 9)

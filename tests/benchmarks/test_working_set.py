@@ -1,7 +1,8 @@
-"""The dry run: its figure for ordinary recompute, and what grows with the number of layers."""
+"""The dry run: its figure for ordinary recompute and for a layer in chunks, and what grows with more layers."""
 
 import pytest
 
+from benchmarks.contenders import Work
 from benchmarks.working_set import peak_bytes, working_set
 
 
@@ -18,10 +19,19 @@ def test_ours_needs_little_more_than_a_third_of_it(name: str):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["mst_ds", "mst_ds, offload"])
+def test_a_layer_in_chunks_needs_little_more_than_what_is_whole(name: str):
+    """The gradient of its output, over which that of its input is written, and those of keys and values in fp32."""
+    whole = 1 + 2 * (1024 / 4096) * 2
+    assert whole < working_set(name, seq_len=262_144, chunks=32, layer_chunks=16) < 4
+
+
+@pytest.mark.slow
 def test_what_lies_on_the_host_is_left_out():
-    sizes = {"size": "cpu-small", "seq_len": 8192, "chunks": 4}
+    size, work = "cpu-small", Work(8192, mlp_chunks=4, loss_chunks=4)
     growth_on_device, growth_on_host = (
-        peak_bytes(name, 8, **sizes) - peak_bytes(name, 4, **sizes) for name in ("mst_ds", "mst_ds, offload")
+        peak_bytes(name, 8, size=size, work=work) - peak_bytes(name, 4, size=size, work=work)
+        for name in ("mst_ds", "mst_ds, offload")
     )
     # Of 4 more layers in fp32: input, output of attention and log-sum-exp (one for each of 8 heads); gradients.
     kept = 4 * 4 * 8192 * (512 + 512 + 8)

@@ -64,6 +64,16 @@ def test_kept_attention_runs_once(mlp_chunks, offload):
     assert (counts.attention_forwards, counts.attention_backwards) == (LAYERS, LAYERS)
 
 
+@pytest.mark.parametrize("layer_chunks", [2, 8])
+def test_kept_attention_in_chunks_computes_what_it_does_whole(layer_chunks):
+    """A chunk attends to itself and in one call to all before it; in the backward to each."""
+    whole = step_counts(llama(64), keep_attention=True)
+    counts = step_counts(llama(64), keep_attention=True, layer_chunks=layer_chunks)
+    assert counts.attention == whole.attention
+    assert counts.attention_forwards == LAYERS * (2 * layer_chunks - 1)
+    assert counts.attention_backwards == LAYERS * layer_chunks * (layer_chunks + 1) // 2
+
+
 def test_attention_that_is_not_kept_runs_twice():
     counts = step_counts(llama(64), keep_attention=False)
     assert (counts.attention_forwards, counts.attention_backwards) == (2 * LAYERS, LAYERS)

@@ -1,15 +1,19 @@
 """What is alive in a step: nothing that grows with the layers where it lies on the host, and nothing after the step."""
 
 import gc
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import tiny_llama
 
 from benchmarks.contenders import Work, build_contender
+from mst_ds.layer_stream import stream_of
 from mst_ds.memory.dry_run import host_left_out
 from mst_ds.memory.live import LiveMemory
+from mst_ds.recompute import HostStore, stores
 
 WORK = Work(seq_len=256, mlp_chunks=4, loss_chunks=4)
 HIDDEN, INTERMEDIATE = 64, 224
@@ -131,3 +135,55 @@ def test_a_loss_that_is_still_there_holds_nothing(name):
         loss = contender.loss(IDS)
         loss.backward()
         assert memory.live == gradient_bytes(model) + loss.nbytes
+
+
+def test_of_what_is_on_the_host_two_chunks_are_on_the_device(monkeypatch):
+    """In a backward: the one that is differentiated and the one before it, and of the keys and values that it reads the
+    same."""
+    chunks, length = 8, 1024
+    contender = build_contender("mst_ds, offload", llama(2), replace(WORK, seq_len=length, layer_chunks=chunks))
+    copy_back, arrived = stores._KeptOnHost._copy_back, LiveMemory()
+
+    def metered(kept):
+        with arrived:
+            return copy_back(kept)
+
+    monkeypatch.setattr(stores._KeptOnHost, "_copy_back", metered)
+    loss = contender.loss(torch.arange(length)[None] % 97)
+    assert arrived.peak == 0
+    with without_collector():
+        loss.backward()
+    keys_values = 2 * 4 * 2 * 8  # of 2 heads of 8, in fp32
+    assert arrived.peak == 2 * (INPUT + OUTPUT + LOG_SUM_EXP + keys_values) * length // chunks
+    assert arrived.live == 0
+
+
+class CountedPieces(stores.PinnedPieces):
+    in_use = 0
+
+    def take(self, size):
+        CountedPieces.in_use += 1
+        return super().take(size)
+
+    def give_back(self, pieces):
+        CountedPieces.in_use -= len(pieces)
+        super().give_back(pieces)
+
+
+@pytest.mark.slow
+def test_two_hundred_steps_leave_memory_as_it_was(monkeypatch):
+    """On the device and on the host, whose memory is in pieces, as where copies have a stream."""
+    monkeypatch.setattr(stores, "PinnedPieces", CountedPieces)
+    at_once = SimpleNamespace(wait_stream=lambda _: None, wait_event=lambda _: None, record_event=lambda: None)
+    module = SimpleNamespace(Stream=lambda _: at_once, current_stream=lambda _: at_once, stream=lambda _: nullcontext())
+    model = llama(1)
+    contender = build_contender("mst_ds, offload", model, Work(256, 1, 1, layer_chunks=4))
+    stream_of(contender.model).store = HostStore(lambda _: module)
+    found = []
+    with without_collector(), LiveMemory() as memory:
+        for _ in range(200):
+            model.zero_grad()
+            contender.loss(IDS).backward()
+            found.append((memory.live, CountedPieces.in_use))
+    assert found[4][0] > gradient_bytes(model)  # the pieces' slab
+    assert set(found[4:]) == {(found[4][0], 0)}

@@ -1,0 +1,64 @@
+"""Whether a gradient that autograd hands to a backward is nobody else's, so that it may be written over."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# References to a gradient: of Python to the tensor, all to the tensor, and all to its memory.
+Holders = tuple[int, int, int]
+
+
+def is_handed_over(grads: Sequence[Tensor | None], like: Tensor, device: torch.device) -> bool:
+    """Whether nobody but the backward that was given `grads` holds the first of them, or memory of it.
+
+    torch itself adds to gradients in place under this condition (`can_accumulate_inplace`). A caller's own tensor, one
+    that a hook or a module keeps, that is asked for or goes to several functions has more references.
+
+    Args:
+        grads: all that a backward was given, as it was given them.
+        like, device: what is to be written there; the gradient has its shape and dtype, and no gaps.
+    """
+    grad = grads[0]
+    if grad is None or not grad.is_contiguous() or grad.device != device:
+        return False
+    is_alike = grad.shape == like.shape and grad.dtype == like.dtype
+    del grad
+    return is_alike and _holders(grads) == holders_of_handed_over()
+
+
+@functools.cache
+def holders_of_handed_over() -> Holders:
+    """Those of a gradient that nobody else holds: what autograd itself takes differs with the versions of torch and
+    Python. To be asked for the first time outside of a backward."""
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = torch.zeros(1, device="cpu", requires_grad=True)
+        (_Probe.apply(leaf) * 2).sum().backward()
+    return _Probe.found
+
+
+class _Probe(torch.autograd.Function):
+    found: Holders
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        return leaf.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> Tensor | None:
+        _Probe.found = _holders(grads)
+        return grads[0]
+
+
+def _holders(grads: Sequence[Tensor | None]) -> Holders:
+    grad: Any = grads[0]
+    of_memory = torch._C._storage_Use_Count(grad.untyped_storage()._cdata)
+    return sys.getrefcount(grad), grad._use_count(), of_memory

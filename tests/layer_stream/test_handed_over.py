@@ -1,0 +1,143 @@
+"""The gradient of a layer's input is written over that of its output where nobody else holds it, and nowhere else."""
+
+import pytest
+import torch
+from small_layers import HIDDEN, Mlp
+from torch import nn
+from torch.autograd import grad
+
+from mst_ds.layer_stream import LayerStream, StreamedLayer
+
+CHUNKS, SHAPE = 3, (2, 14, HIDDEN)
+
+
+def layers_and_input(count=2):
+    torch.manual_seed(3)
+    return [Mlp() for _ in range(count)], torch.randn(SHAPE, dtype=torch.float64, requires_grad=True)
+
+
+def outputs(layers, x, chunks=CHUNKS):
+    """The layers' input and what each gives."""
+    stream = LayerStream(chunks=chunks)
+    tensors = [x * 1]
+    for layer in layers:
+        tensors.append(StreamedLayer(stream, layer)(tensors[-1]))
+    return tensors
+
+
+def assert_same(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize(("chunks", "places"), [(CHUNKS, 1), (1, 3)])
+def test_one_gradient_goes_through_all_layers(chunks, places):
+    layers, x = layers_and_input()
+    tensors, addresses = outputs(layers, x, chunks), []
+    for tensor in tensors:
+        tensor.register_hook(lambda gradient: addresses.append(gradient.data_ptr()))
+    (found,) = grad(tensors[-1].sin().sum(), x)
+    assert len(addresses) == 3
+    assert len(set(addresses)) == places
+    assert_same(found, grad(layers[1](layers[0](x)).sin().sum(), x)[0])
+
+
+def by_hook(take):
+    def hold(x, tensors):
+        taken = []
+        tensors[1].register_hook(lambda gradient: taken.append(take(gradient)))
+        return *grad(tensors[-1].sin().sum(), x), taken[0]
+
+    return hold
+
+
+def retained(x, tensors):
+    tensors[1].retain_grad()
+    return *grad(tensors[-1].sin().sum(), x), tensors[1].grad
+
+
+def asked_for(x, tensors):
+    return grad(tensors[-1].sin().sum(), [x, tensors[1]])
+
+
+def given_to_a_hook_afterwards(x, tensors):
+    found = []
+    tensors[1].grad_fn.register_hook(lambda _, of_output: found.append(of_output[0].clone()))
+    return *grad(tensors[-1].sin().sum(), x), found[0]
+
+
+HOLDERS = {
+    "hook": by_hook(lambda gradient: gradient),
+    "view": by_hook(lambda gradient: gradient.view(-1)),
+    "alias": by_hook(lambda gradient: gradient.detach()),
+    "memory": by_hook(lambda gradient: torch.empty(0, dtype=gradient.dtype).set_(gradient.untyped_storage())),
+    "array": by_hook(lambda gradient: gradient.numpy()),
+    "retained": retained,
+    "asked for": asked_for,
+    "hook of the node": given_to_a_hook_afterwards,
+}
+
+
+@pytest.mark.parametrize("hold", HOLDERS.values(), ids=HOLDERS)
+def test_what_somebody_holds_is_not_written_over(hold):
+    """Of the first layer's output."""
+    layers, x = layers_and_input()
+    between = layers[0](x)
+    expected = grad(layers[1](between).sin().sum(), [x, between])
+    of_x, held = hold(x, outputs(layers, x))
+    assert_same(of_x, expected[0])
+    assert_same(torch.as_tensor(held).view(SHAPE), expected[1])
+
+
+def test_the_callers_gradient_is_not_written_over():
+    layers, x = layers_and_input()
+    given = torch.ones(SHAPE, dtype=torch.float64)
+    outputs(layers, x)[-1].backward(given)
+    assert (given == 1).all()
+    assert_same(x.grad, grad(layers[1](layers[0](x)).sum(), x)[0])
+
+
+@pytest.mark.parametrize("is_first", [True, False], ids=["first", "last"])
+def test_a_gradient_that_goes_elsewhere_too_is_not_written_over(is_first):
+    """A leaf takes a view of it for its own, before the layer has it or afterwards."""
+    layers, x = layers_and_input()
+    leaf = torch.zeros(x.numel(), dtype=torch.float64, requires_grad=True)
+    # What was called last is differentiated first.
+    before = leaf.view(SHAPE)
+    y = outputs(layers, x)[-1]
+    (y + (leaf.view(SHAPE) if is_first else before)).sin().sum().backward()
+    expected = layers[1](layers[0](x))
+    assert_same(leaf.grad.view(SHAPE), expected.cos())
+    assert_same(x.grad, grad(expected.sin().sum(), x)[0])
+
+
+def test_a_hook_of_the_layer_gets_both_gradients():
+    layers, x = layers_and_input(1)
+    found = []
+
+    class Streams(nn.Module):
+        def forward(self, x):
+            return StreamedLayer(LayerStream(chunks=CHUNKS), layers[0])(x)
+
+    module = Streams()
+    module.register_full_backward_hook(lambda _, *grads: found.extend(each[0].clone() for each in grads))
+    module(x * 1).sin().sum().backward()
+    expected = layers[0](x)
+    assert_same(found[0], grad(expected.sin().sum(), x, retain_graph=True)[0])
+    assert_same(found[1], expected.cos())
+
+
+class LeavesOut(nn.Module):
+    """What it gives of some chunks does not depend on what it was given."""
+
+    def forward(self, x):
+        self.calls = getattr(self, "calls", -1) + 1
+        return x * 2 if self.calls % CHUNKS != 1 else x.detach() * 2
+
+
+def test_tokens_that_nothing_depends_on_have_no_gradient():
+    x = layers_and_input(0)[1]
+    y = StreamedLayer(LayerStream(chunks=CHUNKS), LeavesOut())(x * 1)
+    (found,) = grad(y.sin().sum(), x)
+    expected = 2 * (2 * x).cos()
+    expected[:, 5:10] = 0
+    assert_same(found, expected)
