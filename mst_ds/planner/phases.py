@@ -178,16 +178,35 @@ def attention_moment(work: Workload, *, backward: bool) -> Terms:
     saved = _saved(work, backward=backward, after_attention=False, of_mlp=False)
     if not work.settings.recompute:
         return activations.attention_step(work, backward=backward) + saved
-    reads_earlier = work.layer_chunks > 1 and not work.last_layer_has_window
-    earlier = blocks_in_flight(work) * backward if reads_earlier else None
-    step = activations.attention_step(work.of_chunk, backward=backward, earlier=earlier)
-    whole = stream_terms(work, backward=backward)
     if not backward:
-        return step + saved + whole
+        earlier = () if _reads_earlier(work) else None
+        step = activations.attention_step(work.of_chunk, backward=False, earlier=earlier)
+        return step + saved + stream_terms(work, backward=False)
     if work.shape.norms.pre_norms != 1:
         # The gradient of the layer's output is held until all chunks are done.
-        step += (activations.hidden_term(work.of_chunk, "residual_gradient", 1),)
-    return step + saved + whole + parameter_sums(work, but=_input_projections(work.shape))
+        saved += (activations.hidden_term(work.of_chunk, "residual_gradient", 1),)
+    return max(_attention_backwards(work), key=total_bytes) + saved
+
+
+def _attention_backwards(work: Workload) -> list[Terms]:
+    """That of the last chunk, which comes first, and of the one before it; the first of all reads no earlier keys."""
+    chunk, earlier = work.of_chunk, blocks_in_flight(work) if _reads_earlier(work) else None
+    moments = [
+        activations.attention_step(chunk, backward=True, earlier=earlier)
+        + stream_terms(work, backward=True, of_last_chunk=True)
+        + parameter_sums(work, but=_input_projections(work.shape))
+    ]
+    if work.layer_chunks > 1:
+        moments.append(
+            activations.attention_step(chunk, backward=True, earlier=None if work.layer_chunks == 2 else earlier)
+            + stream_terms(work, backward=True)
+            + parameter_sums(work)
+        )
+    return moments
+
+
+def _reads_earlier(work: Workload) -> bool:
+    return work.layer_chunks > 1 and not work.last_layer_has_window
 
 
 def _norm_moment(work: Workload, *, backward: bool) -> Terms:
@@ -207,7 +226,7 @@ def _norm_moment(work: Workload, *, backward: bool) -> Terms:
         return step + saved
     of_attention = _input_projections(work.shape) + work.shape.hidden_size * output_width(work.shape)
     missing = trained.layer if norms.post_norms else 0 if is_first else of_attention
-    return step + saved + parameter_sums(work, but=missing)
+    return step + saved + parameter_sums(work, but=missing if work.layer_chunks == 1 else 0)
 
 
 def _input_projections(shape: ModelShape) -> int:

@@ -14,18 +14,20 @@ _FP32_BYTES = 4
 _BLOCKS_IN_FLIGHT = 2
 
 
-def stream_terms(work: Workload, *, backward: bool) -> Terms:
+def stream_terms(work: Workload, *, backward: bool, of_last_chunk: bool = False) -> Terms:
     """What is whole, or of all earlier tokens, beside what one chunk needs; nothing where there is one chunk.
 
     Forward: the output, the input where that is not among what is kept on the device, and the earlier chunks' keys and
     values. Backward: the gradient of the input, that of the output being among what goes from layer to layer, and the
     gradients of earlier chunks' keys and values in fp32; these keys and values themselves, where they were not kept.
+
+    of_last_chunk: whether the last chunk is differentiated, which comes first, before the input has a gradient.
     """
     if work.layer_chunks == 1:
         return ()
     if backward:
         terms = [
-            hidden_term(work, "layer_input_gradient", 1),
+            *([] if of_last_chunk else [hidden_term(work, "layer_input_gradient", 1)]),
             _of_keys(work, "key_value_gradients", _seen_tokens(work), max(_FP32_BYTES, work.zero.dtype_bytes)),
         ]
         if not work.last_layer_keeps_attention:
@@ -40,9 +42,9 @@ def stream_terms(work: Workload, *, backward: bool) -> Terms:
 
 
 def parameter_sums(work: Workload, *, but: int = 0) -> Terms:
-    """The sums of a layer's parameter gradients, in fp32, from the second chunk's backward on; in a layer of one chunk
-    without those of so many parameters, which have none yet."""
-    count = work.shape.trained.layer - (but if work.layer_chunks == 1 and work.shape.is_trained_whole else 0)
+    """The sums of a layer's parameter gradients, in fp32, without those of so many parameters, which have none yet in
+    the backward of the last chunk; all have one from the next chunk's on."""
+    count = work.shape.trained.layer - (but if work.shape.is_trained_whole else 0)
     if count <= 0:
         return ()
     return (product_term("layer_weight_gradients", "device", ("trained weights", count), ("bytes", _FP32_BYTES)),)
