@@ -10,7 +10,6 @@ from mst_ds.geometry import ELEMENTS_THAT_KEEP_BUSY, ceil_divide
 from mst_ds.planner.attention import (
     earlier_keys_step,
     gathered_step,
-    held_keys_values,
     local_term,
     log_sum_exp,
     output_width,
@@ -79,7 +78,6 @@ def layer_activations(work: Workload, *, of_attention: bool = True, after_attent
     if not work.last_layer_keeps_attention:
         terms.append(local_term(work, "attention_output", output_width(work.shape), first))
         terms.append(log_sum_exp(work, first))
-        terms += held_keys_values(work, first)
     return tuple(term for term in terms if term.bytes)
 
 

@@ -7,10 +7,17 @@ from typing import Literal
 
 from mst_ds.model_shape import ModelShape
 from mst_ds.planner import activations, states
-from mst_ds.planner.attention import output_width, query_key_value_width
+from mst_ds.planner.attention import held_keys_values, output_width, query_key_value_width
 from mst_ds.planner.kept import PARTS_IN_FLIGHT, kept_gate_up, kept_on_host
 from mst_ds.planner.mlp import MlpStep, mlp_steps
-from mst_ds.planner.stream import blocks_in_flight, end_of_backward, parameter_sums, stream_terms
+from mst_ds.planner.stream import (
+    blocks_in_flight,
+    carried_keys,
+    carried_terms,
+    end_of_backward,
+    parameter_sums,
+    stream_terms,
+)
 from mst_ds.planner.types import MemoryTerm, Phase, total_bytes
 from mst_ds.planner.workload import Workload
 
@@ -152,11 +159,17 @@ def loss_phase(work: Workload, loss_chunks: int) -> Phase:
 def mlp_moments(work: Workload, mlp_chunks: int, *, backward: bool) -> tuple[MlpStep, ...]:
     """The MLPs of a layer, each with what the layer's other operators have saved by then."""
     saved, whole = _saved(work, backward=backward), stream_terms(work, backward=backward)
-    has_sums = work.layer_chunks == 1
-    if backward and not has_sums:
+    chunk, is_whole = work.of_chunk, work.layer_chunks == 1
+    if backward and not is_whole:
         whole += parameter_sums(work)
-    steps = mlp_steps(work.of_chunk, mlp_chunks, backward=backward, has_sums=has_sums)
-    return tuple(MlpStep(step.chunk, (*step.rest, *whole), saved) for step in steps)
+    steps = mlp_steps(chunk, mlp_chunks, backward=backward, has_sums=is_whole)
+    moments = tuple(MlpStep(step.chunk, (*step.rest, *whole), saved) for step in steps)
+    if not backward or is_whole:
+        return moments
+    # The last chunk comes first: all that is kept is there, and no gradients but the MLP's own.
+    saved = _saved(work, backward=True, of_last_chunk=True)
+    steps = mlp_steps(chunk, mlp_chunks, backward=True)
+    return moments + tuple(MlpStep(step.chunk, (*step.rest, *carried_keys(work)), saved) for step in steps)
 
 
 def rest_of_layer_moment(work: Workload, *, backward: bool) -> Terms:
@@ -189,20 +202,21 @@ def attention_moment(work: Workload, *, backward: bool) -> Terms:
 
 
 def _attention_backwards(work: Workload) -> list[Terms]:
-    """That of the last chunk, which comes first, and of the one before it; the first of all reads no earlier keys."""
+    """That of the last chunk, which comes first, before the input has a gradient, and of the one before it."""
     chunk, earlier = work.of_chunk, blocks_in_flight(work) if _reads_earlier(work) else None
-    moments = [
-        activations.attention_step(chunk, backward=True, earlier=earlier)
-        + stream_terms(work, backward=True, of_last_chunk=True)
-        + parameter_sums(work, but=_input_projections(work.shape))
+    step = activations.attention_step(chunk, backward=True, earlier=earlier)
+    sums = parameter_sums(work, but=_input_projections(work.shape))
+    if work.layer_chunks == 1:
+        return [step + sums]
+    last = sums + held_keys_values(chunk)
+    after_kernel = tuple(term for term in step if term.kind != "workspace")
+    # The first of two chunks reads no earlier keys.
+    before = step if work.layer_chunks > 2 else activations.attention_step(chunk, backward=True)
+    return [
+        step + last + carried_terms(work, but_a_chunk=_reads_earlier(work)),
+        after_kernel + last + carried_terms(work),
+        before + parameter_sums(work) + stream_terms(work, backward=True),
     ]
-    if work.layer_chunks > 1:
-        moments.append(
-            activations.attention_step(chunk, backward=True, earlier=None if work.layer_chunks == 2 else earlier)
-            + stream_terms(work, backward=True)
-            + parameter_sums(work)
-        )
-    return moments
 
 
 def _reads_earlier(work: Workload) -> bool:
@@ -234,14 +248,24 @@ def _input_projections(shape: ModelShape) -> int:
 
 
 def _saved(
-    work: Workload, *, backward: bool, of_attention: bool = True, after_attention: bool = True, of_mlp: bool = True
+    work: Workload,
+    *,
+    backward: bool,
+    of_attention: bool = True,
+    after_attention: bool = True,
+    of_mlp: bool = True,
+    of_last_chunk: bool = False,
 ) -> Terms:
-    """What the layers have saved, beside what `_of_layers` has; of the last layer those parts that are asked for."""
+    """What the layers have saved, beside what `_of_layers` has; of the last layer those parts that are asked for, of
+    its last chunk or of one before it."""
     if backward:
         layers = work.of_chunk if work.settings.recompute else work
         saved = activations.layer_activations(layers, of_attention=of_attention, after_attention=after_attention)
-        # Of several chunks that are on the device the last has been differentiated; in flight are always two.
-        is_there = work.layer_chunks == 1 or work.settings.offload_activations
+        of_last_chunk |= work.layer_chunks == 1
+        if of_attention and of_last_chunk:
+            saved += held_keys_values(layers)
+        # On the device the last chunk has been differentiated before one before it; in flight are always two.
+        is_there = of_last_chunk or work.settings.offload_activations
         return saved + kept_gate_up(work, of_last_part=of_mlp and is_there)
     if work.settings.recompute:
         return kept_gate_up(work, of_last_part=of_mlp)

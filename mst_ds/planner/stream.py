@@ -14,31 +14,40 @@ _FP32_BYTES = 4
 _BLOCKS_IN_FLIGHT = 2
 
 
-def stream_terms(work: Workload, *, backward: bool, of_last_chunk: bool = False) -> Terms:
+def stream_terms(work: Workload, *, backward: bool) -> Terms:
     """What is whole, or of all earlier tokens, beside what one chunk needs; nothing where there is one chunk.
 
     Forward: the output, the input where that is not among what is kept on the device, and the earlier chunks' keys and
     values. Backward: the gradient of the input, that of the output being among what goes from layer to layer, and the
     gradients of earlier chunks' keys and values in fp32; these keys and values themselves, where they were not kept.
-
-    of_last_chunk: whether the last chunk is differentiated, which comes first, before the input has a gradient.
     """
     if work.layer_chunks == 1:
         return ()
     if backward:
-        terms = [
-            *([] if of_last_chunk else [hidden_term(work, "layer_input_gradient", 1)]),
-            _of_keys(work, "key_value_gradients", _seen_tokens(work), max(_FP32_BYTES, work.zero.dtype_bytes)),
-        ]
-        if not work.last_layer_keeps_attention:
-            terms.append(_of_keys(work, "carried_keys_values", work.earlier_tokens, work.zero.dtype_bytes))
-        return tuple(terms)
+        return (hidden_term(work, "layer_input_gradient", 1), *carried_terms(work))
     terms = [hidden_term(work, "layer_output", 1)]
     if work.settings.offload_activations:
         terms.append(hidden_term(work, "layer_input", 1))
     if work.settings.offload_activations or not work.last_layer_keeps_attention:
         terms.append(_of_keys(work, "carried_keys_values", _carried_tokens(work), work.zero.dtype_bytes))
     return tuple(terms)
+
+
+def carried_terms(work: Workload, *, but_a_chunk: bool = False) -> Terms:
+    """Of earlier keys and values the gradients, and themselves where they were not kept.
+
+    but_a_chunk: without the gradients of the chunk that is read last, which come after its kernel.
+    """
+    tokens = _seen_tokens(work) - but_a_chunk * work.of_chunk.attention_tokens
+    gradients = _of_keys(work, "key_value_gradients", tokens, max(_FP32_BYTES, work.zero.dtype_bytes))
+    return (*([gradients] if gradients.bytes else []), *carried_keys(work))
+
+
+def carried_keys(work: Workload) -> Terms:
+    """Earlier keys and values in the backward, where they were not kept."""
+    if work.last_layer_keeps_attention:
+        return ()
+    return (_of_keys(work, "carried_keys_values", work.earlier_tokens, work.zero.dtype_bytes),)
 
 
 def parameter_sums(work: Workload, *, but: int = 0) -> Terms:
