@@ -19,6 +19,7 @@ _OFFLOAD = "offload_activations true in the 'mst' block"
 # What a layer computes of one chunk.
 _CHUNK_TERMS = (
     "attention_",
+    "shared_gradient_sums",
     "query_key_value",
     "kernel_",
     "folded_heads",

@@ -30,6 +30,20 @@ def output_width(shape: ModelShape) -> int:
     return shape.num_attention_heads * shape.value_head_dim
 
 
+def local_gradients(work: Workload) -> Terms:
+    """Of queries, keys, values and the output; of keys and values in fp32 where several ranks or groups have one."""
+    terms = (local_term(work, "attention_gradients", query_key_value_width(work.shape) + output_width(work.shape)),)
+    if not work.heads.shares_key_values or work.zero.dtype_bytes >= _FP32_BYTES:
+        return terms
+    width = work.shape.num_key_value_heads * (work.shape.head_dim + work.shape.value_head_dim)
+    more = (
+        ("tokens", work.tokens),
+        ("width of keys and values", width),
+        ("bytes more", _FP32_BYTES - work.zero.dtype_bytes),
+    )
+    return (*terms, product_term("shared_gradient_sums", "device", *more))
+
+
 def log_sum_exp(work: Workload, layers: int) -> MemoryTerm:
     """What a kernel keeps for its backward beside what it is given and returns."""
     return product_term(
