@@ -56,7 +56,7 @@ def _engine(stage: int, zero: dict[str, Any] | None = None, **more: Any) -> Deep
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": True},
-        "zero_optimization": zero_block(stage, reduce_bucket_size=1000, **(zero or {})),
+        "zero_optimization": zero_block(stage, **{"reduce_bucket_size": 1000, **(zero or {})}),
         **more,
     }
     model = LlamaForCausalLM(LlamaConfig(**MODEL.to_dict()))
