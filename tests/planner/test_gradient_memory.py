@@ -137,6 +137,14 @@ def test_of_one_micro_batch_only_sums_in_fp32_are_beside_its_gradients() -> None
         assert "flat_gradient" not in step
 
 
+def test_at_stage_1_all_gradients_have_the_dtype_of_the_sums() -> None:
+    """By what DeepSpeed's source says; not measured."""
+    for given, size in (({}, 2), (IN_FP32, 4)):
+        backward = bytes_of(plan_of(1, world_size=2, seq_len=8, **given), "backward")
+        assert backward["gradients"] == size * PARAMETERS
+        assert backward["averaged_gradients"] == size * PARAMETERS // 2
+
+
 EMBEDDING, MLP = VOCAB * HIDDEN, HIDDEN * INTERMEDIATE
 
 
