@@ -88,7 +88,7 @@ class Settings:
     layer_chunks: int = _count(
         "chunks in which a whole decoder layer is worked through, of a rank, 1 or more; the ranks of a sequence have "
         "equally many",
-        "with recompute, the fewest with which a layer no longer makes the peak; else 1",
+        "1 where a layer fits, else the fewest that fit; without recompute 1",
         needs_recompute=True,
         ranks_agree=True,
         tried=(1, 1, 4, 16),
@@ -125,7 +125,7 @@ class Settings:
         tried=(False, False, True, True),
     )
     offload_activations: bool = _switch(
-        "what recompute keeps lies in pinned memory of the host, two layers' worth of it on the device",
+        "what recompute keeps lies in pinned memory of the host, two layers' or chunks' worth of it on the device",
         "with recompute, `true` if it does not fit otherwise and the host has room",
         choices=(False, True),
         needs_recompute=True,

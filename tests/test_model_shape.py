@@ -13,6 +13,7 @@ from mst_ds.model_shape import (
     NormShape,
     families,
 )
+from mst_ds.structure import why_own_attention
 
 SPECIAL_TOKENS = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
 SMALL = {
@@ -107,6 +108,7 @@ def test_counts_are_those_of_the_model(family, changes):
     model = build(config)
     shape = ModelShape.from_config(config)
     assert shape.counts_are_exact
+    assert shape.has_own_attention is (why_own_attention(model) is not None)
     assert shape.parameter_count == parameter_count(model)
     assert shape.layer_parameter_count == max(map(parameter_count, layers_of(model)))
     assert shape.embedding_parameter_count == parameter_count(model.get_input_embeddings())
@@ -138,6 +140,20 @@ def test_other_families_are_counted_as_similar_ones():
         shape = ModelShape.from_config(config)
         assert not shape.counts_are_exact
         assert shape.parameter_count == pytest.approx(parameter_count(build(config)), rel=0.1)
+
+
+# transformers' names of their sizes are not always Llama's.
+OWN_ATTENTION_SIZES = {
+    "mpt": {"d_model": 64, "n_heads": 4},
+    "gpt_neo": {"attention_types": [[["global"], 3]], "num_layers": 3},
+}
+
+
+@pytest.mark.parametrize("kind", sorted(families.OWN_ATTENTION))
+def test_attention_that_is_not_this_projects_is_known_by_the_config(kind):
+    config = transformers.CONFIG_MAPPING[kind](**SMALL | SPECIAL_TOKENS | OWN_ATTENTION_SIZES.get(kind, {}))
+    assert ModelShape.from_config(config).has_own_attention
+    assert why_own_attention(build(config)) is not None
 
 
 def test_dimensions_are_the_configs():

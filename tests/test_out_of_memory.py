@@ -17,9 +17,9 @@ from mst_ds.training import loop
 CPU_MESSAGE = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
 
 
-def plan_of(device_memory: int = 80 * GIB, **mst: Any) -> Plan:
+def plan_of(device_memory: int = 80 * GIB, seq_len: int = 2**20, **mst: Any) -> Plan:
     ds_config = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}, "mst": mst}
-    arguments: dict[str, Any] = {"world_size": 8, "sp_size": 8, "seq_len": 2**20, "device_memory": device_memory}
+    arguments: dict[str, Any] = {"world_size": 8, "sp_size": 8, "seq_len": seq_len, "device_memory": device_memory}
     return make_plan("meta-llama/Llama-3.1-8B", ds_config, **arguments)
 
 
@@ -39,6 +39,7 @@ def test_other_errors_are_left_alone() -> None:
         raise RuntimeError("shapes differ")
 
 
+OFFLOADED = {"offload_activations": True, "mlp_chunks": 64, "loss_chunks": 256}
 CASES = {
     "mlp": ("backward", {"mlp_chunks": 1, "recompute": True, "offload_activations": True}, "a larger mlp_chunks"),
     "loss": ("loss", {"loss_chunks": 1, "recompute": True}, "a larger loss_chunks"),
@@ -46,10 +47,16 @@ CASES = {
     "everything": (
         "forward",
         {"recompute": False, "keep_mlp": False},
-        "offload_activations true in the 'mst' block, or recompute true",
+        "recompute true in the 'mst' block",
     ),
     "gate and up": ("forward", {"keep_mlp": True}, "keep_mlp false in the 'mst' block"),
     "states": ("optimizer_step", {}, "a higher ZeRO stage, more ranks, or offload_optimizer"),
+    **{
+        f"a layer, in the {phase}, of {chunks}": (phase, {"seq_len": 2**23, "layer_chunks": chunks} | OFFLOADED, remedy)
+        for phase in ("forward", "backward")
+        # What is left of many chunks is whole.
+        for chunks, remedy in ((1, "a larger layer_chunks"), (64, "a larger sp_size"))
+    },
 }
 
 
@@ -68,8 +75,10 @@ def test_the_setting_follows_from_the_largest_term(phase: str, mst: dict[str, An
 def test_what_is_in_flight_is_on_the_host_already() -> None:
     names = ("layer_inputs_in_flight", "attention_gradients", "gathered_parameters")
     terms = tuple(MemoryTerm(name, GIB * (10 - place), "device", ()) for place, name in enumerate(names))
-    line = explanation(OutOfMemoryError(["backward"]), replace(plan_of(), phases=(Phase("backward", terms),)))
-    assert "allowed: a larger sp_size in the 'mst' block, or a shorter seq_len" in line
+    line = explanation(
+        OutOfMemoryError(["backward"]), replace(plan_of(recompute=True), phases=(Phase("backward", terms),))
+    )
+    assert "allowed: a larger layer_chunks in the 'mst' block" in line
 
 
 def test_of_two_phases_it_is_the_one_that_needs_more() -> None:

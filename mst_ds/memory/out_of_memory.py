@@ -12,10 +12,14 @@ from mst_ds.planner import MemoryTerm, Plan
 
 _SHOWN_TERMS = 3
 _OTHERWISE = "a larger sp_size in the 'mst' block, or a shorter seq_len"
-_OF_CHUNK = "a larger layer_chunks in the 'mst' block, or recompute true"
+_RECOMPUTE = "recompute true in the 'mst' block"
+# Without recompute these are no settings.
+_OF_CHUNK = "a larger layer_chunks in the 'mst' block"
+_OFFLOAD = "offload_activations true in the 'mst' block"
 # What a layer computes of one chunk.
 _CHUNK_TERMS = (
     "attention_",
+    "shared_gradient_sums",
     "query_key_value",
     "kernel_",
     "folded_heads",
@@ -34,12 +38,12 @@ _REMEDIES = (
     ("gathered_parameters", "a smaller stage3_max_reuse_distance and stage3_prefetch_bucket_size"),
     ("gathered_", _OF_CHUNK),
     ("all_to_all_buffers", _OF_CHUNK),
-    ("layer_inputs", "offload_activations true in the 'mst' block, or recompute true"),
+    ("layer_inputs", _OFFLOAD),
     *((name, _OF_CHUNK) for name in _CHUNK_TERMS),
     # Of all tokens, whatever the chunks.
     *((name, _OTHERWISE) for name in ("key_value_gradients", "carried_keys_values", "layer_output", "layer_input")),
     ("kept_gate_up", "keep_mlp false in the 'mst' block"),
-    ("kept_", "offload_activations true in the 'mst' block"),
+    ("kept_", _OFFLOAD),
     ("parameters", "a higher ZeRO stage, more ranks, or offload_param"),
     ("gradients", "a higher ZeRO stage, more ranks, or offload_optimizer"),
     ("master_parameters", "a higher ZeRO stage, more ranks, or offload_optimizer"),
@@ -89,12 +93,13 @@ def explanation(error: OutOfMemoryError, plan: Plan) -> str:
     return (
         f"ran out of memory in the {phase.name}, {excess}: planned are "
         f"{phase.device_bytes / GIB:.2f} of {plan.device_memory / GIB:.2f} GiB, of these {largest}; "
-        f"allowed: {_remedy(terms)}"
+        f"allowed: {_remedy(terms, recompute=plan.settings.recompute)}"
     )
 
 
-def _remedy(terms: Sequence[MemoryTerm]) -> str:
+def _remedy(terms: Sequence[MemoryTerm], *, recompute: bool) -> str:
     """For the largest term for which there is one. What is in flight is on the host already."""
     on_device = (term for term in terms if not term.name.endswith("_in_flight"))
     found = (remedy for term in on_device for name, remedy in _REMEDIES if term.name.startswith(name))
-    return next(found, _OTHERWISE)
+    remedy = next(found, _OTHERWISE)
+    return _RECOMPUTE if remedy in (_OF_CHUNK, _OFFLOAD) and not recompute else remedy

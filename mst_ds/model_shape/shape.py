@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mst_ds.model_shape.config_checks import check_numbers, check_parameter_count
 from mst_ds.model_shape.counts import Dimensions, ParameterCounts, TrainedCounts, count_parameters
 from mst_ds.model_shape.experts import ExpertShape, read_experts
-from mst_ds.model_shape.families import FAMILIES, LLAMA, Family, NormKind, is_on
+from mst_ds.model_shape.families import FAMILIES, LLAMA, OWN_ATTENTION, Family, NormKind, is_on
 from mst_ds.model_shape.positions import fixed_positions, rotary_positions
 from mst_ds.model_shape.sizes import optional_size, size
 
@@ -54,6 +54,7 @@ class ModelShape(Dimensions):
         sliding_windows: the window of each layer that has one, in tokens.
         window_layers: which layers these are, from 0 on.
         other_layers: kinds of layers that are not attention; counted as if they were.
+        has_own_attention: its attention is not this project's, which alone is kept and works through a layer in chunks.
         layer_parameter_count: of the largest layer.
         position_parameter_count: of learned position embeddings, 0 without.
         fixed_positions: the most tokens of a document that the model can take, None where any number will do.
@@ -78,6 +79,7 @@ class ModelShape(Dimensions):
     sliding_windows: tuple[int, ...]
     window_layers: tuple[int, ...]
     other_layers: tuple[str, ...]
+    has_own_attention: bool
     embedding_parameter_count: int
     position_parameter_count: int
     fixed_positions: int | None
@@ -130,6 +132,7 @@ class ModelShape(Dimensions):
             sliding_windows=(window,) * len(window_layers),
             window_layers=window_layers,
             other_layers=other_layers(config),
+            has_own_attention=config.model_type in OWN_ATTENTION or bool(other_layers(config)),
             embedding_parameter_count=counts.embedding,
             position_parameter_count=counts.positions,
             fixed_positions=fixed_positions(config),

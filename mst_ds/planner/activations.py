@@ -10,7 +10,7 @@ from mst_ds.geometry import ELEMENTS_THAT_KEEP_BUSY, ceil_divide
 from mst_ds.planner.attention import (
     earlier_keys_step,
     gathered_step,
-    held_keys_values,
+    local_gradients,
     local_term,
     log_sum_exp,
     output_width,
@@ -79,7 +79,6 @@ def layer_activations(work: Workload, *, of_attention: bool = True, after_attent
     if not work.last_layer_keeps_attention:
         terms.append(local_term(work, "attention_output", output_width(work.shape), first))
         terms.append(log_sum_exp(work, first))
-        terms += held_keys_values(work, first)
     return tuple(term for term in terms if term.bytes)
 
 
@@ -94,10 +93,7 @@ def attention_step(work: Workload, *, backward: bool, earlier: Terms | None = No
     if earlier is not None:
         moments.append((*earlier_keys_step(work, backward=backward), *earlier))
     if backward:
-        gradients = local_term(
-            work, "attention_gradients", query_key_value_width(work.shape) + output_width(work.shape)
-        )
-        return (*max(*moments, window_step(work), key=total_bytes), gradients)
+        return (*max(*moments, window_step(work), key=total_bytes), *local_gradients(work))
     # The output projection comes after it, while all that attention was given is still there.
     largest = max(*moments, (hidden_term(work, "attention_result", 1),), key=total_bytes)
     if not work.settings.recompute:

@@ -30,6 +30,20 @@ def output_width(shape: ModelShape) -> int:
     return shape.num_attention_heads * shape.value_head_dim
 
 
+def local_gradients(work: Workload) -> Terms:
+    """Of queries, keys, values and the output; of keys and values in fp32 where several ranks or groups have one."""
+    terms = (local_term(work, "attention_gradients", query_key_value_width(work.shape) + output_width(work.shape)),)
+    if not work.heads.shares_key_values or work.zero.dtype_bytes >= _FP32_BYTES:
+        return terms
+    width = work.shape.num_key_value_heads * (work.shape.head_dim + work.shape.value_head_dim)
+    more = (
+        ("tokens", work.tokens),
+        ("width of keys and values", width),
+        ("bytes more", _FP32_BYTES - work.zero.dtype_bytes),
+    )
+    return (*terms, product_term("shared_gradient_sums", "device", *more))
+
+
 def log_sum_exp(work: Workload, layers: int) -> MemoryTerm:
     """What a kernel keeps for its backward beside what it is given and returns."""
     return product_term(
@@ -47,13 +61,12 @@ def holds_keys_values(work: Workload) -> bool:
     return work.settings.recompute and not work.last_layer_keeps_attention and work.sp_size > 1
 
 
-def held_keys_values(work: Workload, layers: int) -> Terms:
-    """Those of all groups of heads."""
+def held_keys_values(work: Workload) -> Terms:
+    """Those of all groups of heads, of a layer or of its last chunk; those of earlier chunks are carried."""
     if not holds_keys_values(work):
         return ()
     width = ("width of keys and values", work.key_value_width), ("bytes", work.zero.dtype_bytes)
-    tokens = ("layers", layers), ("tokens of all shards", work.attention_tokens)
-    return (product_term("held_keys_values", "device", *tokens, *width),)
+    return (product_term("held_keys_values", "device", ("tokens of all shards", work.attention_tokens), *width),)
 
 
 def gathered_step(work: Workload, *, backward: bool) -> Terms:
@@ -74,9 +87,7 @@ def gathered_step(work: Workload, *, backward: bool) -> Terms:
     made = (_gathered(work, "kernel_output", 1, _group_output(work)),) if has_parts else ()
     if work.sp_size == 1:
         return (*kernel, *made)
-    inputs = _gathered(work, "gathered_query_key_value", 1, _group_inputs(work))
-    if backward and holds_keys_values(work):
-        inputs = _gathered(work, "gathered_query", 1, work.group_query_heads * work.shape.head_dim)
+    inputs = _gathered_inputs(work, backward=backward)
     if not backward:
         return max(
             (inputs, _gathered(work, "all_to_all_buffers", 1, _group_inputs(work))),
@@ -102,24 +113,31 @@ def earlier_keys_step(work: Workload, *, backward: bool) -> Terms:
     merged in fp32, and a group's query heads are rows of one head, which is a copy where heads were not gathered."""
     width = work.group_query_heads * work.shape.head_dim
     kernel, is_local = _attention_scores(work, backward=backward), work.sp_size == 1
+    merged = _FP32_BYTES // work.zero.dtype_bytes
+    own: list[MemoryTerm] = []
     if backward:
-        # Of a group's heads nothing is repeated. In a shard the chunk's own gradients are the local ones.
+        # Of a group's heads nothing is repeated. The queries' gradient is merged; without sequence parallelism the
+        # chunk's gradients count as local ones.
         made = [_gathered(work, "block_gradients", 1, width + _group_keys(work)), *_kernel_workspace(work)[:1]]
-        own = [] if is_local else [_gathered(work, "gathered_gradients", 1, _group_inputs(work))]
+        if is_local:
+            merged -= 1
+        else:
+            own = [_gathered(work, "gathered_gradients", 1, _group_keys(work))]
     else:
-        made = [_gathered(work, "block_output", 1, _group_output(work))]
-        # Where there is one group it becomes the local output.
-        has_groups = len(work.heads.groups) > 1
-        own = [_gathered(work, "chunk_output", 1, _group_output(work))] * has_groups
-    if work.zero.dtype_bytes < _FP32_BYTES:
-        # The sum of the queries' gradients; the merged output, and what is merged into it.
-        tensors, of_merged = (1, width) if backward else (2, _group_output(work))
-        made.append(_gathered(work, "merged_in_fp32", tensors * _FP32_BYTES // work.zero.dtype_bytes, of_merged))
+        # What is merged, before the output is; where there is one group that counts as the local output.
+        made = [_gathered(work, "block_output", 1, _group_output(work))] * (len(work.heads.groups) > 1)
+    if merged:
+        made.append(_gathered(work, "merged_in_fp32", merged, width if backward else _group_output(work)))
     if is_local:
         return (*own, *made, *kernel, _gathered(work, "folded_heads", 3 if backward else 1, width))
     outputs = [_gathered(work, "gathered_output_and_gradient", 2, _group_output(work))] * backward
-    inputs = _gathered(work, "gathered_query_key_value", 1, _group_inputs(work))
-    return (inputs, *outputs, *own, *made, *kernel)
+    return (_gathered_inputs(work, backward=backward), *outputs, *own, *made, *kernel)
+
+
+def _gathered_inputs(work: Workload, *, backward: bool) -> MemoryTerm:
+    if backward and holds_keys_values(work):
+        return _gathered(work, "gathered_query", 1, work.group_query_heads * work.shape.head_dim)
+    return _gathered(work, "gathered_query_key_value", 1, _group_inputs(work))
 
 
 def window_step(work: Workload) -> Terms:

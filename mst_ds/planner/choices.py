@@ -54,7 +54,7 @@ def _opposites(work: Workload) -> dict[str, dict[str, Any]]:
             opposites[name] = {name: knob.off}
     for name, knob in KNOBS.items():
         if knob.needs_recompute:
-            preferred = knob.choices[0] if knob.choices else knob.off
+            preferred = work.without_effect.get(name, knob.choices[0] if knob.choices else knob.off)
             opposites["recompute"][name] = knob.off if settings.recompute else preferred
     if work.sp_size > 1:
         opposites |= {name: {name: 1} for name, knob in KNOBS.items() if knob.needs_sharding}

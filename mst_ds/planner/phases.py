@@ -7,12 +7,13 @@ from typing import Literal
 
 from mst_ds.model_shape import ModelShape
 from mst_ds.planner import activations, states
-from mst_ds.planner.attention import output_width, query_key_value_width
+from mst_ds.planner.attention import held_keys_values, output_width, query_key_value_width
 from mst_ds.planner.kept import PARTS_IN_FLIGHT, kept_gate_up, kept_on_host, kept_output_of_chunk
 from mst_ds.planner.mlp import MlpStep, mlp_steps
 from mst_ds.planner.stream import (
     blocks_in_flight,
-    carried_keys_values,
+    carried_keys,
+    carried_terms,
     end_of_backward,
     parameter_sums,
     stream_terms,
@@ -158,20 +159,19 @@ def loss_phase(work: Workload, loss_chunks: int) -> Phase:
 def mlp_moments(work: Workload, mlp_chunks: int, *, backward: bool) -> tuple[MlpStep, ...]:
     """The MLPs of a layer, each with what the layer's other operators have saved by then."""
     saved, whole = _saved(work, backward=backward), stream_terms(work, backward=backward)
-    has_sums = work.layer_chunks == 1
-    if backward and not has_sums:
+    chunk, is_whole = work.of_chunk, work.layer_chunks == 1
+    if backward and not is_whole:
         whole += parameter_sums(work)
-    steps = mlp_steps(work.of_chunk, mlp_chunks, backward=backward, has_sums=has_sums)
+    steps = mlp_steps(chunk, mlp_chunks, backward=backward, has_sums=is_whole)
     moments = tuple(MlpStep(step.chunk, (*step.rest, *whole), saved) for step in steps)
-    return moments + _first_mlp_moments(work, mlp_chunks) * backward
+    return moments if not backward or is_whole else moments + _first_mlp_moments(work, mlp_chunks)
 
 
 def _first_mlp_moments(work: Workload, mlp_chunks: int) -> tuple[MlpStep, ...]:
-    """The MLPs of a layer's chunk that is differentiated first: all is kept yet, but nothing summed."""
-    if work.layer_chunks == 1 or work.settings.offload_activations:
-        return ()
-    saved = activations.layer_activations(work.of_chunk) + kept_gate_up(work)
-    whole = (*kept_output_of_chunk(work), *carried_keys_values(work))
+    """The MLPs of a layer's last chunk, which comes first: all that is kept is there, and no gradients but its own."""
+    saved, whole = _saved(work, backward=True, of_last_chunk=True), carried_keys(work)
+    if not work.settings.offload_activations:
+        whole += kept_output_of_chunk(work)
     steps = mlp_steps(work.of_chunk, mlp_chunks, backward=True)
     return tuple(MlpStep(step.chunk, (*step.rest, *whole), saved) for step in steps)
 
@@ -195,16 +195,36 @@ def attention_moment(work: Workload, *, backward: bool) -> Terms:
     saved = _saved(work, backward=backward, after_attention=False, of_mlp=False)
     if not work.settings.recompute:
         return activations.attention_step(work, backward=backward) + saved
-    reads_earlier = work.layer_chunks > 1 and not work.last_layer_has_window
-    earlier = blocks_in_flight(work) * backward if reads_earlier else None
-    step = activations.attention_step(work.of_chunk, backward=backward, earlier=earlier)
-    whole = stream_terms(work, backward=backward)
     if not backward:
-        return step + saved + whole
+        earlier = () if _reads_earlier(work) else None
+        step = activations.attention_step(work.of_chunk, backward=False, earlier=earlier)
+        return step + saved + stream_terms(work, backward=False)
     if work.shape.norms.pre_norms != 1:
         # The gradient of the layer's output is held until all chunks are done.
-        step += (activations.hidden_term(work.of_chunk, "residual_gradient", 1),)
-    return step + saved + whole + parameter_sums(work, but=_input_projections(work.shape))
+        saved += (activations.hidden_term(work.of_chunk, "residual_gradient", 1),)
+    return max(_attention_backwards(work), key=total_bytes) + saved
+
+
+def _attention_backwards(work: Workload) -> list[Terms]:
+    """That of the last chunk, which comes first, before the input has a gradient, and of the one before it."""
+    chunk, earlier = work.of_chunk, blocks_in_flight(work) if _reads_earlier(work) else None
+    step = activations.attention_step(chunk, backward=True, earlier=earlier)
+    sums = parameter_sums(work, but=_input_projections(work.shape))
+    if work.layer_chunks == 1:
+        return [step + sums]
+    last = sums + held_keys_values(chunk)
+    after_kernel = tuple(term for term in step if term.kind != "workspace")
+    # The first of two chunks reads no earlier keys.
+    before = step if work.layer_chunks > 2 else activations.attention_step(chunk, backward=True)
+    return [
+        step + last + carried_terms(work, but_a_chunk=_reads_earlier(work)),
+        after_kernel + last + carried_terms(work),
+        before + parameter_sums(work) + stream_terms(work, backward=True),
+    ]
+
+
+def _reads_earlier(work: Workload) -> bool:
+    return work.layer_chunks > 1 and not work.last_layer_has_window
 
 
 def _norm_moment(work: Workload, *, backward: bool) -> Terms:
@@ -224,7 +244,7 @@ def _norm_moment(work: Workload, *, backward: bool) -> Terms:
         return step + saved
     of_attention = _input_projections(work.shape) + work.shape.hidden_size * output_width(work.shape)
     missing = trained.layer if norms.post_norms else 0 if is_first else of_attention
-    return step + saved + parameter_sums(work, but=missing)
+    return step + saved + parameter_sums(work, but=missing if work.layer_chunks == 1 else 0)
 
 
 def _input_projections(shape: ModelShape) -> int:
@@ -232,14 +252,24 @@ def _input_projections(shape: ModelShape) -> int:
 
 
 def _saved(
-    work: Workload, *, backward: bool, of_attention: bool = True, after_attention: bool = True, of_mlp: bool = True
+    work: Workload,
+    *,
+    backward: bool,
+    of_attention: bool = True,
+    after_attention: bool = True,
+    of_mlp: bool = True,
+    of_last_chunk: bool = False,
 ) -> Terms:
-    """What the layers have saved, beside what `_of_layers` has; of the last layer those parts that are asked for."""
+    """What the layers have saved, beside what `_of_layers` has; of the last layer those parts that are asked for, of
+    its last chunk or of one before it."""
     if backward:
         layers = work.of_chunk if work.settings.recompute else work
         saved = activations.layer_activations(layers, of_attention=of_attention, after_attention=after_attention)
-        # Of several chunks that are on the device the last has been differentiated; in flight are always two.
-        is_there = work.layer_chunks == 1 or work.settings.offload_activations
+        of_last_chunk |= work.layer_chunks == 1
+        if of_attention and of_last_chunk:
+            saved += held_keys_values(layers)
+        # On the device the last chunk has been differentiated before one before it; in flight are always two.
+        is_there = of_last_chunk or work.settings.offload_activations
         return saved + kept_gate_up(work, of_last_part=of_mlp and is_there)
     if work.settings.recompute:
         return kept_gate_up(work, of_last_part=of_mlp)

@@ -93,9 +93,11 @@ def _with_layer_chunks(work: Workload, mst: MstConfig, preferred_tokens: int, de
     none fit, the fewest that reach the lowest peak.
     """
     length = shard_length(work.seq_len, work.sp_size)
+    if not _may_stream(work):
+        return work.with_settings(layer_chunks=1)
     given = _given("layer_chunks", mst.get("layer_chunks"), length, "a shard")
-    if given is not None or not _may_stream(work):
-        return work.with_settings(layer_chunks=given or 1)
+    if given is not None:
+        return work.with_settings(layer_chunks=given)
 
     @functools.cache
     def bytes_with(chunks: int) -> int:
@@ -117,7 +119,7 @@ def _with_layer_chunks(work: Workload, mst: MstConfig, preferred_tokens: int, de
 
 def _may_stream(work: Workload) -> bool:
     """Whether layers that are computed again can have several chunks."""
-    return work.settings.recompute and not work.shape.other_layers
+    return work.settings.recompute and "layer_chunks" not in work.without_effect
 
 
 def can_fit(work: Workload, mst: MstConfig, *, device_memory: int, host_memory: int | None) -> bool:
@@ -157,11 +159,11 @@ def _host_has_room(phases: tuple[Phase, ...], host_memory: int | None) -> bool:
 
 
 def _unchunked_candidates(work: Workload, mst: MstConfig) -> Iterator[Workload]:
-    for chosen in candidates({**mst.given, **work.without_effect}):
+    given = {"layer_chunks": 1, **mst.given, **work.without_effect}
+    for chosen in candidates(given):
         if chosen["offload_activations"] and chosen["keep_mlp"] and mst.get("keep_mlp") == AUTO:
             continue  # several times the host's memory for little time: for the user to decide
-        given = mst.get("layer_chunks")
-        kept = work.with_settings(**chosen, layer_chunks=1 if given == AUTO else given)
+        kept = work.with_settings(**chosen, layer_chunks=given["layer_chunks"])
         for count in _head_groups(kept, mst.get("head_groups")):
             yield kept.with_settings(head_groups=count)
 

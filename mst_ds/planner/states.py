@@ -147,7 +147,7 @@ def gradients(work: Workload, *, so_far: int | None = None) -> Terms:
     zero, count = work.zero, work.shape.trained.all
     if zero.stage < 2:
         count = min(count, so_far) if so_far is not None else count
-        return (_state("gradients", "device", ("gradients of this rank", count), ("bytes", zero.dtype_bytes)),)
+        return (_state("gradients", "device", ("gradients of this rank", count), ("bytes", _whole_bytes(work))),)
     if zero.stage == 2 and not _sums_in_fp32(work):
         return _gradients_of_weights(work)
     place: Place = "device" if zero.optimizer_offload == "none" or zero.stage == 2 else "host"
@@ -201,7 +201,14 @@ def gradient_reduction(work: Workload) -> Terms:
     if zero.stage > 1 or zero.dp_world_size == 1 or _has_fp32_gradient_on_host(work):
         return ()
     copied = min(count, _ALL_REDUCE_ELEMENTS) if zero.stage == 0 else work.sharded(count, from_stage=1)
-    return (_state("averaged_gradients", "device", ("gradients", copied), ("bytes", zero.dtype_bytes)),)
+    return (_state("averaged_gradients", "device", ("gradients", copied), ("bytes", _whole_bytes(work))),)
+
+
+def _whole_bytes(work: Workload) -> int:
+    """Of an element of all gradients: at stage 1 each becomes a sum as soon as it is there, and takes its dtype
+    (`_fill_param_grad_accum_attribute`)."""
+    zero = work.zero
+    return max(zero.dtype_bytes, zero.grad_accum_dtype_bytes) if zero.stage == 1 else zero.dtype_bytes
 
 
 def _has_fp32_gradient_on_host(work: Workload) -> bool:

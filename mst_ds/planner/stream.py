@@ -25,11 +25,7 @@ def stream_terms(work: Workload, *, backward: bool) -> Terms:
     if work.layer_chunks == 1:
         return ()
     if backward:
-        grad_bytes = max(_FP32_BYTES, work.zero.dtype_bytes)
-        return (
-            _of_keys(work, "key_value_gradients", _seen_tokens(work), grad_bytes),
-            *carried_keys_values(work),
-        )
+        return carried_terms(work)
     terms = [hidden_term(work, "layer_output", 1)]
     if work.settings.offload_activations:
         terms.append(hidden_term(work, "layer_input", 1))
@@ -38,17 +34,27 @@ def stream_terms(work: Workload, *, backward: bool) -> Terms:
     return tuple(terms)
 
 
-def carried_keys_values(work: Workload) -> Terms:
-    """Those of earlier chunks in the backward, where they were not kept."""
+def carried_terms(work: Workload, *, but_a_chunk: bool = False) -> Terms:
+    """Of earlier keys and values the gradients, and themselves where they were not kept.
+
+    but_a_chunk: without the gradients of the chunk that is read last, which come after its kernel.
+    """
+    tokens = _seen_tokens(work) - but_a_chunk * work.of_chunk.attention_tokens
+    gradients = _of_keys(work, "key_value_gradients", tokens, max(_FP32_BYTES, work.zero.dtype_bytes))
+    return (*([gradients] if gradients.bytes else []), *carried_keys(work))
+
+
+def carried_keys(work: Workload) -> Terms:
+    """Earlier keys and values in the backward, where they were not kept."""
     if work.last_layer_keeps_attention:
         return ()
     return (_of_keys(work, "carried_keys_values", work.earlier_tokens, work.zero.dtype_bytes),)
 
 
 def parameter_sums(work: Workload, *, but: int = 0) -> Terms:
-    """The sums of a layer's parameter gradients, in fp32, from the second chunk's backward on; in a layer of one chunk
-    without those of so many parameters, which have none yet."""
-    count = work.shape.trained.layer - (but if work.layer_chunks == 1 and work.shape.is_trained_whole else 0)
+    """The sums of a layer's parameter gradients, in fp32, without those of so many parameters, which have none yet in
+    the backward of the last chunk; all have one from the next chunk's on."""
+    count = work.shape.trained.layer - (but if work.shape.is_trained_whole else 0)
     if count <= 0:
         return ()
     return (product_term("layer_weight_gradients", "device", ("trained weights", count), ("bytes", _FP32_BYTES)),)

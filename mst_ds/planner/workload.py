@@ -142,13 +142,14 @@ class Workload:
         return self.sp_size * shard_length(self.seq_len, self.sp_size)
 
     @property
-    def without_effect(self) -> Mapping[str, bool]:
+    def without_effect(self) -> Mapping[str, bool | int]:
         """Knobs that this model has nothing for, and what they are then: experts cannot keep gate and up, nor can an
-        MLP with adapters inside."""
+        MLP with adapters inside; attention of another kind is not kept, and its layers are one chunk."""
         experts, trained = self.shape.experts, self.shape.trained.mlp
         has_mlps = self.shape.num_dense_layers or (experts is not None and experts.shared_intermediate_size)
         can_keep_mlp = has_mlps and (trained is None or trained == 0)
-        return {} if can_keep_mlp else {"keep_mlp": False}
+        off: dict[str, bool | int] = {} if can_keep_mlp else {"keep_mlp": False}
+        return off | ({"keep_attention": False, "layer_chunks": 1} if self.shape.has_own_attention else {})
 
     @property
     def block_scores(self) -> int:

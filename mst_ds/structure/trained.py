@@ -1,4 +1,4 @@
-"""Counts what of a model is trained: not what is frozen, but the adapters that it has been given."""
+"""What a model says better than its config: what of it is trained, and whether its attention is its own."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from mst_ds.model_shape import ModelShape, TrainedCounts
-from mst_ds.structure import decoder_layers, find_mlps
+from mst_ds.structure import decoder_layers, find_mlps, why_own_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 def trained_shape(shape: ModelShape, model: PreTrainedModel) -> ModelShape:
-    """`shape` with the parameters that `model` has and trains, below the adapters of peft where it has these.
+    """`shape` with the parameters that `model` has and trains, below the adapters of peft where it has these; and with
+    its attention as it is.
 
     Args:
         shape: of the model's config.
         model: whose parameters are only counted; it may be on the meta device.
     """
+    shape = replace(shape, has_own_attention=why_own_attention(model) is not None)
     all_parameters, trained = _count(model.parameters()), _count(model.parameters(), trained=True)
     if trained == all_parameters == shape.parameter_count:
         return shape

@@ -1,6 +1,7 @@
 """The plan as people read it."""
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -8,7 +9,7 @@ from test_plan import ATTENTION, choices_of, llama_8b_plan, small_plan
 from transformers import LlamaConfig, StableLmConfig
 
 from mst_ds.config import GIB
-from mst_ds.planner import make_plan, plan_table
+from mst_ds.planner import gpu_by_name, make_plan, plan_table
 
 
 def test_the_report_shows_every_phase_with_its_largest_terms_and_the_verdict():
@@ -41,6 +42,17 @@ def test_the_report_shows_what_is_kept_and_what_that_costs():
     text = " ".join(rendered(nothing_twice).split())  # wherever lines end
     assert "loss_chunks 64, keep_mlp, head_groups" in text
     assert f"keep_mlp true: +{choices_of(nothing_twice)['keep_mlp'].device_bytes / GIB:.3f} GiB on the device" in text
+
+
+def test_the_report_says_what_chunks_of_a_layer_save_and_cost():
+    ds_config = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}, "mst": {"layer_chunks": 4}}
+    arguments = {"world_size": 8, "seq_len": 2**20, "device_memory": 80 * GIB, "gpu": gpu_by_name("H100")}
+    plan = make_plan("meta-llama/Llama-3.1-8B", ds_config, **arguments)
+    choice = choices_of(plan)["layer_chunks"]
+    assert choice.device_bytes < 0 < choice.seconds
+    (line,) = re.findall(r"layer_chunks 4: ([^;]*)", " ".join(rendered(plan).split()))
+    assert line.startswith(f"{choice.device_bytes / GIB:.3f} GiB on the device")
+    assert line.endswith(f"{choice.seconds:+.3g} s a step")
 
 
 def test_the_report_says_where_parameters_are_not_counted_exactly():

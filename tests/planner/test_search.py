@@ -357,11 +357,14 @@ def test_a_layer_has_several_chunks_where_one_does_not_fit(sp_size, keep_mlp):
 
 def test_layers_that_cannot_stream_have_one_chunk():
     work = workload(seq_len=500_000)
-    choose = partial(settings_of, keep_attention=False, keep_mlp=False, offload_activations=False, device_memory=1)
-    assert choose(work, recompute=True).layer_chunks > 1
+    choose = partial(settings_of, keep_mlp=False, offload_activations=False, device_memory=1)
+    assert choose(work, recompute=True, keep_attention=False).layer_chunks > 1
     assert choose(work, recompute=False).layer_chunks == 1
-    other = replace(work, shape=replace(work.shape, other_layers=("MambaMixer",)))
-    assert choose(other, recompute=True).layer_chunks == 1
+    other = replace(work, shape=replace(work.shape, has_own_attention=True))
+    # Nor is their attention kept. What the user asks for has no effect either, as when the plan is applied.
+    for given in ({}, {"layer_chunks": 4, "keep_attention": True}):
+        chosen = choose(other, recompute=True, **given)
+        assert (chosen.layer_chunks, chosen.keep_attention) == (1, False)
 
 
 def test_without_recompute_nothing_is_chosen_for_it():

@@ -8,6 +8,7 @@ import pytest
 from peft import LoraConfig, PeftConfig
 from planned import bytes_of, plan_of
 from tiers import slow_but_for
+from torch import nn
 from transformers import LlamaConfig
 
 from mst_ds.adapters import model_on_meta
@@ -38,6 +39,17 @@ def shape_with(peft_config: PeftConfig | None, config: LlamaConfig = CONFIG) -> 
 
 def test_without_adapters_all_is_trained() -> None:
     assert shape_with(None) == ModelShape.from_config(CONFIG)
+
+
+def test_attention_is_asked_of_the_model() -> None:
+    """A config that names no kind of its layers says nothing of what they compute."""
+    model = model_on_meta(CONFIG, None)[0]
+    model.model.layers[0].convolution = nn.Conv1d(1, 1, 1)
+    assert not ModelShape.from_config(CONFIG).has_own_attention
+    shape = trained_shape(ModelShape.from_config(CONFIG), model)
+    assert shape.has_own_attention
+    plan = plan_of(model=shape, mst={"recompute": True, "layer_chunks": 4})
+    assert plan.settings.layer_chunks == 1
 
 
 def test_adapters_are_counted_and_nothing_else() -> None:

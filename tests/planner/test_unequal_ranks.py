@@ -66,8 +66,8 @@ def train_on_unequal_ranks(rank: int) -> tuple[int, Any]:
     plan = unequal_plan(rank)
     model = apply_plan(tiny_llama(**DIMENSIONS), plan)
     engine = build_engine(model, zero_optimization=zero_block(3))
-    batch = {"input_ids": tokens(), "labels": tokens()}
-    batch = shard(batch, plan.topology, layer_chunks=plan.settings.layer_chunks)
+    given = {"input_ids": tokens(), "labels": tokens()}
+    batch = shard(given, plan.topology, layer_chunks=plan.settings.layer_chunks)
     outcome = train(engine, [batch], STEPS)
     engine.destroy()
     return plan.settings.loss_chunks, outcome
