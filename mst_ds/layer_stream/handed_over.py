@@ -8,14 +8,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _global_backward_hooks
 
 # References to a gradient: of Python to the tensor, all to the tensor, and all to its memory.
 Holders = tuple[int, int, int]
+# Whose hook on a leaf module counts that a gradient is there, and does not read it (`reduce_leaf_module_grads`).
+_READS_NO_GRADIENT = "deepspeed.runtime.zero.stage3"
 
 
-def is_handed_over(grads: Sequence[Tensor | None], like: Tensor, device: torch.device) -> bool:
+def is_handed_over(grads: Sequence[Tensor | None], like: Tensor, device: torch.device, of_hooks: int = 0) -> bool:
     """Whether nobody but the backward that was given `grads` holds the first of them, or memory of it.
 
     torch itself adds to gradients in place under this condition (`can_accumulate_inplace`). A caller's own tensor, one
@@ -24,13 +27,15 @@ def is_handed_over(grads: Sequence[Tensor | None], like: Tensor, device: torch.d
     Args:
         grads: all that a backward was given, as it was given them.
         like, device: what is to be written there; the gradient has its shape and dtype, and no gaps.
+        of_hooks: references of hooks that do not read it, `references_of_hooks` when the forward ran.
     """
     grad = grads[0]
     if grad is None or not grad.is_contiguous() or grad.device != device:
         return False
     is_alike = grad.shape == like.shape and grad.dtype == like.dtype
     del grad
-    return is_alike and _holders(grads) == holders_of_handed_over()
+    of_python, *others = holders_of_handed_over()
+    return is_alike and _holders(grads) == (of_python + of_hooks, *others)
 
 
 @functools.cache
@@ -41,6 +46,14 @@ def holders_of_handed_over() -> Holders:
         leaf = torch.zeros(1, device="cpu", requires_grad=True)
         (_Probe.apply(leaf) * 2).sum().backward()
     return _Probe.found
+
+
+def references_of_hooks(module: nn.Module) -> int:
+    """How often torch will hold the gradient of what the module gives for hooks that do not read it: once where it has
+    full backward hooks, and all are those of a leaf module of ZeRO-3."""
+    hooks = module._backward_hooks.values()
+    are_of_zero = all(getattr(hook, "__module__", None) == _READS_NO_GRADIENT for hook in hooks)
+    return int(bool(hooks) and are_of_zero and not _global_backward_hooks)
 
 
 class _Probe(torch.autograd.Function):

@@ -18,7 +18,7 @@ from mst_ds.recompute import Conditions, DeviceStore, Kept, Store, read_in_turn
 
 from .arguments import LayerArguments
 from .call import KeysAreThere, LayerCall, Pass
-from .handed_over import holders_of_handed_over, is_handed_over
+from .handed_over import holders_of_handed_over, is_handed_over, references_of_hooks
 from .last_output import LastOutput
 from .recorded import Records, cut, hand_on, joined, recording, recording_of
 
@@ -109,7 +109,7 @@ class StreamedLayer:
         is_kept = torch.is_grad_enabled() and (any(is_trained) or any(tensor.requires_grad for tensor in inputs))
         last_output = self._last_outputs.setdefault(is_trained, LastOutput())
         call = LayerCall(stream.cut(arguments.length), stream.store, last_output, is_kept=is_kept)
-        run = _LayerRun(stream, call, self._forward, arguments, parameters)
+        run = _LayerRun(stream, call, self._forward, arguments, parameters, references_of_hooks(self._layer))
         tensors = _Streamed.apply(run, *inputs, *parameters) if is_kept else run.forward(inputs)
         return run.given(tensors)
 
@@ -130,9 +130,10 @@ class _LayerRun:
         forward: Forward,
         arguments: LayerArguments,
         parameters: Sequence[Tensor],
+        of_hooks: int,
     ) -> None:
         self.stream, self.call, self.layer_forward = stream, call, forward
-        self.arguments, self.parameters = arguments, parameters
+        self.arguments, self.parameters, self._of_hooks = arguments, parameters, of_hooks
         self._inputs: list[tuple[Kept, ...]] = []
         self._forms: list[Tensor] = []
         self._conditions: list[Conditions] = []
@@ -180,7 +181,7 @@ class _LayerRun:
         call.sums = ParameterSums(self.parameters)
         d_inputs: list[Tensor | None] = [None] * len(needs_inputs)
         device = self._conditions[0].device
-        if len(chunks) > 1 and needs_inputs[0] and is_handed_over(grads, self._forms[0], device):
+        if len(chunks) > 1 and needs_inputs[0] and is_handed_over(grads, self._forms[0], device, self._of_hooks):
             # A chunk's gradient of the output is not read again: that of its input is written over it.
             d_inputs[0] = grads[0]
         with self.stream.entered(call):

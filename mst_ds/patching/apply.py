@@ -135,8 +135,8 @@ def apply_settings(
     """`apply_plan` without a planner: the settings are the caller's.
 
     Args:
-        zero_stage: at 3 each chunked MLP is marked as a leaf module, so that the chunk loop runs inside one gather. A
-            model that ZeRO-3 shards must say so here: its weights would not be there.
+        zero_stage: at 3 each chunked MLP or streamed layer is a leaf module, so that the loop over chunks runs inside
+            one gather. A model that ZeRO-3 shards must say so here: its weights would not be there.
 
     Raises:
         ValueError: the model is patched already, or is built in a way for which the patched model would not be exact;

@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+from distributed import run_ranks
 from small_layers import HIDDEN, Mlp
+from steps import build_engine, zero_block
+from tiny import tiny_llama, tiny_settings
 from torch import nn
 from torch.autograd import grad
 
+from mst_ds import apply_settings
 from mst_ds.layer_stream import LayerStream, StreamedLayer
 
 CHUNKS, SHAPE = 3, (2, 14, HIDDEN)
@@ -141,3 +145,38 @@ def test_tokens_that_nothing_depends_on_have_no_gradient():
     expected = 2 * (2 * x).cos()
     expected[:, 5:10] = 0
     assert_same(found, expected)
+
+
+def places_under_zero(rank, stage):
+    """Of the gradients of what each layer gives, in the second step, and of those that a user's hook holds."""
+    model = apply_settings(tiny_llama(num_hidden_layers=3), tiny_settings(layer_chunks=CHUNKS), zero_stage=stage)
+    engine, places, held = build_engine(model, zero_optimization=zero_block(stage)), [], []
+    layers = engine.module.model.layers
+
+    def note(module, args, output):
+        (output[0] if isinstance(output, tuple) else output).register_hook(
+            lambda gradient: places.append(gradient.data_ptr())
+        )
+
+    ids = torch.arange(2, 26)[None]
+    for step in range(3):
+        places.clear()
+        if step == 1:
+            for layer in layers:
+                layer.register_forward_hook(note)
+        if step == 2:
+            layers[1].register_full_backward_hook(lambda module, _, grads: held.append(grads[0].clone()))
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        engine.step()
+        if step == 1:
+            shared = len(places), len(set(places))
+    engine.destroy()
+    return shared, len(set(places))
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_one_gradient_goes_through_all_layers_of_an_engine(stage):
+    """ZeRO-3 has hooks on the layers; a user's own among them gets what it was promised."""
+    for shared, with_hook in run_ranks(places_under_zero, 2, stage):
+        assert shared == (3, 1)
+        assert with_hook == 2
