@@ -53,8 +53,18 @@ def chunked_rms_norm(
     require_gathered("a norm's weight", weight)
     (given,), (left,) = ParameterSums.take(sums, [weight])
     call = _NormCall(function, epsilon, offset, keeps_dtype, chunks, given)
-    output: Tensor = _ChunkedRMSNorm.apply(call, hidden_states, left)
-    return output
+    order = _memory_order(hidden_states)
+    is_turned = order != sorted(order)
+    given = hidden_states.permute(order) if is_turned else hidden_states
+    output: Tensor = _ChunkedRMSNorm.apply(call, given, left)
+    return output.permute([order.index(dim) for dim in range(len(order))]) if is_turned else output
+
+
+def _memory_order(tensor: Tensor) -> list[int]:
+    """The dimensions as they lie in memory, the last one last: of heads, which models norm transposed, no copy is made
+    to have tokens in rows."""
+    *leading, last = range(tensor.dim())
+    return [*sorted(leading, key=tensor.stride, reverse=True), last]
 
 
 class _NormCall(NamedTuple):

@@ -68,8 +68,9 @@ def compute_in_chunks(
 ) -> Tensor:
     """The output of `chunked_tokenwise`, without a gradient."""
     leading = inputs[0].shape[:-1]
+    tokens = [flat(tensor) for tensor in inputs]  # once: it may be a copy
     for rows in chunk_slices(leading.numel(), chunks):
-        chunk = function(*(_take(tensor, rows) for tensor in inputs))
+        chunk = function(*(_take(each, rows, len(leading)) for each in tokens))
         if out is None:
             # Not a view: models may add to it in place.
             out = chunk.new_empty(*leading, chunk.shape[-1])
@@ -86,9 +87,10 @@ def _compute(call: _TokenwiseCall, *tensors: Tensor, out: Tensor | None = None) 
 
 def _uncomputed(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
     """A tensor like the output; its width and dtype are the function's secret, which a first token tells."""
-    token = function(*(_take(tensor, slice(1)) for tensor in inputs))
+    leading = inputs[0].shape[:-1]
+    token = function(*(_take(flat(tensor), slice(1), len(leading)) for tensor in inputs))
     _forget_casts(token.device)
-    return token.new_empty(*inputs[0].shape[:-1], token.shape[-1])
+    return token.new_empty(*leading, token.shape[-1])
 
 
 def _forget_casts(device: torch.device) -> None:
@@ -116,7 +118,7 @@ class _ChunkedTokenwise(torch.autograd.Function):
         call: _TokenwiseCall = ctx.call
         _, *needs = ctx.needs_input_grad
         inputs = ctx.saved_tensors  # recompute lets them be asked for once
-        dy = flat(grad_output)
+        leading, tokens, dy = inputs[0].dim() - 1, [flat(tensor) for tensor in inputs], flat(grad_output)
         d_inputs = [
             torch.empty_like(tensor, memory_format=torch.contiguous_format) if needed else None
             for tensor, needed in zip(inputs, needs[: call.num_inputs], strict=True)
@@ -126,8 +128,8 @@ class _ChunkedTokenwise(torch.autograd.Function):
             # In the order of the forward, so that each chunk draws the random numbers that it drew there.
             for rows in chunk_slices(dy.shape[0], call.chunks):
                 leaves = [
-                    _take(tensor, rows).detach().requires_grad_(grad is not None)
-                    for tensor, grad in zip(inputs, d_inputs, strict=True)
+                    _take(each, rows, leading).detach().requires_grad_(grad is not None)
+                    for each, grad in zip(tokens, d_inputs, strict=True)
                 ]
                 with torch.enable_grad(), SumLinearGradients(sums):
                     out = call.function(*leaves)
@@ -138,7 +140,7 @@ class _ChunkedTokenwise(torch.autograd.Function):
         return None, *d_inputs, *rounded_own(sums, call.given_sums)
 
 
-def _take(tensor: Tensor, rows: slice) -> Tensor:
-    """Some tokens of (..., C), with as many dimensions as before."""
-    chunk = flat(tensor)[rows]
-    return chunk.view(*(1,) * (tensor.dim() - 2), *chunk.shape)
+def _take(tokens: Tensor, rows: slice, leading: int) -> Tensor:
+    """Some of (tokens, C), with so many dimensions before the last."""
+    chunk = tokens[rows]
+    return chunk.view(*(1,) * (leading - 1), *chunk.shape)
