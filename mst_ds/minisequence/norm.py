@@ -55,8 +55,8 @@ def chunked_rms_norm(
     call = _NormCall(function, epsilon, offset, keeps_dtype, chunks, given)
     order = _memory_order(hidden_states)
     is_turned = order != sorted(order)
-    given = hidden_states.permute(order) if is_turned else hidden_states
-    output: Tensor = _ChunkedRMSNorm.apply(call, given, left)
+    x = hidden_states.permute(order) if is_turned else hidden_states
+    output: Tensor = _ChunkedRMSNorm.apply(call, x, left)
     return output.permute([order.index(dim) for dim in range(len(order))]) if is_turned else output
 
 
