@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from mst_ds.config import SOFTCAP_ATTENTION
@@ -57,7 +58,7 @@ class Workload:
         length = shard_length(self.seq_len, self.sp_size)
         return min(self.settings.layer_chunks, max(1, length // LEAST_CHUNK_TOKENS))
 
-    @property
+    @cached_property
     def of_chunk(self) -> Workload:
         """What a layer computes at a time: its longest chunk, which is one stretch of the whole sequence."""
         length = ceil_divide(shard_length(self.seq_len, self.sp_size), self.layer_chunks)

@@ -44,7 +44,7 @@ def test_more_memory_never_gives_a_shorter_longest(host_memory, rounded):
     """But for what the host's pieces round: some counts of chunks fill them better than others."""
     lengths = [
         longest_seq_len(LLAMA_8B, config_with({}), world_size=8, device_memory=memory * GIB, host_memory=host_memory)
-        for memory in range(8, 150, 3)
+        for memory in range(8, 150, 6)
     ]
     assert all(more >= less * (1 - rounded) for less, more in pairwise(lengths))
     assert lengths[0] == 0 < lengths[-1]
