@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 class LayerArguments:
     """What one call of a layer was given.
 
-    A tensor has tokens if its second dimension, or its only one, is as long as that of the hidden states; it is cut
-    into chunks. All else, objects included, goes to each chunk as it is.
+    A tensor has tokens if its second dimension, its third behind one of 1, or its only one is as long as that of the
+    hidden states; it is cut into chunks. All else, objects included, goes to each chunk as it is.
 
     Args:
         args, kwargs: of the layer's forward; the hidden states, (B, L, ...), are the first tensor among them.
@@ -21,6 +21,7 @@ class LayerArguments:
     Attributes:
         length: L.
         batch: B.
+        has_chunks: whether the hidden states are (B, L, H), of which chunks can be taken.
     """
 
     def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -28,6 +29,7 @@ class LayerArguments:
         tensors = [index for index, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
         hidden_states = self._leaves[tensors[0]]
         self.batch, self.length = hidden_states.shape[:2]
+        self.has_chunks = hidden_states.dim() == 3
         others = [index for index in tensors[1:] if self._leaves[index].requires_grad]
         self._places = [tensors[0], *others]
 
@@ -56,4 +58,6 @@ class LayerArguments:
     def token_dim(self, tensor: Tensor) -> int | None:
         """The dimension that counts tokens; None where there is none."""
         dim = min(1, tensor.dim() - 1)
+        if tensor.dim() == 4 and tensor.shape[1] == 1 and tensor.shape[3] != self.length:
+            dim = 2  # for all heads; a mask, of all tokens to all, stays whole
         return dim if dim >= 0 and tensor.shape[dim] == self.length else None

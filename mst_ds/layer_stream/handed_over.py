@@ -32,6 +32,8 @@ def is_handed_over(grads: Sequence[Tensor | None], like: Tensor, device: torch.d
     grad = grads[0]
     if grad is None or not grad.is_contiguous() or grad.device != device:
         return False
+    if not grad.untyped_storage().resizable():  # another library's, such as an array's
+        return False
     is_alike = grad.shape == like.shape and grad.dtype == like.dtype
     del grad
     of_python, *others = holders_of_handed_over()

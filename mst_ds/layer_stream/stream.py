@@ -12,8 +12,9 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from mst_ds.dtypes import sum_dtype
 from mst_ds.geometry import chunk_slices
-from mst_ds.minisequence import ParameterSums, SumLinearGradients
+from mst_ds.minisequence import ParameterSums, SumLinearGradients, hooks_put_off
 from mst_ds.recompute import Conditions, DeviceStore, Kept, Store, read_in_turn
 
 from .arguments import LayerArguments
@@ -108,7 +109,8 @@ class StreamedLayer:
         parameters = [parameter for parameter in all_parameters if parameter.requires_grad]
         is_kept = torch.is_grad_enabled() and (any(is_trained) or any(tensor.requires_grad for tensor in inputs))
         last_output = self._last_outputs.setdefault(is_trained, LastOutput())
-        call = LayerCall(stream.cut(arguments.length), stream.store, last_output, is_kept=is_kept)
+        chunks = stream.cut(arguments.length) if arguments.has_chunks else [slice(0, arguments.length)]
+        call = LayerCall(chunks, stream.store, last_output, is_kept=is_kept)
         run = _LayerRun(stream, call, self._forward, arguments, parameters, references_of_hooks(self._layer))
         tensors = _Streamed.apply(run, *inputs, *parameters) if is_kept else run.forward(inputs)
         return run.given(tensors)
@@ -192,7 +194,9 @@ class _LayerRun:
                 self._put_gradients(d_inputs, self._differentiate(index, grads, needs_inputs), chunks[index])
                 call.end(index)
         sums, call.sums = call.sums, None
-        return *d_inputs, *(each.rounded() for each in sums.sums)
+        d_forms = zip(d_inputs, self._forms, strict=True)
+        rounded = [None if grad is None else grad.to(form.dtype) for grad, form in d_forms]
+        return *rounded, *(each.rounded() for each in sums.sums)
 
     def _run(self, tokens: slice, inputs: Sequence[Tensor]) -> Any:
         args, kwargs = self.arguments.chunk(tokens, inputs)
@@ -275,7 +279,8 @@ class _LayerRun:
             d_results = [grad for _, grad in pairs]
             del pairs
             leaves = [*wanted, *self.parameters]
-            parts = torch.autograd.grad(results, leaves, d_results, allow_unused=True)
+            with hooks_put_off(self.parameters):
+                parts = torch.autograd.grad(results, leaves, d_results, allow_unused=True)
         for gradient, part in zip(trained, parts[len(wanted) :], strict=True):
             if part is not None:
                 gradient.add(part)
@@ -295,9 +300,11 @@ class _LayerRun:
             if len(self.call.chunks) == 1:
                 d_inputs[place] = grad
                 continue
+            has_tokens = self.arguments.token_dim(form) is not None
             if whole is None:
-                whole = d_inputs[place] = torch.zeros(form.shape, dtype=form.dtype, device=grad.device)
-            if self.arguments.token_dim(form) is None:
+                dtype = form.dtype if has_tokens else sum_dtype(form.dtype)
+                whole = d_inputs[place] = torch.zeros(form.shape, dtype=dtype, device=grad.device)
+            if not has_tokens:
                 whole += grad
             else:
                 self.arguments.cut(whole, tokens).copy_(grad)

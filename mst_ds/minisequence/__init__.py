@@ -1,6 +1,6 @@
 """The MsT operators (arXiv 2407.15892): work through a shard chunk by chunk, usable without DeepSpeed."""
 
-from .chunks import GradientSum, ParameterSums, chunks_in_cache
+from .chunks import GradientSum, ParameterSums, chunks_in_cache, hooks_put_off
 from .experts import ExpertEnds, chunked_experts
 from .linear_sums import SumLinearGradients
 from .loss import chunked_loss, chunked_loss_of_head
@@ -22,5 +22,6 @@ __all__ = [
     "chunked_rms_norm",
     "chunked_tokenwise",
     "chunks_in_cache",
+    "hooks_put_off",
     "rotary_embedding",
 ]

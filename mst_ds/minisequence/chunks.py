@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -175,13 +175,28 @@ class ParameterSums:
 
     @staticmethod
     def take(
-        sums: ParameterSums | None, parameters: Iterable[Tensor | None]
+        sums: ParameterSums | None, parameters: Iterable[Tensor | None], inputs: Iterable[Tensor]
     ) -> tuple[list[GradientSum | None], list[Tensor | None]]:
         """The sum of each parameter, None where there is none, and the parameters, without a gradient where there is
-        one."""
+        one. Where no input has a gradient there is none: nothing else would lead autograd to the operator."""
+        if not any(tensor.requires_grad for tensor in inputs):
+            sums = None
         found = [(None if sums is None else sums.find(each), each) for each in parameters]
         left = [each.detach() if each is not None and total is not None else each for total, each in found]
         return [total for total, _ in found], left
+
+
+@contextmanager
+def hooks_put_off(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Within, autograd runs no hook of these parameters, which are for the whole gradient and not for a chunk's."""
+    hooks = [(each, each._backward_hooks) for each in parameters if each._backward_hooks]
+    for parameter, _ in hooks:
+        parameter._backward_hooks = None
+    try:
+        yield
+    finally:
+        for parameter, of_parameter in hooks:
+            parameter._backward_hooks = of_parameter
 
 
 def unrounded_product(left: Tensor, right: Tensor) -> Tensor:

@@ -92,7 +92,8 @@ def chunked_experts(
             "hidden_states must be (tokens, hidden), expert_index and expert_weights (tokens, experts of a token); got "
             f"{tuple(hidden_states.shape)}, {tuple(expert_index.shape)}, {tuple(expert_weights.shape)}"
         )
-    given, left = ParameterSums.take(sums, [up_weight, down_weight, up_bias, down_bias])
+    inputs = [hidden_states, expert_weights]
+    given, left = ParameterSums.take(sums, [up_weight, down_weight, up_bias, down_bias], inputs)
     tensors = cast_for_autocast(hidden_states, *left)
     ends = ExpertEnds() if ends is None else ends
     call = _ExpertsCall(gate, chunks, transposed, hidden_states.dtype, skips_output, _Parameters(*given), ends)

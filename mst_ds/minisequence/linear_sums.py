@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
-from .chunks import GradientSum, Linear, autocast_disabled, cast_for_autocast, flat, flat_view
+from .chunks import GradientSum, Linear, autocast_disabled, cast_for_autocast, flat, flat_view, hooks_put_off
 
 
 class SumLinearGradients(TorchFunctionMode):
@@ -65,7 +65,8 @@ def differentiate(
     leaves: list[Any] = [*(leaf for leaf, _ in wanted), *(gradient.parameter for gradient in needed)]
     parts: Sequence[Tensor | None] = (None,) * len(leaves)
     if output.requires_grad:
-        parts = torch.autograd.grad(output, leaves, d_output, allow_unused=True)
+        with hooks_put_off(gradient.parameter for gradient in needed if gradient.parameter is not None):
+            parts = torch.autograd.grad(output, leaves, d_output, allow_unused=True)
     for (_, grad), part in zip(wanted, parts[: len(wanted)], strict=True):
         grad.zero_() if part is None else grad.copy_(part.reshape(grad.shape))
     for gradient, part in zip(needed, parts[len(wanted) :], strict=True):

@@ -107,7 +107,7 @@ def chunked_mlp(
     """
     is_silu = is_silu or activation is torch.nn.functional.silu
     parameters = _Parameters(gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias)
-    given, left = ParameterSums.take(sums, parameters)
+    given, left = ParameterSums.take(sums, parameters, [hidden_states])
     kept = _Kept(None, None)
     is_kept = isinstance(keep, KeptProjections) and keep.is_there
     call = _MlpCall(activation, is_silu, chunks, gate_in_up, transposed, is_kept, skips_output, given)

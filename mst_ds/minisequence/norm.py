@@ -51,7 +51,7 @@ def chunked_rms_norm(
         ValueError: `weight` is one that ZeRO-3 has not gathered.
     """
     require_gathered("a norm's weight", weight)
-    (given,), (left,) = ParameterSums.take(sums, [weight])
+    (given,), (left,) = ParameterSums.take(sums, [weight], [hidden_states])
     call = _NormCall(function, epsilon, offset, keeps_dtype, chunks, given)
     order = _memory_order(hidden_states)
     is_turned = order != sorted(order)

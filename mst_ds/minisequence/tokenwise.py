@@ -48,7 +48,7 @@ def chunked_tokenwise(
     """
     for parameter in parameters:
         require_gathered("a parameter", parameter)
-    given, left = ParameterSums.take(sums, parameters)
+    given, left = ParameterSums.take(sums, parameters, inputs)
     call = _TokenwiseCall(function, chunks, skips_output, len(inputs), tuple(parameters), given)
     output: Tensor = _ChunkedTokenwise.apply(call, *inputs, *left)
     return output

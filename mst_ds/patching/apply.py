@@ -145,6 +145,7 @@ def apply_settings(
     # Everything that can be refused is refused before anything is changed.
     parts = find_parts(model, settings)
     base = base_model(model)
+    _require_own_keys(base, settings)
     group = _sequence_group(settings, sequence_group)
     if isinstance(group, ProcessSequenceGroup):
         _require_agreement(settings, group)
@@ -181,6 +182,16 @@ def apply_settings(
     )
     _replace_model(patched, undo)
     return model
+
+
+def _require_own_keys(base: PreTrainedModel, settings: Settings) -> None:
+    """Layers that are computed again hand on what they return, and nothing that they leave elsewhere."""
+    sharing = getattr(base.config.get_text_config(), "num_kv_shared_layers", 0)
+    if settings.recompute and sharing:
+        raise ValueError(
+            f"{type(base).__name__} has {sharing} layers that read other layers' keys and values, whose gradients "
+            'recompute would lose: set "recompute": false in the "mst" block'
+        )
 
 
 def remove_plan(model: Model) -> Model:

@@ -100,6 +100,23 @@ def test_the_callers_gradient_is_not_written_over():
     assert_same(x.grad, grad(layers[1](layers[0](x)).sum(), x)[0])
 
 
+def test_another_librarys_memory_is_not_written_over():
+    array = torch.ones(SHAPE, dtype=torch.float64).numpy()
+
+    class FromArray(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return torch.from_numpy(array)
+
+    layers, x = layers_and_input()
+    FromArray.apply(outputs(layers, x)[-1]).backward()
+    assert (array == 1).all()
+
+
 @pytest.mark.parametrize("is_first", [True, False], ids=["first", "last"])
 def test_a_gradient_that_goes_elsewhere_too_is_not_written_over(is_first):
     """A leaf takes a view of it for its own, before the layer has it or afterwards."""

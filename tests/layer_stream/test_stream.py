@@ -299,3 +299,53 @@ def test_a_layer_inside_another_leaves_its_call():
     found = torch.autograd.grad(StreamedLayer(stream, outer)(x).sum(), leaves)
     assert all(calls)
     assert_same_gradients(found, torch.autograd.grad(outer.inner(x).sum(), leaves))
+
+
+class ForAllHeads(nn.Module):
+    """Given a number for each token, behind a dimension of heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(HIDDEN, dtype=torch.float64))
+
+    def forward(self, x, scale):
+        return (x.unsqueeze(1) * scale * self.weight).squeeze(1).sin()
+
+
+def test_tokens_behind_a_dimension_of_heads_are_cut():
+    scale = torch.rand(BATCH, 1, LENGTH, 1, dtype=torch.float64, requires_grad=True)
+    layer, x = ForAllHeads(), states()
+    wanted = torch.autograd.grad(layer(x, scale).sum(), [x, scale, layer.weight])
+    forward, _ = streamed(layer)
+    assert_same_gradients(torch.autograd.grad(forward(x, scale).sum(), [x, scale, layer.weight]), wanted)
+
+
+def test_states_of_another_form_are_one_chunk():
+    """As Gemma 3n has several for each token."""
+    x = torch.randn(4, BATCH * 8, LENGTH, HIDDEN, dtype=torch.float64, requires_grad=True)
+    layer = Mlp()
+    (wanted,) = torch.autograd.grad(layer(x).sin().sum(), x)
+    assert_same_gradients(torch.autograd.grad(streamed(layer)[0](x).sin().sum(), x), [wanted])
+
+
+@EACH
+def test_a_hook_of_a_parameter_gets_the_whole_gradient_once(chunks):
+    layer, x, seen = Mlp(), states(), []
+    wanted = [2 * grad for grad in torch.autograd.grad(layer(x).sin().sum(), list(layer.parameters()))]
+    for parameter in layer.parameters():
+        parameter.register_hook(lambda grad: seen.append(grad) or 2 * grad)
+    streamed(layer, chunks)[0](x).sin().sum().backward()
+    assert len(seen) == len(wanted)
+    assert_same_gradients([parameter.grad for parameter in layer.parameters()], wanted)
+
+
+def test_the_gradient_of_an_input_without_tokens_is_summed_in_fp32():
+    class Scaled(nn.Module):
+        def forward(self, x, scale):
+            return x * scale
+
+    x, length = torch.ones(1, 4096, HIDDEN, dtype=torch.bfloat16), 4096
+    scale = torch.ones(HIDDEN, dtype=torch.bfloat16, requires_grad=True)
+    streamed(Scaled(), 512)[0](x, scale).sum().backward()
+    # Of 512 sums of 8 in 16 bits no more than 2048 would be left.
+    assert (scale.grad == length).all()

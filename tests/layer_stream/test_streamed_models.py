@@ -223,3 +223,23 @@ def test_sixteen_bits(dtype, layer_chunks):
     found = loss_and_gradients(patched(model, layer_chunks=layer_chunks, keep_attention=True), **BATCH)
     assert {value.dtype for name, value in found.items() if name != "loss"} == {dtype}
     assert_close({name: value.double() for name, value in found.items()}, expected, tolerance=0.05)
+
+
+def test_an_mlp_whose_input_has_no_gradient(monkeypatch):
+    def forward(self, hidden_states, **kwargs):
+        attended = hidden_states + self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)[0]
+        return attended + self.mlp(self.post_attention_layernorm(attended.detach()))
+
+    model = tiny_model("llama")
+    monkeypatch.setattr(type(model.model.layers[0]), "forward", forward)
+    assert_close(
+        loss_and_gradients(patched(model, layer_chunks=4), **BATCH), loss_and_gradients(copy.deepcopy(model), **BATCH)
+    )
+
+
+def test_layers_that_share_keys_are_not_computed_again():
+    model = tiny_model("llama")
+    model.config.num_kv_shared_layers = 1
+    with pytest.raises(ValueError, match=r'has 1 layers that read other layers.* set "recompute": false'):
+        patched(model)
+    assert_close(loss_and_gradients(patched(model, recompute=False), **BATCH), loss_and_gradients(model, **BATCH))
