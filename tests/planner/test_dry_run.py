@@ -124,9 +124,9 @@ def test_formulas_give_each_phase_of_llama_8b(case):
     config.num_hidden_layers = 4
     planned, measured = plan_and_peaks(config, seq_len=seq_len, sp_size=sp_size, **mst)
     for phase, count in measured.items():
-        # Of attention that is not kept the output is planned before it is there, which is never at the peak of all.
-        is_early = phase == "forward" and count < max(measured.values()) and not mst.get("keep_attention", True)
-        assert (1 - TOLERANCE) * count <= planned[phase] <= (1 + TOLERANCE + 0.04 * is_early) * count, phase
+        # Below the peak of all, attention that is not kept is planned with an input and an output that come and go.
+        is_rough = count < max(measured.values()) and not mst.get("keep_attention", True)
+        assert (1 - TOLERANCE) * count <= planned[phase] <= (1 + TOLERANCE + 0.04 * is_rough) * count, phase
 
 
 @pytest.mark.parametrize("seq_len", slow_but_for([2060], [2048, 2060]))
