@@ -59,10 +59,8 @@ def all_to_all_seconds(work: Workload, gpu: Gpu) -> float:
     # Forward; then the inputs again, the output, its gradient, and the gradients of the inputs.
     width = layers * (inputs + output + 2 * inputs + 2 * output)
     if work.settings.recompute:
-        width += (layers - work.attention_keeping_layers) * (inputs + output)
-        if work.layer_chunks > 1:
-            # Keys and values alone, before the backward.
-            width += (layers - work.attention_keeping_layers) * _key_value_width(work)
+        # Attention again; its keys and values are then there for the backward.
+        width += (layers - work.attention_keeping_layers) * (inputs + output - _key_value_width(work))
     sent = work.tokens * width * work.zero.dtype_bytes
     # Ranks of a sequence group are neighbours: those of one node first.
     inside = min(work.sp_size, work.ranks_per_node)
