@@ -21,7 +21,6 @@ class LayerArguments:
     Attributes:
         length: L.
         batch: B.
-        has_chunks: whether the hidden states are (B, L, H), of which chunks can be taken.
     """
 
     def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -29,7 +28,6 @@ class LayerArguments:
         tensors = [index for index, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
         hidden_states = self._leaves[tensors[0]]
         self.batch, self.length = hidden_states.shape[:2]
-        self.has_chunks = hidden_states.dim() == 3
         others = [index for index in tensors[1:] if self._leaves[index].requires_grad]
         self._places = [tensors[0], *others]
 

@@ -109,8 +109,7 @@ class StreamedLayer:
         parameters = [parameter for parameter in all_parameters if parameter.requires_grad]
         is_kept = torch.is_grad_enabled() and (any(is_trained) or any(tensor.requires_grad for tensor in inputs))
         last_output = self._last_outputs.setdefault(is_trained, LastOutput())
-        chunks = stream.cut(arguments.length) if arguments.has_chunks else [slice(0, arguments.length)]
-        call = LayerCall(chunks, stream.store, last_output, is_kept=is_kept)
+        call = LayerCall(stream.cut(arguments.length), stream.store, last_output, is_kept=is_kept)
         run = _LayerRun(stream, call, self._forward, arguments, parameters, references_of_hooks(self._layer))
         tensors = _Streamed.apply(run, *inputs, *parameters) if is_kept else run.forward(inputs)
         return run.given(tensors)

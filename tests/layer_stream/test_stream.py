@@ -320,14 +320,6 @@ def test_tokens_behind_a_dimension_of_heads_are_cut():
     assert_same_gradients(torch.autograd.grad(forward(x, scale).sum(), [x, scale, layer.weight]), wanted)
 
 
-def test_states_of_another_form_are_one_chunk():
-    """As Gemma 3n has several for each token."""
-    x = torch.randn(4, BATCH * 8, LENGTH, HIDDEN, dtype=torch.float64, requires_grad=True)
-    layer = Mlp()
-    (wanted,) = torch.autograd.grad(layer(x).sin().sum(), x)
-    assert_same_gradients(torch.autograd.grad(streamed(layer)[0](x).sin().sum(), x), [wanted])
-
-
 @EACH
 def test_a_hook_of_a_parameter_gets_the_whole_gradient_once(chunks):
     layer, x, seen = Mlp(), states(), []
