@@ -21,8 +21,8 @@ SCRIPT = "slurm/train.sbatch"
 
 @pytest.fixture(scope="module")
 def ds_config(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Two ranks share a sequence, on one node or on two."""
-    return with_mesh(tmp_path_factory.mktemp("mesh"), sp_size=2, accumulation=1)
+    """Two ranks share a sequence, on one node or on two, each layer in chunks."""
+    return with_mesh(tmp_path_factory.mktemp("mesh"), sp_size=2, accumulation=1, layer_chunks=4)
 
 
 @pytest.fixture(scope="module")
