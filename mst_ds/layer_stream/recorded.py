@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,16 +22,12 @@ def recording() -> Iterator[Records]:
     if asked is None:
         yield {}
         return
-    records: Records = {name: [] for name in asked}
-    token = _active_collector.set(records)
-    try:
+    with recording_of(asked) as records:
         yield records
-    finally:
-        _active_collector.reset(token)
 
 
 @contextmanager
-def recording_of(names: Sequence[str]) -> Iterator[Records]:
+def recording_of(names: Iterable[str]) -> Iterator[Records]:
     """The same when a chunk is computed again, where nobody asks but the backward."""
     from transformers.utils.output_capturing import _active_collector
 

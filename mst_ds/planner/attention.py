@@ -21,8 +21,12 @@ def local_term(work: Workload, name: str, width: int, layers: int = 1) -> Memory
 
 def query_key_value_width(shape: ModelShape) -> int:
     """Of all heads."""
-    values = shape.num_key_value_heads * shape.value_head_dim
-    return (shape.num_attention_heads + shape.num_key_value_heads) * shape.head_dim + values
+    return shape.num_attention_heads * shape.head_dim + key_value_width(shape)
+
+
+def key_value_width(shape: ModelShape) -> int:
+    """Of all heads."""
+    return shape.num_key_value_heads * (shape.head_dim + shape.value_head_dim)
 
 
 def output_width(shape: ModelShape) -> int:
@@ -35,10 +39,9 @@ def local_gradients(work: Workload) -> Terms:
     terms = (local_term(work, "attention_gradients", query_key_value_width(work.shape) + output_width(work.shape)),)
     if not work.heads.shares_key_values or work.zero.dtype_bytes >= _FP32_BYTES:
         return terms
-    width = work.shape.num_key_value_heads * (work.shape.head_dim + work.shape.value_head_dim)
     more = (
         ("tokens", work.tokens),
-        ("width of keys and values", width),
+        ("width of keys and values", key_value_width(work.shape)),
         ("bytes more", _FP32_BYTES - work.zero.dtype_bytes),
     )
     return (*terms, product_term("shared_gradient_sums", "device", *more))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mst_ds.geometry import ceil_divide
 from mst_ds.gpus import Gpu
 from mst_ds.model_shape import flops_per_token
-from mst_ds.planner.attention import output_width, query_key_value_width
+from mst_ds.planner.attention import key_value_width, output_width, query_key_value_width
 from mst_ds.planner.flops import micro_batch_flops
 from mst_ds.planner.kept import copied_bytes
 from mst_ds.planner.persistent import persistent_counts
@@ -60,7 +60,7 @@ def all_to_all_seconds(work: Workload, gpu: Gpu) -> float:
     width = layers * (inputs + output + 2 * inputs + 2 * output)
     if work.settings.recompute:
         # Attention again; its keys and values are then there for the backward.
-        width += (layers - work.attention_keeping_layers) * (inputs + output - _key_value_width(work))
+        width += (layers - work.attention_keeping_layers) * (inputs + output - key_value_width(work.shape))
     sent = work.tokens * width * work.zero.dtype_bytes
     # Ranks of a sequence group are neighbours: those of one node first.
     inside = min(work.sp_size, work.ranks_per_node)
@@ -68,11 +68,6 @@ def all_to_all_seconds(work: Workload, gpu: Gpu) -> float:
     to_others = sent * (work.sp_size - inside) / work.sp_size / gpu.network_rate
     exchanges = 5 * layers * work.layer_chunks * work.settings.head_groups
     return max(to_neighbours, to_others) + exchanges * _COLLECTIVE_SECONDS
-
-
-def _key_value_width(work: Workload) -> int:
-    """Of all heads."""
-    return work.shape.num_key_value_heads * (work.shape.head_dim + work.shape.value_head_dim)
 
 
 def _summed_bytes(work: Workload) -> int:

@@ -8,25 +8,13 @@ import torch
 from adapted import ATTENTION, MLP, adapted
 from plain_model import TOLERANCE, assert_close, loss_and_gradients, make_batch
 from sharded import sharded_loss_and_gradients
+from streamed_models import BATCH, KEPT, NO_RECOMPUTE, patched
 from tiny import tiny_settings
 from tiny_models import ARCHITECTURES, build, tiny_model
 
 from mst_ds import apply_settings
 
-# In 4 chunks of 2 rows a layer's input, and keys and values, are above the size from which tensors go to the host.
-LENGTH = 64
-BATCH = make_batch(LENGTH)
-KEPT = [
-    pytest.param({"keep_attention": keep, "keep_mlp": keep, "offload_activations": offload}, id=f"{keep=}-{offload=}")
-    for keep in (False, True)
-    for offload in (False, True)
-]
 CHUNKS = pytest.mark.parametrize("layer_chunks", [1, 4])
-NO_RECOMPUTE = {"recompute": False}
-
-
-def patched(model, **settings):
-    return apply_settings(copy.deepcopy(model), tiny_settings(**settings))
 
 
 @functools.cache

@@ -1,31 +1,15 @@
 """Random numbers and autocast in models whose layers are computed again, chunk by chunk: those of the forward."""
 
-import copy
 import functools
 
 import pytest
 import torch
 from adapted import ATTENTION, MLP, adapted
-from plain_model import make_batch
-from tiny import tiny_settings
+from streamed_models import BATCH, KEPT, NO_RECOMPUTE, patched
 from tiny_models import build, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from mst_ds import apply_settings
 from mst_ds.preflight.float64 import Float64, default_float64
-
-LENGTH = 64
-BATCH = make_batch(LENGTH)
-KEPT = [
-    pytest.param({"keep_attention": keep, "keep_mlp": keep, "offload_activations": offload}, id=f"{keep=}-{offload=}")
-    for keep in (False, True)
-    for offload in (False, True)
-]
-NO_RECOMPUTE = {"recompute": False}
-
-
-def patched(model, **settings):
-    return apply_settings(copy.deepcopy(model), tiny_settings(**settings))
 
 
 def gpt2_with_dropout():

@@ -4,14 +4,13 @@ what is made of them in a step."""
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import pytest
 import torch
 from distributed import run_ranks
+from garbage import without_collector
 from planned import HIDDEN, INTERMEDIATE, MODEL, PARAMETERS, VOCAB, bytes_of, plan_of
 from steps import build_engine, zero_block
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -90,25 +89,12 @@ def _most_in_step(stage: int) -> int:
     with memory:
         for _ in range(2):
             engine.backward(engine(input_ids=ids, labels=ids).loss)
-            with _no_garbage():
+            with without_collector():
                 memory.reset_peak()
                 engine.step()
     found = memory.peak - memory.live
     engine.destroy()
     return found
-
-
-@contextmanager
-def _no_garbage() -> Iterator[None]:
-    """What lies in circles is collected before this and at its end, and not by chance within: it would be missing at
-    the end of a step that had it at its start, or be there after one that made it."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-        gc.collect()
 
 
 def test_what_is_there_after_a_backward_and_in_a_step_is_planned() -> None:

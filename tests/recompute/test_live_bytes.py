@@ -1,12 +1,12 @@
 """What is alive in a step: nothing that grows with the layers where it lies on the host, and nothing after the step."""
 
-import gc
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from garbage import without_collector
 from tiny import tiny_llama
 
 from benchmarks.contenders import Work, build_contender
@@ -38,17 +38,6 @@ def llama(layers):
 
 def layer_gradients(model):
     return sum(parameter.nbytes for parameter in model.model.layers[0].parameters())
-
-
-@contextmanager
-def without_collector():
-    """What only the garbage collector would free counts as alive."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def peak(name, layers, length):
