@@ -51,7 +51,7 @@ class CausalAttention:
         """
         width = common_width(query, value)
         wide = [widened(tensor, width) for tensor in (query, key, value)]
-        spec = _without_idle_window(spec, key)
+        spec = spec.within(key.shape[2])
         kernel = choose_kernel(self.name, wide[0], spec, self.documents, self._masks)
         attended = kernel.forward(wide[0], wide[1], wide[2], spec, self.documents)
         if sinks is not None:
@@ -77,7 +77,7 @@ class CausalAttention:
         width = common_width(query, value)
         wide = [widened(tensor, width) for tensor in (grad_output, query, key, value)]
         whole = replace(attended, output=widened(attended.output, width))
-        spec = _without_idle_window(spec, key)
+        spec = spec.within(key.shape[2])
         kernel = choose_kernel(self.name, wide[1], spec, self.documents, self._masks)
         found = kernel.backward(wide[0], wide[1], wide[2], wide[3], whole, spec, self.documents)
         grads = [grad[..., : like.shape[3]] for grad, like in zip(found, (query, key, value), strict=True)]
@@ -215,8 +215,3 @@ def _activate(name: str) -> None:
             f'attention "{name}" needs the package flash-attn {name[-1]}, which torch does not find ({error}): '
             'install it, or use "sdpa"'
         ) from None
-
-
-def _without_idle_window(spec: AttentionSpec, key: Tensor) -> AttentionSpec:
-    """A window that is as long as all that is there hides nothing."""
-    return replace(spec, window=None) if spec.window is not None and spec.window >= key.shape[2] else spec

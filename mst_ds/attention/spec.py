@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -20,3 +20,7 @@ class AttentionSpec:
     dropout: float = 0.0
     window: int | None = None
     softcap: float | None = None
+
+    def within(self, tokens: int) -> AttentionSpec:
+        """The same of so many tokens, without a window that hides none of them."""
+        return replace(self, window=None) if self.window is not None and self.window >= tokens else self

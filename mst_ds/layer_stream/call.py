@@ -19,9 +19,8 @@ C = TypeVar("C", bound="Carried")
 class Carried(Protocol):
     """What an operator carries from chunk to chunk."""
 
-    @property
-    def needs_keys(self) -> bool:
-        """Whether what a chunk reads of earlier ones was not kept, but is to be computed again before a backward."""
+    def missing_keys(self, chunk: int) -> list[int]:
+        """The earlier chunks of whose keys and values a chunk's backward reads some that are neither kept nor there."""
 
     def end_forward(self) -> None:
         """The layer's forward has ended."""
@@ -101,10 +100,14 @@ class LayerCall:
         for carried in self._carried:
             carried.end_forward()
 
-    @property
-    def needs_keys(self) -> bool:
-        """Whether a backward has to compute the keys of earlier chunks before it can compute the last chunk again."""
-        return len(self.chunks) > 1 and any(carried.needs_keys for carried in self._carried)
+    def keys_to_compute(self, chunk: int) -> list[int]:
+        """The chunks that have to run for their keys, one after another, before a chunk's backward."""
+        missing = [carried.missing_keys(chunk) for carried in self._carried]
+        if len(missing) < 2:
+            return missing[0] if missing else []
+        # A later operator's keys are computed of what an earlier one gives, which reads keys before them.
+        is_first = chunk == len(self.chunks) - 1
+        return list(range(chunk)) if is_first and any(missing) else []
 
     @contextmanager
     def operator(self) -> Iterator[bool]:

@@ -1,4 +1,4 @@
-"""Whether a gradient that autograd hands to a backward is nobody else's, so that it may be written over."""
+"""Whether a gradient that autograd hands to a backward is nobody else's, so that it may be written over or let go."""
 
 from __future__ import annotations
 
@@ -38,6 +38,30 @@ def is_handed_over(grads: Sequence[Tensor | None], like: Tensor, device: torch.d
     del grad
     of_python, *others = holders_of_handed_over()
     return is_alike and _holders(grads) == (of_python + of_hooks, *others)
+
+
+def take_over(grad: Tensor) -> Tensor:
+    """The memory of a gradient that is handed over. Autograd holds the tensor itself until the backward returns: it is
+    left empty."""
+    taken = grad.detach()
+    grad.data = grad.new_empty(0)
+    return taken
+
+
+class BeginWith(torch.autograd.Function):
+    """The scalar by which a tensor is differentiated with a gradient that autograd frees once it is used. What
+    `torch.autograd.grad` is given it holds to its end."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, gradient: list[Tensor]) -> Tensor:
+        """gradient: one, that is taken out of the list."""
+        ctx.gradient = gradient
+        return tensor.new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
+        return ctx.gradient.pop(), None
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from mst_ds.recompute import Conditions, DeviceStore, Kept, Store, read_in_turn
 
 from .arguments import LayerArguments
 from .call import KeysAreThere, LayerCall, Pass
-from .handed_over import holders_of_handed_over, is_handed_over, references_of_hooks
+from .handed_over import BeginWith, holders_of_handed_over, is_handed_over, references_of_hooks, take_over
 from .last_output import LastOutput
 from .recorded import Records, cut, hand_on, joined, recording, recording_of
 
@@ -182,15 +182,19 @@ class _LayerRun:
         call.sums = ParameterSums(self.parameters)
         d_inputs: list[Tensor | None] = [None] * len(needs_inputs)
         device = self._conditions[0].device
-        if len(chunks) > 1 and needs_inputs[0] and is_handed_over(grads, self._forms[0], device, self._of_hooks):
-            # A chunk's gradient of the output is not read again: that of its input is written over it.
-            d_inputs[0] = grads[0]
+        own: list[Tensor] = []
+        if is_handed_over(grads, self._forms[0], device, self._of_hooks):
+            assert grads[0] is not None
+            if len(chunks) == 1:
+                own = [take_over(grads[0])]
+            elif needs_inputs[0]:
+                # A chunk's gradient of the output is not read again: that of its input is written over it.
+                d_inputs[0] = grads[0]
         with self.stream.entered(call):
-            if call.needs_keys:
-                self._compute_keys()
             for index in reversed(range(len(chunks))):
+                self._compute_keys(call.keys_to_compute(index))
                 call.begin(index, Pass.BACKWARD)
-                self._put_gradients(d_inputs, self._differentiate(index, grads, needs_inputs), chunks[index])
+                self._put_gradients(d_inputs, self._differentiate(index, grads, own, needs_inputs), chunks[index])
                 call.end(index)
         sums, call.sums = call.sums, None
         d_forms = zip(d_inputs, self._forms, strict=True)
@@ -227,20 +231,22 @@ class _LayerRun:
             )
         return of_chunk.new_empty(of_chunk.shape[0], length, *of_chunk.shape[2:])
 
-    def _compute_keys(self) -> None:
-        """Of all chunks but the last, whose keys no other reads."""
+    def _compute_keys(self, chunks: Sequence[int]) -> None:
         call = self.call
         with torch.no_grad():
-            reads = read_in_turn(self._inputs[:-1])
-            for index, tokens in enumerate(call.chunks[:-1]):
+            reads = read_in_turn([self._inputs[index] for index in chunks])
+            for index in chunks:
                 call.begin(index, Pass.KEYS)
                 with self._conditions[index].restored(), suppress(KeysAreThere):
-                    self._run(tokens, next(reads))
+                    self._run(call.chunks[index], next(reads))
 
     def _differentiate(
-        self, index: int, grads: Sequence[Tensor | None], needs_inputs: Sequence[bool]
+        self, index: int, grads: Sequence[Tensor | None], own: list[Tensor], needs_inputs: Sequence[bool]
     ) -> list[Tensor | None]:
-        """Compute a chunk again; add its parameter gradients to the sums, and return those of its inputs."""
+        """Compute a chunk again; add its parameter gradients to the sums, and return those of its inputs.
+
+        own: the first of `grads`, to be taken, where it is nobody else's.
+        """
         call, tokens = self.call, self.call.chunks[index]
         assert call.sums is not None
         inputs = [kept.take().detach() for kept in self._inputs.pop()]
@@ -255,6 +261,10 @@ class _LayerRun:
         ):
             given = tree_flatten(self._run(tokens, inputs))[0]
         outputs = [leaf for leaf in given if isinstance(leaf, Tensor)]
+        if own and outputs[0].requires_grad:
+            with torch.enable_grad():
+                outputs[0] = BeginWith.apply(outputs[0], own)
+            grads = (torch.ones_like(outputs[0]), *grads[1:])
         pairs = [
             (output, self.arguments.cut(grad, tokens))
             for output, grad in zip(outputs, grads, strict=False)

@@ -175,6 +175,12 @@ class ModelShape(Dimensions):
             experts=experts,
         )
 
+    def within(self, tokens: int) -> ModelShape:
+        """The model on so many tokens, without windows that hide none of them."""
+        if not self.sliding_windows or self.sliding_windows[0] < tokens:
+            return self
+        return replace(self, sliding_windows=(), window_layers=())
+
     @property
     def num_dense_layers(self) -> int:
         """Layers with one MLP, which every token goes through."""

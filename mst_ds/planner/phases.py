@@ -199,8 +199,8 @@ def attention_moment(work: Workload, *, backward: bool) -> Terms:
         earlier = () if _reads_earlier(work) else None
         step = activations.attention_step(work.of_chunk, backward=False, earlier=earlier)
         return step + saved + stream_terms(work, backward=False)
-    if work.shape.norms.pre_norms != 1:
-        # The gradient of the layer's output is held until all chunks are done.
+    if work.layer_chunks > 1 and work.shape.norms.pre_norms != 1:
+        # That of a chunk's output is part of a whole, which is held until all chunks are done.
         saved += (activations.hidden_term(work.of_chunk, "residual_gradient", 1),)
     return max(_attention_backwards(work), key=total_bytes) + saved
 

@@ -159,6 +159,7 @@ def _host_has_room(phases: tuple[Phase, ...], host_memory: int | None) -> bool:
 
 
 def _unchunked_candidates(work: Workload, mst: MstConfig) -> Iterator[Workload]:
+    work = work.without_idle_windows()
     given = {"layer_chunks": 1, **mst.given, **work.without_effect}
     for chosen in candidates(given):
         if chosen["offload_activations"] and chosen["keep_mlp"] and mst.get("keep_mlp") == AUTO:

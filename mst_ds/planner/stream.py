@@ -48,7 +48,7 @@ def carried_keys(work: Workload) -> Terms:
     """Earlier keys and values in the backward, where they were not kept."""
     if work.last_layer_keeps_attention:
         return ()
-    return (_of_keys(work, "carried_keys_values", work.earlier_tokens, work.zero.dtype_bytes),)
+    return (_of_keys(work, "carried_keys_values", _seen_tokens(work), work.zero.dtype_bytes),)
 
 
 def parameter_sums(work: Workload, *, but: int = 0) -> Terms:
@@ -63,8 +63,6 @@ def parameter_sums(work: Workload, *, but: int = 0) -> Terms:
 def end_of_backward(work: Workload) -> Terms:
     """The sums are rounded, one after another."""
     terms = parameter_sums(work)
-    if work.layer_chunks == 1:
-        terms = (hidden_term(work, "layer_input_gradient", 1), *terms)
     if work.zero.dtype_bytes == _FP32_BYTES or not work.shape.is_trained_whole:
         return terms
     largest = ("largest weight", largest_layer_weight(work.shape)), ("bytes", work.zero.dtype_bytes)

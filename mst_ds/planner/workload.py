@@ -41,6 +41,10 @@ class Workload:
         """This with other values of some knobs."""
         return replace(self, settings=replace(self.settings, **changes))
 
+    def without_idle_windows(self) -> Workload:
+        """This, of whole sequences, without windows that hide no token."""
+        return replace(self, shape=self.shape.within(self.attention_length))
+
     @property
     def sp_size(self) -> int:
         return self.settings.sp_size

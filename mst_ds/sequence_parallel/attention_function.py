@@ -95,14 +95,15 @@ def ulysses_attention(
         )
     _check_request(module, query, key, attention_mask, kwargs)
     query, key, value = _one_dtype(module, query, key, value)
+    group, call = ulysses.group, None if ulysses.stream is None else ulysses.stream.call
+    sp_size, head_groups = (1, 1) if group is None else (group.size, ulysses.head_groups)
+    length = query.shape[2] if call is None else call.chunks[-1].stop
     spec = AttentionSpec(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         dropout=dropout,
         window=attention_mask.size if attention_mask is not None else kwargs.get("sliding_window") or None,
         softcap=kwargs.get("softcap"),
-    )
-    group = ulysses.group
-    sp_size, head_groups = (1, 1) if group is None else (group.size, ulysses.head_groups)
+    ).within(sp_size * length)
     layout = HeadLayout(query.shape[1], key.shape[1], sp_size, head_groups)
     attention = SequenceAttention(ulysses.attention, spec, HeadExchange(group, layout))
     return attention(query, key, value, kwargs.get("s_aux"), stream=ulysses.stream), None

@@ -54,6 +54,10 @@ class CarriedKeys:
         """Whether those of a chunk are on the device, of which nothing is kept."""
         return chunk in self._blocks
 
+    def missing(self, tokens: slice) -> list[int]:
+        """The chunks that have some of these tokens, of which nothing is on the device."""
+        return [chunk for chunk, _ in self._of_chunks(tokens) if chunk not in self._blocks]
+
     def of(self, chunk: int) -> tuple[Tensor, Tensor]:
         """Those of a chunk that are on the device."""
         return self._blocks[chunk]

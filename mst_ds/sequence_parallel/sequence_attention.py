@@ -103,16 +103,16 @@ class SequenceAttention:
     def _carried(self, call: LayerCall) -> _Carried:
         # A chunk of all shards is one stretch of the sequence.
         spans = [slice(self._ranks * tokens.start, self._ranks * tokens.stop) for tokens in call.chunks]
+        earlier = [self.attention.earlier_keys(span, self.spec) for span in spans]
         by_chunk = self.spec.window is not None
-        return _Carried(spans, [CarriedKeys(spans, by_chunk=by_chunk) for _ in self.heads.layout.groups])
+        return _Carried(spans, earlier, [CarriedKeys(spans, by_chunk=by_chunk) for _ in self.heads.layout.groups])
 
     def _after_forward(self, carried: _Carried, call: LayerCall) -> None:
         """Keep the keys of a chunk, and let go of those that no other reads."""
-        needed = self.attention.earlier_keys(carried.spans[call.chunk + 1], self.spec)
         for keys in carried.of_groups:
             if not carried.needs_keys:
                 keys.keep(call.chunk, call.part)
-            keys.forget(needed)
+            keys.forget(carried.earlier[call.chunk + 1])
 
     def forward(self, chunk: _Chunk, tensors: Sequence[Tensor]) -> Tensor:
         """The output of this shard, (B, L, N, Dv)."""
@@ -205,7 +205,7 @@ class SequenceAttention:
         if chunk.carried is None:
             return
         keys, heads = chunk.carried.of_groups[head_group], self.heads
-        for block in keys.earlier(self.attention.earlier_keys(chunk.tokens, self.spec), by_chunk=by_chunk):
+        for block in keys.earlier(chunk.carried.earlier[chunk.index], by_chunk=by_chunk):
             yield KeyBlock(block.first, heads.copied(block.key, head_group), heads.copied(block.value, head_group))
             del block  # before the next is asked for
 
@@ -216,13 +216,18 @@ class _Carried:
 
     Attributes:
         spans: of each chunk the tokens of the whole sequence.
+        earlier: those before it whose keys it reads.
         of_groups: the keys and values of each group of heads.
         needs_keys: whether they are computed again for the backward, and not kept.
     """
 
     spans: Sequence[slice]
+    earlier: Sequence[slice]
     of_groups: Sequence[CarriedKeys]
     needs_keys: bool = True
+
+    def missing_keys(self, chunk: int) -> list[int]:
+        return self.of_groups[0].missing(self.earlier[chunk]) if self.needs_keys else []
 
     def end_forward(self) -> None:
         for keys in self.of_groups:

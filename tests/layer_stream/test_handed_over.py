@@ -1,5 +1,7 @@
 """The gradient of a layer's input is written over that of its output where nobody else holds it, and nowhere else."""
 
+import weakref
+
 import pytest
 import torch
 from distributed import run_ranks
@@ -33,16 +35,44 @@ def assert_same(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize(("chunks", "places"), [(CHUNKS, 1), (1, 3)])
-def test_one_gradient_goes_through_all_layers(chunks, places):
+def test_one_gradient_goes_through_all_layers():
     layers, x = layers_and_input()
-    tensors, addresses = outputs(layers, x, chunks), []
+    tensors, addresses = outputs(layers, x), []
     for tensor in tensors:
         tensor.register_hook(lambda gradient: addresses.append(gradient.data_ptr()))
     (found,) = grad(tensors[-1].sin().sum(), x)
     assert len(addresses) == 3
-    assert len(set(addresses)) == places
+    assert len(set(addresses)) == 1
     assert_same(found, grad(layers[1](layers[0](x)).sin().sum(), x)[0])
+
+
+class SinOfExp(nn.Module):
+    """Notes whether a storage lives when the gradient of what is between is there."""
+
+    def __init__(self):
+        super().__init__()
+        self.storage, self.lives = None, []
+
+    def forward(self, x):
+        between = x.exp()
+        if between.requires_grad:
+            between.register_hook(lambda _: self.lives.append(self.storage() is not None))
+        return between.sin()
+
+
+@pytest.mark.parametrize("is_held", [False, True])
+def test_a_layer_of_one_chunk_lets_go_of_the_gradient_that_it_has_used(is_held):
+    layer, x, held = SinOfExp(), layers_and_input(0)[1], []
+
+    def note(gradient):
+        layer.storage = weakref.ref(gradient.untyped_storage())
+        held.extend([gradient] * is_held)
+
+    y = outputs([layer], x, 1)[-1]
+    y.register_hook(note)
+    (found,) = grad(y.cos().sum(), x)
+    assert layer.lives == [is_held]
+    assert_same(found, grad(layer(x).cos().sum(), x)[0])
 
 
 def by_hook(take):
@@ -81,26 +111,29 @@ HOLDERS = {
 }
 
 
+@pytest.mark.parametrize("chunks", [1, CHUNKS])
 @pytest.mark.parametrize("hold", HOLDERS.values(), ids=HOLDERS)
-def test_what_somebody_holds_is_not_written_over(hold):
+def test_what_somebody_holds_is_not_written_over(hold, chunks):
     """Of the first layer's output."""
     layers, x = layers_and_input()
     between = layers[0](x)
     expected = grad(layers[1](between).sin().sum(), [x, between])
-    of_x, held = hold(x, outputs(layers, x))
+    of_x, held = hold(x, outputs(layers, x, chunks))
     assert_same(of_x, expected[0])
     assert_same(torch.as_tensor(held).view(SHAPE), expected[1])
 
 
-def test_the_callers_gradient_is_not_written_over():
+@pytest.mark.parametrize("chunks", [1, CHUNKS])
+def test_the_callers_gradient_is_not_written_over(chunks):
     layers, x = layers_and_input()
     given = torch.ones(SHAPE, dtype=torch.float64)
-    outputs(layers, x)[-1].backward(given)
+    outputs(layers, x, chunks)[-1].backward(given)
     assert (given == 1).all()
     assert_same(x.grad, grad(layers[1](layers[0](x)).sum(), x)[0])
 
 
-def test_another_librarys_memory_is_not_written_over():
+@pytest.mark.parametrize("chunks", [1, CHUNKS])
+def test_another_librarys_memory_is_not_written_over(chunks):
     array = torch.ones(SHAPE, dtype=torch.float64).numpy()
 
     class FromArray(torch.autograd.Function):
@@ -113,7 +146,7 @@ def test_another_librarys_memory_is_not_written_over():
             return torch.from_numpy(array)
 
     layers, x = layers_and_input()
-    FromArray.apply(outputs(layers, x)[-1]).backward()
+    FromArray.apply(outputs(layers, x, chunks)[-1]).backward()
     assert (array == 1).all()
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 from planned import GEMMA2, GPT_NEOX, HIDDEN, LAYERS, MODEL, SIZES, VOCAB, WIDE, bytes_of, plan_of, terms_of, wide_llama
-from transformers import Gemma2Config, LlamaConfig, Qwen3Config
+from transformers import Gemma2Config, LlamaConfig, MistralConfig, Qwen3Config
 
 # Attention of one narrow head, and no MLP worth the name.
 NORMS_ONLY = LlamaConfig(
@@ -89,11 +89,20 @@ def test_offloaded_no_activation_on_the_device_grows_with_the_layers():
 
 def test_a_window_makes_attention_too_cheap_to_keep():
     mst = RECOMPUTE_ONLY | {"keep_attention": True}
-    kept = bytes_of(plan_of(model=GEMMA2, mst=mst), "loss")
+    model = Gemma2Config(**GEMMA2.to_dict() | {"sliding_window": 3999})
+    kept = bytes_of(plan_of(model=model, mst=mst), "loss")
     assert len(GEMMA2.layer_types) == LAYERS
     full = GEMMA2.layer_types.count("full_attention")
     assert 0 < full < LAYERS
     assert kept["kept_attention"] == full * LAYER_INPUT
+
+
+def test_a_window_that_hides_nothing_is_none():
+    without, idle, window = (
+        plan_of(model=MistralConfig(**SIZES, sliding_window=size), mst=RECOMPUTE_ONLY | {"keep_attention": True})
+        for size in (None, 4000, 3999)
+    )
+    assert idle.as_dict() == without.as_dict() != window.as_dict()
 
 
 def attention_backward(**settings):

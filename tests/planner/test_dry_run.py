@@ -165,6 +165,8 @@ LAST_FEW = {"use_sliding_window": True, "max_window_layers": 1}
 WINDOW_CASES = (
     *((MistralConfig, MISTRAL | heads, {"sp_size": n}) for heads in (GROUPED, EACH) for n in (1, 2)),
     *((MistralConfig, MISTRAL | GROUPED | WIDE, {"sp_size": n} | OFF) for n in (1, 2)),
+    # Several chunks, which hold the keys of a window that ends in the second one before theirs.
+    *((MistralConfig, MISTRAL | GROUPED | sizes, {"layer_chunks": 14}) for sizes in ({}, WIDE)),
     # Rows of a length that blocks do not divide.
     (MistralConfig, MISTRAL | GROUPED, {"seq_len": 16_884, "micro_batch_size": 2}),
     (MistralConfig, MISTRAL | EACH, {"dtype": "fp32"}),
@@ -175,7 +177,12 @@ WINDOW_CASES = (
     # A softcap has no kernel at all.
     (Gemma2Config, MIXED | GROUPED, {"seq_len": 16_384}),
 )
-QUICK_WINDOW_CASES = (WINDOW_CASES[1], WINDOW_CASES[6], WINDOW_CASES[-3])  # grouped heads on shards, a whole row, both
+QUICK_WINDOW_CASES = (
+    WINDOW_CASES[1],
+    WINDOW_CASES[6],
+    WINDOW_CASES[8],
+    WINDOW_CASES[-3],
+)  # on shards, in chunks, a whole row, both
 
 
 @pytest.mark.parametrize("case", slow_but_for(QUICK_WINDOW_CASES, WINDOW_CASES))

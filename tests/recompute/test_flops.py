@@ -6,7 +6,14 @@ import pytest
 import torch
 from count_products import CountProducts
 from tiny import tiny_llama, tiny_settings
-from transformers import Gemma2Config, Gemma2ForCausalLM, Olmo2Config, Olmo2ForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+)
 
 from benchmarks.flops import count_flops
 from mst_ds import apply_settings
@@ -61,6 +68,13 @@ def products_of_the_mlp(make, **settings):
 @pytest.mark.parametrize("mlp_chunks", [1, 4])
 def test_kept_attention_runs_once(mlp_chunks, offload):
     counts = step_counts(llama(64), keep_attention=True, offload_activations=offload, mlp_chunks=mlp_chunks)
+    assert (counts.attention_forwards, counts.attention_backwards) == (LAYERS, LAYERS)
+
+
+def test_attention_with_a_window_that_hides_nothing_is_kept():
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(**DIMENSIONS, intermediate_size=64, sliding_window=LENGTH)).train()
+    counts = step_counts(model, keep_attention=True)
     assert (counts.attention_forwards, counts.attention_backwards) == (LAYERS, LAYERS)
 
 

@@ -13,7 +13,8 @@ from mst_ds.geometry import HeadLayout
 from mst_ds.layer_stream import LayerStream, StreamedLayer
 from mst_ds.memory.live import LiveMemory
 from mst_ds.recompute import HostStore
-from mst_ds.sequence_parallel import run_simulated
+from mst_ds.sequence_parallel import run_simulated, sequence_attention
+from mst_ds.sequence_parallel.carried_keys import CarriedKeys
 from mst_ds.sequence_parallel.head_exchange import HeadExchange
 from mst_ds.sequence_parallel.sequence_attention import SequenceAttention
 from mst_ds.token_layout import TokenLayout
@@ -126,6 +127,26 @@ def test_in_a_layer_that_is_computed_again(kind, sp_size, head_groups, keep, off
 
     found = on_shards(*given, sp_size, head_groups, make_stream, **KINDS[kind])
     assert_exact(found, on_the_whole(*given, **KINDS[kind]))
+
+
+class CountedKeys(CarriedKeys):
+    most = 0
+
+    def put(self, chunk, key, value):
+        super().put(chunk, key, value)
+        CountedKeys.most = max(CountedKeys.most, len(self._blocks))
+
+
+# Nine chunks of 4 tokens: of the chunk before a token or all, of one more a token, of all before.
+@pytest.mark.parametrize(("window", "most"), [(2, 2), (5, 2), (6, 3), (34, 9)])
+@pytest.mark.parametrize("keep", [False, True], ids=["again", "kept"])
+def test_of_a_window_s_layer_only_the_window_s_keys_are_held(window, most, keep, monkeypatch):
+    monkeypatch.setattr(sequence_attention, "CarriedKeys", CountedKeys)
+    monkeypatch.setattr(CountedKeys, "most", 0)
+    given = case(9, 3)
+    found = on_shards(*given, 1, 1, lambda: LayerStream(chunks=9, keep_attention=keep), window=window)
+    assert CountedKeys.most == most
+    assert_exact(found, on_the_whole(*given, window=window))
 
 
 def peaks(head_groups, sp_size=2, num_heads=8, length=256, dim=16):
