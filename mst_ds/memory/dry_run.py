@@ -191,7 +191,7 @@ def only_the_largest_blocks() -> Iterator[None]:
 
 
 class _LastCarriedKeys(CarriedKeys):
-    # Of what is read in turn, the one that is read, the one on its way, and the one before, which may be held yet.
+    # Of what is read in turn the one that is read and the one on its way; more, so that a fault would be seen.
     _READ = 4
 
     def earlier(self, tokens: slice, *, by_chunk: bool) -> Iterator[KeyBlock]:
