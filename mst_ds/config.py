@@ -134,6 +134,9 @@ class TrainConfig:
     trust_remote_code: bool = _flag(
         False, "Run the code that a model or tokenizer brings itself; without it such a model is refused."
     )
+    rope_scaling: str | None = _flag(
+        None, "For sequences longer than the model was made for: a type of RoPE scaling and its factor, yarn:4."
+    )
     new_lm_head: bool = _flag(False, "Start the LM head, which the weights must lack, from random values.")
     peft_config: str | None = _flag(
         None,

@@ -1,14 +1,17 @@
 """Models that have positions for so many tokens, and those that have learned so many."""
 
 import json
+import re
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mst_ds import Settings, apply_settings
 from mst_ds.commands import plan as plan_command
 from mst_ds.config import GIB
-from mst_ds.model_shape import ModelShape, unknown_positions
+from mst_ds.model_shape import ModelShape, parse_rope_scaling, scale_rope, unknown_positions
 from mst_ds.planner import longest_seq_len
 from mst_ds.structure import position_table
 
@@ -82,21 +85,86 @@ def test_positions_that_rope_is_meant_for(name):
     shape = ModelShape.from_config(config)
     assert shape.rotary_positions == known
     if known is not None:
-        assert unknown_positions(shape.rotary_positions, known) is None
-        assert unknown_positions(shape.rotary_positions, known + 1).startswith(
+        assert unknown_positions(shape, known) is None
+        assert unknown_positions(shape, known + 1).startswith(
             f"warning: seq_len is {known + 1}, but the model's config knows {known} positions"
         )
     else:
-        assert unknown_positions(shape.rotary_positions, 2**30) is None
+        assert unknown_positions(shape, 2**30) is None
 
 
 def test_what_the_warning_advises_ends_it():
     config = AutoConfig.for_model("llama", max_position_embeddings=8192)
-    advice = unknown_positions(ModelShape.from_config(config).rotary_positions, 20_000)
-    assert '"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 8192' in advice
-    scaled = rope("yarn", factor=3.0, original_max_position_embeddings=8192)
-    config = AutoConfig.for_model("llama", max_position_embeddings=8192, rope_parameters=scaled)
-    assert unknown_positions(ModelShape.from_config(config).rotary_positions, 20_000) is None
+    advice = unknown_positions(ModelShape.from_config(config), 20_000)
+    (flag,) = re.findall("--rope_scaling ([^,]+),", advice)
+    scale_rope(config, parse_rope_scaling(flag))
+    assert unknown_positions(ModelShape.from_config(config), 20_000) is None
+    advice = unknown_positions(ModelShape.from_config(config), 30_000)
+    assert "raise the factor of its \"rope_parameters\", of type 'yarn'" in advice
+
+
+@pytest.mark.parametrize("rope_type", ["yarn", "linear", "dynamic"])
+def test_scaled_rope_is_transformers_own(rope_type, tmp_path):
+    """At four times the length that the model was made for, and after it was saved."""
+    sizes = {**OF_SIZE, "intermediate_size": 32, "num_key_value_heads": 1, "initializer_range": 0.5}
+    config = AutoConfig.for_model("llama", **sizes)
+    scale_rope(config, parse_rope_scaling(f"{rope_type}:4"))
+    values = {"yarn": {"original_max_position_embeddings": POSITIONS}}.get(rope_type, {})
+    own = rope(rope_type, factor=4.0, **values)
+    given = AutoConfig.for_model("llama", **sizes, rope_parameters=own)
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(given).double()
+    scaled = AutoModelForCausalLM.from_config(config).double()
+    scaled.load_state_dict(plain.state_dict())
+    scaled.save_pretrained(tmp_path)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    ids = torch.randint(30, (1, 4 * POSITIONS))
+    expected = cross_entropy(plain(input_ids=ids).logits[0, :-1], ids[0, 1:])
+    unscaled = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes)).double()
+    unscaled.load_state_dict(plain.state_dict())
+    assert (cross_entropy(unscaled(input_ids=ids).logits[0, :-1], ids[0, 1:]) - expected).abs() > 1e-4
+    for model in (scaled, saved):
+        patched = apply_settings(model, Settings(layer_chunks=4, mlp_chunks=2, loss_chunks=4, recompute=True))
+        torch.testing.assert_close(patched(input_ids=ids, labels=ids).loss, expected, rtol=1e-12, atol=0)
+
+
+def test_layers_with_a_window_are_not_scaled():
+    config = AutoConfig.for_model("gemma3_text", max_position_embeddings=8192)
+    before = dict(config.rope_parameters["sliding_attention"])
+    scale_rope(config, parse_rope_scaling("linear:8"))
+    assert config.rope_parameters["sliding_attention"] == before
+    assert config.rope_parameters["full_attention"]["factor"] == 8
+
+
+LLAMA_3 = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "values", "words"),
+    [
+        ("gpt2", {}, "'gpt2' has no rotary embeddings that could be scaled"),
+        ("falcon", {"alibi": True}, "'falcon' has no rotary embeddings"),
+        ("llama", {"rope_parameters": LLAMA_3}, "is scaled already, by 'llama3' with a factor of 8.0"),
+    ],
+)
+def test_what_cannot_be_scaled_is_refused(model_type, values, words):
+    config = AutoConfig.for_model(model_type, **values)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        scale_rope(config, parse_rope_scaling("yarn:4"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("yarm:4", "nearest: 'yarn'"),
+        ("yarn", "such as yarn:4"),
+        ("yarn:1", "a factor above 1"),
+        ("linear:nan", "above 1"),
+    ],
+)
+def test_what_is_no_scaling_is_refused(text, words):
+    with pytest.raises(ValueError, match=words):
+        parse_rope_scaling(text)
 
 
 def planned(capsys, folder, *flags):

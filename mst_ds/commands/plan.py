@@ -247,7 +247,7 @@ def _bytes(options: argparse.Namespace, name: str, *, ranks: int = 1) -> int | N
 
 
 def _as_json(request: Request, plan: Plan, longest: int, changes: tuple[Change, ...]) -> dict[str, Any]:
-    warning = unknown_positions(request.work.shape.rotary_positions, plan.seq_len)
+    warning = unknown_positions(request.work.shape, plan.seq_len)
     return {
         "fits": plan.fits,
         "peak_bytes": plan.peak_bytes,
@@ -264,7 +264,7 @@ def _print_plan(request: Request, plan: Plan, longest: int, changes: tuple[Chang
     console().print(plan_table(plan))
     if gpu is None:
         print(f"times are by the rates of a {DEFAULT_GPU.name}, as no --gpu is named")
-    if (warning := unknown_positions(request.work.shape.rotary_positions, plan.seq_len)) is not None:
+    if (warning := unknown_positions(request.work.shape, plan.seq_len)) is not None:
         print(warning)
     if longest:
         in_thousands = f" ({longest // LENGTH_STEP}K)" if longest % LENGTH_STEP == 0 else ""

@@ -19,7 +19,14 @@ from mst_ds.engine.resume import find_checkpoint
 from mst_ds.engine.run import Run
 from mst_ds.kept_in_fp32 import kept_in_fp32, require_no_adapters_on
 from mst_ds.model_folder import ModelLayout, Weights, find_weights, require_match
-from mst_ds.model_shape import ModelShape, load_model_config, require_positions, unknown_positions
+from mst_ds.model_shape import (
+    ModelShape,
+    load_model_config,
+    parse_rope_scaling,
+    require_positions,
+    scale_rope,
+    unknown_positions,
+)
 from mst_ds.patching import find_parts
 from mst_ds.planner import DEFAULT_RESERVE, Plan, Request, make_request, plan_of_request
 from mst_ds.preflight import require_exact
@@ -41,6 +48,8 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
     """
     checkpoint = find_checkpoint(config)
     model_config = load_model_config(config.model, trust_remote_code=config.trust_remote_code)
+    if config.rope_scaling is not None:
+        scale_rope(model_config, parse_rope_scaling(config.rope_scaling))
     shape = ModelShape.from_config(model_config)
     resolved = _resolved(config, launch, shape)
     peft_config = None if config.peft_config is None else load_peft_config(config.peft_config)
@@ -50,7 +59,7 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
     _require_trainable(config, plan, model_config, model, adapted)
     own_attention = _own_attention(config, plan, model)
     weights, notes = _weights(config, model, DTYPES[plan.dtype])
-    beyond = unknown_positions(shape.rotary_positions, config.seq_len)
+    beyond = unknown_positions(shape, config.seq_len)
     tokenizer = load_tokenizer(config, model_config)
     identity = Identity.of(
         model_config,

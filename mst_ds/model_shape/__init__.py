@@ -13,6 +13,7 @@ from mst_ds.model_shape.families import NormKind
 from mst_ds.model_shape.known_models import known_model_names, load_config_of_shape, load_model_shape
 from mst_ds.model_shape.model_flops import attended_pairs, flops_per_token
 from mst_ds.model_shape.positions import require_positions, unknown_positions
+from mst_ds.model_shape.rope_scaling import parse_rope_scaling, scale_rope
 from mst_ds.model_shape.shape import ModelShape, NormShape, other_layers
 
 __all__ = [
@@ -28,10 +29,12 @@ __all__ = [
     "load_model_config",
     "load_model_shape",
     "other_layers",
+    "parse_rope_scaling",
     "quantization_fields",
     "raw_model_config",
     "require_no_pointers",
     "require_positions",
+    "scale_rope",
     "shipped_model_config",
     "unknown_positions",
 ]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mst_ds.model_shape.families import FAMILIES
 from mst_ds.model_shape.sizes import optional_size
+
+if TYPE_CHECKING:
+    from mst_ds.model_shape.shape import ModelShape
 
 # Learned or not, they stand in a table, or attention adds to its scores from one; whatever is longer fails.
 _TABLES = frozenset(
@@ -34,17 +37,30 @@ def fixed_positions(config: Any) -> int | None:
 
 def rotary_positions(config: Any) -> int | None:
     """Positions up to which the config's RoPE is meant; None without RoPE, or where it follows the length."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    has_rope = bool(parameters) or config.model_type in FAMILIES
-    known = optional_size(config, "max_position_embeddings")
-    if known is None or not has_rope or config.model_type in _TABLES or getattr(config, "alibi", False):
+    entries, known = rotary_entries(config), optional_size(config, "max_position_embeddings")
+    if known is None or not entries:
         return None
-    kinds = {kind: entry for kind, entry in parameters.items() if isinstance(entry, dict)} or {"": parameters}
-    # A window is shorter than any of this.
-    entries = [entry for kind, entry in kinds.items() if "sliding" not in kind] or list(kinds.values())
     if any("dynamic" in str(entry.get("rope_type")) for entry in entries):
         return None
     return min(max(known, _scaled(entry, known)) for entry in entries)
+
+
+def rope_type(config: Any) -> str:
+    """By what the config scales its RoPE; "default" where it does not."""
+    return next((str(entry.get("rope_type") or "default") for entry in rotary_entries(config)), "default")
+
+
+def rotary_entries(config: Any) -> list[dict[str, Any]]:
+    """The `rope_parameters` of layers without a window, where there are such, else of all; none without RoPE.
+
+    A window is shorter than what they know.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    has_rope = bool(parameters) or config.model_type in FAMILIES
+    if not has_rope or config.model_type in _TABLES or getattr(config, "alibi", False):
+        return []
+    kinds = {kind: entry for kind, entry in parameters.items() if isinstance(entry, dict)} or {"": parameters}
+    return [entry for kind, entry in kinds.items() if "sliding" not in kind] or list(kinds.values())
 
 
 def _scaled(parameters: dict[str, Any], known: int) -> int:
@@ -64,13 +80,15 @@ def require_positions(positions: int | None, seq_len: int) -> None:
         )
 
 
-def unknown_positions(known: int | None, seq_len: int) -> str | None:
-    """A warning, in one line, where a sequence is longer than the `known` positions of a model's RoPE; else None."""
+def unknown_positions(shape: ModelShape, seq_len: int) -> str | None:
+    """A warning, in one line, where a sequence is longer than the positions that a model's RoPE knows; else None."""
+    known = shape.rotary_positions
     if known is None or seq_len <= known:
         return None
+    fix = f"train with --rope_scaling yarn:{-(-seq_len // known)}"
+    if shape.rope_type != "default":
+        fix = f'raise the factor of its "rope_parameters", of type {shape.rope_type!r}, in its config.json'
     return (
         f"warning: seq_len is {seq_len}, but the model's config knows {known} positions, beyond which its RoPE has "
-        f'learned nothing: scale it by "rope_parameters" in the model\'s config.json, such as "rope_type": "yarn", '
-        f'"factor": {-(-seq_len // known)}.0, "original_max_position_embeddings": {known} beside its rope_theta, or '
-        f"use --seq_len {known} or less"
+        f"learned nothing: {fix}, or use --seq_len {known} or less"
     )

@@ -9,7 +9,7 @@ from mst_ds.model_shape.config_checks import check_numbers, check_parameter_coun
 from mst_ds.model_shape.counts import Dimensions, ParameterCounts, TrainedCounts, count_parameters
 from mst_ds.model_shape.experts import ExpertShape, read_experts
 from mst_ds.model_shape.families import FAMILIES, LLAMA, OWN_ATTENTION, Family, NormKind, is_on
-from mst_ds.model_shape.positions import fixed_positions, rotary_positions
+from mst_ds.model_shape.positions import fixed_positions, rope_type, rotary_positions
 from mst_ds.model_shape.sizes import optional_size, size
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ class ModelShape(Dimensions):
         position_parameter_count: of learned position embeddings, 0 without.
         fixed_positions: the most tokens of a document that the model can take, None where any number will do.
         rotary_positions: up to which its RoPE is meant, None where it has none or one that follows the length.
+        rope_type: by what its config scales it.
         head_parameter_count: 0 where the head's weight is the embedding's (tie_word_embeddings).
         active_parameter_count: what one token meets: all but the experts that it is not routed to.
         trained: of these parameters those that are trained: all, where `mst_ds.structure.trained` has not counted.
@@ -84,6 +85,7 @@ class ModelShape(Dimensions):
     position_parameter_count: int
     fixed_positions: int | None
     rotary_positions: int | None
+    rope_type: str
     head_parameter_count: int
     layer_parameter_count: int
     parameter_count: int
@@ -137,6 +139,7 @@ class ModelShape(Dimensions):
             position_parameter_count=counts.positions,
             fixed_positions=fixed_positions(config),
             rotary_positions=rotary_positions(config),
+            rope_type=rope_type(config),
             head_parameter_count=counts.head,
             layer_parameter_count=counts.layer,
             parameter_count=counts.all,
