@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mst_ds.config import GIB
-    from mst_ds.minisequence import chunked_loss, chunked_mlp
+    from mst_ds.minisequence import chunked_log_probs, chunked_loss, chunked_mlp
     from mst_ds.patching import apply_plan, apply_settings, remove_plan
     from mst_ds.planner import Plan, make_plan
     from mst_ds.settings import Settings
@@ -21,6 +21,7 @@ _HOMES = {
     "Settings": "mst_ds.settings",
     "apply_plan": "mst_ds.patching",
     "apply_settings": "mst_ds.patching",
+    "chunked_log_probs": "mst_ds.minisequence",
     "chunked_loss": "mst_ds.minisequence",
     "chunked_mlp": "mst_ds.minisequence",
     "make_plan": "mst_ds.planner",
@@ -32,6 +33,7 @@ __all__ = [
     "Settings",
     "apply_plan",
     "apply_settings",
+    "chunked_log_probs",
     "chunked_loss",
     "chunked_mlp",
     "make_plan",

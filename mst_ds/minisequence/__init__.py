@@ -3,6 +3,7 @@
 from .chunks import GradientSum, ParameterSums, chunks_in_cache, hooks_put_off
 from .experts import ExpertEnds, chunked_experts
 from .linear_sums import SumLinearGradients
+from .log_probs import chunked_log_probs, chunked_log_probs_of_head
 from .loss import chunked_loss, chunked_loss_of_head
 from .mlp import KeptProjections, chunked_mlp
 from .norm import chunked_rms_norm
@@ -16,6 +17,8 @@ __all__ = [
     "ParameterSums",
     "SumLinearGradients",
     "chunked_experts",
+    "chunked_log_probs",
+    "chunked_log_probs_of_head",
     "chunked_loss",
     "chunked_loss_of_head",
     "chunked_mlp",

@@ -255,6 +255,12 @@ def cast_for_autocast(x: Tensor, *parameters: Tensor | None) -> list[Any]:
     return [each if each is None or each.dtype == torch.float64 else each.to(dtype) for each in tensors]
 
 
+def forget_casts(device: torch.device) -> None:
+    """torch 2.9 keeps casts of weights that were made without gradients, and would use them in the backward."""
+    if torch.is_autocast_enabled(device.type):
+        torch.clear_autocast_cache()
+
+
 def require_gathered(name: str, weight: Tensor) -> None:
     """Raise a readable error for a ZeRO-3 placeholder, instead of a shape mismatch deep inside a matmul.
 

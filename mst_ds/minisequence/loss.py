@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,23 +11,9 @@ from torch.autograd.function import once_differentiable
 
 from mst_ds.config import IGNORE_INDEX
 from mst_ds.dtypes import sum_dtype
-from mst_ds.geometry import chunk_slices
 
-from . import fused
-from .chunks import (
-    GradientSum,
-    Linear,
-    Scratch,
-    autocast_disabled,
-    cast_for_autocast,
-    flat,
-    gradient_sums,
-    require_gathered,
-    slices_in_cache,
-)
-from .linear_sums import SumLinearGradients, differentiate
-
-Head = Callable[[Tensor], Tensor]
+from .chunks import autocast_disabled, cast_for_autocast, flat, gradient_sums, require_gathered
+from .heads import Head, HeadCall, LogitTransform
 
 
 def chunked_loss(
@@ -68,11 +54,10 @@ def chunked_loss(
         ValueError: `chunks` below 1, labels of another shape, or a weight that ZeRO-3 has not gathered.
     """
     require_gathered("the LM head's weight", weight)
-    transform = _LogitTransform(logit_scale, logit_softcap)
-    call = _LossCall(labels, chunks, ignore_index, num_items_in_batch, transform, torch.is_grad_enabled())
+    of_head = HeadCall(labels, chunks, ignore_index, LogitTransform(logit_scale, logit_softcap))
     tensors = cast_for_autocast(hidden_states, weight, bias)
     with autocast_disabled(hidden_states.device):
-        return _apply(call, *tensors)
+        return _apply(of_head, num_items_in_batch, *tensors)
 
 
 def chunked_loss_of_head(
@@ -100,60 +85,23 @@ def chunked_loss_of_head(
     """
     for parameter in parameters:
         require_gathered("a parameter of the LM head", parameter)
-    transform = _LogitTransform(logit_scale, logit_softcap)
-    call = _LossCall(labels, chunks, ignore_index, num_items_in_batch, transform, torch.is_grad_enabled(), head)
-    return _apply(call, hidden_states, *parameters)
+    of_head = HeadCall(labels, chunks, ignore_index, LogitTransform(logit_scale, logit_softcap), head)
+    return _apply(of_head, num_items_in_batch, hidden_states, *parameters)
 
 
 class _LossCall(NamedTuple):
-    """head: None where the parameters are a weight and a bias."""
-
-    labels: Tensor
-    chunks: int
-    ignore_index: int
+    of_head: HeadCall
     num_items_in_batch: int | float | Tensor | None
-    transform: _LogitTransform
     is_grad_enabled: bool
-    head: Head | None = None
-
-    def begin(
-        self, x: Tensor, dx: Tensor | None, sums: Sequence[GradientSum], scratch: Scratch
-    ) -> _LinearHead | _CallableHead:
-        """A chunk's way through the head, and back: adds to `sums` and writes `dx`."""
-        if self.head is not None:
-            return _CallableHead(self.head, x, dx, sums, scratch)
-        weight, bias = sums
-        return _LinearHead(x, dx, weight, bias, scratch)
-
-    def cross_entropy(
-        self,
-        head: _LinearHead | _CallableHead,
-        labels: Tensor,
-        factor: Tensor,
-        losses: Tensor,
-        *,
-        needs_gradients: bool,
-    ) -> Tensor:
-        """Write the losses of a chunk; return `factor` times the gradient of the head's output, if needed, in the
-        memory of its logits."""
-        if self.transform.softcap is None and fused.runs(head.output):
-            from .fused.cross_entropy import cross_entropy_
-
-            logits = head.logits(head.output.dtype)
-            cross_entropy_(logits, labels, factor, losses, self.ignore_index, self.transform.scale, needs_gradients)
-            return logits
-        logits, slope = self.transform(head.logits(sum_dtype(head.output.dtype)), keep_slope=needs_gradients)
-        losses.copy_(_cross_entropy_(logits, labels, self.ignore_index, factor))
-        return logits if slope is None or not needs_gradients else logits.mul_(slope)
 
 
-def _apply(call: _LossCall, hidden_states: Tensor, *parameters: Tensor | None) -> Tensor:
-    leading = hidden_states.shape[:-1]
-    if call.labels.shape != leading:
-        raise ValueError(
-            f"labels must have the shape {tuple(leading)}, that of hidden_states without its last dimension, got "
-            f"{tuple(call.labels.shape)}"
-        )
+def _apply(
+    of_head: HeadCall,
+    num_items_in_batch: int | float | Tensor | None,
+    hidden_states: Tensor,
+    *parameters: Tensor | None,
+) -> Tensor:
+    call = _LossCall(of_head, num_items_in_batch, torch.is_grad_enabled())
     loss: Tensor = _ChunkedLoss.apply(call, hidden_states, *parameters)
     return loss
 
@@ -161,7 +109,7 @@ def _apply(call: _LossCall, hidden_states: Tensor, *parameters: Tensor | None) -
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _LossCall, hidden_states: Tensor, *parameters: Tensor | None) -> Tensor:
-        x, labels = flat(hidden_states), call.labels.to(hidden_states.device).reshape(-1).contiguous()
+        x, labels = flat(hidden_states), call.of_head.flat_labels(hidden_states)
         token_weight = _token_weight(call, labels, sum_dtype(x.dtype))
         # needs_input_grad says nothing about no_grad, which is invisible in here.
         _, needs_x, *needs = (call.is_grad_enabled and needed for needed in ctx.needs_input_grad)
@@ -171,16 +119,7 @@ class _ChunkedLoss(torch.autograd.Function):
         # in the backward, together with the incoming gradient, mostly a power of two as well. So they are rounded
         # once, and in fp16 nothing underflows before the loss scale arrives.
         mantissa, exponent = torch.frexp(token_weight)
-        losses = torch.zeros(x.shape[0], dtype=sum_dtype(x.dtype), device=x.device)
-        needs_gradients = needs_x or any(needs)
-        scratch = Scratch()
-        for rows in chunk_slices(x.shape[0], call.chunks):
-            head = call.begin(x[rows], dx[rows] if dx is not None else None, sums, scratch)
-            d_logits = call.cross_entropy(head, labels[rows], mantissa, losses[rows], needs_gradients=needs_gradients)
-            if needs_gradients:
-                head.add_gradients(d_logits)
-            # Before the next chunk's: two chunks' logits must never be alive together.
-            del head, d_logits
+        losses = call.of_head.run(x, labels, mantissa if needs_x or any(needs) else None, dx, sums)
         ctx.save_for_backward(dx, exponent, *(gradient.total for gradient in sums))
         ctx.shape, ctx.dtypes = hidden_states.shape, [p.dtype if p is not None else None for p in parameters]
         # One sum over all tokens, as without chunks: a running total over chunks would round at every step.
@@ -205,102 +144,11 @@ def _token_weight(call: _LossCall, labels: Tensor, dtype: torch.dtype) -> Tensor
     """What a token's loss counts in the mean: 1/n."""
     num_items = call.num_items_in_batch
     if num_items is None:
-        num_items = (labels != call.ignore_index).sum()
+        num_items = (labels != call.of_head.ignore_index).sum()
     num_items = torch.as_tensor(num_items, device=labels.device).to(dtype)
     return torch.where(num_items > 0, 1 / num_items, torch.zeros_like(num_items))
-
-
-class _LinearHead:
-    """One chunk through a linear head: its logits, then the gradients that belong to theirs."""
-
-    def __init__(self, x: Tensor, dx: Tensor | None, weight: GradientSum, bias: GradientSum, scratch: Scratch) -> None:
-        self.x, self.dx, self.d_weight, self.d_bias, self.scratch = x, dx, weight, bias, scratch
-        assert weight.parameter is not None
-        self.layer = Linear(weight.parameter, bias.parameter)
-        self.output = scratch.empty("output", (len(x), len(weight.parameter)), x.dtype, x.device)
-
-    def logits(self, dtype: torch.dtype) -> Tensor:
-        """(T, V), the caller's to write over."""
-        output = self.layer.write(self.x, self.output)
-        if dtype == output.dtype:
-            return output
-        return self.scratch.empty("logits", output.shape, dtype, output.device).copy_(output)
-
-    def add_gradients(self, d_logits: Tensor) -> None:
-        """Add the parameters' gradients to their sums, write the input's."""
-        x = self.x
-        rounded = d_logits if d_logits.dtype == x.dtype else self.output.copy_(d_logits)
-        # A CUDA GEMM reads 16-bit operands; where it has to be fp32 anyway, the rounding is saved.
-        self.d_weight.add_outer_products(rounded if x.is_cuda else d_logits, x)
-        self.d_bias.add_column_sums(d_logits)
-        if self.dx is not None:
-            torch.mm(rounded, self.layer.weight, out=self.dx)
-
-
-class _CallableHead:
-    """One chunk through any head, by autograd."""
-
-    def __init__(self, head: Head, x: Tensor, dx: Tensor | None, sums: Sequence[GradientSum], scratch: Scratch) -> None:
-        self.dx, self.sums, self.scratch = dx, sums, scratch
-        self.x = x.detach().unsqueeze(0).requires_grad_(dx is not None)
-        has_gradient = dx is not None or any(gradient.is_needed for gradient in sums)
-        with torch.set_grad_enabled(has_gradient), SumLinearGradients(sums):
-            self.output = head(self.x)
-
-    def logits(self, dtype: torch.dtype) -> Tensor:
-        """(T, V), the caller's to write over."""
-        output = self.output.detach().squeeze(0)
-        # A copy in any case: a head may return what autograd needs again, or its own parameter.
-        return self.scratch.empty("logits", output.shape, dtype, output.device).copy_(output)
-
-    def add_gradients(self, d_logits: Tensor) -> None:
-        """Add the parameters' gradients to their sums, write the input's."""
-        d_output = d_logits.to(self.output.dtype).unsqueeze(0)
-        differentiate(self.output, d_output, [self.x], [self.dx], self.sums)
-
-
-class _LogitTransform(NamedTuple):
-    """What a model does to its head's output: logits = softcap * tanh(scale * output / softcap), in fp32."""
-
-    scale: float
-    softcap: float | None
-
-    def __call__(self, logits: Tensor, *, keep_slope: bool) -> tuple[Tensor, Tensor | float | None]:
-        """Write over `logits`; return them and the derivative by the head's output, None where it is 1."""
-        if self.scale != 1:
-            logits *= self.scale
-        if self.softcap is None:
-            return logits, self.scale if self.scale != 1 else None
-        logits /= self.softcap
-        logits.tanh_()
-        slope = logits.square().neg_().add_(1).mul_(self.scale) if keep_slope else None
-        return logits.mul_(self.softcap), slope
 
 
 def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     # Into a new tensor: what is saved must survive a second backward (retain_graph). `out` avoids an fp32 temporary.
     return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
-
-
-def _cross_entropy_(logits: Tensor, labels: Tensor, ignore_index: int, factor: Tensor) -> Tensor:
-    """Cross-entropy of each row, (T,), 0 where ignored; `logits` becomes `factor` times its own gradient, in place.
-
-    Args:
-        logits: (T, V) in fp32 or fp64; holds `factor * (softmax(logits) - one_hot(labels))` afterwards, 0 in ignored
-            rows.
-        labels: (T,).
-        factor: a scalar.
-    """
-    losses = torch.empty_like(logits[:, 0])
-    # A few rows at a time, which stay in a CPU's cache from one pass over them to the next.
-    for rows in slices_in_cache(logits):
-        part, valid = logits[rows], labels[rows] != ignore_index
-        targets = labels[rows].where(valid, 0).unsqueeze(-1)
-        part -= part.amax(-1, keepdim=True)
-        target_logits = part.gather(-1, targets)
-        sums = part.exp_().sum(-1, keepdim=True)
-        losses[rows] = (sums.log() - target_logits).squeeze(-1).where(valid, 0)
-        weights = factor * valid.unsqueeze(-1)
-        part *= weights / sums
-        part.scatter_add_(-1, targets, -weights)
-    return losses

@@ -12,7 +12,16 @@ from torch.autograd.function import once_differentiable
 from mst_ds.geometry import chunk_slices
 from mst_ds.recompute import Conditions
 
-from .chunks import GradientSum, ParameterSums, flat, flat_view, gradient_sums, require_gathered, rounded_own
+from .chunks import (
+    GradientSum,
+    ParameterSums,
+    flat,
+    flat_view,
+    forget_casts,
+    gradient_sums,
+    require_gathered,
+    rounded_own,
+)
 from .linear_sums import SumLinearGradients, differentiate
 
 
@@ -81,7 +90,7 @@ def compute_in_chunks(
 
 def _compute(call: _TokenwiseCall, *tensors: Tensor, out: Tensor | None = None) -> Tensor:
     out = compute_in_chunks(call.function, tensors[: call.num_inputs], call.chunks, out)
-    _forget_casts(out.device)
+    forget_casts(out.device)
     return out
 
 
@@ -89,14 +98,8 @@ def _uncomputed(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Te
     """A tensor like the output; its width and dtype are the function's secret, which a first token tells."""
     leading = inputs[0].shape[:-1]
     token = function(*(_take(flat(tensor), slice(1), len(leading)) for tensor in inputs))
-    _forget_casts(token.device)
+    forget_casts(token.device)
     return token.new_empty(*leading, token.shape[-1])
-
-
-def _forget_casts(device: torch.device) -> None:
-    """torch 2.9 keeps casts of weights that were made without gradients, and would use them in the backward."""
-    if torch.is_autocast_enabled(device.type):
-        torch.clear_autocast_cache()
 
 
 class _ChunkedTokenwise(torch.autograd.Function):

@@ -2,5 +2,23 @@
 
 from mst_ds.objectives.cross_entropy import CROSS_ENTROPY, CrossEntropy
 from mst_ds.objectives.objective import Objective
+from mst_ds.objectives.pairs import PairedPreferences
+from mst_ds.objectives.policy import policy_loss, policy_metrics
+from mst_ds.objectives.preference import dpo_loss, ipo_loss, kto_kl, kto_loss, preference_metrics, simpo_loss
+from mst_ds.objectives.sequences import Documents
 
-__all__ = ["CROSS_ENTROPY", "CrossEntropy", "Objective"]
+__all__ = [
+    "CROSS_ENTROPY",
+    "CrossEntropy",
+    "Documents",
+    "Objective",
+    "PairedPreferences",
+    "dpo_loss",
+    "ipo_loss",
+    "kto_kl",
+    "kto_loss",
+    "policy_loss",
+    "policy_metrics",
+    "preference_metrics",
+    "simpo_loss",
+]

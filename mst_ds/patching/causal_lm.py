@@ -1,4 +1,4 @@
-"""The forward of a patched causal language model: its decoder, then the loss in chunks, or logits."""
+"""The forward of a patched causal language model: its decoder, then loss or log-probabilities in chunks, or logits."""
 
 from __future__ import annotations
 
@@ -25,6 +25,10 @@ def causal_lm_forward(original: Callable[..., Any], patched: PatchedModel, *args
     them; else the logits. Padding in `attention_mask` is not
     predicted from. For all else see `mst_ds.patching.decoder`.
 
+    With `return_log_probs=True` beside labels there is no loss but `log_probs`, (B, L) in fp32 at least: `log_probs[t]`
+    is that of the label which token t predicts, under logits divided by `temperature`, and 0 where it is ignored; of a
+    shard its own tokens'. A router loss is then not in it: `aux_loss` is this rank's part, for the caller to add.
+
     Raises:
         ValueError: arguments for which the result would not be exact.
     """
@@ -33,6 +37,7 @@ def causal_lm_forward(original: Callable[..., Any], patched: PatchedModel, *args
     kwargs = named_arguments(original, args, kwargs)
     targets = {name: kwargs.pop(name, None) for name in ("labels", "shift_labels", "num_items_in_batch")}
     ignore_index = kwargs.pop("ignore_index", IGNORE_INDEX)
+    temperature = _take_temperature(kwargs, targets)
     return_dict = kwargs.pop("return_dict", None)
     wants_loss = targets["labels"] is not None or targets["shift_labels"] is not None
     logits_wanted = take_logits_wanted(kwargs, wants_loss=wants_loss)
@@ -45,7 +50,7 @@ def causal_lm_forward(original: Callable[..., Any], patched: PatchedModel, *args
             "past_key_values, such as a learned prefix, cannot be trained with a plan: tokens attend to each other only"
         )
     if patched.group is not None:
-        _check_targets_of_a_shard(**targets)
+        _check_targets_of_a_shard(**targets, needs_count=temperature is None)
     mask = padding_mask(kwargs["attention_mask"])
     kwargs["use_cache"] = False
     if not wants_loss:
@@ -55,7 +60,10 @@ def causal_lm_forward(original: Callable[..., Any], patched: PatchedModel, *args
         # Who made the table has looked at the labels, too.
         _require_no_targets_on_padding(targets, mask, ignore_index)
     labels = _shifted_labels(targets["labels"], targets["shift_labels"], mask, ignore_index)
-    output, hidden_states = _loss_forward(patched, labels, targets["num_items_in_batch"], ignore_index, mask, kwargs)
+    of_head = (
+        {"num_items_in_batch": targets["num_items_in_batch"]} if temperature is None else {"temperature": temperature}
+    )
+    output, hidden_states = _loss_forward(patched, labels, ignore_index, of_head, mask, kwargs)
     if logits_wanted is not None:
         output["logits"] = compute_logits(patched, hidden_states, logits_wanted)
     return output.to_tuple() if return_dict is False else output
@@ -71,15 +79,37 @@ def generate(original: Callable[..., Any], patched: PatchedModel, *args: Any, **
         return original(*args, **kwargs)
 
 
+def _take_temperature(kwargs: dict[str, Any], targets: Mapping[str, Any]) -> float | None:
+    """Take out of a forward's arguments at what temperature it wants log-probabilities; None where it wants none.
+
+    Raises:
+        ValueError: there is nothing that they could be of, or something beside them would be without effect.
+    """
+    wants, temperature = kwargs.pop("return_log_probs", None), kwargs.pop("temperature", None)
+    if not wants:
+        if temperature is not None:
+            raise ValueError("temperature is for log-probabilities: pass return_log_probs=True, or leave it out")
+        return None
+    if targets["labels"] is None and targets["shift_labels"] is None:
+        raise ValueError("return_log_probs is true, and there are no labels whose they would be: pass labels")
+    if targets["num_items_in_batch"] is not None:
+        raise ValueError("num_items_in_batch divides a loss, and return_log_probs asks for none: leave it out")
+    return 1.0 if temperature is None else float(temperature)
+
+
 def _check_targets_of_a_shard(
-    labels: Tensor | None, shift_labels: Tensor | None, num_items_in_batch: int | Tensor | None
+    labels: Tensor | None,
+    shift_labels: Tensor | None,
+    num_items_in_batch: int | Tensor | None,
+    *,
+    needs_count: bool,
 ) -> None:
     if labels is not None and shift_labels is None:
         raise ValueError(
             "with sp_size > 1 pass shift_labels in place of labels: a shard's last target is on the next rank, so "
             "labels are shifted before the sequence is sharded"
         )
-    if shift_labels is not None and num_items_in_batch is None:
+    if needs_count and shift_labels is not None and num_items_in_batch is None:
         raise ValueError(
             "with sp_size > 1 pass num_items_in_batch, the number of valid labels of the whole step over all ranks: "
             "one token, one weight"
@@ -109,12 +139,17 @@ def _shifted_labels(
 def _loss_forward(
     patched: PatchedModel,
     labels: Tensor,
-    num_items_in_batch: int | Tensor | None,
     ignore_index: int,
+    of_head: dict[str, Any],
     mask: Tensor | None,
     kwargs: dict[str, Any],
 ) -> tuple[Any, Tensor]:
-    """The output with its loss and without logits, and the hidden states that these would come from."""
+    """The output with its loss or log-probabilities and without logits, and the hidden states that these would come
+    from.
+
+    Args:
+        of_head: {"num_items_in_batch"} for the loss, {"temperature"} for log-probabilities.
+    """
     from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
     structure, model = patched.loss, patched.model
@@ -129,24 +164,26 @@ def _loss_forward(
     if structure.router is not None:
         kwargs["output_router_logits"] = routes
     outputs = structure.decoder(**kwargs)
-    loss = structure.head(
-        outputs.last_hidden_state, labels=labels, num_items_in_batch=num_items_in_batch, ignore_index=ignore_index
-    )
+    result = structure.head(outputs.last_hidden_state, labels=labels, ignore_index=ignore_index, **of_head)
+    is_loss = "temperature" not in of_head
     aux_loss = None
     if routes:
         valid = labels != ignore_index
-        aux_loss, weight = _router_loss(patched, outputs.router_logits, valid, num_items_in_batch, mask)
-        loss = loss + (weight * aux_loss).to(loss.device)
-    if loss.requires_grad:
-        loss.register_hook(functools.partial(_check_trained, model, _trained(model)))
+        aux_loss, weight = _router_loss(patched, outputs.router_logits, valid, of_head.get("num_items_in_batch"), mask)
+        if is_loss:
+            result = result + (weight * aux_loss).to(result.device)
+    if result.requires_grad:
+        result.register_hook(functools.partial(_check_trained, model, _trained(model)))
     output = MoeCausalLMOutputWithPast(
-        loss=loss,
+        loss=result if is_loss else None,
         aux_loss=aux_loss,
         logits=LogitsLeftOutByThePlan(),  # type: ignore[arg-type]
         hidden_states=outputs.get("hidden_states"),
         attentions=outputs.get("attentions"),
         router_logits=outputs.get("router_logits"),
     )
+    if not is_loss:
+        output["log_probs"] = result
     return output, outputs.last_hidden_state
 
 

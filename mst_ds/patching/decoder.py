@@ -25,6 +25,7 @@ from mst_ds.sequence_parallel import (
 
 # Of a causal language model, beside those that its class and transformers name.
 _TARGETS = {"labels", "shift_labels", "num_items_in_batch", "ignore_index", "skip_logits"}
+_TARGETS |= {"return_log_probs", "temperature"}
 # What transformers' models take without naming it, and what a patched one does.
 _ALWAYS = {"return_dict", "output_attentions", "cache_position", TABLE}
 

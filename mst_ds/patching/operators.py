@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from mst_ds.layer_stream import LayerStream, Pass, StreamedLayer
-from mst_ds.minisequence import ExpertEnds, KeptProjections, chunked_loss, chunked_loss_of_head, chunked_tokenwise
+from mst_ds.minisequence import (
+    ExpertEnds,
+    KeptProjections,
+    chunked_log_probs,
+    chunked_log_probs_of_head,
+    chunked_loss,
+    chunked_loss_of_head,
+    chunked_tokenwise,
+)
 from mst_ds.patching.undo import UNSET, Undo
 from mst_ds.settings import Settings
 from mst_ds.structure import (
@@ -152,14 +160,21 @@ def _head_forward(
     chunks: int,
     hidden_states: Tensor,
     labels: Tensor | None = None,
+    temperature: float | None = None,
     **arguments: Any,
 ) -> Tensor:
-    # The loss is computed inside the head's own call: that is where ZeRO-3 gathers its weight, once.
+    """Logits without labels, with them the loss, or with a temperature the labels' log-probabilities."""
+    # Inside the head's own call: that is where ZeRO-3 gathers its weight, once, and for a backward that reads it again.
     if labels is None:
         return original(hidden_states)
     arguments |= {"chunks": chunks, "logit_scale": loss.logit_scale, "logit_softcap": loss.logit_softcap}
+    of_weight: Callable[..., Tensor] = chunked_loss
+    of_head: Callable[..., Tensor] = chunked_loss_of_head
+    if temperature is not None:
+        of_weight, of_head = chunked_log_probs, chunked_log_probs_of_head
+        arguments["temperature"] = temperature
     head: Any = loss.head
     if loss.is_linear:
-        return chunked_loss(hidden_states, head.weight, labels, bias=head.bias, **arguments)
+        return of_weight(hidden_states, head.weight, labels, bias=head.bias, **arguments)
     trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
-    return chunked_loss_of_head(original, hidden_states, trained, labels, **arguments)
+    return of_head(original, hidden_states, trained, labels, **arguments)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from error_budget import assert_within_budget, gradients, leaves, relative_error, value_and_gradients
-from plain_loss import ONE, make_labels, plain_loss
+from plain_loss import ONE, make_labels, plain_log_probs, plain_loss
 from plain_loss import make_tensors as loss_tensors
 from plain_mlp import make_tensors as mlp_tensors
 from plain_mlp import our_mlp, plain_mlp, stored
@@ -18,7 +18,14 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from mst_ds.minisequence import chunked_loss, chunked_loss_of_head, chunked_rms_norm, rotary_embedding
+from mst_ds.minisequence import (
+    chunked_log_probs,
+    chunked_log_probs_of_head,
+    chunked_loss,
+    chunked_loss_of_head,
+    chunked_rms_norm,
+    rotary_embedding,
+)
 from mst_ds.minisequence.fused import cross_entropy, norm, rotary, swiglu
 
 EPSILON, HALF = 1e-5, torch.float16
@@ -185,6 +192,25 @@ def test_loss(monkeypatch, loss, scale, bias):
     plain = functools.partial(plain_loss, labels, logit_scale=scale)
     ours = functools.partial(loss, labels=labels, logit_scale=scale, chunks=4)
     assert_budget_with_kernels({"cross_entropy_"}, ours, plain, tensors, ONE)
+
+
+@pytest.mark.parametrize("is_of_head", [False, True])
+def test_log_probs(monkeypatch, is_of_head):
+    """Each token's gradient has a factor of its own; a temperature is part of the kernel's scale."""
+    monkeypatch.setattr(cross_entropy, "COLUMNS_OF_TILE", 256)
+    shape = (3, 37)
+    tensors, labels = loss_tensors(HALF, shape), make_labels(shape)
+    settings = {"logit_scale": 0.4, "temperature": 0.5}
+
+    def ours(own):
+        if not is_of_head:
+            return chunked_log_probs(own["x"], own["weight"], labels, chunks=4, bias=own["bias"], **settings)
+        parameters = [own["weight"], own["bias"]]
+        head = functools.partial(F.linear, weight=own["weight"], bias=own["bias"])
+        return chunked_log_probs_of_head(head, own["x"], parameters, labels, chunks=4, **settings)
+
+    plain = functools.partial(plain_log_probs, labels, **settings)
+    assert_budget_with_kernels({"cross_entropy_"}, ours, plain, tensors, torch.randn(shape))
 
 
 def test_loss_of_logits_that_are_minus_infinity_of_ignored_tokens_and_without_gradients(monkeypatch):

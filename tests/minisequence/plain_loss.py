@@ -21,14 +21,31 @@ def plain_loss(
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
 ) -> Tensor:
-    logits = F.linear(tensors["x"], tensors["weight"], tensors.get("bias"))
-    # As transformers does: the loss of 16-bit logits is computed in fp32.
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2) * logit_scale
-    if logit_softcap is not None:
-        logits = torch.tanh(logits / logit_softcap) * logit_softcap
+    logits = plain_logits(tensors, logit_scale, logit_softcap).flatten(0, -2)
     reduction = "mean" if num_items_in_batch is None else "sum"
     loss = F.cross_entropy(logits, labels.flatten(), reduction=reduction, ignore_index=ignore_index)
     return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+
+def plain_logits(tensors: dict[str, Tensor], logit_scale: float = 1.0, logit_softcap: float | None = None) -> Tensor:
+    logits = F.linear(tensors["x"], tensors["weight"], tensors.get("bias"))
+    # As transformers does: the loss of 16-bit logits is computed in fp32.
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_scale
+    return logits if logit_softcap is None else torch.tanh(logits / logit_softcap) * logit_softcap
+
+
+def plain_log_probs(
+    labels: Tensor,
+    tensors: dict[str, Tensor],
+    *,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    **transform: float,
+) -> Tensor:
+    """Of each label under the softmax over all logits at once; 0 where ignored."""
+    log_probs = torch.log_softmax(plain_logits(tensors, **transform) / temperature, dim=-1)
+    valid = labels != ignore_index
+    return log_probs.gather(-1, labels.where(valid, 0).unsqueeze(-1)).squeeze(-1).where(valid, 0)
 
 
 def make_tensors(

@@ -68,7 +68,7 @@ def test_kernels_compile_for_a_gpu(tmp_path, monkeypatch):
         compiled(
             cross_entropy.cross_entropy_kernel,
             [half, "*i64", "*fp32", "*fp32"],
-            *(2, 1, {"NEEDS_GRADIENTS": True, "COLUMNS": 8192}, 16),
+            *(3, 1, {"NEEDS_GRADIENTS": True, "COLUMNS": 8192}, 16),
         ),
     ]
     # To the nearest, two numbers or one at a time.

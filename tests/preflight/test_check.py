@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2.modeling_gpt2 import GPT2Model
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-import mst_ds.minisequence.loss
+import mst_ds.minisequence.heads
 import mst_ds.minisequence.mlp
 import mst_ds.patching.apply
 import mst_ds.patching.causal_lm
@@ -177,14 +177,14 @@ def test_mlp_drops_the_last_token(case: Case, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.usefixtures("unwritten_memory_shows")
 @pytest.mark.parametrize("case", [ONE_RANK, PACKED], ids=str)
 def test_loss_drops_the_last_token(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    drop_last_token(monkeypatch, mst_ds.minisequence.loss)
+    drop_last_token(monkeypatch, mst_ds.minisequence.heads)
     assert defect(case).startswith("lm_head: its loss is off by ")
 
 
 @pytest.mark.usefixtures("unwritten_memory_shows")
 def test_gradient_that_arises_on_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     """The dropped token is padding here: the loss is right, but a gradient comes from where there is none."""
-    drop_last_token(monkeypatch, mst_ds.minisequence.loss)
+    drop_last_token(monkeypatch, mst_ds.minisequence.heads)
     assert defect(replace(ONE_RANK, packed=False)).startswith("lm_head: the gradient of its input is off by ")
 
 

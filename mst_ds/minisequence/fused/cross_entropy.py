@@ -29,14 +29,14 @@ def cross_entropy_(
     Args:
         logits: (T, V), contiguous; before their scale.
         labels: (T,), integers.
-        factor: a scalar in fp32.
+        factor: a scalar in fp32, or (T,), contiguous.
         losses: (T,) in fp32.
         scale: what the softmax is of is the logits times this.
     """
     tokens, vocab = logits.shape
     columns = min(COLUMNS_OF_TILE, triton.next_power_of_2(vocab))
     cross_entropy_kernel[(tokens,)](
-        *(logits, labels, factor, losses, vocab, ignore_index, scale),
+        *(logits, labels, factor, losses, vocab, factor.dim(), ignore_index, scale),
         NEEDS_GRADIENTS=needs_gradients,
         COLUMNS=columns,
         num_warps=min(16, max(4, columns // 512)),
@@ -50,6 +50,7 @@ def cross_entropy_kernel(
     factor,
     losses,
     vocab,
+    factor_stride,
     ignore_index,
     scale,
     NEEDS_GRADIENTS: tl.constexpr,
@@ -75,7 +76,7 @@ def cross_entropy_kernel(
     loss = tl.log(total) - (of_label - greatest)
     tl.store(losses + row, tl.where(is_valid, loss, 0.0))
     if NEEDS_GRADIENTS:
-        weight = tl.where(is_valid, tl.load(factor) * scale, 0.0)
+        weight = tl.where(is_valid, tl.load(factor + row * factor_stride) * scale, 0.0)
         weight = tl.where(is_valid == is_label, weight, float("nan"))
         for start in range(0, vocab, COLUMNS):
             columns = start + tl.arange(0, COLUMNS)

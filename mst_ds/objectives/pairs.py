@@ -1,0 +1,88 @@
+"""Preferences between pairs of documents, as what a training step minimises."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from mst_ds.config import IGNORE_INDEX
+from mst_ds.objectives.preference import dpo_loss, ipo_loss, simpo_loss
+from mst_ds.objectives.sequences import Documents
+from mst_ds.sequence_parallel import SequenceGroup
+
+
+@dataclass(frozen=True)
+class PairedPreferences:
+    """DPO, IPO or SimPO over documents that alternate: chosen, rejected, chosen, rejected.
+
+    Each is a document of a packed row or a row of its own, so that no two see each other. A completion is what has
+    labels in it. Beside what `mst_ds.data.shard` makes, a batch has "ref_logps", (documents,): the log-probability of
+    each completion under the reference model, in the same order on every rank; SimPO needs none. An item is a pair.
+
+    Args:
+        loss_type: "sigmoid" is DPO, as TRL calls it.
+        beta, label_smoothing, gamma_beta_ratio: as `mst_ds.objectives.preference` has them.
+        group: the sequence group of the model's plan, over which a document's log-probability is summed; None at
+            sp_size 1.
+    """
+
+    loss_type: Literal["sigmoid", "ipo", "simpo"] = "sigmoid"
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    gamma_beta_ratio: float = 0.5
+    group: SequenceGroup | None = None
+
+    def num_items(self, batch: Mapping[str, Tensor]) -> int:
+        """Pairs. They lie on all ranks of a sequence, of which the first counts them."""
+        return self._pairs(batch) if self.group is None or self.group.rank == 0 else 0
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor], num_items: Tensor | int) -> Tensor:
+        """See `Objective`. Collective calls within the sequence group.
+
+        Raises:
+            ValueError: documents that are no pairs, or "ref_logps" of another number.
+        """
+        pairs = self._pairs(batch)
+        inputs = {name: tensor for name, tensor in batch.items() if name != "ref_logps"}
+        output = model(**inputs, return_log_probs=True)
+        documents = Documents.of_batch(batch, self.group)
+        logps = documents.sums(output.log_probs)
+        lengths = documents.sums(batch["shift_labels"] != IGNORE_INDEX)
+        items = torch.as_tensor(num_items, device=logps.device).clamp(min=1)
+        # Every rank of the group has the whole loss of these pairs, and answers for its part.
+        parts = 1 if self.group is None else self.group.size
+        loss = self._losses(logps, lengths, batch.get("ref_logps")).sum() / (items * parts)
+        if output.get("aux_loss") is not None:
+            # Of all tokens of these pairs, and already this rank's part.
+            loss = loss + getattr(model, "router_aux_loss_coef", 0.0) * output.aux_loss * pairs / items
+        return loss.float()
+
+    def _losses(self, logps: Tensor, lengths: Tensor, ref_logps: Tensor | None) -> Tensor:
+        chosen, rejected = logps[0::2], logps[1::2]
+        of_lengths = lengths[0::2], lengths[1::2]
+        if self.loss_type == "simpo":
+            return simpo_loss(
+                *(chosen, rejected, *of_lengths),
+                beta=self.beta,
+                gamma_beta_ratio=self.gamma_beta_ratio,
+                label_smoothing=self.label_smoothing,
+            )
+        if ref_logps is None or ref_logps.shape != logps.shape:
+            got = "none" if ref_logps is None else str(tuple(ref_logps.shape))
+            raise ValueError(f"ref_logps must be ({len(logps)},), one for each document; got {got}")
+        of_reference = ref_logps[0::2].detach(), ref_logps[1::2].detach()
+        if self.loss_type == "ipo":
+            return ipo_loss(chosen, rejected, *of_reference, *of_lengths, beta=self.beta)
+        return dpo_loss(chosen, rejected, *of_reference, beta=self.beta, label_smoothing=self.label_smoothing)
+
+    @staticmethod
+    def _pairs(batch: Mapping[str, Tensor]) -> int:
+        table = batch.get("document_table")
+        count = len(batch["shift_labels"]) if table is None else int((table[1:, 1] > 0).sum())
+        if count % 2:
+            raise ValueError(f"{count} documents are no pairs of chosen and rejected: pass them alternating")
+        return count // 2
