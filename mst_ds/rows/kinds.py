@@ -17,7 +17,7 @@ CHAT_COLUMNS = ("messages", "conversations", "conversation")
 # Rows of a .jsonl file that are more than a text: the row as JSON, and where it stands.
 JSON, WHERE = "json", "where"
 # What to do instead where a column of text is asked for and chats are found: as text, their control tokens are letters.
-AS_CHAT = "no --text_column, for chats in 'messages'"
+AS_CHAT = "no --text_column, for the chats in 'messages'"
 
 _PREFERENCES = ("chosen", "rejected")
 # They say of ids what is not read: which are learned, and where documents begin.
