@@ -34,7 +34,8 @@ def read_json_lines(files: Sequence[Path], kind: Kind, columns: Sequence[str]) -
         return Dataset.from_generator(
             _rows,
             features=_features(kind, columns),
-            gen_kwargs={"files": known, "kind": kind, "columns": list(columns)},
+            # A second list would be shards, too.
+            gen_kwargs={"files": known, "kind": kind, "columns": tuple(columns)},
             writer_batch_size=documents_at_once(np.fromiter(_lengths(files), np.int64)),
         )
     except DatasetGenerationError as error:

@@ -17,7 +17,7 @@ CHAT_COLUMNS = ("messages", "conversations", "conversation")
 # Rows of a .jsonl file that are more than a text: the row as JSON, and where it stands.
 JSON, WHERE = "json", "where"
 # What to do instead where a column of text is asked for and chats are found: as text, their control tokens are letters.
-AS_CHAT = "no --text_column, for the chats in 'messages'"
+AS_CHAT = "chats in a column 'messages', without --text_column"
 
 _PREFERENCES = ("chosen", "rejected")
 # They say of ids what is not read: which are learned, and where documents begin.
@@ -90,7 +90,7 @@ def _of_no_kind(config: TrainConfig, names: Sequence[str]) -> ValueError:
     found = f"text_column is {column!r}, but dataset {dataset!r} has no such column"
     if asks_for_text(config):
         chat = chat_column(names)
-        hint = nearest(column, names) if chat is None else f"; nearest: no --text_column, for the chats in {chat!r}"
+        hint = nearest(column, names) if chat is None else f"; nearest: the chats in {chat!r}, without --text_column"
         return ValueError(f"{found}; allowed: {', '.join(map(repr, names))}{hint}")
     preferences = [name for name in _PREFERENCES if name in names]
     if preferences:

@@ -80,7 +80,7 @@ def encode(
 
 
 def refusal(*args: Any, **kwargs: Any) -> str:
-    with pytest.raises(ValueError, match="line 7 of 'a.jsonl'.*; allowed: ") as caught:
+    with pytest.raises(ValueError, match=r"line 7 of 'a\.jsonl'.*; allowed: ") as caught:
         encode(*args, **kwargs)
     message = str(caught.value)
     assert "\n" not in message
