@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 from chat_tokenizers import CONTROL, chat_tokenizer
+from small_tokenizers import small_tokenizer
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerFast
 
 from mst_ds.config import LossOn
 from mst_ds.data.chat_encoder import ChatEncoder
@@ -150,6 +153,17 @@ def test_a_system_prompt_that_moves_to_the_last_turn_is_refused() -> None:
     assert 0 < sum(learned) < 6
 
 
+def test_a_prompt_that_begins_reasoning_which_the_chat_does_not_have_is_refused() -> None:
+    tokenizer = chat_tokenizer("deepseek")
+    prompt = '"<｜Assistant｜>" -}}\n{%- endif'
+    assert prompt in tokenizer.chat_template
+    tokenizer.chat_template = tokenizer.chat_template.replace(prompt, prompt.replace('｜>"', '｜><think>\\n"'))
+
+    message = refusal(tokenizer, turns("Hi", "Yes."))
+    assert "writes message 2 of line 7 of 'a.jsonl' otherwise than as an answer to the messages before it" in message
+    assert "which end with '<｜User｜>Hi<｜Assistant｜><think>\\n' there" in message.replace("<bos>", "")
+
+
 def test_reasoning_and_calls_of_tools_are_the_assistants_words() -> None:
     reasoned = [*turns("Hi"), {"role": "assistant", "content": "Yes.", "reasoning_content": "Hm"}]
     called = [*turns("Hi"), {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}]
@@ -158,11 +172,11 @@ def test_reasoning_and_calls_of_tools_are_the_assistants_words() -> None:
     parts = [(begin, False), ("<think>\nHm\n</think>\n\nYes.<|im_end|>\n", True)]
     assert encode(qwen3, reasoned) == by_hand(qwen3, parts)
 
-    tools = [{"type": "function", "function": {"name": "f", "description": "<|eot_id|>"}}]
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"<|eot_id|>": "<|eot_id|>"}}}]
     ids, learned = encode(llama3, called, tools=tools)
     answer = '{"name": "f", "arguments": {"x": 1}}<|eot_id|>'
     assert learned[-20:] == by_hand(llama3, [("<|end_header_id|>\n\n", False), (answer, True)])[1][-20:]
-    # That of the description is letters.
+    # Those of the parameters, the name of a field among them, are letters.
     assert ids.count(llama3.convert_tokens_to_ids("<|eot_id|>")) == 3
 
 
@@ -222,6 +236,8 @@ def test_tokens_across_the_border_of_an_answer_are_refused() -> None:
     message = refusal(tokenizer, turns("Hi", "\nYes"))
     assert "no border between tokens where what is learned begins or ends, after " in message
     assert "and before '\\nYes" in message
+    # Where the template marks answers, too.
+    assert "and before '\\nYes" in refusal(chat_tokenizer("smollm3"), turns("Hi", "\nYes"))
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     assert "after 'abc' and before 'abc'" in refusal(tokenizer, turns("abc", "abc"))
 
@@ -274,6 +290,17 @@ def test_marks_need_no_prompt_of_the_same_ids() -> None:
 def test_an_answer_that_begins_a_chat_has_an_empty_prompt() -> None:
     ids, learned = encode(chat_tokenizer("phi4"), turns("a", "b")[1:])
     assert learned == [False] * (len(ids) - 2) + [True] * 2
+
+
+def test_eos_that_is_no_special_token_is_refused() -> None:
+    """It would be found in messages as well, and what the template writes could not be told from it."""
+    backend = small_tokenizer("qwen").backend_tokenizer
+    backend.add_tokens([AddedToken("<|im_end|>", special=False)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    tokenizer.chat_template = chat_tokenizer("chatml").chat_template
+
+    with pytest.raises(ValueError, match=r"has '<\|im_end\|>' not as a special token of its own; allowed: "):
+        ChatEncoder(tokenizer, "all")
 
 
 def test_no_chat_template_says_what_to_do() -> None:

@@ -95,6 +95,17 @@ def test_tools_reach_the_template_as_a_list_and_as_json(tmp_path: Path, kind: st
     assert found[0][1] == expected(CHAT)
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_call_has_the_arguments_that_it_has_and_not_those_of_other_rows(tmp_path: Path, kind: str) -> None:
+    """A file of parquet has all fields in every row, null where they were not."""
+    calls = [
+        [OTHER[0], {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {name: 1}}}]}]
+        for name in ("x", "y")
+    ]
+    ids = [each for each, _ in tokens_of(write(tmp_path, kind, *({"messages": call} for call in calls)))]
+    assert ids == [TOKENIZER.apply_chat_template(call, return_dict=False) for call in calls]
+
+
 def test_rows_of_the_hub_go_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = datasets.Dataset.from_list([{"url": "x", "messages": CHAT}, {"url": "y", "messages": OTHER}])
     monkeypatch.setattr(text_source, "load_dataset", lambda *args, **kwargs: rows)

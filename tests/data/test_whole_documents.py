@@ -118,7 +118,8 @@ def test_text_is_truncated_where_the_user_says_so() -> None:
         fitting_documents(tokens, 4, "truncate").note(4, "truncate")
     )
     samples = list(PackedDataset(tokens, 4, PAD, too_long="truncate"))
-    assert [documents_of(sample)[0][0] for sample in samples] == [[0, 1, 2, 3], [20, 21]]
+    # A single token has nothing to predict, and no room is given to it.
+    assert [[ids for ids, _ in documents_of(sample)] for sample in samples] == [[[0, 1, 2, 3]], [[20, 21]]]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -222,6 +223,19 @@ def test_training_data_of_chats(tmp_path: Path, chat_bytes: Any) -> None:
     assert everything.note is None
     # Few chats are less than a sequence, and a sample all the same.
     assert len(everything.train) == 1
+
+
+@pytest.mark.parametrize(("content", "is_warned_of"), [("a <|a|> b", True), ("a |a| b", False)])
+def test_control_tokens_as_letters_are_warned_of_in_messages(
+    tmp_path: Path, chat_bytes: Any, content: str, is_warned_of: bool
+) -> None:
+    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": content}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": chat}), encoding="utf-8")
+
+    warning = load_training_data(TrainConfig(dataset=str(tmp_path), seq_len=40), chat_bytes).warning
+
+    assert (warning is not None) == is_warned_of
+    assert warning is None or "documents spell out '<|a|>', control tokens" in warning
 
 
 @pytest.mark.parametrize("settings", [{}, {"layer_chunks": 2}])
