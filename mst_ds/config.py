@@ -40,6 +40,8 @@ ATTENTION_IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "flash_attention_3", "
 # Those that have a softcap.
 SOFTCAP_ATTENTION = ("flash_attention_2", *_ATTENTION_OF_HUB)
 Packing: TypeAlias = Literal["documents", "none"]
+LossOn: TypeAlias = Literal["assistant", "last_assistant", "all"]
+TooLong: TypeAlias = Literal["split", "truncate", "drop"]
 NonFinite: TypeAlias = Literal["stop", "skip"]
 
 # The schedules of transformers that need no more than the steps and the warm-up.
@@ -152,7 +154,17 @@ class TrainConfig:
     )
     dataset_config: str | None = _flag(None, "Configuration of a dataset from the Hugging Face hub.")
     dataset_split: str = _flag("train", "Split of a dataset from the Hugging Face hub.")
-    text_column: str = _flag("text", "Column of the dataset that holds the text.")
+    text_column: str = _flag(
+        "text", "Column of the dataset that holds the text; where it is given, no other column is read."
+    )
+    loss_on: LossOn = _flag(  # noqa: RUF009 - see packing
+        "assistant", "What is learned of a chat: assistant, or the completion of a prompt; last_assistant; all."
+    )
+    too_long: TooLong | None = _flag(  # noqa: RUF009 - see packing
+        None,
+        "Documents longer than a sequence: split, truncate or drop; default: truncate, but split for text. Only with "
+        "split may a sample's end cut a document.",
+    )
     seq_len: int = _flag(4096, "Tokens in a sequence, over all its shards: 4096, 128K, 1M.", parse_seq_len)
     packing: Packing = _flag(  # noqa: RUF009 - the alias hides from ruff that the type is immutable
         "documents", "documents: several to a sample, each as if alone; none: one to a sample, then padding."
@@ -235,8 +247,15 @@ class TrainConfig:
                 self.eval_samples,
                 "at least 1 where eval_steps is not 0",
             )
-        for name, words in (("packing", get_args(Packing)), ("non_finite", get_args(NonFinite))):
+        choices = {"packing": Packing, "loss_on": LossOn, "non_finite": NonFinite}
+        for name, words in {name: get_args(choice) for name, choice in choices.items()}.items():
             _require(getattr(self, name) in words, name, getattr(self, name), " or ".join(words))
+        _require(
+            self.too_long is None or self.too_long in get_args(TooLong),
+            "too_long",
+            self.too_long,
+            " or ".join(get_args(TooLong)),
+        )
         if self.resume == AUTO and self.output_dir is None:
             raise ValueError("resume is 'auto', but no output_dir says where to look; allowed: give --output_dir too")
         if self.resume not in (None, AUTO) and not expanded(str(self.resume), "resume").is_dir():

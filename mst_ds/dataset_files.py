@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from mst_ds.config import TrainConfig, nearest
 from mst_ds.files.read_file import expanded
+from mst_ds.rows.json_lines import lines_of, look_at
+from mst_ds.rows.kinds import TEXT, columns_of, kind_of, require_kind
 
 PYTHON_STDLIB = "python_stdlib"
-TEXT = "text"
 ALLOWED = f"{PYTHON_STDLIB!r}, a .txt, .jsonl or .parquet file or folder of them, or a Hugging Face dataset id"
-# What a chat template writes would not do: its control tokens would be letters.
-CHAT_AS_TEXT = "chats as plain text, in which control tokens such as '<|im_end|>' are only letters"
 SPLIT_WORDS = {
     "train": ["train", "training"],
     "validation": ["validation", "valid", "dev", "val"],
@@ -25,20 +22,17 @@ SPLIT_WORDS = {
 """What says a split in the name of a file or folder, as in `datasets`."""
 
 _KINDS = (".txt", ".jsonl", ".parquet")
-_CHATS = {"messages", "conversations", "conversation", "prompt", "completion", "chosen", "rejected"}
 _FIRST_LINES = 1000
-# Of a text, for one step of the check that it can be written.
-_CHARACTERS_AT_ONCE = 2**20
 
 
 def find_files(config: TrainConfig) -> dict[str, list[Path]] | None:
     """The files of each split, sorted by path and all of one kind, or None for a dataset that is not local.
 
-    The first of them that is not empty has been looked at: it has the column of text.
+    The first of them that is not empty has been looked at: it has the columns of a kind, and the first row is of it.
 
     Raises:
         ValueError: no such file, an unknown extension, files of several kinds, some that name a split and some that do
-            not, no such split, no documents, no such column, or a column of something else.
+            not, no such split, no documents, columns of no kind (see `require_kind`), or a first row of something else.
     """
     name = config.dataset
     if name == PYTHON_STDLIB:
@@ -54,47 +48,31 @@ def find_files(config: TrainConfig) -> dict[str, list[Path]] | None:
     with_text = [file for file in files if file.stat().st_size]
     if not with_text:
         raise ValueError(f"dataset {name!r} is empty; allowed: a dataset with at least one document")
-    require_column(config, _first_columns(with_text[0], config.text_column))
+    columns_of_file(config, with_text[0])
     return splits
 
 
-def require_column(config: TrainConfig, names: Sequence[str]) -> None:
-    """Refuse a dataset of which `text_column` is not among the `names` of the columns."""
-    column = config.text_column
-    if column in names:
-        return
-    found = f"text_column is {column!r}, but dataset {config.dataset!r} has no such column"
-    chats = [name for name in names if name in _CHATS]
-    if chats:
-        raise ValueError(
-            f"{found}, only chats in {' and '.join(map(repr, chats))}, which are not read yet; "
-            f"allowed: a column of text; nearest: a column {column!r} with {CHAT_AS_TEXT}"
-        )
-    raise ValueError(f"{found}; allowed: {', '.join(map(repr, names))}{nearest(column, names)}")
-
-
-def texts_of_json_lines(file: str, column: str) -> Iterator[str | None]:
-    """The text of each line; None where it has no such column, or null there. The other columns may hold anything.
+def columns_of_file(config: TrainConfig, file: Path) -> list[str]:
+    """The columns of a file that say of which kind its rows are; of .jsonl the first lines are looked at.
 
     Raises:
-        ValueError: a line is not an object of JSON in UTF-8, or its column holds no text; with the file and the line.
+        ValueError: see `find_files`.
     """
-    for number, row in _lines(file):
-        yield _text(file, number, row, column)
-
-
-def _first_columns(file: Path, column: str) -> list[str]:
-    """The columns that the file's first lines have, as far as the first text in the one that is wanted."""
-    if file.suffix.lower() == ".txt":
-        return [TEXT]
-    if file.suffix.lower() == ".parquet":
-        return _parquet_columns(file)
-    columns: dict[str, None] = {}
-    for number, row in islice(_lines(str(file)), _FIRST_LINES):
-        columns |= dict.fromkeys(row)
-        if _text(str(file), number, row, column) is not None:
+    if file.suffix.lower() != ".jsonl":
+        names = [TEXT] if file.suffix.lower() == ".txt" else _parquet_columns(file)
+        require_kind(config, names)
+        return names
+    filled: dict[str, None] = {}
+    every: dict[str, None] = {}
+    for where, row in islice(lines_of(str(file)), _FIRST_LINES):
+        every |= dict.fromkeys(row)
+        filled |= dict.fromkeys(name for name, value in row.items() if value is not None)
+        if (kind := kind_of(config, filled)) is not None:
+            look_at(row, kind, columns_of(kind, filled, config.text_column), where)
             break
-    return list(columns)
+    names = list(filled if kind_of(config, filled) else every)
+    require_kind(config, names)
+    return names
 
 
 def _parquet_columns(file: Path) -> list[str]:
@@ -106,60 +84,6 @@ def _parquet_columns(file: Path) -> list[str]:
     except (OSError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{str(file)!r} cannot be read ({reason}); allowed: a whole parquet file") from error
-
-
-def _text(file: str, number: int, row: Mapping[str, Any], column: str) -> str | None:
-    text = row.get(column)
-    if not isinstance(text, str | None):
-        of_text = [name for name, value in row.items() if isinstance(value, str)]
-        fix = f"--text_column {of_text[0]}" if of_text else "quotation marks around it"
-        if isinstance(text, list | dict):
-            fix = CHAT_AS_TEXT
-        raise ValueError(
-            f"line {number} of {file!r} has a {type(text).__name__} in {column!r}, {json.dumps(text)[:60]}; "
-            f"allowed: a column of text; nearest: {fix}"
-        )
-    if text is not None and not _is_utf8(text):
-        raise ValueError(
-            f"line {number} of {file!r} has half a surrogate pair in {column!r}, which is no character; "
-            "allowed: text that can be written in UTF-8"
-        )
-    return text
-
-
-def _lines(file: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Each line that is not blank, with its number from 1.
-
-    A line may be as long as a book of books: it is let go as soon as the next form of it is there.
-    """
-    with open(file, "rb") as lines:
-        number = 0
-        while line := lines.readline():
-            number += 1
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                del line
-                if not text:
-                    continue
-                row = json.loads(text)
-            except (ValueError, RecursionError) as error:  # of which both decoders' errors are
-                raise ValueError(
-                    f"line {number} of {file!r} is not JSON in UTF-8 ({error}); allowed: one object a line"
-                ) from None
-            del text
-            if not isinstance(row, dict):
-                raise ValueError(f"line {number} of {file!r} is not an object; allowed: one object a line")
-            yield number, row
-            del row
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        for start in range(0, len(text), _CHARACTERS_AT_ONCE):
-            text[start : start + _CHARACTERS_AT_ONCE].encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _of_one_kind(path: Path) -> list[Path]:

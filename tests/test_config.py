@@ -7,7 +7,7 @@ from typing import get_type_hints
 
 import pytest
 
-from mst_ds.config import NonFinite, Packing, TrainConfig, parse_seq_len, parse_train_config
+from mst_ds.config import LossOn, NonFinite, Packing, TooLong, TrainConfig, parse_seq_len, parse_train_config
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_the_home_folder_of_a_path(tmp_path, monkeypatch):
 
 def test_every_flag_has_help_and_reaches_the_config():
     texts = {int: "7", int | None: "7", float: "0.5", float | None: "0.5", bool: "False"}
-    texts |= {Packing: "none", NonFinite: "skip"}
+    texts |= {Packing: "none", NonFinite: "skip", LossOn: "all", TooLong | None: "drop"}
     changed = {
         name: texts.get(of_type, "linear")
         for name, of_type in get_type_hints(TrainConfig).items()
@@ -138,6 +138,8 @@ def test_argparse_names_the_flag(capsys, flags, message):
         ({"warmup_steps": -1}, "warmup_steps is -1"),
         ({"max_steps": 5, "warmup_steps": 6}, r"warmup_steps is 6; allowed: 0 to max_steps \(5\)"),
         ({"packing": "nonsense"}, "packing is 'nonsense'; allowed: documents or none"),
+        ({"loss_on": "user"}, "loss_on is 'user'; allowed: assistant or last_assistant or all"),
+        ({"too_long": "cut"}, "too_long is 'cut'; allowed: split or truncate or drop"),
         ({"non_finite": "ignore"}, "non_finite is 'ignore'; allowed: stop or skip"),
         ({"save_steps": -1}, "save_steps is -1"),
         ({"save_minutes": -1.0}, "save_minutes is -1.0"),

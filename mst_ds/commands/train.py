@@ -228,8 +228,9 @@ def _announce(job: _Job, amounts: Mapping[str, int | float]) -> None:
     console().print(plan_table(run.plan))
     for note in run.notes:
         print(note)
-    if job.data.warning is not None:
-        print(job.data.warning)
+    for line in (job.data.note, job.data.warning):
+        if line is not None:
+            print(line)
     if run.checkpoint is not None:
         print(f"goes on after step {run.steps_done}, from {run.checkpoint.folder}")
 

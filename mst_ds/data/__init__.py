@@ -1,4 +1,4 @@
-"""From text to sharded batches: documents, tokens, packed samples, this rank's part of each batch."""
+"""From texts and chats to sharded batches: documents, tokens, packed samples, this rank's part of each batch."""
 
 from mst_ds.config import IGNORE_INDEX
 from mst_ds.data.loader import EvalLoader, Loading, ShardedLoader

@@ -1,27 +1,41 @@
-"""The text of .jsonl files, and nothing else of them, as a dataset."""
+"""The rows of .jsonl files as a dataset, of the columns that are read and nothing else."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, Value
+from datasets import Sequence as ListOf
 from datasets.exceptions import DatasetGenerationError
 
 from mst_ds.data.batching import documents_at_once
-from mst_ds.dataset_files import texts_of_json_lines
+from mst_ds.data.id_rows import require_ids
+from mst_ds.rows.json_lines import json_of, lines_of, require_column, text_of
+from mst_ds.rows.kinds import INPUT_IDS, JSON, WHERE, Kind
 
 
-def read_json_lines(files: Sequence[Path], column: str) -> Dataset:
-    """One row a line, in the one column of this name; see `texts_of_json_lines`."""
+def read_json_lines(files: Sequence[Path], kind: Kind, columns: Sequence[str]) -> Dataset:
+    """One row a line: of texts and of ids their columns, of chats `JSON`, which no type of Arrow would hold as it is.
+
+    Beside what is more than a text stands in `WHERE` which line of which file it was.
+
+    Args:
+        columns: see `columns_of`.
+
+    Raises:
+        ValueError: a line is no row of this kind; see `text_of`, `json_of` and `require_ids`.
+    """
     # A file that has changed is read again.
     known = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     try:
         return Dataset.from_generator(
             _rows,
-            features=Features({column: Value("large_string")}),
-            gen_kwargs={"files": known, "column": column},
+            features=_features(kind, columns),
+            # A second list would be shards, too.
+            gen_kwargs={"files": known, "kind": kind, "columns": tuple(columns)},
             writer_batch_size=documents_at_once(np.fromiter(_lengths(files), np.int64)),
         )
     except DatasetGenerationError as error:
@@ -30,10 +44,25 @@ def read_json_lines(files: Sequence[Path], column: str) -> Dataset:
         raise
 
 
-def _rows(files: Sequence[tuple[str, int, int]], column: str) -> Iterator[dict[str, str | None]]:
+def _features(kind: Kind, columns: Sequence[str]) -> Features:
+    if kind == "text":
+        return Features({columns[0]: Value("large_string")})
+    where = {WHERE: Value("string")}
+    if kind == "input_ids":
+        return Features({name: ListOf(Value("int64")) for name in columns} | where)
+    return Features({JSON: Value("large_string")} | where)
+
+
+def _rows(files: Sequence[tuple[str, int, int]], kind: Kind, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     for file, _, _ in files:
-        for text in texts_of_json_lines(file, column):
-            yield {column: text}
+        for where, row in lines_of(file):
+            if kind == "text":
+                yield {columns[0]: text_of(row, columns[0], where)}
+            elif kind == "input_ids":
+                require_column(row, kind, INPUT_IDS, where)
+                yield {name: require_ids(row.get(name), name, where) for name in columns} | {WHERE: where}
+            else:
+                yield {JSON: json_of(row, kind, columns, where), WHERE: where}
 
 
 def _lengths(files: Sequence[Path]) -> Iterator[int]:

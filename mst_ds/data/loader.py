@@ -152,7 +152,9 @@ class ShardedLoader(Iterator[Batch]):
                 numbers are none.
         """
         here = self.dataset.fingerprint
-        differing = [name for name in here if state.get(name) != here[name]]
+        # What text that is split has no need of stands only in the fingerprints of others.
+        names = [*here, *(name for name in ("too_long", "num_learned") if name in state and name not in here)]
+        differing = [name for name in names if state.get(name) != here.get(name)]
         if differing:
             saved, own = (
                 " and ".join(f"{name} {samples.get(name)!r}" for name in differing) for samples in (state, here)

@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 import torch.utils.data
 from datasets import Dataset
 from numpy.typing import NDArray
 from torch.nn.functional import pad
 
-from mst_ds.config import IGNORE_INDEX, Packing
+from mst_ds.config import IGNORE_INDEX, Packing, TooLong
+from mst_ds.data.fitting import fitting_documents, learned_of_documents, tokens_of_documents
+from mst_ds.data.layouts import CutRuns, Layout, Part, WholeDocuments, samples_per_run
 from mst_ds.data.order import permutation
 from mst_ds.data.sharding import Batch
-
-
-def tokens_of_documents(tokens: Dataset) -> NDArray[np.int64]:
-    """The number of tokens of each row of `tokens`, from the Arrow offsets alone."""
-    column = tokens.with_format("arrow")[:]["input_ids"]
-    return pc.list_value_length(column).to_numpy().astype(np.int64)
-
-
-def samples_per_run(run_lengths: NDArray[np.int64], seq_len: int) -> NDArray[np.int64]:
-    """The number of samples that each run of tokens is cut into, not counting one of a single token."""
-    return -(-(run_lengths - 1) // seq_len)
+from mst_ds.data.tokenising import LEARNED
+from mst_ds.rows.kinds import INPUT_IDS
 
 
 def split_documents(
-    tokens: Dataset, num_samples: int, seq_len: int, seed: int, packing: Packing = "documents"
+    tokens: Dataset,
+    num_samples: int,
+    seq_len: int,
+    seed: int,
+    packing: Packing = "documents",
+    *,
+    rows: NDArray[np.int64] | None = None,
+    too_long: TooLong = "split",
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Parts whole documents, at random, into a training and a held-out part.
 
@@ -36,6 +37,8 @@ def split_documents(
         tokens: the result of `tokenise`.
         num_samples: held-out samples of `seq_len` tokens; the held-out documents fill them all, or with packing
             "none" give at least so many.
+        rows: row numbers of the documents; default: all.
+        too_long: see `PackedDataset`.
 
     Returns:
         The row numbers in `tokens` of the training and of the held-out documents, each ascending.
@@ -44,47 +47,54 @@ def split_documents(
         ValueError: what is left for training does not make one sample.
     """
     lengths = tokens_of_documents(tokens)
+    rows = np.arange(len(lengths)) if rows is None else rows
     if num_samples == 0:
-        return np.arange(len(lengths)), np.arange(0)
-    order = permutation(len(lengths), seed)
+        return rows, np.arange(0)
+    lengths = lengths[rows] if too_long == "split" else np.minimum(lengths[rows], seq_len)
+    order = permutation(len(rows), seed)
     # What each document has, in units of which a sample takes `unit`.
     amounts, unit, name = (
         (samples_per_run(lengths, seq_len), 1, "sample(s)") if packing == "none" else (lengths, seq_len, "token(s)")
     )
     num_held_out = int(np.searchsorted(np.cumsum(amounts[order]), num_samples * unit)) + 1
     left = amounts[order[num_held_out:]].sum()
-    if left < unit:
+    # Whole documents make a sample, however few they are.
+    if left < (unit if too_long == "split" else 1):
         raise ValueError(
             f"eval_samples is {num_samples} of {seq_len} tokens, but the dataset has {amounts.sum()} {name} in "
             f"{len(lengths)} document(s), and holding whole documents out leaves {left} {name} for training, not "
             "enough for one sample; allowed: fewer eval_samples, a shorter seq_len, or eval_steps 0"
         )
-    return np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
+    return np.sort(rows[order[num_held_out:]]), np.sort(rows[order[:num_held_out]])
 
 
 class PackedDataset(torch.utils.data.Dataset[Batch]):
-    """The tokens of the given documents, one after the other, cut into samples of at most `seq_len` tokens.
+    """The tokens of the given documents in samples of at most `seq_len` tokens, filled up with padding.
 
-    What is cut is a run of tokens: with packing "documents" all documents together, with "none" each by itself. The
-    last sample of a run holds what is left of it and is filled up with padding, so every token is in exactly one
-    sample; but a single token left over is left out, since nothing predicts it and it predicts nothing. (Documents that
-    were cut to `seq_len` tokens before EOS was added would give a sample of padding each.) Samples are read from the
-    memory-mapped Arrow file as they are asked for; only document lengths are held.
+    With `too_long` "split" what is cut is a run of tokens: with packing "documents" all documents together, one after
+    the other, with "none" each by itself. The last sample of a run holds what is left of it, so every token is in
+    exactly one sample; but a single token left over is left out, since nothing predicts it and it predicts nothing.
+    (Documents that were cut to `seq_len` tokens before EOS was added would give a sample of padding each.) Where a
+    sample cuts a document, the next sample takes the rest of it as a document of its own, at positions from 0 and
+    without sight of what came before; it goes on in the middle of a text, so no BOS is put before it. A sample in which
+    nothing is learned is left out.
 
-    Where a sample cuts a document, the next sample takes the rest of it as a document of its own, at positions from 0
-    and without sight of what came before; it goes on in the middle of a text, so no BOS is put before it. The first
-    token of a document, also of such a rest, is no label, since nothing predicts it; each other token, EOS included, is
-    one. So a sample has the loss and the gradients of its documents one by one.
+    With "truncate" or "drop" no sample cuts a document: with packing "documents" as many whole ones go into a sample as
+    have room, with "none" one. Of a document that is longer than `seq_len` the beginning is taken, or nothing.
+
+    The first token of a document, also of such a rest, is no label, since nothing predicts it; each other token that is
+    learned, EOS included, is one. So a sample has the loss and the gradients of its documents one by one. Samples are
+    read from the memory-mapped Arrow file as they are asked for; only document lengths are held.
 
     Args:
         tokens: the result of `tokenise`.
         seq_len: S, in tokens.
         pad_id: the id on padding.
-        documents: row numbers in `tokens`; default: all.
+        documents: row numbers in `tokens`; default: all that `fitting_documents` chooses.
         max_samples: samples after this many are left out; default: none.
 
     Raises:
-        ValueError: no document has two tokens, or, with packing "documents", all have fewer than `seq_len` together.
+        ValueError: no document has two tokens, or, where documents are cut together, all have fewer than `seq_len`.
     """
 
     def __init__(
@@ -95,61 +105,75 @@ class PackedDataset(torch.utils.data.Dataset[Batch]):
         documents: NDArray[np.int64] | None = None,
         max_samples: int | None = None,
         packing: Packing = "documents",
+        too_long: TooLong = "split",
     ) -> None:
-        lengths = tokens_of_documents(tokens)
         self.seq_len = seq_len
         self.pad_id = pad_id
         self.packing = packing
+        self.too_long = too_long
         self._rows = tokens.with_format("arrow")
-        self._documents = np.arange(len(lengths)) if documents is None else documents
-        lengths = lengths[self._documents]
-        # Document d of `_documents` is tokens [ends[d - 1], ends[d]) of the stream of all documents.
-        self._ends = np.cumsum(lengths)
+        self._documents = fitting_documents(tokens, seq_len, too_long).rows if documents is None else documents
+        lengths = tokens_of_documents(tokens)[self._documents]
+        self._lengths = lengths if too_long == "split" else np.minimum(lengths, seq_len)
         self.num_documents = len(lengths)
-        self.num_tokens = int(lengths.sum())
-        if lengths.max(initial=0) < 2:
+        self.num_tokens = int(self._lengths.sum())
+        self._require_a_sample()
+        self._has_learned = LEARNED in tokens.column_names
+        # Of text all tokens are learned.
+        self.num_learned = self.num_tokens
+        if self._has_learned:
+            most = None if too_long == "split" else seq_len
+            self.num_learned = int(learned_of_documents(tokens, most)[self._documents].sum())
+        layout = CutRuns if too_long == "split" else WholeDocuments
+        self._layout: Layout = layout(self._lengths, seq_len, packing)
+        samples: Sequence[int] = range(len(self._layout))
+        if self._has_learned and too_long == "split":
+            samples = [each for each in samples if self._learned(self._layout.part(each)).any()]
+        self._samples = samples[:max_samples]
+
+    def _require_a_sample(self) -> None:
+        if self._lengths.max(initial=0) < 2:
             raise ValueError(
-                f"the dataset has {self.num_tokens} tokens in {len(lengths)} document(s), none of which has a token to "
-                "predict; allowed: a dataset with text"
+                f"the dataset has {self.num_tokens} tokens in {self.num_documents} document(s), none of which has a "
+                "token to predict; allowed: a dataset with text"
             )
-        if packing == "documents" and self.num_tokens < seq_len:
+        if self.packing == "documents" and self.too_long == "split" and self.num_tokens < self.seq_len:
             raise ValueError(
-                f"seq_len is {seq_len}, but the dataset has {self.num_tokens} tokens, not enough for one "
+                f"seq_len is {self.seq_len}, but the dataset has {self.num_tokens} tokens, not enough for one "
                 f"sequence; allowed: a seq_len up to {self.num_tokens}, a larger dataset, or packing 'none'"
             )
-        self._run_ends = self._ends if packing == "none" else self._ends[-1:]
-        # Run r is samples [sample_ends[r - 1], sample_ends[r]).
-        self._sample_ends = np.cumsum(samples_per_run(np.diff(self._run_ends, prepend=0), seq_len))
-        num_samples = int(self._sample_ends[-1])
-        self._num_samples = num_samples if max_samples is None else min(num_samples, max_samples)
 
     @property
     def fingerprint(self) -> dict[str, int | str]:
         """What tells these samples from others, save those of documents that differ in text but not in number."""
-        return {
+        of_all: dict[str, int | str] = {
             "packing": self.packing,
             "seq_len": self.seq_len,
             "num_samples": len(self),
             "num_tokens": self.num_tokens,
         }
+        if self.too_long == "split" and not self._has_learned:
+            return of_all
+        return of_all | {"too_long": self.too_long, "num_learned": self.num_learned}
 
     def __len__(self) -> int:
-        return self._num_samples
+        return len(self._samples)
 
     def __getitem__(self, index: int) -> Batch:
         """{"input_ids", "labels", "position_ids", "attention_mask"}: (S,) int64.
 
-        The labels are the ids, not shifted, `IGNORE_INDEX` on a document's first token and on padding; the positions
-        start at 0 in each document; the mask is 0 on padding and 1 elsewhere. The positions of padding count from 0
-        too: so they stay below S, as a learned position has to, and all padding is one document, not one a token.
+        The labels are the ids, not shifted, `IGNORE_INDEX` on a document's first token, on what is not learned and on
+        padding; the positions start at 0 in each document; the mask is 0 on padding and 1 elsewhere. The positions of
+        padding count from 0 too: so they stay below S, as a learned position has to, and all padding is one document,
+        not one a token.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        start, stop = self._bounds(index)
-        ids = torch.from_numpy(self._read(start, stop))
-        positions = torch.from_numpy(self._positions(start, stop))
+        part = self._layout.part(self._samples[index])
+        ids = torch.from_numpy(self._read(INPUT_IDS, part).astype(np.int64))
+        positions = torch.from_numpy(self._positions(part))
         padding = self.seq_len - len(ids)
-        labels = ids.masked_fill(positions == 0, IGNORE_INDEX)
+        labels = ids.masked_fill(torch.from_numpy(~self._learned(part)), IGNORE_INDEX)
         return {
             "input_ids": pad(ids, (0, padding), value=self.pad_id),
             "labels": pad(labels, (0, padding), value=IGNORE_INDEX),
@@ -157,24 +181,22 @@ class PackedDataset(torch.utils.data.Dataset[Batch]):
             "attention_mask": pad(torch.ones_like(ids), (0, padding), value=0),
         }
 
-    def _bounds(self, index: int) -> tuple[int, int]:
-        """Sample `index` is tokens [start, stop) of the stream."""
-        run = int(np.searchsorted(self._sample_ends, index, side="right"))
-        first_sample, first_token = (int(ends[run - 1]) if run else 0 for ends in (self._sample_ends, self._run_ends))
-        start = first_token + (index - first_sample) * self.seq_len
-        return start, min(start + self.seq_len, int(self._run_ends[run]))
+    def _learned(self, part: Part) -> NDArray[np.bool_]:
+        """Whether each token of a sample is a label."""
+        is_first = self._positions(part) == 0
+        return self._read(LEARNED, part).astype(bool) & ~is_first if self._has_learned else ~is_first
 
-    def _positions(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Of tokens [start, stop) of the stream within their documents, the first of which begins at `start`."""
-        first, last = np.searchsorted(self._ends, [start, stop - 1], side="right")
-        begins = np.concatenate([[start], self._ends[first:last]])
-        return np.arange(start, stop) - np.repeat(begins, np.diff(begins, append=stop))
+    def _positions(self, part: Part) -> NDArray[np.int64]:
+        """Of a sample's tokens within their documents, the first of which begins at `part.start`."""
+        ends = np.cumsum(self._lengths[part.documents])
+        begins = np.concatenate([[part.start], ends[:-1]])
+        return np.arange(part.start, part.stop) - np.repeat(begins, np.diff(begins, append=part.stop))
 
-    def _read(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Tokens [start, stop) of the stream."""
-        first, last = np.searchsorted(self._ends, [start, stop - 1], side="right")
-        rows = self._rows[self._documents[first : last + 1].tolist()]["input_ids"]
+    def _read(self, column: str, part: Part) -> NDArray[np.generic]:
+        """Of a sample's tokens what stands in `column`. A document of which only the beginning is taken is the only one
+        of its sample, or the last."""
+        rows = self._rows[self._documents[part.documents].tolist()][column]
         # Views of the file: of a long document only the tokens of this sample are copied.
         stream = pa.chunked_array([row.flatten() for row in rows.chunks])
-        before = int(self._ends[first - 1]) if first else 0
-        return stream.slice(start - before, stop - start).to_numpy().astype(np.int64)
+        read: NDArray[np.generic] = stream.slice(part.start, part.stop - part.start).to_numpy()
+        return read

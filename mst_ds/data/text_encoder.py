@@ -17,7 +17,7 @@ from mst_ds.data.long_texts import WINDOW, Text, Windows
 # A fast tokenizer takes up to some 600 bytes a token while it encodes a text.
 BYTES_PER_CALL = 2**20
 # Not a character: no text that is exchanged has it.
-_NEVER_IN_TEXT = "\ufdd0"
+NEVER_IN_TEXT = "\ufdd0"
 # Of a document, for `control_tokens_in`.
 _BYTES_LOOKED_AT = 2**16
 # How a vocabulary of pieces names the bytes of characters that it does not have.
@@ -34,9 +34,9 @@ class TextEncoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._prefix = _prefix(tokenizer)
-        self._control = _control_tokens(tokenizer)
-        self._backend = _backend(tokenizer, self._control)
+        self.prefix = _prefix(tokenizer)
+        self._control = control_tokens(tokenizer)
+        self._backend = text_backend(tokenizer, self._control)
         self._windows = None if self._backend is None else Windows(self._backend)
 
     def encode(self, texts: Iterable[Text]) -> tuple[array[int], list[int]]:
@@ -50,7 +50,7 @@ class TextEncoder:
         ends = [0]
         for group in _groups(texts):
             for _ in self._encode_group(ids, group):
-                self._require_text(ids, ends[-1] + len(self._prefix))
+                self.require_text(ids, ends[-1] + len(self.prefix))
                 ids.append(self._tokenizer.eos_token_id)
                 ends.append(len(ids))
         return ids, np.diff(ends).tolist()
@@ -58,16 +58,17 @@ class TextEncoder:
     def _encode_group(self, ids: array[int], group: Sequence[Text]) -> Iterator[None]:
         """Appends to `ids` a document without its EOS, and the next after each yield."""
         if len(group) == 1 and _is_long(group[0]) and self._windows is not None and self._windows.can_cut:
-            ids.extend(self._prefix)
+            ids.extend(self.prefix)
             self._windows.encode(ids, group[0])
             yield
             return
-        for of_text in self._encode_whole([str(text, "utf-8") for text in group]):
-            ids.extend(self._prefix)
+        for of_text in self.encode_whole([str(text, "utf-8") for text in group]):
+            ids.extend(self.prefix)
             ids.extend(of_text)
             yield
 
-    def _encode_whole(self, texts: list[str]) -> Iterator[list[int]]:
+    def encode_whole(self, texts: list[str]) -> Iterator[list[int]]:
+        """The ids of each text, as one, and nothing before or behind them."""
         if self._backend is not None:
             yield from (each.ids for each in self._backend.encode_batch(texts, add_special_tokens=False))
             return
@@ -77,7 +78,7 @@ class TextEncoder:
         for text in texts:
             yield self._tokenizer(text, **options)["input_ids"]
 
-    def _require_text(self, ids: array[int], start: int) -> None:
+    def require_text(self, ids: Sequence[int], start: int = 0) -> None:
         """Refuse a document whose text, from `start` on, has control tokens."""
         control = np.array(sorted(self._control), dtype=np.int32)
         for first in range(start, len(ids), BYTES_PER_CALL):
@@ -93,7 +94,7 @@ class TextEncoder:
 def control_tokens_in(texts: Iterable[Text], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The control tokens that the beginnings of these texts spell out, which are letters there."""
     beginnings = [str(text[:_BYTES_LOOKED_AT], "utf-8", "ignore") for text in texts]
-    return [token for token in _control_tokens(tokenizer).values() if any(token in text for text in beginnings)]
+    return [token for token in control_tokens(tokenizer).values() if any(token in text for text in beginnings)]
 
 
 def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -107,7 +108,7 @@ def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return []
 
 
-def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     """By id. A single character, as "!" for padding, is a letter first; bytes and what is unknown are text."""
     special = {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
@@ -118,12 +119,25 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     }
 
 
-def _backend(tokenizer: PreTrainedTokenizerBase, control: Mapping[int, str]) -> Tokenizer | None:
+def text_backend(tokenizer: PreTrainedTokenizerBase, control: Mapping[int, str]) -> Tokenizer | None:
     """A fast tokenizer's backend that gives the ids of a text alone, or None where there is no such backend.
 
     `encode_special_tokens` keeps special tokens from being searched in a text. But a Unigram model has them among its
-    pieces, and a model of whole words among its words: there they get names that no text has.
+    pieces, and a model of whole words among its words: there they get names that no text has, see `renamed_backend`.
     """
+    renamed = renamed_backend(tokenizer, control)
+    if renamed is None:
+        return None
+    backend, _ = renamed
+    backend.encode_special_tokens = True
+    return backend
+
+
+def renamed_backend(
+    tokenizer: PreTrainedTokenizerBase, control: Mapping[int, str]
+) -> tuple[Tokenizer, set[str]] | None:
+    """A fast tokenizer's backend whose control tokens are found in a text only where `NEVER_IN_TEXT` follows them, and
+    which of them are; the others are what merging letters can give. None where there is no such backend."""
     if not tokenizer.is_fast:
         return None
     try:
@@ -134,7 +148,7 @@ def _backend(tokenizer: PreTrainedTokenizerBase, control: Mapping[int, str]) -> 
     model = parts["model"]
     merged = {"".join(pair) if isinstance(pair, list) else pair.replace(" ", "") for pair in model.get("merges", [])}
     hidden = {token for token in control.values() if token not in merged and token != model.get("unk_token")}
-    new_names = {token: token + _NEVER_IN_TEXT for token in hidden}
+    new_names = {token: token + NEVER_IN_TEXT for token in hidden}
     if model["type"] == "Unigram":
         model["vocab"] = [[new_names.get(piece, piece), score] for piece, score in model["vocab"]]
     else:
@@ -142,9 +156,7 @@ def _backend(tokenizer: PreTrainedTokenizerBase, control: Mapping[int, str]) -> 
     for token in parts["added_tokens"]:
         if token["special"]:
             token["content"] = new_names.get(token["content"], token["content"])
-    backend = Tokenizer.from_str(json.dumps(parts))
-    backend.encode_special_tokens = True
-    return backend
+    return Tokenizer.from_str(json.dumps(parts)), hidden
 
 
 def _groups(texts: Iterable[Text]) -> Iterator[list[Text]]:

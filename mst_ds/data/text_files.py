@@ -11,7 +11,7 @@ from datasets import Dataset, Features, Value
 from datasets.exceptions import DatasetGenerationError
 
 from mst_ds.data.batching import documents_at_once
-from mst_ds.dataset_files import TEXT
+from mst_ds.rows.kinds import TEXT
 
 # Of a file, for one step of the check that it is UTF-8.
 _BYTES_AT_ONCE = 2**22

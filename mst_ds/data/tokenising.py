@@ -12,39 +12,56 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, Sequence, Value
 from filelock import FileLock
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from mst_ds.config import LossOn
 from mst_ds.data.batching import documents_at_once
+from mst_ds.data.chat_template import strings_in
 from mst_ds.data.long_texts import Text
+from mst_ds.data.row_encoder import RowEncoder, rows_of
 from mst_ds.data.text_encoder import TextEncoder, control_tokens_in
-from mst_ds.dataset_files import TEXT
+from mst_ds.rows.kinds import INPUT_IDS, JSON, TEXT
+
+LEARNED = "learned"
+"""The column that says of each id whether it is learned; without it all are."""
 
 # What a chat template has written has control tokens from the first document on.
 _DOCUMENTS_LOOKED_AT = 16
 
 
-def tokenise(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Token ids, one row per document in the one column "input_ids" (int32), as `TextEncoder` makes them.
+def tokenise(documents: Dataset, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn = "assistant") -> Dataset:
+    """Token ids, one row per document in the column "input_ids" (int32), and for all but text `LEARNED` (bool).
 
-    Rows without text are left out. The result is an Arrow file in the cache of `datasets`, found again by the
-    fingerprints of the documents and of the tokenizer. Memory is some hundred MiB and up to twice that of
-    the longest document's ids, if the tokenizer can be used on parts of a text (see `long_texts`).
+    Texts are encoded as `TextEncoder` does, rows without text left out, and all others as `RowEncoder` does. The result
+    is an Arrow file in the cache of `datasets`, found again by the fingerprints of the documents and of the tokenizer,
+    its chat template as well, and by `loss_on`. Memory is some hundred MiB and up to twice that of the longest
+    document's ids, if the tokenizer can be used on parts of a text (see `long_texts`); a chat is encoded as a whole.
+
+    Args:
+        documents: the result of `load_documents`.
 
     Raises:
-        ValueError: text that is not UTF-8, or that the tokenizer cannot but take for control tokens.
+        ValueError: text that is not UTF-8, or that the tokenizer cannot but take for control tokens; or see
+            `RowEncoder`.
     """
     table = documents.with_format("arrow")
     # What reading them took, up to some times a text, Arrow keeps for later: it would lie beside the ids.
     pa.default_memory_pool().release_unused()
+    features = {INPUT_IDS: Sequence(Value("int32"))}
+    is_text = TEXT in documents.column_names
+    if not is_text:
+        features[LEARNED] = Sequence(Value("bool"))
     try:
         with _one_process_at_a_time(documents):
             tokens = table.map(
-                _encode,
+                _encode if is_text else _encode_rows,
                 batched=True,
-                batch_size=documents_at_once(pc.binary_length(table[:][TEXT]).fill_null(0).to_numpy()),
-                fn_kwargs={"tokenizer": tokenizer},
+                batch_size=documents_at_once(_lengths(table[:])),
+                fn_kwargs={"tokenizer": tokenizer} if is_text else {"tokenizer": tokenizer, "loss_on": loss_on},
+                with_indices=not is_text,
                 remove_columns=documents.column_names,
-                features=Features({"input_ids": Sequence(Value("int32"))}),
+                features=Features(features),
                 desc="Tokenising",
             )
     except UnicodeDecodeError as error:
@@ -55,7 +72,7 @@ def tokenise(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
 def letters_warning(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """A warning, in one line, where the first documents spell out control tokens; None where they do not."""
     first = documents.with_format("arrow")[:_DOCUMENTS_LOOKED_AT]
-    if not (found := control_tokens_in(_texts(first), tokenizer)):
+    if not (found := control_tokens_in(_strings(first), tokenizer)):
         return None
     return (
         f"warning: documents spell out {', '.join(map(repr, found[:3]))}, control tokens of the tokenizer, which are "
@@ -63,11 +80,30 @@ def letters_warning(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> s
     )
 
 
+def _lengths(rows: pa.Table) -> NDArray[np.int64]:
+    """Bytes of each row; where they are not known, as if all were of the same length."""
+    for name in (TEXT, JSON):
+        if name in rows.column_names:
+            return pc.binary_length(rows[name]).fill_null(0).to_numpy().astype(np.int64)
+    return np.full(len(rows), rows.nbytes // max(1, len(rows)), dtype=np.int64)
+
+
 def _encode(rows: pa.Table, tokenizer: PreTrainedTokenizerBase) -> pa.Table:
     ids, lengths = _text_encoder(tokenizer).encode(_texts(rows))
-    offsets = np.cumsum([0, *lengths], dtype=np.int32)
     values = pa.Array.from_buffers(pa.int32(), len(ids), [None, pa.py_buffer(ids)])
-    return pa.table({"input_ids": pa.ListArray.from_arrays(pa.array(offsets), values)})
+    return pa.table({INPUT_IDS: _lists(values, lengths)})
+
+
+def _encode_rows(rows: pa.Table, numbers: list[int], tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> pa.Table:
+    documents = _row_encoder(tokenizer, loss_on).encode(rows, numbers)
+    lengths = [len(ids) for ids, _ in documents]
+    ids = np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in documents)])
+    learned = np.concatenate([np.zeros(0, bool), *(each for _, each in documents)])
+    return pa.table({INPUT_IDS: _lists(pa.array(ids), lengths), LEARNED: _lists(pa.array(learned), lengths)})
+
+
+def _lists(values: pa.Array, lengths: list[int]) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array(np.cumsum([0, *lengths], dtype=np.int32)), values)
 
 
 def _texts(rows: pa.Table) -> Iterator[Text]:
@@ -77,9 +113,22 @@ def _texts(rows: pa.Table) -> Iterator[Text]:
             yield memoryview(text)
 
 
+def _strings(rows: pa.Table) -> Iterator[Text]:
+    """All that is text in the rows."""
+    if TEXT in rows.column_names:
+        yield from _texts(rows)
+    elif INPUT_IDS not in rows.column_names:
+        yield from (text.encode() for row in rows_of(rows) for text in strings_in(row))
+
+
 @lru_cache(maxsize=1)
 def _text_encoder(tokenizer: PreTrainedTokenizerBase) -> TextEncoder:
     return TextEncoder(tokenizer)
+
+
+@lru_cache(maxsize=1)
+def _row_encoder(tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> RowEncoder:
+    return RowEncoder(tokenizer, loss_on)
 
 
 @contextmanager

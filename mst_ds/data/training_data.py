@@ -9,27 +9,31 @@ from functools import partial
 from transformers import PreTrainedTokenizerBase
 
 from mst_ds.config import TrainConfig
+from mst_ds.data.fitting import fitting_documents
 from mst_ds.data.packing import PackedDataset, split_documents
 from mst_ds.data.text_source import load_documents
 from mst_ds.data.tokenising import letters_warning, tokenise
+from mst_ds.rows.kinds import TEXT
 
 
 @dataclass(frozen=True)
 class TrainingData:
     """What a run reads: `held_out` shares no document with `train`, and is None where `eval_steps` is 0.
 
-    warning: what a user should know of the documents, if anything.
+    warning, note: what a user should know of the documents, and of those that are not trained as they are, if anything.
     """
 
     train: PackedDataset
     held_out: PackedDataset | None
     warning: str | None = None
+    note: str | None = None
 
     def amounts(self, num_steps: int, samples_per_step: int) -> dict[str, int | float]:
         """How much there is for training, how often `num_steps` go through it, and how much is held out of it."""
         return {
             "documents": self.train.num_documents,
             "tokens": self.train.num_tokens,
+            "tokens_learned": self.train.num_learned,
             "samples": len(self.train),
             "seq_len": self.train.seq_len,
             "epochs": num_steps * samples_per_step / len(self.train),
@@ -40,26 +44,34 @@ class TrainingData:
 def load_training_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
     """Loads, tokenises and cuts `config.dataset` into samples. Needs no process group, and every rank gets the same.
 
+    Where the user does not say what becomes of documents that are too long, texts are split and all others truncated.
+
     Raises:
-        ValueError: see `load_documents`, `tokenise`, `split_documents` and `PackedDataset`.
+        ValueError: see `load_documents`, `tokenise`, `fitting_documents`, `split_documents` and `PackedDataset`.
     """
     documents = load_documents(config)
-    tokens = tokenise(documents, tokenizer)
+    tokens = tokenise(documents, tokenizer, config.loss_on)
+    too_long = config.too_long or ("split" if TEXT in documents.column_names else "truncate")
+    fitting = fitting_documents(tokens, config.seq_len, too_long)
     num_held_out = config.eval_samples if config.eval_steps else 0
-    train, held_out = split_documents(tokens, num_held_out, config.seq_len, config.seed, config.packing)
+    train, held_out = split_documents(
+        tokens, num_held_out, config.seq_len, config.seed, config.packing, rows=fitting.rows, too_long=too_long
+    )
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    samples = partial(PackedDataset, tokens, config.seq_len, pad_id, packing=config.packing)
+    samples = partial(PackedDataset, tokens, config.seq_len, pad_id, packing=config.packing, too_long=too_long)
     return TrainingData(
         train=samples(documents=train),
         held_out=samples(documents=held_out, max_samples=num_held_out) if num_held_out else None,
         warning=letters_warning(documents, tokenizer),
+        note=fitting.note(config.seq_len, too_long),
     )
 
 
 def describe(amounts: Mapping[str, int | float], num_steps: int) -> str:
     """One line for people, of `TrainingData.amounts`."""
+    learned = "" if amounts["tokens_learned"] == amounts["tokens"] else f" ({amounts['tokens_learned']:,} learned)"
     line = (
-        f"data: {amounts['documents']:,} documents, {amounts['tokens']:,} tokens, {amounts['samples']:,} samples of "
-        f"{amounts['seq_len']}; {num_steps:,} steps are {amounts['epochs']:.3g} epochs"
+        f"data: {amounts['documents']:,} documents, {amounts['tokens']:,} tokens{learned}, {amounts['samples']:,} "
+        f"samples of {amounts['seq_len']}; {num_steps:,} steps are {amounts['epochs']:.3g} epochs"
     )
     return line + (f"; {amounts['samples_held_out']:,} samples held out" if amounts["samples_held_out"] else "")

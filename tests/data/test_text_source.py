@@ -295,8 +295,8 @@ def test_file_of_no_one_split_beside_splits_is_refused(tmp_path: Path, other: st
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-@pytest.mark.parametrize("column", ["text", "messages"])
-def test_chats_are_refused_with_what_to_do_whichever_column_is_named(tmp_path: Path, kind: str, column: str) -> None:
+@pytest.mark.parametrize("column", ["body", "messages"])
+def test_chats_where_text_is_asked_for_are_refused_with_what_to_do(tmp_path: Path, kind: str, column: str) -> None:
     chat = [{"role": "user", "content": "x"}]
     if kind == "jsonl":
         write_jsonl(tmp_path / "a.jsonl", {"messages": chat})
@@ -304,5 +304,7 @@ def test_chats_are_refused_with_what_to_do_whichever_column_is_named(tmp_path: P
         datasets.Dataset.from_dict({"messages": [chat]}).to_parquet(tmp_path / "a.parquet")
 
     refused = refusal(tmp_path / f"a.{kind}", text_column=column)
-    assert "nearest: " in refused
-    assert refused.endswith("chats as plain text, in which control tokens such as '<|im_end|>' are only letters")
+    assert "; nearest: " in refused
+    assert refused.endswith(
+        "chats in 'messages', without --text_column" if column == "body" else ", without --text_column"
+    )

@@ -32,7 +32,9 @@ from mst_ds.structure import mlps
         ("text.csv", "", [], "allowed: a .txt, .jsonl, .parquet file"),
         ("text.jsonl", '{"body": "a"}', [], "allowed: 'body'"),
         ("text.jsonl", '{"text": []}', [], "line 1 of"),
-        ("text.jsonl", '{"messages": []}', [], "only chats in 'messages'"),
+        ("text.jsonl", '{"messages": []}', [], "line 1 of"),
+        ("text.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c"}', [], "has preferences in 'chosen'"),
+        ("text.jsonl", '{"text": "a"}', ["--loss_on", "all"], "without turns to choose from; allowed: no --loss_on"),
         ("text.txt", "a", ["--dataset_split", "nope"], "has no split 'nope'"),
     ],
 )

@@ -1,0 +1,95 @@
+"""What is trained of tokenised documents: how long each may be, and whether anything in it is learned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
+from numpy.typing import NDArray
+
+from mst_ds.config import TooLong
+from mst_ds.data.tokenising import LEARNED
+from mst_ds.rows.kinds import INPUT_IDS
+
+_DONE = {"split": "split", "truncate": "truncated", "drop": "left out"}
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """rows: row numbers of the documents that are trained on, ascending. num_documents: of all that there are.
+
+    num_too_long: those longer than a sequence, but for texts that are split. num_unlearned: those of which nothing is
+    learned, not counting what is left out because it is too long.
+    """
+
+    rows: NDArray[np.int64]
+    num_documents: int
+    num_too_long: int
+    num_unlearned: int
+
+    def note(self, seq_len: int, too_long: TooLong) -> str | None:
+        """One line for people, of what is not trained as it stands in the dataset; None where all is."""
+        parts = []
+        if self.num_too_long:
+            parts.append(f"{self.num_too_long:,} are longer than {seq_len} tokens and {_DONE[too_long]}")
+        if self.num_unlearned:
+            within = " within that length" if too_long == "truncate" else ""
+            parts.append(f"{self.num_unlearned:,} have nothing to learn{within} and are left out")
+        return f"data: of {self.num_documents:,} documents {'; '.join(parts)}" if parts else None
+
+
+def fitting_documents(tokens: Dataset, seq_len: int, too_long: TooLong) -> Fitting:
+    """Choose the documents to train on. A document's first token is never learned: nothing predicts it.
+
+    Args:
+        tokens: the result of `tokenise`.
+
+    Raises:
+        ValueError: nothing is learned of any document.
+    """
+    lengths = tokens_of_documents(tokens)
+    is_long = lengths > seq_len
+    fits = ~is_long if too_long == "drop" else np.ones(len(lengths), dtype=bool)
+    has_learned = LEARNED in tokens.column_names
+    if has_learned:
+        is_learned = learned_of_documents(tokens, None if too_long == "split" else seq_len) > 0
+    else:
+        # Texts that have nothing to predict are not worth a word: they are empty lines.
+        is_learned = np.ones(len(lengths), dtype=bool)
+    rows = np.flatnonzero(fits & is_learned)
+    if len(lengths) and not len(rows):
+        raise ValueError(
+            f"nothing is learned of the {len(lengths)} document(s) of the dataset, {int(is_long.sum())} of which are "
+            f"longer than seq_len, {seq_len}, and {_DONE[too_long]}; allowed: answers of an assistant, completions or "
+            "labels within seq_len, or too_long 'split'"
+        )
+    num_too_long = int(is_long.sum()) if has_learned or too_long != "split" else 0
+    return Fitting(rows, len(lengths), num_too_long, int((fits & ~is_learned).sum()))
+
+
+def tokens_of_documents(tokens: Dataset) -> NDArray[np.int64]:
+    """The number of tokens of each row of `tokens`, from the Arrow offsets alone."""
+    return _list_lengths(tokens.with_format("arrow")[:][INPUT_IDS])
+
+
+def learned_of_documents(tokens: Dataset, most: int | None = None) -> NDArray[np.int64]:
+    """Of each row's first `most` tokens, or all, the number of those that are learned, but for the first."""
+    counts = [np.zeros(0, np.int64)]
+    for chunk in tokens.with_format("arrow")[:][LEARNED].chunks:
+        lengths = _list_lengths(chunk)
+        ends = np.cumsum(lengths)
+        starts = ends - lengths
+        learned = np.asarray(chunk.flatten().to_numpy(zero_copy_only=False), dtype=bool)
+        before = np.concatenate([[0], np.cumsum(learned)])
+        first = np.minimum(starts + 1, ends)
+        last = ends if most is None else np.maximum(first, np.minimum(ends, starts + most))
+        counts.append(before[last] - before[first])
+    return np.concatenate(counts)
+
+
+def _list_lengths(lists: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
+    lengths: NDArray[np.int64] = pc.list_value_length(lists).to_numpy(zero_copy_only=False).astype(np.int64)
+    return lengths
