@@ -52,6 +52,7 @@ def main() -> None:
             logging_steps=1,
             save_strategy="no",
             report_to=[],
+            use_cpu=not torch.accelerator.is_available(),
             bf16=torch.accelerator.is_available(),
         ),
         train_dataset=dataset,

@@ -48,6 +48,7 @@ def main() -> None:
         eval_strategy="epoch",
         save_strategy="no",
         report_to=[],
+        use_cpu=not torch.accelerator.is_available(),
     )
     trainer = MstTrainer(
         model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from mst_ds.adapters import model_on_meta
+from mst_ds.config import GIB
 from mst_ds.engine.hardware import has_accelerator, rank_device_memory, rank_gpu, rank_host_memory
 from mst_ds.engine.launch import Launch
 from mst_ds.gpus import Gpu
@@ -63,7 +65,7 @@ def plan_of_trainer(
     )
     memory, host_memory, gpu = _of_all_ranks(launch)
     is_known = mst.get("device_memory_gib", "auto") != "auto"
-    return make_plan(
+    plan = make_plan(
         _shape(model),
         {**_ds_config(args, model, rows_of_sample), "mst": dict(mst)},
         world_size=launch.world_size,
@@ -76,6 +78,14 @@ def plan_of_trainer(
         ranks_per_node=launch.local_world_size,
         gpu=gpu,
     )
+    if not plan.fits:
+        # The planner does not know all that a trainer does: a run may fit that it thinks does not.
+        warnings.warn(
+            f"the plan does not fit: {plan.peak_bytes / GIB:.1f} GiB of {plan.device_memory / GIB:.1f} GiB in the "
+            f"{plan.peak_phase.name}; mst-plan says what would make it fit",
+            stacklevel=2,
+        )
+    return plan
 
 
 def _of_all_ranks(launch: Launch) -> tuple[list[int], int | None, Gpu | None]:

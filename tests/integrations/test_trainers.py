@@ -44,6 +44,11 @@ def test_without_a_json_the_plan_is_made_from_the_arguments(kind: str) -> None:
         assert "forward" in trainer.ref_model.get_decoder().__dict__
 
 
+def test_a_plan_that_does_not_fit_is_said_to() -> None:
+    with pytest.warns(UserWarning, match=r"the plan does not fit: .* of 0\.0 GiB in the .*; mst-plan says what"):
+        make_trainer("trainer", "tokens", given={"mst": {"device_memory_gib": 0.001}, "seq_len": 64})
+
+
 def test_a_reference_model_that_trl_loads_has_its_own_attention(tmp_path) -> None:
     model().save_pretrained(tmp_path)
 
