@@ -25,7 +25,7 @@ LAYERS = [
     {"preflight", "memory", "scaling"},
     {"engine", "resilience"},
     {"training"},
-    {"commands"},
+    {"commands", "integrations"},
 ]
 # These are read before a process group or an accelerator exists, also on a laptop without either.
 PURE = {"command_line", "config", "dataset_files", "files", "geometry", "gpus", "model_shape", "planner", "settings"}
