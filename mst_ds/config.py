@@ -145,6 +145,9 @@ class TrainConfig:
         "adapter_config.json of peft, or its folder: trains new adapters, and not the model's own weights.",
         os.path.expanduser,
     )
+    chat_template_path: str | None = _flag(
+        None, "File of a chat template (Jinja) in place of the tokenizer's own; saved with it.", os.path.expanduser
+    )
     tokenizer: str | None = _flag(
         None, "Hugging Face id or folder; default: the model's own, bytes for shipped configs.", os.path.expanduser
     )
