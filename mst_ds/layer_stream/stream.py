@@ -264,7 +264,7 @@ class _LayerRun:
         if own and outputs[0].requires_grad:
             with torch.enable_grad():
                 outputs[0] = BeginWith.apply(outputs[0], own)
-            grads = (torch.ones_like(outputs[0]), *grads[1:])
+            grads = (torch.empty_like(outputs[0]), *grads[1:])
         pairs = [
             (output, self.arguments.cut(grad, tokens))
             for output, grad in zip(outputs, grads, strict=False)
