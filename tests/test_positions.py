@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mst_ds import Settings, apply_settings
 from mst_ds.commands import plan as plan_command
 from mst_ds.config import GIB
-from mst_ds.model_shape import ModelShape, parse_rope_scaling, scale_rope, unknown_positions
+from mst_ds.model_shape import ModelShape, load_model_shape, parse_rope_scaling, scale_rope, unknown_positions
 from mst_ds.planner import longest_seq_len
 from mst_ds.structure import position_table
 
@@ -101,6 +101,12 @@ def test_what_the_warning_advises_ends_it():
     assert unknown_positions(ModelShape.from_config(config), 20_000) is None
     advice = unknown_positions(ModelShape.from_config(config), 30_000)
     assert "raise the factor of its \"rope_parameters\", of type 'yarn'" in advice
+
+
+def test_a_known_models_warning_advises_nothing_that_is_refused():
+    """Its RoPE is scaled already, which a shape without `rope_parameters` would not say."""
+    advice = unknown_positions(load_model_shape("meta-llama/Llama-3.1-8B"), 2**20)
+    assert "raise the factor of its \"rope_parameters\", of type 'llama3'" in advice
 
 
 @pytest.mark.parametrize("rope_type", ["yarn", "linear", "dynamic"])

@@ -144,7 +144,10 @@ class MstTrainerMixin(_Trainer):
         return count_items(self.accelerator, batch_samples, self._mst_topology, device).sum()
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return super()._prepare_inputs({name: value for name, value in inputs.items() if name != DIGEST})
+        # TRL's GRPOTrainer has a list of samples here, and no shards.
+        if self._mst_topology is not None:
+            inputs = {name: value for name, value in inputs.items() if name != DIGEST}
+        return super()._prepare_inputs(inputs)
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None

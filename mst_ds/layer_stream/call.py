@@ -105,9 +105,9 @@ class LayerCall:
         missing = [carried.missing_keys(chunk) for carried in self._carried]
         if len(missing) < 2:
             return missing[0] if missing else []
-        # A later operator's keys are computed of what an earlier one gives, which reads keys before them.
-        is_first = chunk == len(self.chunks) - 1
-        return list(range(chunk)) if is_first and any(missing) else []
+        # A later operator's keys are computed of what an earlier one gives, which reads keys before them: all at once,
+        # so that none is missing after that. The last chunk may read none, where it begins with a document.
+        return list(range(chunk)) if any(missing) else []
 
     @contextmanager
     def operator(self) -> Iterator[bool]:

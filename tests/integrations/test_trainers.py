@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from distributed import run_ranks
-from small_trainings import SETTINGS, ZERO_3, assert_same, curve, curve_of_rank, make_trainer, model
+from small_trainings import SETTINGS, ZERO_3, assert_same, curve, curve_of_rank, make_trainer, model, tokenizer
 from transformers import LlamaForCausalLM
+from trl import GRPOConfig, GRPOTrainer
+
+from mst_ds.integrations import MstTrainerMixin
 
 PACKED = {"packing": True, "max_length": 48}
 # Each kind of batch that a trainer makes: padded, parts of rows without labels, rows of several documents, no rows.
@@ -101,6 +106,36 @@ def test_metrics_of_reduced_logits(kind: str) -> None:
     half = len(seen) // 2
     assert half > 0
     assert all((mine == theirs).all() for mine, theirs in zip(seen[half:], seen[:half], strict=True))
+
+
+def test_a_trainer_that_makes_batches_of_lists_of_samples(tmp_path: Path) -> None:
+    """GRPOTrainer samples completions, and trains on them, with the patched model."""
+
+    class Planned(MstTrainerMixin, GRPOTrainer):
+        pass
+
+    arguments = GRPOConfig(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        per_device_train_batch_size=2,
+        num_generations=2,
+        max_completion_length=4,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        logging_steps=1,
+    )
+    trainer = Planned(
+        model=model(0),
+        reward_funcs=lambda completions, **_: [float(number) for number in range(len(completions))],
+        args=arguments,
+        train_dataset=Dataset.from_list([{"prompt": "one"}, {"prompt": "two"}]),
+        processing_class=tokenizer(),
+        mst=SETTINGS,
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["grad_norm"] > 0
 
 
 @pytest.mark.slow

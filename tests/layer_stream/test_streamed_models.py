@@ -11,6 +11,7 @@ from sharded import sharded_loss_and_gradients
 from streamed_models import BATCH, KEPT, NO_RECOMPUTE, patched
 from tiny import tiny_settings
 from tiny_models import ARCHITECTURES, build, tiny_model
+from transformers import LongcatFlashConfig, LongcatFlashForCausalLM
 
 from mst_ds import apply_settings
 
@@ -87,6 +88,16 @@ def test_packed_documents(settings, layer_chunks):
     assert_close(loss_and_gradients(patched(model, **settings), **batch), expected, tolerance=tolerance)
     found = sharded_loss_and_gradients(model, batch, head_groups=2, **settings)
     assert_close(found, expected)
+
+
+def test_a_layer_of_two_attentions_whose_last_chunk_begins_a_document():
+    """Only here several operators of a layer have keys computed again, of which the last chunk reads none."""
+    sizes = {"expert_ffn_hidden_size": 16, "n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2, "num_layers": 1}
+    widths = {"q_lora_rank": 16, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    model = build(LongcatFlashConfig, LongcatFlashForCausalLM, ffn_hidden_size=48, head_dim=8, **sizes, **widths)
+    batch = {**BATCH, "position_ids": torch.cat([torch.arange(48), torch.arange(16)]).expand(2, -1)}
+    expected = loss_and_gradients(patched(model, **NO_RECOMPUTE), **batch)
+    assert_close(loss_and_gradients(patched(model, layer_chunks=4), **batch), expected)
 
 
 @pytest.mark.parametrize("layer_chunks", [1, 4])
