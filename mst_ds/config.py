@@ -174,10 +174,13 @@ class TrainConfig:
     )
     dataloader_pin_memory: bool = _flag(True, "Batches lie in pinned memory, where there is an accelerator.")
     max_steps: int = _flag(150, "Optimizer steps.")
+    num_train_epochs: float | None = _flag(
+        None, "In place of max_steps: how often the run goes through its samples, a fraction too."
+    )
     learning_rate: float | None = _flag(None, "Peak learning rate of AdamW; default: 4e-3 for small_llama, else 2e-5.")
     lr_scheduler_type: str = _flag("cosine", "Name of a transformers schedule, such as cosine, linear, constant.")
     warmup_steps: int | None = _flag(
-        None, "Optimizer steps over which the learning rate rises from 0; default: a tenth of max_steps."
+        None, "Optimizer steps over which the learning rate rises from 0; default: a tenth of the run's."
     )
     weight_decay: float = _flag(0.01, "Weight decay of AdamW.")
     adam_beta1: float = _flag(0.9, "Decay rate of AdamW's first moment.")
@@ -234,12 +237,7 @@ class TrainConfig:
             self.learning_rate,
             f"a number > 0 and at most {MOST_RATE:g}",
         )
-        _require(
-            self.warmup_steps is None or 0 <= self.warmup_steps <= self.max_steps,
-            "warmup_steps",
-            self.warmup_steps,
-            f"0 to max_steps ({self.max_steps})",
-        )
+        self._check_steps()
         if self.eval_steps > 0:
             _require(
                 self.eval_samples >= 1,
@@ -263,6 +261,24 @@ class TrainConfig:
         _check_scheduler(self.lr_scheduler_type)
         if self.output_dir is not None:
             _check_writable(expanded(self.output_dir, "output_dir"))
+
+    def _check_steps(self) -> None:
+        epochs = self.num_train_epochs
+        if epochs is not None:
+            _require(0 < epochs <= _MOST_STEPS, "num_train_epochs", epochs, f"a number > 0 and at most {_MOST_STEPS}")
+            if "max_steps" in self.given:
+                raise ValueError(
+                    f"num_train_epochs is {epochs:g} and max_steps is {self.max_steps}; allowed: one of them"
+                )
+        # How many steps epochs are is known when the data is there.
+        most, allowed = (
+            (self.max_steps, f"0 to max_steps ({self.max_steps})")
+            if epochs is None
+            else (_MOST_STEPS, "0 to the steps of the run")
+        )
+        _require(
+            self.warmup_steps is None or 0 <= self.warmup_steps <= most, "warmup_steps", self.warmup_steps, allowed
+        )
 
 
 def _require(condition: bool, name: str, given: object, allowed: str) -> None:

@@ -39,7 +39,7 @@ def test_every_flag_has_help_and_reaches_the_config():
     changed = {
         name: texts.get(of_type, "linear")
         for name, of_type in get_type_hints(TrainConfig).items()
-        if name not in ("config", "output_dir", "resume")
+        if name not in ("config", "output_dir", "resume", "max_steps")
     }
     changed["hang_timeout"] = "1.5"
     config = parse_train_config([text for name, value in changed.items() for text in (f"--{name}", value)])
@@ -137,6 +137,9 @@ def test_argparse_names_the_flag(capsys, flags, message):
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type is 'reduce_lr_on_plateau'"),
         ({"warmup_steps": -1}, "warmup_steps is -1"),
         ({"max_steps": 5, "warmup_steps": 6}, r"warmup_steps is 6; allowed: 0 to max_steps \(5\)"),
+        ({"num_train_epochs": 0.0}, "num_train_epochs is 0.0; allowed: a number > 0"),
+        ({"num_train_epochs": float("nan")}, "num_train_epochs is nan"),
+        ({"num_train_epochs": 1.0, "warmup_steps": -1}, "warmup_steps is -1; allowed: 0 to the steps of the run"),
         ({"packing": "nonsense"}, "packing is 'nonsense'; allowed: documents or none"),
         ({"loss_on": "user"}, "loss_on is 'user'; allowed: assistant or last_assistant or all"),
         ({"too_long": "cut"}, "too_long is 'cut'; allowed: split or truncate or drop"),

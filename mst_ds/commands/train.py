@@ -93,6 +93,7 @@ def _checked(argv: Sequence[str], held: ExitStack) -> _Job:
         prepare,
         require_same_checkpoint,
         training_batches,
+        with_steps_of_epochs,
     )
 
     run = prepare(config, Launch.from_environment())
@@ -102,7 +103,8 @@ def _checked(argv: Sequence[str], held: ExitStack) -> _Job:
         require_same_checkpoint(config, run.checkpoint)
     # Tokenising may take an hour: what can be refused without it has been.
     data = load_training_data(config, run.tokenizer)
-    return _Job(run, data, training_batches(run, data), evaluation_batches(run, data), folder)
+    batches = training_batches(run, data)
+    return _Job(with_steps_of_epochs(run, data), data, batches, evaluation_batches(run, data), folder)
 
 
 def _quiet_libraries() -> None:
@@ -179,9 +181,7 @@ def _take_steps(job: _Job, interruption: Interruption) -> bool:
     run, folder = job.run, job.folder
     config, plan = run.config, run.plan
     is_first = run.launch.rank == 0
-    amounts = job.data.amounts(
-        config.max_steps, plan.micro_batch_size * plan.gradient_accumulation_steps * plan.dp_size
-    )
+    amounts = job.data.amounts(config.max_steps, plan.samples_per_step)
     if is_first:
         _announce(job, amounts)
     # Each step writes to an optimizer's states on the host: workers that were forked beside them would keep old ones.
