@@ -150,7 +150,7 @@ class TrainConfig:
     )
     dataset: str = _flag(
         "python_stdlib",
-        "Shipped name, Hugging Face id, or a .txt, .jsonl or .parquet file or folder of them.",
+        "Shipped name, Hugging Face id, or a .txt, .jsonl, .json, .csv or .parquet file or folder of them; .gz, .zst.",
     )
     dataset_config: str | None = _flag(None, "Configuration of a dataset from the Hugging Face hub.")
     dataset_split: str = _flag("train", "Split of a dataset from the Hugging Face hub.")

@@ -14,7 +14,7 @@ INPUT_IDS, LABELS, ATTENTION_MASK = "input_ids", "labels", "attention_mask"
 PROMPT, COMPLETION = "prompt", "completion"
 TOOLS = "tools"
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
-# Rows of a .jsonl file that are more than a text: the row as JSON, and where it stands.
+# Rows of a file of text that are more than a text: the row as JSON, and where it stands.
 JSON, WHERE = "json", "where"
 # What to do instead where a column of text is asked for and chats are found: as text, their control tokens are letters.
 AS_CHAT = "chats in a column 'messages', without --text_column"

@@ -29,7 +29,9 @@ from mst_ds.structure import mlps
     ("file", "content", "flags", "says"),
     [
         ("other.jsonl", "", [], "no such file or folder exists"),
-        ("text.csv", "", [], "allowed: a .txt, .jsonl, .parquet file"),
+        ("text.xml", "", [], "allowed: a .txt, .jsonl, .json, .csv, .parquet file"),
+        ("text.json", '[{"text": 7}]', [], "row 1 of"),
+        ("text.csv", "body\na\n", [], "allowed: 'body'"),
         ("text.jsonl", '{"body": "a"}', [], "allowed: 'body'"),
         ("text.jsonl", '{"text": []}', [], "line 1 of"),
         ("text.jsonl", '{"messages": []}', [], "line 1 of"),
