@@ -148,9 +148,10 @@ class TrainConfig:
     tokenizer: str | None = _flag(
         None, "Hugging Face id or folder; default: the model's own, bytes for shipped configs.", os.path.expanduser
     )
-    dataset: str = _flag(
+    dataset: str | list[str] = _flag(  # noqa: RUF009 - see packing
         "python_stdlib",
-        "Shipped name, Hugging Face id, or a .txt, .jsonl, .json, .csv or .parquet file or folder of them; .gz, .zst.",
+        "Shipped name, Hugging Face id, or a .txt, .jsonl, .json, .csv or .parquet file or folder of them; .gz, .zst. "
+        "Several, a:0.7 b:0.3, are mixed in these shares of documents, and without weights joined.",
     )
     dataset_config: str | None = _flag(None, "Configuration of a dataset from the Hugging Face hub.")
     dataset_split: str = _flag("train", "Split of a dataset from the Hugging Face hub.")
@@ -210,6 +211,18 @@ class TrainConfig:
     def __post_init__(self) -> None:
         # Names of the flags that the user gave, in the file too. No field, because it is no flag.
         self.given: frozenset[str] = frozenset()
+        if isinstance(self.dataset, list) and len(self.dataset) == 1:
+            self.dataset = self.dataset[0]
+
+    def changed(self, **values: Any) -> TrainConfig:
+        """A copy with other values; what the user gave stays what it was."""
+        copy = dataclasses.replace(self, **values)
+        copy.given = self.given
+        return copy
+
+    @property
+    def dataset_name(self) -> str:
+        return self.dataset if isinstance(self.dataset, str) else " ".join(self.dataset)
 
     @property
     def peak_learning_rate(self) -> float:
@@ -362,6 +375,9 @@ def _yaml_flags(given: str) -> list[str]:
         if key not in allowed:
             near = nearest(str(key), allowed)
             raise ValueError(f"config {path} has the unknown key {key!r}{near}; allowed: {', '.join(allowed)}")
+        if key == "dataset" and isinstance(value, list) and value:
+            flags += ["--dataset", *map(str, value)]
+            continue
         if isinstance(value, dict | list):
             raise ValueError(f"{key} in {path} is a {type(value).__name__}; allowed: one number or text")
         if value is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from mst_ds.files.read_file import expanded
 from mst_ds.rows.files import FORMS, form_of, rows_of
 from mst_ds.rows.json_lines import look_at
 from mst_ds.rows.kinds import TEXT, columns_of, kind_of, require_kind
+from mst_ds.rows.sources import require_rows_that_mix, sources_of
 
 PYTHON_STDLIB = "python_stdlib"
 ALLOWED = (
@@ -30,6 +31,26 @@ _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json",
 _FIRST_ROWS = 1000
 
 
+def look_at_datasets(config: TrainConfig) -> None:
+    """Refuse what `find_files` refuses of any dataset, and local ones whose rows cannot be mixed.
+
+    Raises:
+        ValueError: see `sources_of`, `find_files` and `require_rows_that_mix`.
+    """
+    of_text = []
+    for source in sources_of(config):
+        files = find_files(source.config)
+        if files is not None:
+            kind = require_kind(source.config, columns_of_file(source.config, first_file(files)))
+            of_text.append((source.name, kind == "text"))
+    require_rows_that_mix(of_text)
+
+
+def first_file(splits: Mapping[str, Sequence[Path]]) -> Path:
+    """The first one that is not empty."""
+    return next(file for files in splits.values() for file in files if file.stat().st_size)
+
+
 def find_files(config: TrainConfig) -> dict[str, list[Path]] | None:
     """The files of each split, sorted by path and all of one kind, or None for a dataset that is not local.
 
@@ -39,7 +60,7 @@ def find_files(config: TrainConfig) -> dict[str, list[Path]] | None:
         ValueError: no such file, an unknown extension, files of several kinds, some that name a split and some that do
             not, no such split, no documents, columns of no kind (see `require_kind`), or a first row of something else.
     """
-    name = config.dataset
+    name = config.dataset_name
     if name == PYTHON_STDLIB:
         return None
     path = expanded(name, "dataset")
@@ -85,7 +106,7 @@ def columns_of_file(config: TrainConfig, file: Path) -> list[str]:
 
 
 def _empty(config: TrainConfig) -> ValueError:
-    return ValueError(f"dataset {config.dataset!r} is empty; allowed: a dataset with at least one document")
+    return ValueError(f"dataset {config.dataset_name!r} is empty; allowed: a dataset with at least one document")
 
 
 def _parquet_columns(file: Path) -> list[str]:
@@ -161,6 +182,6 @@ def _require_split(config: TrainConfig, splits: Iterable[str]) -> None:
         name = re.match(r"\w+", part.strip())
         if name is not None and name[0] not in (*splits, "all"):
             raise ValueError(
-                f"dataset {config.dataset!r} has no split {name[0]!r}; allowed: {', '.join(map(repr, splits))}, "
+                f"dataset {config.dataset_name!r} has no split {name[0]!r}; allowed: {', '.join(map(repr, splits))}, "
                 f"or a part of one as 'train[:90%]'{nearest(name[0], splits)}"
             )

@@ -58,6 +58,18 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
     assert config.weight_decay == TrainConfig().weight_decay
 
 
+def test_datasets_are_one_or_several(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("dataset: [a.jsonl:0.7, b:0.3]\nseed: 1\n")
+    config = parse_train_config(["--config", str(path)])
+    assert (config.dataset, config.dataset_name) == (["a.jsonl:0.7", "b:0.3"], "a.jsonl:0.7 b:0.3")
+    assert "dataset" in config.given
+    changed = config.changed(seed=2)
+    assert (changed.seed, changed.dataset, changed.given) == (2, config.dataset, config.given)
+    assert parse_train_config(["--config", str(path), "--dataset", "c"]).dataset == "c"
+    assert parse_train_config(["--dataset", "c", "d", "--seed", "3"]).dataset == ["c", "d"]
+
+
 @pytest.mark.parametrize(
     ("content", "packing"), [("", "documents"), ("packing:", "documents"), ("packing: none", "none")]
 )

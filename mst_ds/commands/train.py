@@ -26,7 +26,7 @@ from mst_ds.command_line.entry_point import (
 )
 from mst_ds.command_line.exit_protocol import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, TRAIN_COMMAND, error_line
 from mst_ds.config import parse_train_config
-from mst_ds.dataset_files import find_files
+from mst_ds.dataset_files import look_at_datasets
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +80,7 @@ def _checked(argv: Sequence[str], held: ExitStack) -> _Job:
         ValueError: anything in the request that cannot run, in one line.
     """
     config = parse_train_config(argv)
-    find_files(config)
+    look_at_datasets(config)
     # From here on imports take seconds; a mistyped flag or file has been answered already.
     _quiet_libraries()
     settle_environment(os.environ)
@@ -228,7 +228,7 @@ def _announce(job: _Job, amounts: Mapping[str, int | float]) -> None:
     console().print(plan_table(run.plan))
     for note in run.notes:
         print(note)
-    for line in (job.data.note, job.data.warning):
+    for line in (job.data.mixture, job.data.note, job.data.warning):
         if line is not None:
             print(line)
     if run.checkpoint is not None:

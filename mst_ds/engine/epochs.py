@@ -27,8 +27,7 @@ def with_steps_of_epochs(run: Run, data: TrainingData) -> Run:
         return run
     # The number as it was written: in binary 0.1 epochs of 30 samples are a little more than 3.
     samples = Fraction(str(config.num_train_epochs)) * len(data.train)
-    settled = replace(config, max_steps=math.ceil(samples / run.plan.samples_per_step), num_train_epochs=None)
-    settled.given = config.given
+    settled = config.changed(max_steps=math.ceil(samples / run.plan.samples_per_step), num_train_epochs=None)
     settled.validate()
     require_not_beyond(settled, run.checkpoint)
     ds_config = fill_steps(run.ds_config, settled)

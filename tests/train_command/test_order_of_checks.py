@@ -38,6 +38,8 @@ from mst_ds.structure import mlps
         ("text.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c"}', [], "has preferences in 'chosen'"),
         ("text.jsonl", '{"text": "a"}', ["--loss_on", "all"], "without turns to choose from; allowed: no --loss_on"),
         ("text.txt", "a", ["--dataset_split", "nope"], "has no split 'nope'"),
+        ("text.txt", "a", ["README.md:0.5"], "has no weight, but another has"),
+        ("text.txt", "a", ["nowhere.csv"], "dataset is 'nowhere.csv', but no such file"),
     ],
 )
 def test_local_dataset_is_looked_at_before_anything_slow_is_imported(
