@@ -73,6 +73,7 @@ _MOST_TIMEOUT = 366 * 24 * 3600.0
 _RANGES: Mapping[str, tuple[float, float, str]] = {
     "seq_len": (1, MOST_TOKENS, f"a whole number >= 1 and at most {MOST_TOKENS}"),
     "max_steps": (1, _MOST_STEPS, f"a whole number >= 1 and at most {_MOST_STEPS}"),
+    "show_samples": (0, _MOST_STEPS, f"a whole number >= 0 and at most {_MOST_STEPS}"),
     "dataloader_num_workers": (0, _MOST_WORKERS, f"a whole number >= 0 and at most {_MOST_WORKERS}"),
     "save_total_limit": (1, _MOST_STEPS, f"a whole number >= 1 and at most {_MOST_STEPS}"),
     "seed": (0, 2**32 - 1, "0 to 2**32 - 1"),
@@ -170,6 +171,7 @@ class TrainConfig:
     packing: Packing = _flag(  # noqa: RUF009 - the alias hides from ruff that the type is immutable
         "documents", "documents: several to a sample, each as if alone; none: one to a sample, then padding."
     )
+    show_samples: int = _flag(0, "Samples to print before the first step, as text, with what of them is learned.")
     dataloader_num_workers: int = _flag(
         0, "Processes of each rank that make batches ahead, and as many for evaluations; 0: none."
     )

@@ -220,7 +220,7 @@ def _take_steps(job: _Job, interruption: Interruption) -> bool:
 
 def _announce(job: _Job, amounts: Mapping[str, int | float]) -> None:
     """What a user should know before the first step."""
-    from mst_ds.data import describe
+    from mst_ds.data import describe, shown_samples
     from mst_ds.planner import plan_table
 
     run = job.run
@@ -231,6 +231,9 @@ def _announce(job: _Job, amounts: Mapping[str, int | float]) -> None:
     for line in (job.data.mixture, job.data.note, job.data.warning):
         if line is not None:
             print(line)
+    samples = shown_samples(job.data.train, run.tokenizer, number=run.config.show_samples, seed=run.config.seed)
+    for sample in samples:
+        console().print(sample, soft_wrap=True)
     if run.checkpoint is not None:
         print(f"goes on after step {run.steps_done}, from {run.checkpoint.folder}")
 
