@@ -35,7 +35,7 @@ def settled(folder: Path, epochs: str, *flags: str, num_samples: int = 30, **key
 
 @pytest.mark.parametrize(
     ("epochs", "num_samples", "steps"),
-    [("1", 30, 10), ("1", 31, 11), ("2", 31, 21), ("0.1", 30, 1), ("2.1", 30, 21), ("1e-5", 30, 1)],
+    [("1", 30, 10), ("1", 31, 11), ("2", 31, 21), ("0.1", 30, 1), ("2.2", 45, 33), ("1e-5", 30, 1)],
 )
 def test_steps_are_those_that_the_samples_take(tmp_path: Path, epochs: str, num_samples: int, steps: int) -> None:
     assert settled(tmp_path, epochs, num_samples=num_samples).config.max_steps == steps

@@ -25,7 +25,7 @@ def with_steps_of_epochs(run: Run, data: TrainingData) -> Run:
     config = run.config
     if config.num_train_epochs is None:
         return run
-    # The number as it was written: in binary 0.1 epochs of 30 samples are a little more than 3.
+    # The number as it was written: in binary 2.2 epochs of 45 samples are a little more than 99.
     samples = Fraction(str(config.num_train_epochs)) * len(data.train)
     settled = config.changed(max_steps=math.ceil(samples / run.plan.samples_per_step), num_train_epochs=None)
     settled.validate()
