@@ -73,6 +73,7 @@ _MOST_TIMEOUT = 366 * 24 * 3600.0
 _RANGES: Mapping[str, tuple[float, float, str]] = {
     "seq_len": (1, MOST_TOKENS, f"a whole number >= 1 and at most {MOST_TOKENS}"),
     "max_steps": (1, _MOST_STEPS, f"a whole number >= 1 and at most {_MOST_STEPS}"),
+    "show_samples": (0, _MOST_STEPS, f"a whole number >= 0 and at most {_MOST_STEPS}"),
     "dataloader_num_workers": (0, _MOST_WORKERS, f"a whole number >= 0 and at most {_MOST_WORKERS}"),
     "save_total_limit": (1, _MOST_STEPS, f"a whole number >= 1 and at most {_MOST_STEPS}"),
     "seed": (0, 2**32 - 1, "0 to 2**32 - 1"),
@@ -151,9 +152,10 @@ class TrainConfig:
     tokenizer: str | None = _flag(
         None, "Hugging Face id or folder; default: the model's own, bytes for shipped configs.", os.path.expanduser
     )
-    dataset: str = _flag(
+    dataset: str | list[str] = _flag(  # noqa: RUF009 - see packing
         "python_stdlib",
-        "Shipped name, Hugging Face id, or a .txt, .jsonl or .parquet file or folder of them.",
+        "Shipped name, Hugging Face id, or a .txt, .jsonl, .json, .csv or .parquet file or folder of them; .gz, .zst. "
+        "Several, a:0.7 b:0.3, are mixed in these shares of documents, and without weights joined.",
     )
     dataset_config: str | None = _flag(None, "Configuration of a dataset from the Hugging Face hub.")
     dataset_split: str = _flag("train", "Split of a dataset from the Hugging Face hub.")
@@ -172,15 +174,19 @@ class TrainConfig:
     packing: Packing = _flag(  # noqa: RUF009 - the alias hides from ruff that the type is immutable
         "documents", "documents: several to a sample, each as if alone; none: one to a sample, then padding."
     )
+    show_samples: int = _flag(0, "Samples to print before the first step, as text, with what of them is learned.")
     dataloader_num_workers: int = _flag(
         0, "Processes of each rank that make batches ahead, and as many for evaluations; 0: none."
     )
     dataloader_pin_memory: bool = _flag(True, "Batches lie in pinned memory, where there is an accelerator.")
     max_steps: int = _flag(150, "Optimizer steps.")
+    num_train_epochs: float | None = _flag(
+        None, "In place of max_steps: how often the run goes through its samples, a fraction too."
+    )
     learning_rate: float | None = _flag(None, "Peak learning rate of AdamW; default: 4e-3 for small_llama, else 2e-5.")
     lr_scheduler_type: str = _flag("cosine", "Name of a transformers schedule, such as cosine, linear, constant.")
     warmup_steps: int | None = _flag(
-        None, "Optimizer steps over which the learning rate rises from 0; default: a tenth of max_steps."
+        None, "Optimizer steps over which the learning rate rises from 0; default: a tenth of the run's."
     )
     weight_decay: float = _flag(0.01, "Weight decay of AdamW.")
     adam_beta1: float = _flag(0.9, "Decay rate of AdamW's first moment.")
@@ -210,6 +216,18 @@ class TrainConfig:
     def __post_init__(self) -> None:
         # Names of the flags that the user gave, in the file too. No field, because it is no flag.
         self.given: frozenset[str] = frozenset()
+        if isinstance(self.dataset, list) and len(self.dataset) == 1:
+            self.dataset = self.dataset[0]
+
+    def changed(self, **values: Any) -> TrainConfig:
+        """A copy with other values; what the user gave stays what it was."""
+        copy = dataclasses.replace(self, **values)
+        copy.given = self.given
+        return copy
+
+    @property
+    def dataset_name(self) -> str:
+        return self.dataset if isinstance(self.dataset, str) else " ".join(self.dataset)
 
     @property
     def peak_learning_rate(self) -> float:
@@ -237,12 +255,7 @@ class TrainConfig:
             self.learning_rate,
             f"a number > 0 and at most {MOST_RATE:g}",
         )
-        _require(
-            self.warmup_steps is None or 0 <= self.warmup_steps <= self.max_steps,
-            "warmup_steps",
-            self.warmup_steps,
-            f"0 to max_steps ({self.max_steps})",
-        )
+        self._check_steps()
         if self.eval_steps > 0:
             _require(
                 self.eval_samples >= 1,
@@ -266,6 +279,24 @@ class TrainConfig:
         _check_scheduler(self.lr_scheduler_type)
         if self.output_dir is not None:
             _check_writable(expanded(self.output_dir, "output_dir"))
+
+    def _check_steps(self) -> None:
+        epochs = self.num_train_epochs
+        if epochs is not None:
+            _require(0 < epochs <= _MOST_STEPS, "num_train_epochs", epochs, f"a number > 0 and at most {_MOST_STEPS}")
+            if "max_steps" in self.given:
+                raise ValueError(
+                    f"num_train_epochs is {epochs:g} and max_steps is {self.max_steps}; allowed: one of them"
+                )
+        # How many steps epochs are is known when the data is there.
+        most, allowed = (
+            (self.max_steps, f"0 to max_steps ({self.max_steps})")
+            if epochs is None
+            else (_MOST_STEPS, "0 to the steps of the run")
+        )
+        _require(
+            self.warmup_steps is None or 0 <= self.warmup_steps <= most, "warmup_steps", self.warmup_steps, allowed
+        )
 
 
 def _require(condition: bool, name: str, given: object, allowed: str) -> None:
@@ -349,6 +380,9 @@ def _yaml_flags(given: str) -> list[str]:
         if key not in allowed:
             near = nearest(str(key), allowed)
             raise ValueError(f"config {path} has the unknown key {key!r}{near}; allowed: {', '.join(allowed)}")
+        if key == "dataset" and isinstance(value, list) and value:
+            flags += ["--dataset", *map(str, value)]
+            continue
         if isinstance(value, dict | list):
             raise ValueError(f"{key} in {path} is a {type(value).__name__}; allowed: one number or text")
         if value is not None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
 from mst_ds.config import TrainConfig, nearest
 from mst_ds.files.read_file import expanded
-from mst_ds.rows.json_lines import lines_of, look_at
+from mst_ds.rows.files import FORMS, form_of, rows_of
+from mst_ds.rows.json_lines import look_at
 from mst_ds.rows.kinds import TEXT, columns_of, kind_of, require_kind
+from mst_ds.rows.sources import require_rows_that_mix, sources_of
 
 PYTHON_STDLIB = "python_stdlib"
-ALLOWED = f"{PYTHON_STDLIB!r}, a .txt, .jsonl or .parquet file or folder of them, or a Hugging Face dataset id"
+ALLOWED = (
+    f"{PYTHON_STDLIB!r}, a .txt, .jsonl, .json, .csv or .parquet file or folder of them, or a Hugging Face dataset id"
+)
 SPLIT_WORDS = {
     "train": ["train", "training"],
     "validation": ["validation", "valid", "dev", "val"],
@@ -21,8 +25,30 @@ SPLIT_WORDS = {
 }
 """What says a split in the name of a file or folder, as in `datasets`."""
 
-_KINDS = (".txt", ".jsonl", ".parquet")
-_FIRST_LINES = 1000
+_KINDS = (".txt", *FORMS, ".parquet")
+# What `datasets` writes beside the rows.
+_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+_FIRST_ROWS = 1000
+
+
+def look_at_datasets(config: TrainConfig) -> None:
+    """Refuse what `find_files` refuses of any dataset, and local ones whose rows cannot be mixed.
+
+    Raises:
+        ValueError: see `sources_of`, `find_files` and `require_rows_that_mix`.
+    """
+    of_text = []
+    for source in sources_of(config):
+        files = find_files(source.config)
+        if files is not None:
+            kind = require_kind(source.config, columns_of_file(source.config, first_file(files)))
+            of_text.append((source.name, kind == "text"))
+    require_rows_that_mix(of_text)
+
+
+def first_file(splits: Mapping[str, Sequence[Path]]) -> Path:
+    """The first one that is not empty."""
+    return next(file for files in splits.values() for file in files if file.stat().st_size)
 
 
 def find_files(config: TrainConfig) -> dict[str, list[Path]] | None:
@@ -34,12 +60,12 @@ def find_files(config: TrainConfig) -> dict[str, list[Path]] | None:
         ValueError: no such file, an unknown extension, files of several kinds, some that name a split and some that do
             not, no such split, no documents, columns of no kind (see `require_kind`), or a first row of something else.
     """
-    name = config.dataset
+    name = config.dataset_name
     if name == PYTHON_STDLIB:
         return None
     path = expanded(name, "dataset")
     if not path.exists():
-        if path.is_absolute() or path.suffix.lower() in _KINDS:
+        if path.is_absolute() or form_of(path) in _KINDS:
             raise ValueError(f"dataset is {name!r}, but no such file or folder exists; allowed: {ALLOWED}")
         return None
     files = _of_one_kind(path)
@@ -47,32 +73,40 @@ def find_files(config: TrainConfig) -> dict[str, list[Path]] | None:
     _require_split(config, splits)
     with_text = [file for file in files if file.stat().st_size]
     if not with_text:
-        raise ValueError(f"dataset {name!r} is empty; allowed: a dataset with at least one document")
+        raise _empty(config)
     columns_of_file(config, with_text[0])
     return splits
 
 
 def columns_of_file(config: TrainConfig, file: Path) -> list[str]:
-    """The columns of a file that say of which kind its rows are; of .jsonl the first lines are looked at.
+    """The columns of a file that say of which kind its rows are; of rows that are text the first are looked at.
 
     Raises:
         ValueError: see `find_files`.
     """
-    if file.suffix.lower() != ".jsonl":
-        names = [TEXT] if file.suffix.lower() == ".txt" else _parquet_columns(file)
+    if form_of(file) not in FORMS:
+        names = [TEXT] if form_of(file) == ".txt" else _parquet_columns(file)
         require_kind(config, names)
         return names
     filled: dict[str, None] = {}
     every: dict[str, None] = {}
-    for where, row in islice(lines_of(str(file)), _FIRST_LINES):
+    has_rows = False
+    for where, row in islice(rows_of(file), _FIRST_ROWS):
+        has_rows = True
         every |= dict.fromkeys(row)
         filled |= dict.fromkeys(name for name, value in row.items() if value is not None)
         if (kind := kind_of(config, filled)) is not None:
             look_at(row, kind, columns_of(kind, filled, config.text_column), where)
             break
+    if not has_rows:
+        raise _empty(config)
     names = list(filled if kind_of(config, filled) else every)
     require_kind(config, names)
     return names
+
+
+def _empty(config: TrainConfig) -> ValueError:
+    return ValueError(f"dataset {config.dataset_name!r} is empty; allowed: a dataset with at least one document")
 
 
 def _parquet_columns(file: Path) -> list[str]:
@@ -88,17 +122,17 @@ def _parquet_columns(file: Path) -> list[str]:
 
 def _of_one_kind(path: Path) -> list[Path]:
     if path.is_file():
-        found = [path] if path.suffix.lower() in _KINDS else []
+        found = [path] if form_of(path) in _KINDS else []
     else:
         visible = (
             file
             for file in sorted(path.rglob("*"))
-            if not any(part.startswith(".") for part in file.relative_to(path).parts)
+            if not any(part.startswith(".") for part in file.relative_to(path).parts) and file.name not in _DESCRIPTIONS
         )
-        found = [file for file in visible if file.suffix.lower() in _KINDS and file.is_file()]
+        found = [file for file in visible if form_of(file) in _KINDS and file.is_file()]
     if not found:
         raise ValueError(f"dataset is {str(path)!r}; allowed: a {', '.join(_KINDS)} file or a folder of them")
-    extensions = sorted({file.suffix.lower() for file in found})
+    extensions = sorted({form_of(file) for file in found})
     if len(extensions) > 1:
         raise ValueError(
             f"dataset is {str(path)!r}, a folder with {' and '.join(extensions)} files; "
@@ -148,6 +182,6 @@ def _require_split(config: TrainConfig, splits: Iterable[str]) -> None:
         name = re.match(r"\w+", part.strip())
         if name is not None and name[0] not in (*splits, "all"):
             raise ValueError(
-                f"dataset {config.dataset!r} has no split {name[0]!r}; allowed: {', '.join(map(repr, splits))}, "
+                f"dataset {config.dataset_name!r} has no split {name[0]!r}; allowed: {', '.join(map(repr, splits))}, "
                 f"or a part of one as 'train[:90%]'{nearest(name[0], splits)}"
             )

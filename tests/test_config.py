@@ -39,7 +39,7 @@ def test_every_flag_has_help_and_reaches_the_config():
     changed = {
         name: texts.get(of_type, "linear")
         for name, of_type in get_type_hints(TrainConfig).items()
-        if name not in ("config", "output_dir", "resume")
+        if name not in ("config", "output_dir", "resume", "max_steps")
     }
     changed["hang_timeout"] = "1.5"
     config = parse_train_config([text for name, value in changed.items() for text in (f"--{name}", value)])
@@ -56,6 +56,18 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
     assert (config.seq_len, config.learning_rate, config.max_steps, config.seed) == (131072, 1e-4, 40, 1)
     assert config.tokenizer is None
     assert config.weight_decay == TrainConfig().weight_decay
+
+
+def test_datasets_are_one_or_several(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("dataset: [a.jsonl:0.7, b:0.3]\nseed: 1\n")
+    config = parse_train_config(["--config", str(path)])
+    assert (config.dataset, config.dataset_name) == (["a.jsonl:0.7", "b:0.3"], "a.jsonl:0.7 b:0.3")
+    assert "dataset" in config.given
+    changed = config.changed(seed=2)
+    assert (changed.seed, changed.dataset, changed.given) == (2, config.dataset, config.given)
+    assert parse_train_config(["--config", str(path), "--dataset", "c"]).dataset == "c"
+    assert parse_train_config(["--dataset", "c", "d", "--seed", "3"]).dataset == ["c", "d"]
 
 
 @pytest.mark.parametrize(
@@ -137,6 +149,9 @@ def test_argparse_names_the_flag(capsys, flags, message):
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type is 'reduce_lr_on_plateau'"),
         ({"warmup_steps": -1}, "warmup_steps is -1"),
         ({"max_steps": 5, "warmup_steps": 6}, r"warmup_steps is 6; allowed: 0 to max_steps \(5\)"),
+        ({"num_train_epochs": 0.0}, "num_train_epochs is 0.0; allowed: a number > 0"),
+        ({"num_train_epochs": float("nan")}, "num_train_epochs is nan"),
+        ({"num_train_epochs": 1.0, "warmup_steps": -1}, "warmup_steps is -1; allowed: 0 to the steps of the run"),
         ({"packing": "nonsense"}, "packing is 'nonsense'; allowed: documents or none"),
         ({"loss_on": "user"}, "loss_on is 'user'; allowed: assistant or last_assistant or all"),
         ({"too_long": "cut"}, "too_long is 'cut'; allowed: split or truncate or drop"),

@@ -27,7 +27,6 @@ _FLAGS_OF_OTHERS: Mapping[str, str] = {
     "max_seq_length": "--seq_len",
     "max_seq_len": "--seq_len",
     "block_size": "--seq_len",
-    "num_train_epochs": "--max_steps, in optimizer steps",
     "warmup_ratio": "--warmup_steps",
     "adam_beta": "--adam_beta1 and --adam_beta2",
     "resume_from_checkpoint": "--resume",

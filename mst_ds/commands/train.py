@@ -26,7 +26,7 @@ from mst_ds.command_line.entry_point import (
 )
 from mst_ds.command_line.exit_protocol import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, TRAIN_COMMAND, error_line
 from mst_ds.config import parse_train_config
-from mst_ds.dataset_files import find_files
+from mst_ds.dataset_files import look_at_datasets
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +80,7 @@ def _checked(argv: Sequence[str], held: ExitStack) -> _Job:
         ValueError: anything in the request that cannot run, in one line.
     """
     config = parse_train_config(argv)
-    find_files(config)
+    look_at_datasets(config)
     # From here on imports take seconds; a mistyped flag or file has been answered already.
     _quiet_libraries()
     settle_environment(os.environ)
@@ -93,6 +93,7 @@ def _checked(argv: Sequence[str], held: ExitStack) -> _Job:
         prepare,
         require_same_checkpoint,
         training_batches,
+        with_steps_of_epochs,
     )
 
     run = prepare(config, Launch.from_environment())
@@ -102,7 +103,8 @@ def _checked(argv: Sequence[str], held: ExitStack) -> _Job:
         require_same_checkpoint(config, run.checkpoint)
     # Tokenising may take an hour: what can be refused without it has been.
     data = load_training_data(config, run.tokenizer)
-    return _Job(run, data, training_batches(run, data), evaluation_batches(run, data), folder)
+    batches = training_batches(run, data)
+    return _Job(with_steps_of_epochs(run, data), data, batches, evaluation_batches(run, data), folder)
 
 
 def _quiet_libraries() -> None:
@@ -179,9 +181,7 @@ def _take_steps(job: _Job, interruption: Interruption) -> bool:
     run, folder = job.run, job.folder
     config, plan = run.config, run.plan
     is_first = run.launch.rank == 0
-    amounts = job.data.amounts(
-        config.max_steps, plan.micro_batch_size * plan.gradient_accumulation_steps * plan.dp_size
-    )
+    amounts = job.data.amounts(config.max_steps, plan.samples_per_step)
     if is_first:
         _announce(job, amounts)
     # Each step writes to an optimizer's states on the host: workers that were forked beside them would keep old ones.
@@ -220,7 +220,7 @@ def _take_steps(job: _Job, interruption: Interruption) -> bool:
 
 def _announce(job: _Job, amounts: Mapping[str, int | float]) -> None:
     """What a user should know before the first step."""
-    from mst_ds.data import describe
+    from mst_ds.data import describe, shown_samples
     from mst_ds.planner import plan_table
 
     run = job.run
@@ -228,9 +228,12 @@ def _announce(job: _Job, amounts: Mapping[str, int | float]) -> None:
     console().print(plan_table(run.plan))
     for note in run.notes:
         print(note)
-    for line in (job.data.note, job.data.warning):
+    for line in (job.data.mixture, job.data.note, job.data.warning):
         if line is not None:
             print(line)
+    samples = shown_samples(job.data.train, run.tokenizer, number=run.config.show_samples, seed=run.config.seed)
+    for sample in samples:
+        console().print(sample, soft_wrap=True)
     if run.checkpoint is not None:
         print(f"goes on after step {run.steps_done}, from {run.checkpoint.folder}")
 

@@ -4,6 +4,7 @@ from mst_ds.config import IGNORE_INDEX
 from mst_ds.data.loader import EvalLoader, Loading, ShardedLoader
 from mst_ds.data.packing import PackedDataset, split_documents
 from mst_ds.data.sharding import ON_HOST, Batch, shard, shift_labels, to_device
+from mst_ds.data.shown import shown_samples
 from mst_ds.data.text_source import load_documents
 from mst_ds.data.tokenising import tokenise
 from mst_ds.data.tokenizer import byte_tokenizer, load_tokenizer
@@ -25,6 +26,7 @@ __all__ = [
     "load_training_data",
     "shard",
     "shift_labels",
+    "shown_samples",
     "split_documents",
     "to_device",
     "tokenise",

@@ -41,33 +41,39 @@ class Fitting:
         return f"data: of {self.num_documents:,} documents {'; '.join(parts)}" if parts else None
 
 
-def fitting_documents(tokens: Dataset, seq_len: int, too_long: TooLong) -> Fitting:
+def fitting_documents(
+    tokens: Dataset, seq_len: int, too_long: TooLong, rows: NDArray[np.int64] | None = None
+) -> Fitting:
     """Choose the documents to train on. A document's first token is never learned: nothing predicts it.
 
     Args:
         tokens: the result of `tokenise`.
+        rows: row numbers of the documents to choose from; default: all.
 
     Raises:
         ValueError: nothing is learned of any document.
     """
     lengths = tokens_of_documents(tokens)
-    is_long = lengths > seq_len
-    fits = ~is_long if too_long == "drop" else np.ones(len(lengths), dtype=bool)
+    is_there = np.full(len(lengths), rows is None)
+    is_there[slice(0) if rows is None else rows] = True
+    num_documents = int(is_there.sum())
+    is_long = is_there & (lengths > seq_len)
+    fits = is_there & ~is_long if too_long == "drop" else is_there
     has_learned = LEARNED in tokens.column_names
     if has_learned:
         is_learned = learned_of_documents(tokens, None if too_long == "split" else seq_len) > 0
     else:
         # Texts that have nothing to predict are not worth a word: they are empty lines.
         is_learned = np.ones(len(lengths), dtype=bool)
-    rows = np.flatnonzero(fits & is_learned)
-    if len(lengths) and not len(rows):
+    chosen = np.flatnonzero(fits & is_learned)
+    if num_documents and not len(chosen):
         raise ValueError(
-            f"nothing is learned of the {len(lengths)} document(s) of the dataset, {int(is_long.sum())} of which are "
+            f"nothing is learned of the {num_documents} document(s) of the dataset, {int(is_long.sum())} of which are "
             f"longer than seq_len, {seq_len}, and {_DONE[too_long]}; allowed: answers of an assistant, completions or "
             "labels within seq_len, or too_long 'split'"
         )
     num_too_long = int(is_long.sum()) if has_learned or too_long != "split" else 0
-    return Fitting(rows, len(lengths), num_too_long, int((fits & ~is_learned).sum()))
+    return Fitting(chosen, num_documents, num_too_long, int((fits & ~is_learned).sum()))
 
 
 def tokens_of_documents(tokens: Dataset) -> NDArray[np.int64]:

@@ -40,7 +40,9 @@ class RowEncoder:
             num_ids = max(self._tokenizer.get_vocab().values()) + 1
             return [ids_and_learned(rows.slice(at, 1), where, num_ids) for at, where in enumerate(names)]
         samples = [(read_row(row, where), where) for row, where in zip(rows_of(rows), names, strict=True)]
-        chats = self._chats.encode([(each, where) for each, where in samples if isinstance(each, Chat)])
+        given = [(each, where) for each, where in samples if isinstance(each, Chat)]
+        # Texts alone ask for no chat template.
+        chats = iter(self._chats.encode(given) if given else ())
         return [
             self._of_prompt(each, where) if isinstance(each, PromptCompletion) else next(chats)
             for each, where in samples

@@ -13,9 +13,10 @@ from datasets import Dataset, ReadInstruction, Value, concatenate_datasets, load
 from datasets.exceptions import DatasetsError
 
 from mst_ds.config import TrainConfig
-from mst_ds.data.json_lines import read_json_lines
+from mst_ds.data.row_files import read_row_files
 from mst_ds.data.text_files import read_text_files
-from mst_ds.dataset_files import ALLOWED, PYTHON_STDLIB, columns_of_file, find_files
+from mst_ds.dataset_files import ALLOWED, PYTHON_STDLIB, columns_of_file, find_files, first_file
+from mst_ds.rows.files import FORMS, form_of
 from mst_ds.rows.kinds import AS_CHAT, TEXT, columns_of, require_kind
 
 # Not the library itself, or (encodings) tables written by a program.
@@ -26,47 +27,45 @@ _MIN_STDLIB_BYTES = 2048
 def load_documents(config: TrainConfig) -> Dataset:
     """The documents of `config.dataset`, one row each: the columns of their kind (`mst_ds.rows.kinds`) and no others.
 
-    Text is in the one column "text", whatever its column's name is. A .txt file is one document, a row of a .jsonl or
-    .parquet file is one, and the files of a folder follow each other sorted by path. Where their names say so, as
-    train.jsonl and test.jsonl, they are splits. Rows of .jsonl with chats are JSON, see `read_json_lines`.
-    "python_stdlib" is the source of the running Python's standard library, without its tests, generated tables and
-    files of less than 2 KiB.
+    Text is in the one column "text", whatever its column's name is. A .txt file is one document, as is a row of others,
+    and the files of a folder follow each other sorted by path. Where their names say so, as train.jsonl and test.jsonl,
+    they are splits. Chats are JSON, save those of .parquet, see `read_row_files`. "python_stdlib" is the source of the
+    running Python's standard library, without its tests, generated tables and files of less than 2 KiB.
 
     Raises:
         ValueError: no such dataset or split, an unknown extension, columns of no kind, no documents.
     """
-    if config.dataset == PYTHON_STDLIB:
+    if config.dataset_name == PYTHON_STDLIB:
         return _read_files(config, {"train": _stdlib_files()}, [TEXT])
     files = find_files(config)
     if files is None:
-        documents = _load(config.dataset, config.dataset, config.dataset_config, split=config.dataset_split)
+        documents = _load(config.dataset_name, config.dataset_name, config.dataset_config, split=config.dataset_split)
         return _of_its_kind(documents, config)
-    first = next(file for of_split in files.values() for file in of_split if file.stat().st_size)
-    return _read_files(config, files, columns_of_file(config, first))
+    return _read_files(config, files, columns_of_file(config, first_file(files)))
 
 
 def _read_files(config: TrainConfig, splits: Mapping[str, Sequence[Path]], names: Sequence[str]) -> Dataset:
     """names: of the columns that the first file has."""
     kind = require_kind(config, names)
     columns = columns_of(kind, names, config.text_column)
-    suffix = next(file for files in splits.values() for file in files).suffix.lower()
-    if suffix == ".parquet":
+    form = form_of(next(file for files in splits.values() for file in files))
+    if form == ".parquet":
         # load_dataset reads each path as a pattern.
         patterns = {split: [glob.escape(str(file)) for file in files] for split, files in splits.items()}
         read_columns = [name for name in columns if name in names]
         documents = _load(
-            config.dataset, "parquet", data_files=patterns, split=config.dataset_split, columns=read_columns
+            config.dataset_name, "parquet", data_files=patterns, split=config.dataset_split, columns=read_columns
         )
         return _of_its_kind(documents, config)
     try:
         read = {
-            split: read_json_lines(files, kind, columns) if suffix == ".jsonl" else read_text_files(files)
+            split: read_row_files(files, kind, columns) if form in FORMS else read_text_files(files)
             for split, files in splits.items()
         }
     except OSError as error:
-        raise ValueError(f"dataset {config.dataset!r} cannot be loaded ({error}); allowed: {ALLOWED}") from error
-    documents = _one_split(config.dataset, read, config.dataset_split)
-    return _text_only(documents, config) if kind == "text" and suffix == ".jsonl" else documents
+        raise ValueError(f"dataset {config.dataset_name!r} cannot be loaded ({error}); allowed: {ALLOWED}") from error
+    documents = _one_split(config.dataset_name, read, config.dataset_split)
+    return _text_only(documents, config) if kind == "text" and form in FORMS else documents
 
 
 def _one_split(name: str, read: Mapping[str, Dataset], split: str) -> Dataset:
@@ -107,7 +106,7 @@ def _text_only(documents: Dataset, config: TrainConfig) -> Dataset:
     feature = documents.features[column]
     if not (isinstance(feature, Value) and feature.dtype in ("string", "large_string")):
         raise ValueError(
-            f"text_column is {column!r}, but in dataset {config.dataset!r} it holds {feature}; "
+            f"text_column is {column!r}, but in dataset {config.dataset_name!r} it holds {feature}; "
             f"allowed: a column of text{'' if isinstance(feature, Value) else f'; nearest: {AS_CHAT}'}"
         )
     return documents if column == TEXT else documents.rename_column(column, TEXT)

@@ -10,23 +10,27 @@ from transformers import PreTrainedTokenizerBase
 
 from mst_ds.config import TrainConfig
 from mst_ds.data.fitting import fitting_documents
+from mst_ds.data.mixing import mix
 from mst_ds.data.packing import PackedDataset, split_documents
 from mst_ds.data.text_source import load_documents
 from mst_ds.data.tokenising import letters_warning, tokenise
 from mst_ds.rows.kinds import TEXT
+from mst_ds.rows.sources import require_rows_that_mix, sources_of
 
 
 @dataclass(frozen=True)
 class TrainingData:
     """What a run reads: `held_out` shares no document with `train`, and is None where `eval_steps` is 0.
 
-    warning, note: what a user should know of the documents, and of those that are not trained as they are, if anything.
+    warning, note, mixture: what a user should know of the documents, of those that are not trained as they are, and of
+    what is taken of several datasets, if anything.
     """
 
     train: PackedDataset
     held_out: PackedDataset | None
     warning: str | None = None
     note: str | None = None
+    mixture: str | None = None
 
     def amounts(self, num_steps: int, samples_per_step: int) -> dict[str, int | float]:
         """How much there is for training, how often `num_steps` go through it, and how much is held out of it."""
@@ -47,12 +51,22 @@ def load_training_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) 
     Where the user does not say what becomes of documents that are too long, texts are split and all others truncated.
 
     Raises:
-        ValueError: see `load_documents`, `tokenise`, `fitting_documents`, `split_documents` and `PackedDataset`.
+        ValueError: see `sources_of`, `require_rows_that_mix`, `load_documents`, `tokenise`, `fitting_documents`,
+            `split_documents` and `PackedDataset`.
     """
-    documents = load_documents(config)
-    tokens = tokenise(documents, tokenizer, config.loss_on)
-    too_long = config.too_long or ("split" if TEXT in documents.column_names else "truncate")
-    fitting = fitting_documents(tokens, config.seq_len, too_long)
+    sources = sources_of(config)
+    documents = [load_documents(source.config) for source in sources]
+    of_text = [TEXT in each.column_names for each in documents]
+    require_rows_that_mix(zip([source.name for source in sources], of_text, strict=True))
+    mixture = mix(
+        [source.name for source in sources],
+        [tokenise(each, tokenizer, config.loss_on) for each in documents],
+        [source.weight for source in sources],
+        config.seed,
+    )
+    tokens = mixture.tokens
+    too_long = config.too_long or ("split" if of_text[0] else "truncate")
+    fitting = fitting_documents(tokens, config.seq_len, too_long, mixture.rows)
     num_held_out = config.eval_samples if config.eval_steps else 0
     train, held_out = split_documents(
         tokens, num_held_out, config.seq_len, config.seed, config.packing, rows=fitting.rows, too_long=too_long
@@ -62,8 +76,9 @@ def load_training_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) 
     return TrainingData(
         train=samples(documents=train),
         held_out=samples(documents=held_out, max_samples=num_held_out) if num_held_out else None,
-        warning=letters_warning(documents, tokenizer),
+        warning=next(filter(None, (letters_warning(each, tokenizer) for each in documents)), None),
         note=fitting.note(config.seq_len, too_long),
+        mixture=mixture.note,
     )
 
 

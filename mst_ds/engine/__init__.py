@@ -1,6 +1,7 @@
 """The one place that puts the parts in order: what can be refused first, then the processes meet, then the weights."""
 
 from mst_ds.engine.build import build_engine
+from mst_ds.engine.epochs import with_steps_of_epochs
 from mst_ds.engine.launch import Launch
 from mst_ds.engine.meeting import RanksDisagreeError, meet
 from mst_ds.engine.output_folder import claimed, output_folder
@@ -20,4 +21,5 @@ __all__ = [
     "prepare",
     "require_same_checkpoint",
     "training_batches",
+    "with_steps_of_epochs",
 ]

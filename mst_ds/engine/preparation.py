@@ -32,7 +32,7 @@ from mst_ds.planner import DEFAULT_RESERVE, Plan, Request, make_request, plan_of
 from mst_ds.preflight import require_exact
 from mst_ds.structure import position_table, why_own_attention
 from mst_ds.structure.trained import trained_shape
-from mst_ds.zero import DsConfig, ResolvedConfig, has_block, kept_blocks, read_resolved
+from mst_ds.zero import DsConfig, ResolvedConfig, fill_steps, has_block, kept_blocks, read_resolved
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -103,7 +103,8 @@ def _resolved(config: TrainConfig, launch: Launch, shape: ModelShape) -> Resolve
         ranks_per_node=launch.local_world_size,
         has_accelerator=has_accelerator(),
     )
-    require_accepted(resolved.ds_config, resolved.zero)
+    # Where the length is given in epochs, any number of steps stands for theirs until the data is there.
+    require_accepted(fill_steps(resolved.ds_config, config), resolved.zero)
     return resolved
 
 
@@ -189,8 +190,7 @@ def _weights(config: TrainConfig, model: PreTrainedModel, dtype: torch.dtype) ->
 
 def _kept_settings(config: TrainConfig, plan: Plan, ds_config: DsConfig) -> dict[str, Any]:
     """Settings of the optimizer and of the data whose values come from a checkpoint, by who owns them."""
-    samples = plan.micro_batch_size * plan.gradient_accumulation_steps * plan.dp_size
-    kept: dict[str, Any] = {"seed": config.seed, "samples of a step": samples} | kept_blocks(ds_config)
+    kept: dict[str, Any] = {"seed": config.seed, "samples of a step": plan.samples_per_step} | kept_blocks(ds_config)
     if has_block(ds_config, "optimizer"):
         return kept
     names = ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")

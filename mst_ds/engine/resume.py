@@ -29,12 +29,23 @@ def find_checkpoint(config: TrainConfig) -> Checkpoint | None:
             f"output_dir has a checkpoint of step {newest.step}, which this run would overwrite; allowed: --resume "
             "auto, to go on from it, or another output_dir"
         )
+    # How many steps epochs are is known when the data is there.
+    if config.num_train_epochs is None:
+        require_not_beyond(config, checkpoint)
+    return checkpoint
+
+
+def require_not_beyond(config: TrainConfig, checkpoint: Checkpoint | None) -> None:
+    """Refuse to go on from a step after the last one.
+
+    Raises:
+        ValueError: the checkpoint is of such a step.
+    """
     if checkpoint is not None and checkpoint.step > config.max_steps:
         raise ValueError(
             f"max_steps is {config.max_steps}, but {checkpoint.folder} is of step {checkpoint.step}; allowed: "
             f"{checkpoint.step} or more"
         )
-    return checkpoint
 
 
 def require_same_checkpoint(config: TrainConfig, found: Checkpoint | None) -> None:

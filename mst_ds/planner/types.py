@@ -129,6 +129,10 @@ class Plan:
         return self.topology.dp_size
 
     @property
+    def samples_per_step(self) -> int:
+        return self.micro_batch_size * self.gradient_accumulation_steps * self.dp_size
+
+    @property
     def dp_rank(self) -> int:
         return self.topology.dp_rank
 

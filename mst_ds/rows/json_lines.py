@@ -1,10 +1,10 @@
-"""The rows of .jsonl files, line by line."""
+"""The rows of lines of JSON, and what a row must hold to be of its kind."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import IO, Any
 
 from mst_ds.rows.chats import read_row
 from mst_ds.rows.kinds import AS_CHAT, INPUT_IDS, Kind, chat_column
@@ -13,7 +13,7 @@ from mst_ds.rows.kinds import AS_CHAT, INPUT_IDS, Kind, chat_column
 _CHARACTERS_AT_ONCE = 2**20
 
 
-def lines_of(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def lines_of(lines: IO[bytes], file: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each line that is not blank, with its name for a message, as "line 3 of 'a.jsonl'".
 
     A line may be as long as a book of books: it is let go as soon as the next form of it is there.
@@ -21,24 +21,23 @@ def lines_of(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         ValueError: a line is not an object of JSON in UTF-8.
     """
-    with open(file, "rb") as lines:
-        number = 0
-        while line := lines.readline():
-            number += 1
-            where = f"line {number} of {file!r}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                del line
-                if not text:
-                    continue
-                row = json.loads(text)
-            except (ValueError, RecursionError) as error:  # of which both decoders' errors are
-                raise ValueError(f"{where} is not JSON in UTF-8 ({error}); allowed: one object a line") from None
-            del text
-            if not isinstance(row, dict):
-                raise ValueError(f"{where} is not an object; allowed: one object a line")
-            yield where, row
-            del row
+    number = 0
+    while line := lines.readline():
+        number += 1
+        where = f"line {number} of {file!r}"
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            del line
+            if not text:
+                continue
+            row = json.loads(text)
+        except (ValueError, RecursionError) as error:  # of which both decoders' errors are
+            raise ValueError(f"{where} is not JSON in UTF-8 ({error}); allowed: one object a line") from None
+        del text
+        if not isinstance(row, dict):
+            raise ValueError(f"{where} is not an object; allowed: one object a line")
+        yield where, row
+        del row
 
 
 def look_at(row: Mapping[str, Any], kind: Kind, columns: Sequence[str], where: str) -> None:

@@ -14,7 +14,7 @@ INPUT_IDS, LABELS, ATTENTION_MASK = "input_ids", "labels", "attention_mask"
 PROMPT, COMPLETION = "prompt", "completion"
 TOOLS = "tools"
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
-# Rows of a .jsonl file that are more than a text: the row as JSON, and where it stands.
+# Rows of a file of text that are more than a text: the row as JSON, and where it stands.
 JSON, WHERE = "json", "where"
 # What to do instead where a column of text is asked for and chats are found: as text, their control tokens are letters.
 AS_CHAT = "chats in a column 'messages', without --text_column"
@@ -74,19 +74,19 @@ def require_kind(config: TrainConfig, names: Sequence[str]) -> Kind:
         for name in _NOT_READ_OF_IDS:
             if name in names:
                 raise ValueError(
-                    f"dataset {config.dataset!r} has {name!r} beside 'input_ids', which is not read; allowed: "
+                    f"dataset {config.dataset_name!r} has {name!r} beside 'input_ids', which is not read; allowed: "
                     "'labels', -100 where nothing is learned, and a document to a row"
                 )
     if kind in ("text", "input_ids") and "loss_on" in config.given:
         raise ValueError(
-            f"loss_on is {config.loss_on!r}, but dataset {config.dataset!r} has rows of {kind!r}, without turns to "
-            "choose from; allowed: no --loss_on"
+            f"loss_on is {config.loss_on!r}, but dataset {config.dataset_name!r} has rows of {kind!r}, without turns "
+            "to choose from; allowed: no --loss_on"
         )
     return kind
 
 
 def _of_no_kind(config: TrainConfig, names: Sequence[str]) -> ValueError:
-    column, dataset = config.text_column, config.dataset
+    column, dataset = config.text_column, config.dataset_name
     found = f"text_column is {column!r}, but dataset {dataset!r} has no such column"
     if asks_for_text(config):
         chat = chat_column(names)

@@ -31,6 +31,8 @@ _SGD = ("sgd", "musgd")
 _DEEPSPEED_SCHEDULES = ("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
 # These "auto" values are DeepSpeed's own and stay.
 _DEEPSPEED_AUTO = frozenset({"data_types.keep_in_fp32_modules", f"{ZERO}.zenflow.select_strategy"})
+# What a schedule is told of the length of the run.
+_OF_STEPS = ("scheduler.params.warmup_num_steps", "scheduler.params.total_num_steps")
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,8 @@ def resolve(
     DeepSpeed is not told about sequence parallelism, so `train_batch_size`, which counts samples over
     `dp_size` groups of ranks, is checked here and taken out.
 
+    What a schedule is told of the run's length stays "auto" where that is given in epochs: see `fill_steps`.
+
     Raises:
         ValueError: `train_batch_size` is not micro batch x accumulation x `dp_size`, "auto" has no rule, or a flag
             that was given says another number than the JSON.
@@ -179,13 +183,26 @@ def resolve(
     _check_train_batch(resolved.pop(TRAIN_BATCH, AUTO), resolved[MICRO_BATCH], resolved[ACCUMULATION], dp_size)
     for path, value in _auto_values(resolved, train, hidden_size, has_accelerator).items():
         _fill(resolved, path, value)
+    if train.num_train_epochs is None:
+        resolved = fill_steps(resolved, train)
     if not has_accelerator and read_zero(resolved, dp_world_size=1).offloads_optimizer:
         # DeepSpeed would ask for its own CPU Adam, and that for a build of 50 s.
         resolved.setdefault("zero_force_ds_cpu_optimizer", False)
     for path in _auto_paths(resolved):
+        if train.num_train_epochs is not None and path in _OF_STEPS:
+            continue
         if path not in _DEEPSPEED_AUTO and not path.startswith(f"{MST}."):
             raise ValueError(f"{path} is 'auto', which has no meaning there; allowed: a value, or leave the key out")
     return resolved
+
+
+def fill_steps(ds_config: Mapping[str, Any], train: TrainConfig) -> DsConfig:
+    """A copy with the length of the run where its schedule has "auto" for it."""
+    filled = copy.deepcopy(dict(ds_config))
+    # DeepSpeed rejects 0 steps of warm-up.
+    for path, value in zip(_OF_STEPS, (max(1, train.num_warmup_steps), train.max_steps), strict=True):
+        _fill(filled, path, value)
+    return filled
 
 
 def read_zero(ds_config: Mapping[str, Any], *, dp_world_size: int) -> ZeroConfig:
@@ -326,9 +343,6 @@ def _auto_values(
         "optimizer.params.weight_decay": train.weight_decay,
         "scheduler.params.warmup_min_lr": 0,
         "scheduler.params.warmup_max_lr": train.peak_learning_rate,
-        # DeepSpeed rejects 0 steps of warm-up.
-        "scheduler.params.warmup_num_steps": max(1, train.num_warmup_steps),
-        "scheduler.params.total_num_steps": train.max_steps,
     }
 
 

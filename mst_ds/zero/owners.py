@@ -33,6 +33,9 @@ def require_agreement(ds_config: Mapping[str, Any], train: TrainConfig) -> None:
     clipping = ds_config.get("gradient_clipping", AUTO)
     if "max_grad_norm" in train.given and clipping not in (AUTO, train.max_grad_norm):
         _refuse("max_grad_norm", train.max_grad_norm, "gradient_clipping", clipping)
+    total = block(block(ds_config, "scheduler"), "params").get("total_num_steps", AUTO)
+    if "num_train_epochs" in train.given and total != AUTO:
+        _refuse("num_train_epochs", train.num_train_epochs, "scheduler.params.total_num_steps", total)
     for name, value, path, found in _claims(ds_config, train):
         if name in train.given and found not in (AUTO, value):
             _refuse(name, value, path, found)

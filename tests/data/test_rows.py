@@ -11,7 +11,7 @@ import pytest
 from chat_tokenizers import chat_tokenizer
 
 from mst_ds.config import TrainConfig
-from mst_ds.data import load_documents, text_source, tokenise
+from mst_ds.data import byte_tokenizer, load_documents, text_source, tokenise
 from mst_ds.data.chat_encoder import ChatEncoder
 from mst_ds.dataset_files import find_files
 
@@ -276,6 +276,13 @@ def test_ids_are_cached_by_the_template_and_by_what_is_learned(tmp_path: Path, m
     longer = chat_tokenizer("llama3").chat_template + "{{- '.' -}}"
     assert run(loss_on="all", template=longer) == (first[0] + 1, first[0] + 1)
     assert len(calls) == 3
+
+
+def test_prompts_and_completions_of_text_need_no_chat_template(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", {"prompt": "ab", "completion": "c"})
+    tokenizer = byte_tokenizer()
+    expected = ([*b"abc", tokenizer.eos_token_id], [False, False, True, True])
+    assert tokens_of(path, tokenizer) == [expected]
 
 
 def test_text_has_no_second_column(tmp_path: Path) -> None:

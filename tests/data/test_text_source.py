@@ -118,7 +118,7 @@ def test_column_that_is_no_text_is_refused(tmp_path: Path, value: object) -> Non
     assert "allowed: a column of text" in refusal(write_jsonl(tmp_path / "a.jsonl", {"text": value}))
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.json"])
 def test_empty_file_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
 
@@ -132,10 +132,12 @@ def test_dataset_without_rows_is_refused(tmp_path: Path) -> None:
 
 
 def test_unknown_extension_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("text\nx\n")
+    (tmp_path / "a.xml").write_text("text\nx\n")
 
-    assert "allowed: a .txt, .jsonl, .parquet file" in refusal(tmp_path / "a.csv")
-    assert "allowed: a .txt, .jsonl, .parquet file" in refusal(tmp_path)
+    (tmp_path / "a.parquet.gz").write_text("x")
+
+    for path in (tmp_path / "a.xml", tmp_path / "a.parquet.gz", tmp_path):
+        assert "allowed: a .txt, .jsonl, .json, .csv, .parquet file or a folder of them" in refusal(path)
 
 
 def test_folder_of_two_kinds_is_refused(tmp_path: Path) -> None:
@@ -145,7 +147,7 @@ def test_folder_of_two_kinds_is_refused(tmp_path: Path) -> None:
     assert ".jsonl and .txt files" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["/nowhere/at/all", "nowhere.jsonl"])
+@pytest.mark.parametrize("name", ["/nowhere/at/all", "nowhere.jsonl", "nowhere.csv.gz"])
 def test_missing_file_is_refused_without_asking_the_hub(name: str) -> None:
     assert "no such file or folder exists" in refusal(name)
 

@@ -29,13 +29,17 @@ from mst_ds.structure import mlps
     ("file", "content", "flags", "says"),
     [
         ("other.jsonl", "", [], "no such file or folder exists"),
-        ("text.csv", "", [], "allowed: a .txt, .jsonl, .parquet file"),
+        ("text.xml", "", [], "allowed: a .txt, .jsonl, .json, .csv, .parquet file"),
+        ("text.json", '[{"text": 7}]', [], "row 1 of"),
+        ("text.csv", "body\na\n", [], "allowed: 'body'"),
         ("text.jsonl", '{"body": "a"}', [], "allowed: 'body'"),
         ("text.jsonl", '{"text": []}', [], "line 1 of"),
         ("text.jsonl", '{"messages": []}', [], "line 1 of"),
         ("text.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c"}', [], "has preferences in 'chosen'"),
         ("text.jsonl", '{"text": "a"}', ["--loss_on", "all"], "without turns to choose from; allowed: no --loss_on"),
         ("text.txt", "a", ["--dataset_split", "nope"], "has no split 'nope'"),
+        ("text.txt", "a", ["README.md:0.5"], "has no weight, but another has"),
+        ("text.txt", "a", ["nowhere.csv"], "dataset is 'nowhere.csv', but no such file"),
     ],
 )
 def test_local_dataset_is_looked_at_before_anything_slow_is_imported(

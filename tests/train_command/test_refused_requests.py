@@ -36,6 +36,10 @@ def test_flags(flags: list[str], says: list[str], refused: Callable[..., str]) -
     [
         (("--max_steps", "x"), "argument --max_steps/--max-steps: invalid int value: 'x'"),
         (("--seq_len", "x"), "seq_len is 'x'"),
+        (
+            ("--max_steps", "9", "--num_train_epochs", "1.5"),
+            "num_train_epochs is 1.5 and max_steps is 9; allowed: one of them",
+        ),
         (("--sqe_len", "5"), "unknown flag '--sqe_len'; nearest: '--seq_len'"),
         (
             ("--use_peft", "true"),

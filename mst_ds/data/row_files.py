@@ -1,7 +1,8 @@
-"""The rows of .jsonl files as a dataset, of the columns that are read and nothing else."""
+"""The rows of .jsonl, .json and .csv files as a dataset, of the columns that are read and nothing else."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,21 @@ from datasets.exceptions import DatasetGenerationError
 
 from mst_ds.data.batching import documents_at_once
 from mst_ds.data.id_rows import require_ids
-from mst_ds.rows.json_lines import json_of, lines_of, require_column, text_of
+from mst_ds.rows.files import form_of, opened, rows_of
+from mst_ds.rows.json_lines import json_of, require_column, text_of
 from mst_ds.rows.kinds import INPUT_IDS, JSON, WHERE, Kind
 
 
-def read_json_lines(files: Sequence[Path], kind: Kind, columns: Sequence[str]) -> Dataset:
-    """One row a line: of texts and of ids their columns, of chats `JSON`, which no type of Arrow would hold as it is.
+def read_row_files(files: Sequence[Path], kind: Kind, columns: Sequence[str]) -> Dataset:
+    """One row a row: of texts and of ids their columns, of chats `JSON`, which no type of Arrow would hold as it is.
 
-    Beside what is more than a text stands in `WHERE` which line of which file it was.
+    Beside what is more than a text stands in `WHERE` which row of which file it was.
 
     Args:
         columns: see `columns_of`.
 
     Raises:
-        ValueError: a line is no row of this kind; see `text_of`, `json_of` and `require_ids`.
+        ValueError: a row is none of this kind; see `rows_of`, `text_of`, `json_of` and `require_ids`.
     """
     # A file that has changed is read again.
     known = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
@@ -55,7 +57,7 @@ def _features(kind: Kind, columns: Sequence[str]) -> Features:
 
 def _rows(files: Sequence[tuple[str, int, int]], kind: Kind, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     for file, _, _ in files:
-        for where, row in lines_of(file):
+        for where, row in rows_of(Path(file)):
             if kind == "text":
                 yield {columns[0]: text_of(row, columns[0], where)}
             elif kind == "input_ids":
@@ -67,5 +69,8 @@ def _rows(files: Sequence[tuple[str, int, int]], kind: Kind, columns: Sequence[s
 
 def _lengths(files: Sequence[Path]) -> Iterator[int]:
     for file in files:
-        with file.open("rb") as lines:
-            yield from map(len, lines)
+        if form_of(file) == ".jsonl":
+            with opened(file) as lines:
+                yield from map(len, lines)
+        else:
+            yield from (len(json.dumps(row)) for _, row in rows_of(file))
