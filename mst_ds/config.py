@@ -135,6 +135,9 @@ class _RunFlags:
         None, "For sequences longer than the model was made for: a type of RoPE scaling and its factor, yarn:4."
     )
     new_lm_head: bool = flag(False, "Start the LM head, which the weights must lack, from random values.")
+    chat_template_path: str | None = flag(
+        None, "File of a chat template (Jinja) in place of the tokenizer's own; saved with it.", os.path.expanduser
+    )
     tokenizer: str | None = flag(
         None, "Hugging Face id or folder; default: the model's own, bytes for shipped configs.", os.path.expanduser
     )

@@ -45,8 +45,14 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-# One draw: over seeds the ratio of our error to the plain model's in bf16 is 0.90 to 1.09, 0.97 to 1.00 in the mean.
 batch_of_61 = functools.partial(make_batch, 61, seed=2)
+
+
+def of_batches(model: nn.Module) -> dict[str, Tensor]:
+    """Loss and gradients of several batches. Of one alone the ratio of our error to the plain model's is 0.90 to 1.09,
+    by chance and by the products of the CPU; in the mean it is 0.95 to 1.01."""
+    results = [loss_and_gradients(model, **make_batch(61, seed=seed)) for seed in range(2, 8)]
+    return {name: torch.stack([result[name] for result in results]) for name in results[0]}
 
 
 def total_error(actual: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
@@ -72,11 +78,9 @@ def assert_as_exact(candidate: dict[str, Tensor], plain: dict[str, Tensor], trut
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_are_as_exact_as_the_plain_models(name: str, dtype: torch.dtype) -> None:
-    model, batch = MODELS[name]().to(dtype), batch_of_61()
-    truth = loss_and_gradients(copy.deepcopy(model).double(), **batch)
-    plain = loss_and_gradients(copy.deepcopy(model), **batch)
-    candidate = loss_and_gradients(apply_settings(model, tiny_settings()), **batch)
-    assert_as_exact(candidate, plain, truth)
+    model = MODELS[name]().to(dtype)
+    truth, plain = of_batches(copy.deepcopy(model).double()), of_batches(copy.deepcopy(model))
+    assert_as_exact(of_batches(apply_settings(model, tiny_settings())), plain, truth)
 
 
 def test_adapters_in_fp32_on_a_model_in_bf16() -> None:

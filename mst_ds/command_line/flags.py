@@ -21,7 +21,6 @@ _FLAGS_OF_OTHERS: Mapping[str, str] = {
     "assistant_only_loss": "--loss_on assistant, which is the default for chats",
     "completion_only_loss": "--loss_on assistant, which is the default for prompts and completions, or all",
     "packing_strategy": "--too_long, which says whether a sample's end may cut a document",
-    "chat_template_path": "--tokenizer with the folder of a tokenizer that has the template as chat_template.jinja",
     "train_file": "--dataset",
     "deepspeed": "--ds_config",
     "deepspeed_config": "--ds_config",

@@ -31,8 +31,8 @@ class ChatTemplate:
         if not tokenizer.chat_template:
             raise ValueError(
                 f"the dataset has chats, but the tokenizer {tokenizer.name_or_path!r} has no chat template; allowed: "
-                "--tokenizer with one that has, as chat_template.jinja in its folder, or --text_column with a column "
-                "of text"
+                "--chat_template_path with a file of one, --tokenizer with one that has, or --text_column with a "
+                "column of text"
             )
         self._tokenizer = tokenizer
 
@@ -103,7 +103,8 @@ class ChatTemplate:
         if not text.startswith(answered):
             raise ValueError(
                 f"the chat template writes {this} in another way when more messages follow, as one does that leaves "
-                f"out earlier reasoning; allowed: a template that marks answers by {{% generation %}}; {_BY_ANSWERS}"
+                f"out earlier reasoning; allowed: --chat_template_path with a template that marks answers by "
+                f"{{% generation %}}; {_BY_ANSWERS}"
             )
         return len(prompt), len(answered)
 

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mst_ds.config import TrainConfig
+from mst_ds.files.read_file import existing_file, read_text
 from mst_ds.model_shape import require_no_pointers, shipped_model_config
 
 END_OF_TEXT = "<|endoftext|>"
@@ -34,10 +35,12 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer(config: TrainConfig, model_config: PreTrainedConfig) -> PreTrainedTokenizerBase:
-    """`--tokenizer`, else the model's own; a shipped model config has none and reads bytes.
+    """`--tokenizer`, else the model's own, with the chat template of `--chat_template_path`, if it is given; a shipped
+    model config has none and reads bytes.
 
     Raises:
-        ValueError: no tokenizer is found, it has no EOS token, or it has more ids than the model.
+        ValueError: no tokenizer is found, it has no EOS token, or it has more ids than the model; or the file of the
+            chat template cannot be read.
     """
     if config.tokenizer is None and shipped_model_config(config.model) is not None:
         name = "byte level"
@@ -55,6 +58,9 @@ def load_tokenizer(config: TrainConfig, model_config: PreTrainedConfig) -> PreTr
             f"tokenizer {name!r} has {ids} ids, but model {config.model!r} has a vocab_size of {vocab_size}; "
             f"allowed: a tokenizer with at most {vocab_size} ids, such as the model's own"
         )
+    if config.chat_template_path is not None:
+        file = existing_file(config.chat_template_path, "chat_template_path", "the file of a chat template")
+        tokenizer.chat_template = read_text(file)
     return tokenizer
 
 

@@ -13,10 +13,11 @@ from deepspeed.accelerator import get_accelerator
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from mst_ds.command_line.entry_point import RequestError
+from mst_ds.engine.agreement import request_of_all
 from mst_ds.engine.jit_build import build_shared_memory_collective, unlink_shared_memory
 from mst_ds.engine.launch import stand_alone, stay_on_node
 from mst_ds.engine.run import Run
-from mst_ds.planner import Request, plan_of_request
+from mst_ds.planner import plan_of_request
 
 
 class RanksDisagreeError(RequestError):
@@ -51,25 +52,8 @@ def meet(run: Run) -> Run:
     dist.barrier()
     unlink_shared_memory(run.launch.rank)
     _require_same_checkpoint(run)
-    request = _request_of_all(run)
+    request = request_of_all(run.request)
     return run if request == run.request else replace(run, request=request, plan=plan_of_request(request))
-
-
-def _request_of_all(run: Run) -> Request:
-    """The request of a rank that knows the others: each has its own device's memory, and all choose alike, for the
-    slowest device, for which they wait, and the smallest host."""
-    own = run.request
-    of_ranks = [(run.plan.device_memory, own.host_memory, own.rates, own.work.capability)] * run.launch.world_size
-    dist.all_gather_object(of_ranks, of_ranks[0])
-    memory, host_memory, rates, capability = zip(*of_ranks, strict=True)
-    slowest = min(range(len(rates)), key=lambda rank: rates[rank].flops)
-    return replace(
-        own,
-        device_memory=memory,
-        host_memory=None if None in host_memory else min(host_memory),
-        rates=rates[slowest],
-        work=replace(own.work, capability=capability[slowest]),
-    )
 
 
 def _require_free_port(rank: int) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # The largest config on the hub has less than one MiB; PyYAML reads some 100 KiB a second.
 _MOST_BYTES_OF_JSON = 2**24
 _MOST_BYTES_OF_YAML = 2**18
+_MOST_BYTES_OF_TEXT = 2**20
 # Ten times what any known config needs, and a tenth of what Python's own recursion stands.
 _MOST_LEVELS = 64
 # An alias of YAML stands for all of what it names: nine of nine each are four hundred million values.
@@ -55,6 +56,15 @@ def existing_file(given: str | os.PathLike[str], name: str, kind: str) -> Path:
     if not path.is_file():
         raise ValueError(f"{name} is {str(given)!r}; allowed: {kind}")
     return path
+
+
+def read_text(path: Path) -> str:
+    """What a file of text holds.
+
+    Raises:
+        ValueError: it cannot be read, is too large, or no UTF-8.
+    """
+    return str(_read(path, _MOST_BYTES_OF_TEXT, str))
 
 
 def read_json(path: Path, *, is_finite: bool = True) -> Any:

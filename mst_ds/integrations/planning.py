@@ -9,15 +9,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
 from mst_ds.adapters import model_on_meta
-from mst_ds.config import GIB
+from mst_ds.config import AUTO, GIB
+from mst_ds.engine.agreement import request_of_all
 from mst_ds.engine.hardware import has_accelerator, rank_device_memory, rank_gpu, rank_host_memory
 from mst_ds.engine.launch import Launch
-from mst_ds.gpus import Gpu
 from mst_ds.model_shape import ModelShape
-from mst_ds.planner import DEFAULT_RESERVE, Plan, make_plan
+from mst_ds.planner import DEFAULT_RESERVE, Plan, plan_of_request, read_request
 from mst_ds.structure.trained import trained_shape
 
 if TYPE_CHECKING:
@@ -63,21 +62,21 @@ def plan_of_trainer(
         local_rank=accelerator.local_process_index,
         local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)),
     )
-    memory, host_memory, gpu = _of_all_ranks(launch)
-    is_known = mst.get("device_memory_gib", "auto") != "auto"
-    plan = make_plan(
+    is_known = mst.get("device_memory_gib", AUTO) != AUTO
+    request = read_request(
         _shape(model),
         {**_ds_config(args, model, rows_of_sample), "mst": dict(mst)},
         world_size=launch.world_size,
         seq_len=seq_len,
-        device_memory=None if is_known else memory,
+        device_memory=None if is_known else rank_device_memory(launch),
         # On the CPU no context and no communication buffers stand beside the tensors.
         reserve=DEFAULT_RESERVE if has_accelerator() else 0,
-        host_memory=host_memory,
+        host_memory=rank_host_memory(launch),
         rank=launch.rank,
         ranks_per_node=launch.local_world_size,
-        gpu=gpu,
+        gpu=rank_gpu(launch),
     )
+    plan = plan_of_request(request_of_all(request))
     if not plan.fits:
         # The planner does not know all that a trainer does: a run may fit that it thinks does not.
         warnings.warn(
@@ -86,22 +85,6 @@ def plan_of_trainer(
             stacklevel=2,
         )
     return plan
-
-
-def _of_all_ranks(launch: Launch) -> tuple[list[int], int | None, Gpu | None]:
-    """Bytes of each rank's device, of the smallest host, and the slowest GPU: None where one is not known."""
-    own = (rank_device_memory(launch), rank_host_memory(launch), rank_gpu(launch))
-    ranks = [own] * launch.world_size
-    if launch.world_size > 1:
-        dist.all_gather_object(ranks, own)
-    memory, hosts, gpus = zip(*ranks, strict=True)
-    known_hosts = [host for host in hosts if host is not None]
-    known_gpus = [gpu for gpu in gpus if gpu is not None]
-    return (
-        list(memory),
-        min(known_hosts) if len(known_hosts) == len(hosts) else None,
-        min(known_gpus, key=lambda gpu: gpu.flops) if len(known_gpus) == len(gpus) else None,
-    )
 
 
 def _shape(model: Any) -> ModelShape:

@@ -304,7 +304,7 @@ def test_eos_that_is_no_special_token_is_refused() -> None:
 
 
 def test_no_chat_template_says_what_to_do() -> None:
-    with pytest.raises(ValueError, match="has no chat template; allowed: --tokenizer with one that has"):
+    with pytest.raises(ValueError, match="has no chat template; allowed: --chat_template_path with a file of one"):
         ChatTemplate(chat_tokenizer("chatml", has_template=False))
 
 

@@ -84,3 +84,19 @@ def test_tokenizer_without_eos_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match=r"^tokenizer .* has no EOS token .*\Z"):
         load_tokenizer(TrainConfig(tokenizer=str(tmp_path)), MODEL)
+
+
+def test_a_chat_template_of_a_file_is_saved_with_the_tokenizer(tmp_path: Path) -> None:
+    template = "{% for message in messages %}{{ message.content }}é\n{% endfor %}"
+    (tmp_path / "mine.jinja").write_text(template, encoding="utf-8")
+    tokenizer = load_tokenizer(TrainConfig(chat_template_path=str(tmp_path / "mine.jinja")), MODEL)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").chat_template == template
+
+
+def test_no_file_of_a_chat_template_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"chat_template_path is .*; allowed: the file of a chat template"):
+        load_tokenizer(TrainConfig(chat_template_path=str(tmp_path)), MODEL)
+    (tmp_path / "bytes").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="is not UTF-8 text: byte 0"):
+        load_tokenizer(TrainConfig(chat_template_path=str(tmp_path / "bytes")), MODEL)
