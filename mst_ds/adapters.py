@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
 
+from mst_ds.adapter_flags import ALL_LINEAR, MOST_ALPHA, MOST_RANK, AdapterRequest, module_names
 from mst_ds.files.read_file import existing_file, expanded, read_json
 
 if TYPE_CHECKING:
@@ -20,9 +23,87 @@ if TYPE_CHECKING:
 
 ADAPTER_FILE = "adapter_config.json"
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-# No matrix of a model is larger; a larger factor has no use.
-_MOST_RANK = 2**20
-_MOST_ALPHA = 1e6
+
+
+def requested_config(request: AdapterRequest | None) -> PeftConfig | None:
+    """The config of the adapters that a run trains; None: it trains the model itself.
+
+    Raises:
+        ValueError: the file that `request` names is not there or cannot be trained, or peft is not installed.
+    """
+    if request is None:
+        return None
+    if request.peft_config is not None:
+        return load_peft_config(request.peft_config)
+    if request.adapter is not None:
+        config = saved_config(request.adapter)
+        # Another name than this run's model would have peft warn.
+        config.base_model_name_or_path = None
+        return config
+    _require_peft("lora_r")
+    from peft import LoraConfig
+
+    names = module_names(request.lora_target_modules)
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=request.lora_r or 0,
+        lora_alpha=request.lora_alpha,
+        lora_dropout=request.lora_dropout,
+        # In a list it would be the name of a module.
+        target_modules=ALL_LINEAR if names == [ALL_LINEAR] else names,
+    )
+
+
+def saved_config(adapter: str) -> PeftConfig:
+    """That of a trained adapter, in a folder or of a Hugging Face id.
+
+    Raises:
+        ValueError: it has none, or see `load_peft_config`.
+    """
+    file = file_of_adapter(adapter, ADAPTER_FILE)
+    if file is None:
+        raise ValueError(f"adapter is {adapter!r}, which has no {ADAPTER_FILE}; allowed: the folder or id of one")
+    _require_peft("adapter")
+    return _read_config(file)
+
+
+def saved_weights(adapter: str) -> Path:
+    """The file with the values of a trained adapter, in a folder or of a Hugging Face id.
+
+    Raises:
+        ValueError: it has none.
+    """
+    found = (file_of_adapter(adapter, name) for name in _ADAPTER_WEIGHTS)
+    file = next((file for file in found if file is not None), None)
+    if file is None:
+        raise ValueError(
+            f"adapter {adapter!r} has no {' or '.join(_ADAPTER_WEIGHTS)}; allowed: one that was trained, or "
+            f"--peft_config with its {ADAPTER_FILE} to begin anew"
+        )
+    return file
+
+
+def file_of_adapter(adapter: str, name: str) -> Path | None:
+    """A file of a folder, or of a Hugging Face id, which is got onto this machine; None: it has none.
+
+    Raises:
+        ValueError: the id cannot be reached.
+    """
+    if (folder := expanded(adapter, "adapter")).is_dir():
+        return folder / name if (folder / name).is_file() else None
+    from transformers.utils.hub import cached_file
+
+    try:
+        found = cached_file(adapter, name, _raise_exceptions_for_missing_entries=False)
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"adapter is {adapter!r}, no folder, and as an id it cannot be had: {reason}") from None
+    return None if found is None else Path(found)
+
+
+def _require_peft(flag: str) -> None:
+    if find_spec("peft") is None:
+        raise ValueError(f"{flag} needs the package peft: install it with pip install 'mst_ds[peft]'")
 
 
 def load_peft_config(path: str) -> PeftConfig:
@@ -37,12 +118,15 @@ def load_peft_config(path: str) -> PeftConfig:
     file = existing_file(given / ADAPTER_FILE if given.is_dir() else given, "peft_config", kind)
     if trained := [name for name in _ADAPTER_WEIGHTS if (file.parent / name).is_file()]:
         raise ValueError(
-            f"peft_config {str(file)!r} is of an adapter that has been trained, {trained[0]}, which mst_ds does not "
-            f"continue; allowed: its {ADAPTER_FILE} in a folder of its own, for new adapters like it, or --resume for "
-            "the checkpoint of a run"
+            f"peft_config {str(file)!r} is of an adapter that has been trained, {trained[0]}, and would be begun anew; "
+            f"allowed: its {ADAPTER_FILE} in a folder of its own, for new adapters like it, or --adapter with its "
+            "folder, to train it on"
         )
-    if find_spec("peft") is None:
-        raise ValueError("peft_config needs the package peft: install it with pip install 'mst_ds[peft]'")
+    _require_peft("peft_config")
+    return _read_config(file)
+
+
+def _read_config(file: Path) -> PeftConfig:
     from peft import PeftConfig
 
     fields = read_json(file)
@@ -87,12 +171,12 @@ def _check_fields(file: Path, fields: Mapping[str, Any]) -> None:
 
     ranks = {"r": fields.get("r"), **{f"rank_pattern.{key}": rank for key, rank in _items(fields, "rank_pattern")}}
     for name, rank in ranks.items():
-        if rank is not None and not (isinstance(rank, int) and not isinstance(rank, bool) and 1 <= rank <= _MOST_RANK):
-            refuse(name, rank, f"a whole number from 1 to {_MOST_RANK}")
+        if rank is not None and not (isinstance(rank, int) and not isinstance(rank, bool) and 1 <= rank <= MOST_RANK):
+            refuse(name, rank, f"a whole number from 1 to {MOST_RANK}")
     alphas = {"lora_alpha": fields.get("lora_alpha"), **dict(_items(fields, "alpha_pattern"))}
     for name, alpha in alphas.items():
-        if alpha is not None and not (is_number(alpha) and 0 < alpha <= _MOST_ALPHA):
-            refuse(name, alpha, f"a number > 0 and at most {_MOST_ALPHA:g}")
+        if alpha is not None and not (is_number(alpha) and 0 < alpha <= MOST_ALPHA):
+            refuse(name, alpha, f"a number > 0 and at most {MOST_ALPHA:g}")
     dropout = fields.get("lora_dropout")
     if dropout is not None and not (is_number(dropout) and 0 <= dropout < 1):
         refuse("lora_dropout", dropout, "a number from 0 up to, not including, 1")
@@ -168,6 +252,68 @@ def model_on_meta(
         if dtype is not None:
             parameter.data = parameter.data.to(dtype)
     return model, adapted
+
+
+def merge_adapters(adapted: PeftModel) -> PreTrainedModel:
+    """The model of `adapted`, whose adapters are added to its weights in fp32, each of which is rounded once.
+
+    Raises:
+        Exception: of any type, by peft, where adapters of their kind or on such modules cannot be merged.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    with warnings.catch_warnings():
+        # peft says of each layer that it has been merged when it takes the model out of them, and of a model partly
+        # without memory that its embeddings are not tied.
+        said = "Already following adapters were merged|All adapters are already merged|Input and output embeddings are"
+        warnings.filterwarnings("ignore", said)
+        # One after another, so that no more than one layer is there in fp32.
+        for layer in [module for module in adapted.modules() if isinstance(module, BaseTunerLayer)]:
+            base = layer.get_base_layer()
+            dtype = next(base.parameters()).dtype
+            layer.float()
+            layer.merge()
+            base.to(dtype)
+        merged: PreTrainedModel = adapted.merge_and_unload()
+    return merged
+
+
+def require_mergeable(model_config: PreTrainedConfig, peft_config: PeftConfig) -> None:
+    """Refuse adapters that could not be merged at the end of a run, on tensors without memory.
+
+    Raises:
+        ValueError: peft cannot merge them, the merged model is made in another way, or they change one of two weights
+            that are tied.
+    """
+    # peft changes the configs that it gets.
+    plain = model_on_meta(copy.deepcopy(model_config), None)[0]
+    adapted: Any = model_on_meta(copy.deepcopy(model_config), copy.deepcopy(peft_config))[1]
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    for name in _tied_names(plain):
+        module = name.rpartition(".")[0]
+        if any(f".{module}." in f".{each}" for each in trained):
+            raise ValueError(
+                f"merge_adapter is true, but the adapters change {module}, whose weight is tied to another; allowed: "
+                "adapters on other modules, or no --merge_adapter"
+            )
+    try:
+        merged = merge_adapters(adapted)
+    except Exception as error:
+        raise ValueError(_of_library("merge_adapter is true, but the merged model", error)) from error
+    expected, found = ({name: value.shape for name, value in each.state_dict().items()} for each in (plain, merged))
+    if found != expected:
+        name = sorted(expected.keys() ^ found.keys() or [name for name in expected if expected[name] != found[name]])[0]
+        raise ValueError(
+            f"merge_adapter is true, but {name} of the merged model is not as in the model itself; allowed: no "
+            "--merge_adapter"
+        )
+
+
+def _tied_names(model: PreTrainedModel) -> list[str]:
+    """Names of parameters that are one with another."""
+    named = list(model.named_parameters(remove_duplicate=False))
+    times = Counter(id(parameter) for _, parameter in named)
+    return [name for name, parameter in named if times[id(parameter)] > 1]
 
 
 def _of_library(what: str, error: Exception) -> str:

@@ -1,7 +1,7 @@
 """What the user asked for: the flags of a training run.
 
-`TrainConfig` is the only list of flags; the parser, the defaults, the help text and the YAML keys are all
-read from its fields.
+`TrainConfig` is the only list of flags, with those of `adapter_flags`; the parser, the defaults, the help text and the
+YAML keys are all read from its fields.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast, get_args
 
-from mst_ds.command_line.flags import OneLineParser, unknown_flag
+from mst_ds.adapter_flags import AdapterFlags
+from mst_ds.command_line.flags import OneLineParser, flag, unknown_flag
 from mst_ds.files.read_file import existing_file, expanded, read_yaml
 from mst_ds.files.shipped import shipped_folder
 
@@ -72,6 +73,8 @@ _MOST_TIMEOUT = 366 * 24 * 3600.0
 # The least and the most of each flag with a number, and what is said to be allowed.
 _RANGES: Mapping[str, tuple[float, float, str]] = {
     "seq_len": (1, MOST_TOKENS, f"a whole number >= 1 and at most {MOST_TOKENS}"),
+    "per_device_train_batch_size": (1, MOST_TOKENS, f"a whole number >= 1 and at most {MOST_TOKENS}"),
+    "gradient_accumulation_steps": (1, _MOST_STEPS, f"a whole number >= 1 and at most {_MOST_STEPS}"),
     "max_steps": (1, _MOST_STEPS, f"a whole number >= 1 and at most {_MOST_STEPS}"),
     "show_samples": (0, _MOST_STEPS, f"a whole number >= 0 and at most {_MOST_STEPS}"),
     "dataloader_num_workers": (0, _MOST_WORKERS, f"a whole number >= 0 and at most {_MOST_WORKERS}"),
@@ -109,113 +112,110 @@ def parse_seq_len(text: str) -> int:
     return int(match[1]) * _LENGTH_SUFFIXES[match[2]]
 
 
-def _flag(default: Any, help: str, parse: Callable[[str], Any] | None = None) -> Any:
-    """A field of `TrainConfig`; `parse` replaces the field's type as the reader of the flag's text."""
-    metadata: dict[str, Any] = {"help": help}
-    if parse is not None:
-        metadata["parse"] = parse
-    return field(default=default, metadata=metadata)
-
-
 @dataclass
-class TrainConfig:
-    """The flags of a training run. Lengths are in tokens, `weight_decay` and the rates as AdamW has them."""
+class _RunFlags:
+    """All flags but those of adapters, in the order of the help."""
 
-    config: str | None = _flag(
+    config: str | None = flag(
         None, "YAML file with values for any of these flags; a flag given beside it wins.", os.path.expanduser
     )
-    ds_config: str = _flag(
+    ds_config: str = flag(
         DEFAULT_DS_CONFIG,
         "DeepSpeed JSON with an optional 'mst' block, or a shipped one's name.",
         os.path.expanduser,
     )
-    model: str = _flag(
+    model: str = flag(
         DEFAULT_MODEL,
         "Shipped config, Hugging Face id, or folder. A folder with only a config starts from random weights.",
         os.path.expanduser,
     )
-    trust_remote_code: bool = _flag(
+    trust_remote_code: bool = flag(
         False, "Run the code that a model or tokenizer brings itself; without it such a model is refused."
     )
-    rope_scaling: str | None = _flag(
+    rope_scaling: str | None = flag(
         None, "For sequences longer than the model was made for: a type of RoPE scaling and its factor, yarn:4."
     )
-    new_lm_head: bool = _flag(False, "Start the LM head, which the weights must lack, from random values.")
-    peft_config: str | None = _flag(
-        None,
-        "adapter_config.json of peft, or its folder: trains new adapters, and not the model's own weights.",
-        os.path.expanduser,
-    )
-    chat_template_path: str | None = _flag(
+    new_lm_head: bool = flag(False, "Start the LM head, which the weights must lack, from random values.")
+    chat_template_path: str | None = flag(
         None, "File of a chat template (Jinja) in place of the tokenizer's own; saved with it.", os.path.expanduser
     )
-    tokenizer: str | None = _flag(
+    tokenizer: str | None = flag(
         None, "Hugging Face id or folder; default: the model's own, bytes for shipped configs.", os.path.expanduser
     )
-    dataset: str | list[str] = _flag(  # noqa: RUF009 - see packing
+    dataset: str | list[str] = flag(  # noqa: RUF009 - see packing
         "python_stdlib",
         "Shipped name, Hugging Face id, or a .txt, .jsonl, .json, .csv or .parquet file or folder of them; .gz, .zst. "
         "Several, a:0.7 b:0.3, are mixed in these shares of documents, and without weights joined.",
     )
-    dataset_config: str | None = _flag(None, "Configuration of a dataset from the Hugging Face hub.")
-    dataset_split: str = _flag("train", "Split of a dataset from the Hugging Face hub.")
-    text_column: str = _flag(
+    dataset_config: str | None = flag(None, "Configuration of a dataset from the Hugging Face hub.")
+    dataset_split: str = flag("train", "Split of a dataset from the Hugging Face hub.")
+    text_column: str = flag(
         "text", "Column of the dataset that holds the text; where it is given, no other column is read."
     )
-    loss_on: LossOn = _flag(  # noqa: RUF009 - see packing
+    loss_on: LossOn = flag(  # noqa: RUF009 - see packing
         "assistant", "What is learned of a chat: assistant, or the completion of a prompt; last_assistant; all."
     )
-    too_long: TooLong | None = _flag(  # noqa: RUF009 - see packing
+    too_long: TooLong | None = flag(  # noqa: RUF009 - see packing
         None,
         "Documents longer than a sequence: split, truncate or drop; default: truncate, but split for text. Only with "
         "split may a sample's end cut a document.",
     )
-    seq_len: int = _flag(4096, "Tokens in a sequence, over all its shards: 4096, 128K, 1M.", parse_seq_len)
-    packing: Packing = _flag(  # noqa: RUF009 - the alias hides from ruff that the type is immutable
+    seq_len: int = flag(4096, "Tokens in a sequence, over all its shards: 4096, 128K, 1M.", parse_seq_len)
+    packing: Packing = flag(  # noqa: RUF009 - the alias hides from ruff that the type is immutable
         "documents", "documents: several to a sample, each as if alone; none: one to a sample, then padding."
     )
-    show_samples: int = _flag(0, "Samples to print before the first step, as text, with what of them is learned.")
-    dataloader_num_workers: int = _flag(
+    show_samples: int = flag(0, "Samples to print before the first step, as text, with what of them is learned.")
+    dataloader_num_workers: int = flag(
         0, "Processes of each rank that make batches ahead, and as many for evaluations; 0: none."
     )
-    dataloader_pin_memory: bool = _flag(True, "Batches lie in pinned memory, where there is an accelerator.")
-    max_steps: int = _flag(150, "Optimizer steps.")
-    num_train_epochs: float | None = _flag(
+    dataloader_pin_memory: bool = flag(True, "Batches lie in pinned memory, where there is an accelerator.")
+    per_device_train_batch_size: int | None = flag(
+        None, "Sequences of a micro-batch, where the JSON's train_micro_batch_size_per_gpu is 'auto'; default: 1."
+    )
+    gradient_accumulation_steps: int | None = flag(
+        None, "Micro-batches of a step, where the JSON's gradient_accumulation_steps is 'auto'; default: 1."
+    )
+    max_steps: int = flag(150, "Optimizer steps.")
+    num_train_epochs: float | None = flag(
         None, "In place of max_steps: how often the run goes through its samples, a fraction too."
     )
-    learning_rate: float | None = _flag(None, "Peak learning rate of AdamW; default: 4e-3 for small_llama, else 2e-5.")
-    lr_scheduler_type: str = _flag("cosine", "Name of a transformers schedule, such as cosine, linear, constant.")
-    warmup_steps: int | None = _flag(
+    learning_rate: float | None = flag(None, "Peak learning rate of AdamW; default: 4e-3 for small_llama, else 2e-5.")
+    lr_scheduler_type: str = flag("cosine", "Name of a transformers schedule, such as cosine, linear, constant.")
+    warmup_steps: int | None = flag(
         None, "Optimizer steps over which the learning rate rises from 0; default: a tenth of the run's."
     )
-    weight_decay: float = _flag(0.01, "Weight decay of AdamW.")
-    adam_beta1: float = _flag(0.9, "Decay rate of AdamW's first moment.")
-    adam_beta2: float = _flag(0.95, "Decay rate of AdamW's second moment.")
-    adam_epsilon: float = _flag(1e-8, "Term added to AdamW's denominator.")
-    max_grad_norm: float = _flag(1.0, "Gradient norm to clip at where the JSON's gradient_clipping is 'auto'.")
-    seed: int = _flag(42, "Seed of the weights and of the order of the data.")
-    eval_steps: int = _flag(0, "Optimizer steps between evaluations on the held-out part; 0: none.")
-    eval_samples: int = _flag(8, "Sequences in the held-out part.")
-    output_dir: str | None = _flag(None, "Folder for metrics, checkpoints and the model; default: runs/<date-time>.")
-    save_steps: int = _flag(0, "Optimizer steps between checkpoints; 0: none by steps.")
-    save_minutes: float = _flag(0.0, "Minutes between checkpoints; 0: none by time.")
-    save_total_limit: int = _flag(2, "Checkpoints that are kept, the newest ones.")
-    resume: str | None = _flag(
+    weight_decay: float = flag(0.01, "Weight decay of AdamW.")
+    adam_beta1: float = flag(0.9, "Decay rate of AdamW's first moment.")
+    adam_beta2: float = flag(0.95, "Decay rate of AdamW's second moment.")
+    adam_epsilon: float = flag(1e-8, "Term added to AdamW's denominator.")
+    max_grad_norm: float = flag(1.0, "Gradient norm to clip at where the JSON's gradient_clipping is 'auto'.")
+    seed: int = flag(42, "Seed of the weights and of the order of the data.")
+    eval_steps: int = flag(0, "Optimizer steps between evaluations on the held-out part; 0: none.")
+    eval_samples: int = flag(8, "Sequences in the held-out part.")
+    output_dir: str | None = flag(None, "Folder for metrics, checkpoints and the model; default: runs/<date-time>.")
+    save_steps: int = flag(0, "Optimizer steps between checkpoints; 0: none by steps.")
+    save_minutes: float = flag(0.0, "Minutes between checkpoints; 0: none by time.")
+    save_total_limit: int = flag(2, "Checkpoints that are kept, the newest ones.")
+    resume: str | None = flag(
         None, "auto: go on from the newest checkpoint in output_dir, where there is one; or the folder of a checkpoint."
     )
-    non_finite: NonFinite = _flag(  # noqa: RUF009 - see packing
+    non_finite: NonFinite = flag(  # noqa: RUF009 - see packing
         "stop", "stop: a step whose loss or gradient norm is NaN or inf ends the run; skip: it is left out and counted."
     )
-    hang_timeout: float = _flag(1800.0, "Seconds that ranks wait for one that does not answer before all end.")
-    preflight: bool = _flag(
+    hang_timeout: float = flag(1800.0, "Seconds that ranks wait for one that does not answer before all end.")
+    preflight: bool = flag(
         True,
         "Before the run compare a small model of this architecture with transformers' own, and refuse what differs.",
     )
-    local_rank: int = _flag(-1, "Set by the DeepSpeed launcher: this process's rank on its node.")
+    local_rank: int = flag(-1, "Set by the DeepSpeed launcher: this process's rank on its node.")
+
+
+@dataclass
+class TrainConfig(AdapterFlags, _RunFlags):
+    """The flags of a training run. Lengths are in tokens, `weight_decay` and the rates as AdamW has them."""
 
     def __post_init__(self) -> None:
-        # Names of the flags that the user gave, in the file too. No field, because it is no flag.
-        self.given: frozenset[str] = frozenset()
+        super().__post_init__()
         if isinstance(self.dataset, list) and len(self.dataset) == 1:
             self.dataset = self.dataset[0]
 
@@ -248,7 +248,9 @@ class TrainConfig:
             ValueError: one line with what was given and what is allowed.
         """
         for name, (least, most, allowed) in _RANGES.items():
-            _require(least <= getattr(self, name) <= most, name, getattr(self, name), allowed)
+            value = getattr(self, name)
+            _require(value is None or least <= value <= most, name, value, allowed)
+        self.check_adapters()
         _require(
             0 < self.peak_learning_rate <= MOST_RATE,
             "learning_rate",

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from tiny import tiny_llama
 from trainings import Training
 from transformers import AutoModelForCausalLM
 
 from mst_ds.adapters import add_adapters, load_peft_config
+from mst_ds.commands.export import main as export
 from mst_ds.config import TrainConfig
 from mst_ds.data import EvalLoader, load_tokenizer, load_training_data
 from mst_ds.data.tokenizer import byte_tokenizer
@@ -66,7 +68,13 @@ def test_a_saved_adapter_is_trained_in_the_models_dtype(tmp_path: Path) -> None:
     assert all("lora_" in name and parameter.dtype == torch.bfloat16 for name, parameter in trained.items())
 
 
-def test_a_run_trains_adapters_that_peft_loads(tmp_path: Path) -> None:
+def eval_loss(run: Path) -> float:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found: float = next(record["eval_loss"] for record in records if "eval_loss" in record)
+    return found
+
+
+def test_a_run_trains_adapters_that_peft_loads_that_go_on_and_that_are_merged(tmp_path: Path) -> None:
     model = tiny_llama(vocab_size=320, max_position_embeddings=512)
     model.save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
@@ -75,8 +83,11 @@ def test_a_run_trains_adapters_that_peft_loads(tmp_path: Path) -> None:
     flags = f"--model {config.model} --seq_len 256 --max_steps 3 --eval_steps 3 --eval_samples 3 --learning_rate 0.05"
     training = Training(tmp_path / "run", *flags.split(), "--peft_config", str(tmp_path))
     assert training.end(limit=300) == [0, 0], training.output
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    evaluated = next(record["eval_loss"] for record in records if "eval_loss" in record)
+    # A step of warm-up whose rate is 0: the run ends with what it began with.
+    flags += " --max_steps 1 --warmup_steps 1 --eval_steps 1 --save_steps 1 --merge_adapter true --preflight false"
+    going_on = Training(tmp_path / "on", *flags.split(), "--adapter", str(tmp_path / "run" / "model"))
+    assert going_on.end(limit=300) == [0, 0], going_on.output
+    evaluated, again = (eval_loss(tmp_path / name) for name in ("run", "on"))
 
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     held_out = load_training_data(config, load_tokenizer(config, load_model_config(config.model))).held_out
@@ -92,6 +103,19 @@ def test_a_run_trains_adapters_that_peft_loads(tmp_path: Path) -> None:
     adapted = PeftModel.from_pretrained(base, str(tmp_path / "run" / "model"))
     assert loss(adapted) == pytest.approx(evaluated, rel=1e-5)
     assert evaluated < before - 0.01
+    # Trained on by --adapter.
+    assert again == evaluated
+    for flag, name in (([], "alone"), (["--merge_adapter"], "merged")):
+        assert export([str(tmp_path / "on"), str(tmp_path / name), *flag]) == 0
+    saved, loaded = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("run/model", "alone"))
+    assert saved.keys() == loaded.keys()
+    assert all(tensor.equal(loaded[name]) for name, tensor in saved.items())
+    assert load_file(tmp_path / "merged" / "model.safetensors").keys() == model.state_dict().keys()
+    for folder in ("on/model", "merged"):
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+        assert not (tmp_path / folder / "adapter_config.json").exists()
+        ids = batch["input_ids"]
+        torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin"])

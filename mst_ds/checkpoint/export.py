@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from contextlib import redirect_stdout
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from mst_ds.adapters import ADAPTER_FILE, load_peft_config, model_on_meta
+from mst_ds.adapters import ADAPTER_FILE, load_peft_config, merge_adapters, model_on_meta, require_mergeable
 from mst_ds.checkpoint import (
     EXACT_FILE,
     MODEL_FOLDER,
@@ -28,24 +29,28 @@ from mst_ds.checkpoint import (
 )
 from mst_ds.dtypes import DTYPES
 from mst_ds.kept_in_fp32 import fp32_parameters, persistent_buffers
-from mst_ds.model_folder.write import write_files_of, write_model
+from mst_ds.model_folder.write import copy_files_of, write_files_of, write_model
 from mst_ds.model_shape import load_model_config
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
+    from peft import PeftConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 # What a checkpoint's `model/` has for an export, and a model folder has not or of its own.
 _OF_CHECKPOINT = ("config.json", ADAPTER_FILE, EXACT_FILE)
 
 
-def export_run(engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, output_dir: Path, *, source: str) -> None:
+def export_run(
+    engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, output_dir: Path, *, source: str, merge_adapter: bool
+) -> None:
     """`export_model` at the end of a run, into its `model/`.
 
     Raises:
         OSError: it could not be written, with where the run's work is.
     """
     try:
-        export_model(engine, tokenizer, output_dir / "model", source=source)
+        export_model(engine, tokenizer, output_dir / "model", source=source, merge_adapter=merge_adapter)
     except OSError as error:
         newest = newest_checkpoint(checkpoints_folder(output_dir))
         if newest is None:
@@ -56,7 +61,12 @@ def export_run(engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, outp
 
 
 def export_model(
-    engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike[str], *, source: str
+    engine: DeepSpeedEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | os.PathLike[str],
+    *,
+    source: str,
+    merge_adapter: bool = False,
 ) -> None:
     """Write a folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` load.
 
@@ -66,6 +76,7 @@ def export_model(
 
     Args:
         source: see `write_files_of`.
+        merge_adapter: write the model with its adapters merged into its weights, in place of the adapters.
 
     Raises:
         OSError: it could not be written, on rank 0. What was in `folder` is as it was.
@@ -73,6 +84,8 @@ def export_model(
     model: Any = engine.module
     state = _gather_parameters(model)
     if dist.get_rank() == 0:
+        if merge_adapter:
+            model, state = merged_state(model.config, model.active_peft_config, state)
 
         def write_files(partial: Path) -> None:
             write_files_of(model, tokenizer, source, partial)
@@ -80,10 +93,11 @@ def export_model(
         write_model(model, state, Path(folder), write_files=write_files)
 
 
-def export_checkpoint(checkpoint: Checkpoint, folder: str | os.PathLike[str]) -> None:
+def export_checkpoint(checkpoint: Checkpoint, folder: str | os.PathLike[str], *, merge_adapter: bool = False) -> None:
     """Write what `export_model` writes, from a checkpoint; in one process, whose memory holds the weights in fp32.
 
     Raises:
+        ValueError: adapters are to be merged, and there are none, or they cannot be.
         OSError: it could not be written, or a file of the checkpoint is not as it was written.
     """
     require_intact(checkpoint)
@@ -91,7 +105,14 @@ def export_checkpoint(checkpoint: Checkpoint, folder: str | os.PathLike[str]) ->
     peft_config = load_peft_config(str(source)) if (source / ADAPTER_FILE).is_file() else None
     base_model = None if peft_config is None else peft_config.base_model_name_or_path
     dtype = DTYPES[checkpoint.identity.dtype]
-    model: Any = model_on_meta(load_model_config(str(source)), peft_config, dtype)[1]
+    model_config = load_model_config(str(source))
+    if merge_adapter:
+        if peft_config is None:
+            raise ValueError(
+                f"the checkpoint {checkpoint.folder} has no adapters to merge; allowed: no --merge_adapter"
+            )
+        require_mergeable(model_config, peft_config)
+    model: Any = model_on_meta(model_config, peft_config, dtype)[1]
     if peft_config is not None:
         # peft takes it from the config's own place, which has no weights.
         model.active_peft_config.base_model_name_or_path = base_model
@@ -99,11 +120,34 @@ def export_checkpoint(checkpoint: Checkpoint, folder: str | os.PathLike[str]) ->
     names = dict(model.named_parameters()).keys()
     state = {name: tensor.to(dtype) for name, tensor in _load_weights(checkpoint).items() if name in names}
     state |= exact_tensors(checkpoint.folder)
+    if merge_adapter:
+        model, state = merged_state(model_config, model.active_peft_config, state)
 
     def write_files(partial: Path) -> None:
         shutil.copytree(source, partial, ignore=shutil.ignore_patterns(*_OF_CHECKPOINT), dirs_exist_ok=True)
+        if merge_adapter and base_model:
+            # A checkpoint of adapters has none of them: they are the model's.
+            copy_files_of(base_model, partial)
 
     write_model(model, state, Path(folder), write_files=write_files)
+
+
+def merged_state(
+    model_config: PreTrainedConfig, peft_config: PeftConfig, state: dict[str, Tensor]
+) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """The model without adapters, and what is saved of it, by name.
+
+    Args:
+        state: of the model with its adapters; each merged tensor has the dtype that its own had.
+    """
+    plain = model_on_meta(copy.deepcopy(model_config), None)[0]
+    adapted: Any = model_on_meta(copy.deepcopy(model_config), copy.deepcopy(peft_config))[1]
+    adapted.load_state_dict(state, strict=False, assign=True)
+    merged = merge_adapters(adapted)
+    tensors = dict(merged.named_parameters()) | persistent_buffers(merged)
+    # Of tied weights, of which `state` has one, the first name.
+    names = [*(name for name, _ in plain.named_parameters()), *persistent_buffers(plain)]
+    return plain, {name: tensors[name].detach() for name in names}
 
 
 def _load_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import field
 from typing import Any, NoReturn
 
 # Flags of transformers, TRL and peft, and how the same is said here.
@@ -33,15 +34,14 @@ _FLAGS_OF_OTHERS: Mapping[str, str] = {
     "overwrite_output_dir": "another --output_dir",
     "eval_strategy": "--eval_steps",
     "save_strategy": "--save_steps",
-    "use_peft": "--peft_config with an adapter_config.json",
-    "use_lora": "--peft_config with an adapter_config.json",
-    "lora_r": "--peft_config with an adapter_config.json",
-    "lora_alpha": "--peft_config with an adapter_config.json",
-    "lora_dropout": "--peft_config with an adapter_config.json",
-    "lora_target_modules": "--peft_config with an adapter_config.json",
-    "per_device_train_batch_size": "train_micro_batch_size_per_gpu in the DeepSpeed JSON",
-    "per_device_eval_batch_size": "train_micro_batch_size_per_gpu in the DeepSpeed JSON",
-    "gradient_accumulation_steps": "gradient_accumulation_steps in the DeepSpeed JSON",
+    "use_peft": "--lora_r, or --peft_config with an adapter_config.json",
+    "use_lora": "--lora_r, or --peft_config with an adapter_config.json",
+    "lora_modules_to_save": "--peft_config with an adapter_config.json",
+    "lora_target_parameters": "--peft_config with an adapter_config.json",
+    "use_rslora": "--peft_config with an adapter_config.json",
+    "use_dora": "--peft_config with an adapter_config.json",
+    "adapter_name_or_path": "--adapter",
+    "per_device_eval_batch_size": "--per_device_train_batch_size, which is that of evaluations too",
     "bf16": "bf16 in the DeepSpeed JSON",
     "fp16": "fp16 in the DeepSpeed JSON",
     "torch_dtype": "bf16 or fp16 in the DeepSpeed JSON",
@@ -53,6 +53,20 @@ _FLAGS_OF_OTHERS: Mapping[str, str] = {
     "logging_steps": "nothing: every step is logged",
     "report_to": "nothing: metrics.jsonl and tensorboard/ are written",
 }
+
+
+def flag(default: Any, help: str, parse: Callable[[str], Any] | None = None, nargs: str | None = None) -> Any:
+    """A field of a class of flags; `parse` replaces the field's type as the reader of the flag's text.
+
+    Args:
+        nargs: as argparse has it, where a flag takes several words; the value is then a list of them.
+    """
+    metadata: dict[str, Any] = {"help": help}
+    if parse is not None:
+        metadata["parse"] = parse
+    if nargs is not None:
+        metadata["nargs"] = nargs
+    return field(default=default, metadata=metadata)
 
 
 def unknown_flag(word: str, names: Iterable[str]) -> ValueError:

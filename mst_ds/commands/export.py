@@ -24,6 +24,9 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("source", type=Path, help="Folder of a checkpoint, or output_dir of a run.")
     parser.add_argument("folder", type=Path, help="Where the model goes: a folder that is not there yet, or empty.")
+    parser.add_argument(
+        "--merge_adapter", action="store_true", help="Merge a run's adapters into the weights of its model."
+    )
     try:
         options = parser.parse_args(argv)
         folder = expanded(options.folder, "folder")
@@ -41,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
         # From here on imports take seconds.
         from mst_ds.checkpoint.export import export_checkpoint
 
-        export_checkpoint(checkpoint, folder)
+        export_checkpoint(checkpoint, folder, merge_adapter=options.merge_adapter)
     except REQUEST_ERRORS as error:
         return refuse("mst-export", error)
     print(f"step {checkpoint.step} of {checkpoint.folder} is the model in {folder}")

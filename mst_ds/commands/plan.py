@@ -12,13 +12,14 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mst_ds.adapter_flags import AdapterRequest
 from mst_ds.command_line.entry_point import REQUEST_ERRORS, console, refuse, run_command
 from mst_ds.command_line.flags import OneLineParser
-from mst_ds.config import DEFAULT_DS_CONFIG, DEFAULT_MODEL, GIB, parse_seq_len
+from mst_ds.config import DEFAULT_DS_CONFIG, DEFAULT_MODEL, GIB, TrainConfig, parse_seq_len
 from mst_ds.files.read_file import expanded
 from mst_ds.gpus import DEFAULT_GPU, gpu_by_name
 from mst_ds.model_shape import ModelShape, load_config_of_shape, load_model_shape, unknown_positions
@@ -38,6 +39,16 @@ from mst_ds.planner import (
 
 _MOST_BYTES = 2**60
 _MOST_RANKS = 2**17
+# Flags of a run on which its memory depends, and how their text is read.
+_OF_RUN: Mapping[str, Callable[[str], Any]] = {
+    "peft_config": os.path.expanduser,
+    "lora_r": int,
+    "lora_dropout": float,
+    "lora_target_modules": str,
+    "adapter": os.path.expanduser,
+    "per_device_train_batch_size": int,
+    "gradient_accumulation_steps": int,
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,9 +66,9 @@ def _parser() -> argparse.ArgumentParser:
         default=DEFAULT_DS_CONFIG,
         help="DeepSpeed JSON with an optional 'mst' block, or a shipped one's name.",
     )
-    parser.add_argument(
-        "--peft_config", help="adapter_config.json of peft, or its folder: only these adapters are trained."
-    )
+    for name, read in _OF_RUN.items():
+        metadata = TrainConfig.__dataclass_fields__[name].metadata
+        parser.add_argument(f"--{name}", type=read, nargs=metadata.get("nargs"), help=metadata["help"])
     parser.add_argument("--num_gpus", type=int, default=1, help="Ranks of a node, each with a GPU (default: 1).")
     parser.add_argument("--num_nodes", type=int, default=1, help="Nodes of the run (default: 1).")
     parser.add_argument("--gpu", help="Name that stands for a GPU's memory and rates: H100, H200, A100-80GB ...")
@@ -135,10 +146,10 @@ def _trace(options: argparse.Namespace, plan: Plan, capability: tuple[int, int] 
     """Bytes of activations on the device at the peak of each phase: by the formulas, and on fake tensors."""
     # What the libraries have to say must not mix with the result.
     with contextlib.redirect_stdout(sys.stderr):
-        from mst_ds.adapters import load_peft_config
+        from mst_ds.adapters import requested_config
         from mst_ds.memory.dry_run import dry_run, planned_activations
 
-        peft_config = load_peft_config(options.peft_config) if options.peft_config is not None else None
+        peft_config = requested_config(_train_config(options).adapters)
         planned = planned_activations(plan)
         measured = dry_run(load_config_of_shape(options.model), plan, peft_config, capability=capability)
     return {name: {"planned_bytes": planned[name], "dry_run_bytes": count} for name, count in measured.items()}
@@ -159,8 +170,9 @@ def _request(options: argparse.Namespace, *, num_nodes: int, sp_size: int | None
     device_memory = _bytes(options, "device_memory_gib")
     if device_memory is None and gpu is not None:
         device_memory = gpu.memory
+    train = _train_config(options)
     return read_request(
-        options.model if options.peft_config is None else _adapted_shape(options.model, options.peft_config),
+        options.model if train.adapters is None else _adapted_shape(options.model, train.adapters),
         options.ds_config,
         world_size=options.num_gpus * num_nodes,
         seq_len=seq_len,
@@ -170,16 +182,25 @@ def _request(options: argparse.Namespace, *, num_nodes: int, sp_size: int | None
         sp_size=sp_size,
         ranks_per_node=options.num_gpus,
         gpu=gpu or DEFAULT_GPU,
+        train=train,
     )
 
 
+def _train_config(options: argparse.Namespace) -> TrainConfig:
+    given = {name: getattr(options, name) for name in _OF_RUN if getattr(options, name) is not None}
+    config = TrainConfig(**given)
+    config.given = frozenset(given)
+    config.validate()
+    return config
+
+
 @functools.cache
-def _adapted_shape(model: str, path: str) -> ModelShape:
+def _adapted_shape(model: str, adapters: AdapterRequest) -> ModelShape:
     """The model's shape with adapters in it, which takes the seconds that torch, transformers and peft take to load."""
-    from mst_ds.adapters import load_peft_config, model_on_meta
+    from mst_ds.adapters import model_on_meta, requested_config
     from mst_ds.structure.trained import trained_shape
 
-    peft_config = load_peft_config(path)
+    peft_config = requested_config(adapters)
     return trained_shape(load_model_shape(model), model_on_meta(load_config_of_shape(model), peft_config)[0])
 
 

@@ -204,7 +204,7 @@ def _take_steps(job: _Job, interruption: Interruption) -> bool:
             after_step=saver.after_step,
         )
         if is_done:
-            export_run(engine, run.tokenizer, folder, source=config.model)
+            export_run(engine, run.tokenizer, folder, source=config.model, merge_adapter=config.merge_adapter)
             of_run = {
                 "device": device_name(engine.device),
                 "data": amounts,

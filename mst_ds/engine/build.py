@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch.distributed as dist
@@ -73,9 +73,11 @@ def _load_model(run: Run) -> tuple[nn.Module, list[KeptTensor]]:
     # transformers has loaded parameters require gradients, also those that the model's own code does not train.
     for name, own in plain.named_parameters():
         model.get_parameter(name).requires_grad_(own.requires_grad)
-    trained: nn.Module = model if run.peft_config is None else add_adapters(model, run.peft_config)
+    trained: Any = model if run.peft_config is None else add_adapters(model, run.peft_config)
     del zero3
     run.layout.require_same(ModelLayout.of(trained))
+    if run.adapter is not None:
+        run.adapter.load_into(trained)
     return trained.train(), kept
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedConfig
 
-from mst_ds.adapters import load_peft_config, model_on_meta
+from mst_ds.adapters import model_on_meta, requested_config, require_mergeable
 from mst_ds.checkpoint import Identity
 from mst_ds.config import AUTO, TrainConfig
 from mst_ds.data import load_tokenizer
@@ -18,7 +18,7 @@ from mst_ds.engine.launch import Launch
 from mst_ds.engine.resume import find_checkpoint
 from mst_ds.engine.run import Run
 from mst_ds.kept_in_fp32 import kept_in_fp32, require_no_adapters_on
-from mst_ds.model_folder import ModelLayout, Weights, find_weights, require_match
+from mst_ds.model_folder import ModelLayout, SavedAdapter, Weights, find_adapter, find_weights, require_match
 from mst_ds.model_shape import (
     ModelShape,
     load_model_config,
@@ -35,7 +35,7 @@ from mst_ds.structure.trained import trained_shape
 from mst_ds.zero import DsConfig, ResolvedConfig, fill_steps, has_block, kept_blocks, read_resolved
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
 
@@ -52,14 +52,15 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
         scale_rope(model_config, parse_rope_scaling(config.rope_scaling))
     shape = ModelShape.from_config(model_config)
     resolved = _resolved(config, launch, shape)
-    peft_config = None if config.peft_config is None else load_peft_config(config.peft_config)
+    peft_config = requested_config(config.adapters)
     model, adapted = model_on_meta(model_config, peft_config)
     request = _request(config, launch, trained_shape(shape, model), resolved)
     plan = plan_of_request(request)
-    _require_trainable(config, plan, model_config, model, adapted)
+    _require_trainable(config, plan, model_config, peft_config, model, adapted)
     own_attention = _own_attention(config, plan, model)
     weights, notes = _weights(config, model, DTYPES[plan.dtype])
-    beyond = unknown_positions(shape, config.seq_len)
+    adapter = _adapter(config, adapted)
+    more_notes = (adapter.note(config.model) if adapter else None, unknown_positions(shape, config.seq_len))
     tokenizer = load_tokenizer(config, model_config)
     identity = Identity.of(
         model_config,
@@ -83,7 +84,8 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
         model_class=type(model),
         layout=ModelLayout.of(adapted),
         weights=weights,
-        notes=notes if beyond is None else (*notes, beyond),
+        adapter=adapter,
+        notes=(*notes, *(note for note in more_notes if note is not None)),
         plan=plan,
         request=request,
         tokenizer=tokenizer,
@@ -129,6 +131,7 @@ def _require_trainable(
     config: TrainConfig,
     plan: Plan,
     model_config: PreTrainedConfig,
+    peft_config: PeftConfig | None,
     model: PreTrainedModel,
     adapted: PreTrainedModel | PeftModel,
 ) -> None:
@@ -136,11 +139,13 @@ def _require_trainable(
 
     Raises:
         ValueError: DeepSpeed computes it wrong, the model has fewer positions or is built in another way than the
-            patches know, or adapters are where transformers keeps fp32.
+            patches know, or adapters are where transformers keeps fp32 or cannot be merged as was asked for.
     """
     _require_right_training(plan)
     require_positions(position_table(model), config.seq_len)
     find_parts(adapted, plan.settings)
+    if config.merge_adapter and peft_config is not None:
+        require_mergeable(model_config, peft_config)
     if adapted is not model:
         # Adapters change names: those of `model` are no longer the ones that transformers matches.
         plain = model_on_meta(model_config, None)[0]
@@ -186,6 +191,19 @@ def _weights(config: TrainConfig, model: PreTrainedModel, dtype: torch.dtype) ->
     if config.new_lm_head:
         raise ValueError(f"new_lm_head is true, but model {config.model!r} has no weights; allowed: no --new_lm_head")
     return None, (f"model {config.model!r} has no weights: it starts from random ones",)
+
+
+def _adapter(config: TrainConfig, adapted: Any) -> SavedAdapter | None:
+    """The trained adapter that the run goes on with.
+
+    Raises:
+        ValueError: a file of it is missing or damaged, or it is not one of this model.
+    """
+    if config.adapter is None:
+        return None
+    adapter = find_adapter(config.adapter)
+    adapter.require_match(adapted)
+    return adapter
 
 
 def _kept_settings(config: TrainConfig, plan: Plan, ds_config: DsConfig) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from mst_ds.data import EvalLoader, Loading, ShardedLoader, TrainingData
 from mst_ds.dtypes import DTYPES
 from mst_ds.engine.hardware import has_accelerator
 from mst_ds.engine.launch import Launch
-from mst_ds.model_folder import ModelLayout, Weights
+from mst_ds.model_folder import ModelLayout, SavedAdapter, Weights
 from mst_ds.planner import Plan, Request
 from mst_ds.zero import DsConfig
 
@@ -29,8 +29,9 @@ class Run:
 
     `ds_config` is what DeepSpeed gets: every "auto" filled in, without the "mst" block. `request` is what `plan` was
     made of. `own_attention` is the implementation that transformers loads the model with; None leaves that to
-    transformers. `weights` is None where they start from random ones; `layout` is of the model that was checked, and
-    `notes` what a user should know of what is loaded. `checkpoint` is what the run goes on from.
+    transformers. `weights` is None where they start from random ones, `adapter` where adapters are new ones or there
+    are none; `layout` is of the model that was checked, and `notes` what a user should know of what is loaded.
+    `checkpoint` is what the run goes on from.
     """
 
     config: TrainConfig
@@ -42,6 +43,7 @@ class Run:
     model_class: type[PreTrainedModel]
     layout: ModelLayout
     weights: Weights | None
+    adapter: SavedAdapter | None
     notes: tuple[str, ...]
     plan: Plan
     request: Request

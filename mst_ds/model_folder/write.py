@@ -69,8 +69,12 @@ def write_files_of(model: Any, tokenizer: PreTrainedTokenizerBase, source: str, 
         source: folder or Hugging Face id that the model was loaded from; one that has no such files will do.
     """
     tokenizer.save_pretrained(folder)
-    if getattr(model, "peft_config", None):
-        return
+    if not getattr(model, "peft_config", None):
+        copy_files_of(source, folder)
+
+
+def copy_files_of(source: str, folder: Path) -> None:
+    """What `source` has beside config, weights and tokenizer, see `write_files_of`."""
     for name in _OF_SOURCE:
         file = _file_of(source, name)
         if file is not None:

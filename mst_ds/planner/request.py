@@ -73,6 +73,7 @@ def read_request(
     rank: int = 0,
     ranks_per_node: int | None = None,
     gpu: Gpu | None = None,
+    train: TrainConfig | None = None,
 ) -> Request:
     """Understands the arguments of `make_plan`.
 
@@ -88,7 +89,7 @@ def read_request(
     shape = _shape(model_config)
     config = read_resolved(
         ds_config,
-        train=TrainConfig(),  # fills rates only, which take no memory
+        train=train or TrainConfig(),
         hidden_size=shape.hidden_size,
         num_attention_heads=shape.num_attention_heads,
         world_size=world_size,

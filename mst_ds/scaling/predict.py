@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
+from mst_ds.adapter_flags import AdapterRequest
 from mst_ds.config import GIB
 from mst_ds.model_shape import ModelShape, flops_per_token, load_model_shape
-from mst_ds.planner import DEFAULT_RESERVE, Gpu, Plan, make_plan
+from mst_ds.planner import DEFAULT_RESERVE, Gpu, Plan, plan_of_request, read_request
 from mst_ds.scaling.result import DONE, OUT_OF_MEMORY, PREDICTED, REFUSED, Result, write_result
 from mst_ds.scaling.runner import point_result
 from mst_ds.scaling.sweep import Point, Sweep
@@ -32,11 +33,11 @@ def predict_sweep(sweep: Sweep, output_dir: Path, gpu: Gpu, host_memory: int | N
 
 def _predict(sweep: Sweep, point: Point, gpu: Gpu, host_memory: int | None) -> Result:
     config = sweep.train_config(point)
-    shape = _shape(config.model, config.peft_config)
+    shape = _shape(config.model, config.adapters)
     source = f"predicted for {gpu.name}"
     request = {"train": sweep.flags(point), "ds_config": sweep.ds_config(point)}
     try:
-        plan = make_plan(
+        planned = read_request(
             shape,
             request["ds_config"],
             world_size=point.world_size,
@@ -46,7 +47,9 @@ def _predict(sweep: Sweep, point: Point, gpu: Gpu, host_memory: int | None) -> R
             host_memory=None if host_memory is None else host_memory // point.num_gpus,
             ranks_per_node=point.num_gpus,
             gpu=gpu,
+            train=config,
         )
+        plan = plan_of_request(planned)
     except ValueError as error:
         return point_result(point, source=source, status=REFUSED, error=str(error), request=request)
     seconds = plan.predicted_step_seconds if plan.fits else None
@@ -66,15 +69,15 @@ def _predict(sweep: Sweep, point: Point, gpu: Gpu, host_memory: int | None) -> R
 
 
 @functools.cache
-def _shape(model: str, peft_config: str | None) -> ModelShape:
-    if peft_config is None:
+def _shape(model: str, adapters: AdapterRequest | None) -> ModelShape:
+    if adapters is None:
         return load_model_shape(model)
     # torch, transformers and peft, which take seconds to load.
-    from mst_ds.adapters import load_peft_config, model_on_meta
+    from mst_ds.adapters import model_on_meta, requested_config
     from mst_ds.model_shape import load_config_of_shape
     from mst_ds.structure.trained import trained_shape
 
-    on_meta, _ = model_on_meta(load_config_of_shape(model), load_peft_config(peft_config))
+    on_meta, _ = model_on_meta(load_config_of_shape(model), requested_config(adapters))
     return trained_shape(load_model_shape(model), on_meta)
 
 

@@ -15,7 +15,7 @@ from mst_ds.files.shipped import existing_or_shipped_file
 from mst_ds.settings import MstConfig
 from mst_ds.topology import choose_sp_size
 from mst_ds.zero.checks import ACCUMULATION, MICRO_BATCH, MST, TRAIN_BATCH, ZERO, block, check, stage
-from mst_ds.zero.owners import require_agreement
+from mst_ds.zero.owners import BATCH_FLAGS, require_agreement
 
 OffloadDevice: TypeAlias = Literal["none", "cpu", "nvme"]
 DsConfig: TypeAlias = dict[str, Any]
@@ -177,9 +177,9 @@ def resolve(
     resolved = copy.deepcopy(dict(ds_config))
     # DeepSpeed has a default of its own, which no flag would reach.
     resolved.setdefault("gradient_clipping", AUTO)
-    for key in (MICRO_BATCH, ACCUMULATION):
+    for key, name in BATCH_FLAGS.items():
         if resolved.get(key, AUTO) == AUTO:
-            resolved[key] = 1
+            resolved[key] = getattr(train, name) or 1
     _check_train_batch(resolved.pop(TRAIN_BATCH, AUTO), resolved[MICRO_BATCH], resolved[ACCUMULATION], dp_size)
     for path, value in _auto_values(resolved, train, hidden_size, has_accelerator).items():
         _fill(resolved, path, value)

@@ -6,7 +6,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 from mst_ds.config import AUTO, TrainConfig
-from mst_ds.zero.checks import block
+from mst_ds.zero.checks import ACCUMULATION, MICRO_BATCH, block
+
+# The flags that fill in batch sizes of the JSON, by their keys.
+BATCH_FLAGS: Mapping[str, str] = {
+    MICRO_BATCH: "per_device_train_batch_size",
+    ACCUMULATION: "gradient_accumulation_steps",
+}
 
 # The flags whose values an optimizer of the JSON has in place of them, by the names of its parameters.
 _OF_OPTIMIZER: Mapping[str, tuple[str, ...]] = {
@@ -43,6 +49,8 @@ def require_agreement(ds_config: Mapping[str, Any], train: TrainConfig) -> None:
 
 def _claims(ds_config: Mapping[str, Any], train: TrainConfig) -> Iterator[tuple[str, Any, str, Any]]:
     """A flag, its value, and what the JSON has in place of it: where, and what, which is None where it is left out."""
+    for key, name in BATCH_FLAGS.items():
+        yield name, getattr(train, name), key, ds_config.get(key, AUTO)
     if "optimizer" in ds_config:
         params = block(block(ds_config, "optimizer"), "params")
         for key, names in _OF_OPTIMIZER.items():

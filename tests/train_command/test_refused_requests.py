@@ -43,11 +43,11 @@ def test_flags(flags: list[str], says: list[str], refused: Callable[..., str]) -
         (("--sqe_len", "5"), "unknown flag '--sqe_len'; nearest: '--seq_len'"),
         (
             ("--use_peft", "true"),
-            "unknown flag '--use_peft'; here it is --peft_config with an adapter_config.json; --help",
+            "unknown flag '--use_peft'; here it is --lora_r, or --peft_config with an adapter_config.json; --help",
         ),
         (
-            ("--per-device-train-batch-size=2",),
-            "here it is train_micro_batch_size_per_gpu in the DeepSpeed JSON; --help",
+            ("--per-device-eval-batch-size=2",),
+            "here it is --per_device_train_batch_size, which is that of evaluations too; --help",
         ),
         (("--bananas", "1"), "unknown flag '--bananas'; --help lists the flags"),
         (("--learning_rate", "inf"), "learning_rate is inf; allowed: a number > 0 and at most 1000"),

@@ -84,6 +84,26 @@ def test_the_same_number_and_auto_are_one_owner() -> None:
     assert resolved(auto, *flags)["optimizer"]["params"] == {"lr": 0.001, "betas": [0.8, TrainConfig().adam_beta2]}
 
 
+@pytest.mark.parametrize(
+    ("flag", "key"),
+    [
+        ("per_device_train_batch_size", "train_micro_batch_size_per_gpu"),
+        ("gradient_accumulation_steps", "gradient_accumulation_steps"),
+    ],
+)
+def test_a_batch_size_by_a_flag(flag: str, key: str) -> None:
+    for ds_config in ({}, {key: "auto"}, {key: 3}, {key: "auto", "train_batch_size": 3}):
+        assert resolved(ds_config, f"--{flag}=3")[key] == 3
+    assert resolved({})[key] == 1
+    for ds_config, says in (
+        ({key: 2}, f"{flag} is 3 by the flag, but {key} of"),
+        ({"train_batch_size": 4}, "is 4; all"),
+    ):
+        with pytest.raises(ValueError, match=says) as error:
+            resolved(ds_config, f"--{flag}=3")
+        assert "\n" not in str(error.value)
+
+
 def test_a_json_without_clipping_leaves_it_to_the_flag() -> None:
     assert resolved({}, "--max_grad_norm", "3")["gradient_clipping"] == 3
     assert resolved({"gradient_clipping": 0})["gradient_clipping"] == 0
