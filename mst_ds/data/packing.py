@@ -94,7 +94,8 @@ class PackedDataset(torch.utils.data.Dataset[Batch]):
         max_samples: samples after this many are left out; default: none.
 
     Raises:
-        ValueError: no document has two tokens, or, where documents are cut together, all have fewer than `seq_len`.
+        ValueError: no document has two tokens, nothing is learned in any sample, or, where documents are cut together,
+            all have fewer tokens than `seq_len`.
     """
 
     def __init__(
@@ -129,6 +130,11 @@ class PackedDataset(torch.utils.data.Dataset[Batch]):
         samples: Sequence[int] = range(len(self._layout))
         if self._has_learned and too_long == "split":
             samples = [each for each in samples if self._learned(self._layout.part(each)).any()]
+        if not samples:
+            raise ValueError(
+                f"no sample of {seq_len} tokens has one that is learned and not the first of its part of a document; "
+                "allowed: a longer seq_len, or --too_long truncate"
+            )
         self._samples = samples[:max_samples]
 
     def _require_a_sample(self) -> None:

@@ -100,6 +100,13 @@ def test_what_is_not_trained_as_it_is_is_counted_in_one_line(too_long: TooLong) 
     assert fitting_documents(rows(".x", ".x")[0], 5, too_long).note(5, too_long) is None
 
 
+def test_learned_tokens_that_all_begin_a_part_are_refused() -> None:
+    """What is learned of a document is the first token after each cut, which nothing predicts there."""
+    tokens, _ = rows("....x...x")
+    with pytest.raises(ValueError, match="no sample of 4 tokens has one that is learned and not the first of its part"):
+        PackedDataset(tokens, 4, PAD, too_long="split")
+
+
 def test_dataset_of_which_nothing_is_learned_is_refused() -> None:
     tokens, _ = rows("x..", "......x")
     said = (
