@@ -40,9 +40,18 @@ class ChatTemplate:
         """All of the chat.
 
         Raises:
-            ValueError: the template refuses it, or fails.
+            ValueError: the template refuses it, or fails, or leaves a message out.
         """
-        return self._render(chat.messages, chat.tools, where)[0]
+        text = self._render(chat.messages, chat.tools, where)[0]
+        for number, message in enumerate(chat.messages, 1):
+            # Reasoning at the beginning may be left out, and white space, but not the end.
+            last_word = re.findall(r"\w+", message.get("content") or "")[-1:]
+            if last_word and last_word[0] not in text:
+                raise ValueError(
+                    f"the chat template does not write message {number} of {where}, as one does that takes lists of "
+                    "texts and pictures; allowed: --chat_template_path with a template that takes texts"
+                )
+        return text
 
     def spans(self, chat: Chat, text: str, loss_on: LossOn, where: str) -> list[Span]:
         """The characters of `text`, the chat's own, that are learned.
@@ -98,7 +107,8 @@ class ChatTemplate:
         if not answered.startswith(prompt):
             raise ValueError(
                 f"the chat template writes {this} otherwise than as an answer to the messages before it, which end "
-                f"with {prompt[-40:]!r} there; allowed: a template that marks answers by {{% generation %}}"
+                f"with {prompt[-40:]!r} there; allowed: --chat_template_path with a template that marks answers by "
+                "{% generation %}"
             )
         if not text.startswith(answered):
             raise ValueError(
