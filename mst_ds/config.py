@@ -335,6 +335,9 @@ def parse_train_config(argv: Sequence[str]) -> TrainConfig:
             parse = kwargs.pop("parse", None)
             if parse is not None:
                 kwargs["type"] = _argument_type(parse)
+            if kwargs.get("nargs") == "+":
+                # transformers leaves out the default of a flag that may be a list, where it is none.
+                kwargs.setdefault("default", getattr(TrainConfig, names[0].lstrip("-")))
             return super().add_argument(*names, **kwargs)
 
     def parse_flags(flags: Sequence[str]) -> TrainConfig:

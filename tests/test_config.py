@@ -50,6 +50,10 @@ def test_every_flag_has_help_and_reaches_the_config():
             assert str(getattr(config, field.name)) == changed[field.name]
 
 
+def test_without_flags_all_is_as_the_class_has_it():
+    assert parse_train_config([]) == TrainConfig()
+
+
 def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("seq_len: 128K\nlearning_rate: 1e-4\nmax_steps: 30\ntokenizer:\n")
