@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from distributed import run_ranks
 from garbage import without_collector
 from planned import HIDDEN, INTERMEDIATE, MODEL, PARAMETERS, VOCAB, bytes_of, plan_of
@@ -72,6 +73,7 @@ def _most_after_backward(*, gradient_accumulation_steps: int = 1, **more: Any) -
 
     def report(optimizer: Any, moment: str, elements: int) -> None:
         if moment == "In ipg_epilogue after reduce_ipg_grads":  # none is freed yet
+            dist.barrier()  # a thread of gloo's may hold the last gradient that was reduced
             gc.collect()  # what a backward has left in circles
             found.append(memory.live)
 
@@ -103,8 +105,8 @@ def test_what_is_there_after_a_backward_and_in_a_step_is_planned() -> None:
     for name, case in CASES.items():
         terms = bytes_of(plan_of(2, world_size=2, **case), "backward")
         planned = sum(terms.get(each, 0) for each in names)
-        # Beside loss, norms and the like. Both ranks hold as much; now and then one of them has more, by chance.
-        assert min(each[name] for each, _ in measured) == pytest.approx(planned, abs=1000), name
+        # Loss, norms and the like.
+        assert max(each[name] for each, _ in measured) == pytest.approx(planned, abs=1000), name
     for stage, names in STEPS.items():
         terms = bytes_of(plan_of(stage, world_size=2), "optimizer_step")
         planned = sum(terms[each] for each in names)
