@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import tempfile
 import warnings
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from left_behind import nothing_left_behind
 from tiny import tiny_llama
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
@@ -112,8 +112,6 @@ def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
 
 def arguments(kind: str, **changed: Any) -> TrainingArguments:
-    # Of an earlier trainer in this process that had DeepSpeed.
-    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     settings: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(),
         "max_steps": 4,
@@ -173,6 +171,7 @@ def curve(kind: str, data: str, **settings: Any) -> dict[str, list[float]]:
     return {name: [record[name] for record in trainer.state.log_history if name in record] for name in names}
 
 
+@nothing_left_behind()
 def curve_of_rank(rank: int, kind: str, data: str, settings: Mapping[str, Any]) -> dict[str, list[float]]:
     return curve(kind, data, **settings)
 
