@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_ranks
-from left_behind import nothing_left_behind
 from small_trainings import SHARDED, ZERO_3, assert_same, collate, curve, curve_of_rank, make_trainer
 
 WHOLE = {"trainer": ("trainer", "tokens"), "sft": ("sft", "text")}
@@ -34,7 +33,6 @@ def test_as_unsharded(name: str) -> None:
     assert_as_unsharded(*WHOLE[name], given={"mst": SHARDED})
 
 
-@nothing_left_behind()
 def other_batches(rank: int) -> None:
     def of_rank(rows: list[dict[str, Any]]) -> Any:
         batch = collate(rows)
@@ -74,7 +72,6 @@ def test_batches_of_sfttrainer(name: str) -> None:
     assert_as_unsharded("sft", data, given={"mst": SHARDED}, **changed)
 
 
-@nothing_left_behind()
 def by_length(rank: int) -> float:
     trainer = make_trainer(
         "trainer", "tokens", given={"mst": SHARDED}, train_sampling_strategy="group_by_length", max_steps=2
