@@ -1,7 +1,7 @@
 """What the user asked for: the flags of a training run.
 
-`TrainConfig` is the only list of flags, with those of `adapter_flags`; the parser, the defaults, the help text and the
-YAML keys are all read from its fields.
+`TrainConfig` is the only list of flags, with those of `adapter_flags` and `objective_flags`; the parser, the defaults,
+the help text and the YAML keys are all read from its fields.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from mst_ds.adapter_flags import AdapterFlags
 from mst_ds.command_line.flags import OneLineParser, flag, unknown_flag
 from mst_ds.files.read_file import existing_file, expanded, read_yaml
 from mst_ds.files.shipped import shipped_folder
+from mst_ds.objective_flags import ObjectiveFlags
 
 GIB = 2**30
 DEFAULT_MODEL = "small_llama"
@@ -114,7 +115,7 @@ def parse_seq_len(text: str) -> int:
 
 @dataclass
 class _RunFlags:
-    """All flags but those of adapters, in the order of the help."""
+    """All flags but those of adapters and of objectives, in the order of the help."""
 
     config: str | None = flag(
         None, "YAML file with values for any of these flags; a flag given beside it wins.", os.path.expanduser
@@ -179,7 +180,9 @@ class _RunFlags:
     num_train_epochs: float | None = flag(
         None, "In place of max_steps: how often the run goes through its samples, a fraction too."
     )
-    learning_rate: float | None = flag(None, "Peak learning rate of AdamW; default: 4e-3 for small_llama, else 2e-5.")
+    learning_rate: float | None = flag(
+        None, "Peak learning rate of AdamW; default: 2e-5, for small_llama 4e-3, for preferences 1e-6."
+    )
     lr_scheduler_type: str = flag("cosine", "Name of a transformers schedule, such as cosine, linear, constant.")
     warmup_steps: int | None = flag(
         None, "Optimizer steps over which the learning rate rises from 0; default: a tenth of the run's."
@@ -211,7 +214,7 @@ class _RunFlags:
 
 
 @dataclass
-class TrainConfig(AdapterFlags, _RunFlags):
+class TrainConfig(AdapterFlags, ObjectiveFlags, _RunFlags):
     """The flags of a training run. Lengths are in tokens, `weight_decay` and the rates as AdamW has them."""
 
     def __post_init__(self) -> None:
@@ -226,6 +229,16 @@ class TrainConfig(AdapterFlags, _RunFlags):
         return copy
 
     @property
+    def sample_len(self) -> int:
+        """Tokens in a sample: what a step works through at once."""
+        return self.seq_len * self.sequences_per_sample
+
+    @property
+    def has_documents(self) -> bool:
+        """Whether several documents may lie in a sample."""
+        return self.packing == "documents" or self.sequences_per_sample > 1
+
+    @property
     def dataset_name(self) -> str:
         return self.dataset if isinstance(self.dataset, str) else " ".join(self.dataset)
 
@@ -234,6 +247,8 @@ class TrainConfig(AdapterFlags, _RunFlags):
         """The user's, or a default: what a model of half a million parameters needs would ruin a pretrained one."""
         if self.learning_rate is not None:
             return self.learning_rate
+        if self.is_preference:
+            return 1e-6  # as TRL has it
         return 4e-3 if self.model == DEFAULT_MODEL else 2e-5
 
     @property
@@ -251,6 +266,7 @@ class TrainConfig(AdapterFlags, _RunFlags):
             value = getattr(self, name)
             _require(value is None or least <= value <= most, name, value, allowed)
         self.check_adapters()
+        self.check_objective(self.given, too_long=self.too_long, loss_on=self.loss_on)
         _require(
             0 < self.peak_learning_rate <= MOST_RATE,
             "learning_rate",
@@ -265,15 +281,10 @@ class TrainConfig(AdapterFlags, _RunFlags):
                 self.eval_samples,
                 "at least 1 where eval_steps is not 0",
             )
-        choices = {"packing": Packing, "loss_on": LossOn, "non_finite": NonFinite}
+        choices = {"packing": Packing, "loss_on": LossOn, "too_long": TooLong, "non_finite": NonFinite}
         for name, words in {name: get_args(choice) for name, choice in choices.items()}.items():
-            _require(getattr(self, name) in words, name, getattr(self, name), " or ".join(words))
-        _require(
-            self.too_long is None or self.too_long in get_args(TooLong),
-            "too_long",
-            self.too_long,
-            " or ".join(get_args(TooLong)),
-        )
+            value = getattr(self, name)
+            _require(value in words or (name == "too_long" and value is None), name, value, " or ".join(words))
         if self.resume == AUTO and self.output_dir is None:
             raise ValueError("resume is 'auto', but no output_dir says where to look; allowed: give --output_dir too")
         if self.resume not in (None, AUTO) and not expanded(str(self.resume), "resume").is_dir():

@@ -173,10 +173,13 @@ def _train(job: _Job) -> int:
 
 def _take_steps(job: _Job, interruption: Interruption) -> bool:
     """Returns whether the last step was reached; then the model is written, too."""
+    from mst_ds.checkpoint import load_checkpoint
     from mst_ds.checkpoint.export import export_run
     from mst_ds.engine import build_engine
     from mst_ds.metrics import device_name
+    from mst_ds.sequence_parallel import new_sequence_group
     from mst_ds.training.loop import train
+    from mst_ds.training.objective import objective_of
 
     run, folder = job.run, job.folder
     config, plan = run.config, run.plan
@@ -188,7 +191,11 @@ def _take_steps(job: _Job, interruption: Interruption) -> bool:
     for loader in (job.batches, job.held_out):
         if loader is not None:
             loader.start_workers()
-    engine = build_engine(run)
+    group = new_sequence_group(plan.sp_size)
+    engine = build_engine(run, group)
+    objective = objective_of(engine, run, job.data, group, folder)
+    if run.checkpoint is not None:
+        load_checkpoint(engine, run.checkpoint, seed=config.seed)
     saver = _saver(job, engine, interruption)
     with _metrics(run, folder, engine.device) as metrics:
         is_done = train(
@@ -200,6 +207,7 @@ def _take_steps(job: _Job, interruption: Interruption) -> bool:
             steps_done=run.steps_done,
             eval_steps=config.eval_steps,
             held_out=job.held_out,
+            objective=objective,
             non_finite=config.non_finite,
             after_step=saver.after_step,
         )

@@ -11,6 +11,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from mst_ds.config import TooLong
+from mst_ds.data.groups import documents_of, groups_of, name_of
 from mst_ds.data.tokenising import LEARNED
 from mst_ds.rows.kinds import INPUT_IDS
 
@@ -19,16 +20,17 @@ _DONE = {"split": "split", "truncate": "truncated", "drop": "left out"}
 
 @dataclass(frozen=True)
 class Fitting:
-    """rows: row numbers of the documents that are trained on, ascending. num_documents: of all that there are.
+    """rows: row numbers of the documents that are trained on, ascending. num_groups: of all documents or pairs.
 
     num_too_long: those longer than a sequence, but for texts that are split. num_unlearned: those of which nothing is
-    learned, not counting what is left out because it is too long.
+    learned, or of a pair of one answer, not counting what is left out because it is too long. group: documents of one.
     """
 
     rows: NDArray[np.int64]
-    num_documents: int
+    num_groups: int
     num_too_long: int
     num_unlearned: int
+    group: int = 1
 
     def note(self, seq_len: int, too_long: TooLong) -> str | None:
         """One line for people, of what is not trained as it stands in the dataset; None where all is."""
@@ -38,17 +40,18 @@ class Fitting:
         if self.num_unlearned:
             within = " within that length" if too_long == "truncate" else ""
             parts.append(f"{self.num_unlearned:,} have nothing to learn{within} and are left out")
-        return f"data: of {self.num_documents:,} documents {'; '.join(parts)}" if parts else None
+        return f"data: of {self.num_groups:,} {name_of(self.group)} {'; '.join(parts)}" if parts else None
 
 
 def fitting_documents(
-    tokens: Dataset, seq_len: int, too_long: TooLong, rows: NDArray[np.int64] | None = None
+    tokens: Dataset, seq_len: int, too_long: TooLong, rows: NDArray[np.int64] | None = None, group: int = 1
 ) -> Fitting:
     """Choose the documents to train on. A document's first token is never learned: nothing predicts it.
 
     Args:
         tokens: the result of `tokenise`.
-        rows: row numbers of the documents to choose from; default: all.
+        rows: row numbers of the documents to choose from, of whole groups; default: all.
+        group: documents that stay together, of which all are trained on or none.
 
     Raises:
         ValueError: nothing is learned of any document.
@@ -56,24 +59,26 @@ def fitting_documents(
     lengths = tokens_of_documents(tokens)
     is_there = np.full(len(lengths), rows is None)
     is_there[slice(0) if rows is None else rows] = True
-    num_documents = int(is_there.sum())
-    is_long = is_there & (lengths > seq_len)
-    fits = is_there & ~is_long if too_long == "drop" else is_there
     has_learned = LEARNED in tokens.column_names
     if has_learned:
         is_learned = learned_of_documents(tokens, None if too_long == "split" else seq_len) > 0
     else:
         # Texts that have nothing to predict are not worth a word: they are empty lines.
         is_learned = np.ones(len(lengths), dtype=bool)
-    chosen = np.flatnonzero(fits & is_learned)
-    if num_documents and not len(chosen):
+    groups_there, groups_learned = (groups_of(each, group).all(axis=1) for each in (is_there, is_learned))
+    is_long = groups_there & groups_of(lengths > seq_len, group).any(axis=1)
+    fits = groups_there & ~is_long if too_long == "drop" else groups_there
+    chosen = np.flatnonzero(fits & groups_learned)
+    num_groups = int(groups_there.sum())
+    if num_groups and not len(chosen):
         raise ValueError(
-            f"nothing is learned of the {num_documents} document(s) of the dataset, {int(is_long.sum())} of which are "
-            f"longer than seq_len, {seq_len}, and {_DONE[too_long]}; allowed: answers of an assistant, completions or "
-            "labels within seq_len, or too_long 'split'"
+            f"nothing is learned of the {num_groups} {name_of(group)} of the dataset, {int(is_long.sum())} of which "
+            f"are longer than seq_len, {seq_len}, and {_DONE[too_long]}; allowed: answers of an assistant, completions "
+            "or labels within seq_len, or too_long 'split'"
         )
     num_too_long = int(is_long.sum()) if has_learned or too_long != "split" else 0
-    return Fitting(chosen, num_documents, num_too_long, int((fits & ~is_learned).sum()))
+    num_unlearned = int((fits & ~groups_learned).sum())
+    return Fitting(documents_of(chosen, group), num_groups, num_too_long, num_unlearned, group)
 
 
 def tokens_of_documents(tokens: Dataset) -> NDArray[np.int64]:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from mst_ds.config import Packing
 from mst_ds.data.bins import first_fit_decreasing
+from mst_ds.data.groups import documents_of, groups_of
 
 
 class Part(NamedTuple):
@@ -64,19 +65,24 @@ class CutRuns:
 
 
 class WholeDocuments:
-    """Whole documents: as many to a sample as have room, or with packing "none" one.
+    """Whole documents: as many to a sample as have room, or with packing "none" one; of those that stay together all.
 
     Args:
-        lengths: of the documents, in tokens, none above `seq_len`; those below 2 are left out, having nothing to learn.
+        lengths: of the documents, in tokens; those below 2 are left out, having nothing to learn.
+        seq_len: tokens in a sample, no less than a group of documents has.
+        group: documents that stay together.
     """
 
-    def __init__(self, lengths: NDArray[np.int64], seq_len: int, packing: Packing) -> None:
+    def __init__(self, lengths: NDArray[np.int64], seq_len: int, packing: Packing, group: int = 1) -> None:
         self._lengths = lengths
-        used = np.flatnonzero(lengths > 1)
-        if packing == "none":
-            self._samples = [np.array([document]) for document in used]
-        else:
-            self._samples = [used[each] for each in first_fit_decreasing(lengths[used], seq_len)]
+        of_groups = groups_of(lengths, group)
+        used = np.flatnonzero((of_groups > 1).all(axis=1))
+        bins = (
+            np.arange(len(used))[:, None]
+            if packing == "none"
+            else first_fit_decreasing(of_groups.sum(axis=1)[used], seq_len)
+        )
+        self._samples = [documents_of(used[each], group) for each in bins]
 
     def __len__(self) -> int:
         return len(self._samples)

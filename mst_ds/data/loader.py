@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from mst_ds.config import IGNORE_INDEX
 from mst_ds.data.order import SampleOrder
 from mst_ds.data.packing import PackedDataset
-from mst_ds.data.sharding import Batch, shard
+from mst_ds.data.sharding import DOCUMENTS, Batch, shard
 from mst_ds.topology import Topology
 
 _PR_SET_PDEATHSIG = 1
@@ -68,7 +68,10 @@ class _Shards(torch.utils.data.Dataset[Batch]):
     def __getitem__(self, start: int) -> Batch:
         first = start + self.topology.dp_rank * self.micro_batch_size
         samples = [self.sample(first + offset) for offset in range(self.micro_batch_size)]
-        return shard(_stack(samples), self.topology, self.dataset.pad_id, layer_chunks=self.layer_chunks)
+        # Samples differ in how many there are, and every rank of a sequence group needs them all.
+        documents = [sample.pop(DOCUMENTS) for sample in samples if DOCUMENTS in sample]
+        batch = shard(_stack(samples), self.topology, self.dataset.pad_id, layer_chunks=self.layer_chunks)
+        return batch | {DOCUMENTS: torch.cat(documents)} if documents else batch
 
 
 class ShardedLoader(Iterator[Batch]):
@@ -153,7 +156,7 @@ class ShardedLoader(Iterator[Batch]):
         """
         here = self.dataset.fingerprint
         # What text that is split has no need of stands only in the fingerprints of others.
-        names = [*here, *(name for name in ("too_long", "num_learned") if name in state and name not in here)]
+        names = [*here, *(name for name in ("too_long", "num_learned", "group") if name in state and name not in here)]
         differing = [name for name in names if state.get(name) != here.get(name)]
         if differing:
             saved, own = (
@@ -210,12 +213,13 @@ def _sample_or_padding(dataset: PackedDataset, number: int) -> Batch:
 
 
 def _ignored_sample(dataset: PackedDataset) -> Batch:
-    return {
+    sample = {
         "input_ids": torch.full((dataset.seq_len,), dataset.pad_id),
         "labels": torch.full((dataset.seq_len,), IGNORE_INDEX),
         "position_ids": torch.arange(dataset.seq_len),
         "attention_mask": torch.zeros(dataset.seq_len, dtype=torch.int64),
     }
+    return sample if dataset.group == 1 else sample | {DOCUMENTS: torch.zeros(0, dtype=torch.int64)}
 
 
 def _sample(dataset: PackedDataset, order: SampleOrder, position: int) -> Batch:

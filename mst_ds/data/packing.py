@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -14,9 +15,10 @@ from torch.nn.functional import pad
 
 from mst_ds.config import IGNORE_INDEX, Packing, TooLong
 from mst_ds.data.fitting import fitting_documents, learned_of_documents, tokens_of_documents
+from mst_ds.data.groups import documents_of, groups_of, name_of
 from mst_ds.data.layouts import CutRuns, Layout, Part, WholeDocuments, samples_per_run
 from mst_ds.data.order import permutation
-from mst_ds.data.sharding import Batch
+from mst_ds.data.sharding import DOCUMENTS, Batch
 from mst_ds.data.tokenising import LEARNED
 from mst_ds.rows.kinds import INPUT_IDS
 
@@ -30,15 +32,16 @@ def split_documents(
     *,
     rows: NDArray[np.int64] | None = None,
     too_long: TooLong = "split",
+    group: int = 1,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Parts whole documents, at random, into a training and a held-out part.
 
     Args:
         tokens: the result of `tokenise`.
-        num_samples: held-out samples of `seq_len` tokens; the held-out documents fill them all, or with packing
-            "none" give at least so many.
+        num_samples: held-out samples; the held-out documents fill them all, or with packing "none" give at least so
+            many.
         rows: row numbers of the documents; default: all.
-        too_long: see `PackedDataset`.
+        too_long, group: see `PackedDataset`.
 
     Returns:
         The row numbers in `tokens` of the training and of the held-out documents, each ascending.
@@ -51,7 +54,8 @@ def split_documents(
     if num_samples == 0:
         return rows, np.arange(0)
     lengths = lengths[rows] if too_long == "split" else np.minimum(lengths[rows], seq_len)
-    order = permutation(len(rows), seed)
+    lengths, seq_len = groups_of(lengths, group).sum(axis=1), seq_len * group
+    order = permutation(len(lengths), seed)
     # What each document has, in units of which a sample takes `unit`.
     amounts, unit, name = (
         (samples_per_run(lengths, seq_len), 1, "sample(s)") if packing == "none" else (lengths, seq_len, "token(s)")
@@ -62,10 +66,12 @@ def split_documents(
     if left < (unit if too_long == "split" else 1):
         raise ValueError(
             f"eval_samples is {num_samples} of {seq_len} tokens, but the dataset has {amounts.sum()} {name} in "
-            f"{len(lengths)} document(s), and holding whole documents out leaves {left} {name} for training, not "
-            "enough for one sample; allowed: fewer eval_samples, a shorter seq_len, or eval_steps 0"
+            f"{len(lengths)} {name_of(group)}, and holding whole ones out leaves {left} {name} for training, not "
+            " enough for one sample; allowed: fewer eval_samples, a shorter seq_len, or eval_steps 0"
         )
-    return np.sort(rows[order[num_held_out:]]), np.sort(rows[order[:num_held_out]])
+    of_parts = order[num_held_out:], order[:num_held_out]
+    training, held_out = (rows[documents_of(np.sort(each), group)] for each in of_parts)
+    return training, held_out
 
 
 class PackedDataset(torch.utils.data.Dataset[Batch]):
@@ -86,12 +92,16 @@ class PackedDataset(torch.utils.data.Dataset[Batch]):
     learned, EOS included, is one. So a sample has the loss and the gradients of its documents one by one. Samples are
     read from the memory-mapped Arrow file as they are asked for; only document lengths are held.
 
+    Documents that stay together, the two of a preference, are in one sample, one after the other: it has room for them
+    all, and never a part of them.
+
     Args:
         tokens: the result of `tokenise`.
-        seq_len: S, in tokens.
+        seq_len: tokens of a document at most; a sample has S, `group` times as many.
         pad_id: the id on padding.
         documents: row numbers in `tokens`; default: all that `fitting_documents` chooses.
         max_samples: samples after this many are left out; default: none.
+        group: documents that stay together; with 2 each sample says which documents are in it. Not with "split".
 
     Raises:
         ValueError: no document has two tokens, nothing is learned in any sample, or, where documents are cut together,
@@ -107,13 +117,17 @@ class PackedDataset(torch.utils.data.Dataset[Batch]):
         max_samples: int | None = None,
         packing: Packing = "documents",
         too_long: TooLong = "split",
+        group: int = 1,
     ) -> None:
-        self.seq_len = seq_len
+        self.seq_len = seq_len * group
+        self.group = group
         self.pad_id = pad_id
         self.packing = packing
         self.too_long = too_long
         self._rows = tokens.with_format("arrow")
-        self._documents = fitting_documents(tokens, seq_len, too_long).rows if documents is None else documents
+        self._documents = (
+            fitting_documents(tokens, seq_len, too_long, group=group).rows if documents is None else documents
+        )
         lengths = tokens_of_documents(tokens)[self._documents]
         self._lengths = lengths if too_long == "split" else np.minimum(lengths, seq_len)
         self.num_documents = len(lengths)
@@ -125,8 +139,11 @@ class PackedDataset(torch.utils.data.Dataset[Batch]):
         if self._has_learned:
             most = None if too_long == "split" else seq_len
             self.num_learned = int(learned_of_documents(tokens, most)[self._documents].sum())
-        layout = CutRuns if too_long == "split" else WholeDocuments
-        self._layout: Layout = layout(self._lengths, seq_len, packing)
+        self._layout: Layout = (
+            CutRuns(self._lengths, seq_len, packing)
+            if too_long == "split"
+            else WholeDocuments(self._lengths, self.seq_len, packing, group)
+        )
         samples: Sequence[int] = range(len(self._layout))
         if self._has_learned and too_long == "split":
             samples = [each for each in samples if self._learned(self._layout.part(each)).any()]
@@ -160,18 +177,19 @@ class PackedDataset(torch.utils.data.Dataset[Batch]):
         }
         if self.too_long == "split" and not self._has_learned:
             return of_all
-        return of_all | {"too_long": self.too_long, "num_learned": self.num_learned}
+        of_rows = {"too_long": self.too_long, "num_learned": self.num_learned}
+        return of_all | of_rows | ({"group": self.group} if self.group > 1 else {})
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def __getitem__(self, index: int) -> Batch:
-        """{"input_ids", "labels", "position_ids", "attention_mask"}: (S,) int64.
+        """{"input_ids", "labels", "position_ids", "attention_mask"}: (S,) int64[, "documents": (D,) int64].
 
         The labels are the ids, not shifted, `IGNORE_INDEX` on a document's first token, on what is not learned and on
         padding; the positions start at 0 in each document; the mask is 0 on padding and 1 elsewhere. The positions of
         padding count from 0 too: so they stay below S, as a learned position has to, and all padding is one document,
-        not one a token.
+        not one a token. Where documents stay together "documents" has their row numbers in `tokens`.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
@@ -180,12 +198,23 @@ class PackedDataset(torch.utils.data.Dataset[Batch]):
         positions = torch.from_numpy(self._positions(part))
         padding = self.seq_len - len(ids)
         labels = ids.masked_fill(torch.from_numpy(~self._learned(part)), IGNORE_INDEX)
-        return {
+        sample = {
             "input_ids": pad(ids, (0, padding), value=self.pad_id),
             "labels": pad(labels, (0, padding), value=IGNORE_INDEX),
             "position_ids": torch.cat([positions, torch.arange(padding)]),
             "attention_mask": pad(torch.ones_like(ids), (0, padding), value=0),
         }
+        return sample if self.group == 1 else sample | {DOCUMENTS: torch.from_numpy(self.documents_in(index))}
+
+    def documents_in(self, index: int) -> NDArray[np.int64]:
+        """The row numbers in `tokens` of the documents of a sample."""
+        return self._documents[self._layout.part(self._samples[index]).documents]
+
+    def only(self, samples: Iterable[int]) -> PackedDataset:
+        """Of this dataset the samples with these numbers."""
+        chosen = copy.copy(self)
+        chosen._samples = [self._samples[index] for index in samples]
+        return chosen
 
     def _learned(self, part: Part) -> NDArray[np.bool_]:
         """Whether each token of a sample is a label."""

@@ -16,11 +16,14 @@ from mst_ds.data.chat_encoder import ChatEncoder, Learned
 from mst_ds.data.id_rows import ids_and_learned
 from mst_ds.data.text_encoder import TextEncoder
 from mst_ds.rows.chats import Chat, PromptCompletion, read_row
-from mst_ds.rows.kinds import INPUT_IDS, JSON, WHERE
+from mst_ds.rows.kinds import CHOSEN, INPUT_IDS, JSON, WHERE
+from mst_ds.rows.preferences import read_preference
 
 
 class RowEncoder:
     """Of each row of a table, of the kinds of `mst_ds.rows` other than text, the ids and which are learned.
+
+    A preference gives two documents, the chosen answer behind its prompt and then the rejected one.
 
     A prompt begins as the tokenizer begins a text, and its completion ends with EOS; both are text, as documents are.
     """
@@ -33,13 +36,14 @@ class RowEncoder:
         """numbers: of the rows, from 0, which name them where nothing else does.
 
         Raises:
-            ValueError: a row is not what it should be; see `read_row`, `ChatEncoder` and `ids_and_learned`.
+            ValueError: a row is not what it should be; see `read_row`, `read_preference`, `ChatEncoder` and
+                `ids_and_learned`.
         """
         names = rows[WHERE].to_pylist() if WHERE in rows.column_names else [f"row {number + 1}" for number in numbers]
         if INPUT_IDS in rows.column_names:
             num_ids = max(self._tokenizer.get_vocab().values()) + 1
             return [ids_and_learned(rows.slice(at, 1), where, num_ids) for at, where in enumerate(names)]
-        samples = [(read_row(row, where), where) for row, where in zip(rows_of(rows), names, strict=True)]
+        samples = [each for row, where in zip(rows_of(rows), names, strict=True) for each in _samples(row, where)]
         given = [(each, where) for each, where in samples if isinstance(each, Chat)]
         # Texts alone ask for no chat template.
         chats = iter(self._chats.encode(given) if given else ())
@@ -69,6 +73,13 @@ class RowEncoder:
         ids = [*self._texts.prefix, *whole, self._tokenizer.eos_token_id]
         given = 0 if self._loss_on == "all" else len(self._texts.prefix) + len(prompt)
         return np.array(ids, dtype=np.int32), np.arange(len(ids)) >= given
+
+
+def _samples(row: dict[str, Any], where: str) -> list[tuple[Chat | PromptCompletion, str]]:
+    if CHOSEN in row:
+        pair = read_preference(row, where)
+        return [(pair.chosen, f"the chosen answer of {where}"), (pair.rejected, f"the rejected answer of {where}")]
+    return [(read_row(row, where), where)]
 
 
 def rows_of(rows: pa.Table) -> Iterator[dict[str, Any]]:

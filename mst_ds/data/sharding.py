@@ -16,6 +16,8 @@ from mst_ds.topology import Topology
 Batch: TypeAlias = dict[str, Tensor]
 # Of a shard's tensors those that the host reads.
 ON_HOST = frozenset({"document_table"})
+DOCUMENTS = "documents"
+"""Of a batch the numbers of its documents among those of the dataset, in their order; a model does not take it."""
 
 
 def shift_labels(labels: Tensor) -> Tensor:

@@ -22,12 +22,16 @@ from mst_ds.rows.sources import require_rows_that_mix, sources_of
 class TrainingData:
     """What a run reads: `held_out` shares no document with `train`, and is None where `eval_steps` is 0.
 
+    num_documents, fingerprint: of all documents of the dataset, those that are not trained on too, by whose numbers
+    samples name theirs.
     warning, note, mixture: what a user should know of the documents, of those that are not trained as they are, and of
     what is taken of several datasets, if anything.
     """
 
     train: PackedDataset
     held_out: PackedDataset | None
+    num_documents: int
+    fingerprint: str
     warning: str | None = None
     note: str | None = None
     mixture: str | None = None
@@ -56,6 +60,7 @@ def load_training_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) 
     """
     sources = sources_of(config)
     documents = [load_documents(source.config) for source in sources]
+    group = config.sequences_per_sample
     of_text = [TEXT in each.column_names for each in documents]
     require_rows_that_mix(zip([source.name for source in sources], of_text, strict=True))
     mixture = mix(
@@ -63,19 +68,31 @@ def load_training_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) 
         [tokenise(each, tokenizer, config.loss_on) for each in documents],
         [source.weight for source in sources],
         config.seed,
+        group,
     )
     tokens = mixture.tokens
     too_long = config.too_long or ("split" if of_text[0] else "truncate")
-    fitting = fitting_documents(tokens, config.seq_len, too_long, mixture.rows)
+    fitting = fitting_documents(tokens, config.seq_len, too_long, mixture.rows, group)
     num_held_out = config.eval_samples if config.eval_steps else 0
     train, held_out = split_documents(
-        tokens, num_held_out, config.seq_len, config.seed, config.packing, rows=fitting.rows, too_long=too_long
+        tokens,
+        num_held_out,
+        config.seq_len,
+        config.seed,
+        config.packing,
+        rows=fitting.rows,
+        too_long=too_long,
+        group=group,
     )
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    samples = partial(PackedDataset, tokens, config.seq_len, pad_id, packing=config.packing, too_long=too_long)
+    samples = partial(
+        PackedDataset, tokens, config.seq_len, pad_id, packing=config.packing, too_long=too_long, group=group
+    )
     return TrainingData(
         train=samples(documents=train),
         held_out=samples(documents=held_out, max_samples=num_held_out) if num_held_out else None,
+        num_documents=len(tokens),
+        fingerprint=tokens._fingerprint,
         warning=next(filter(None, (letters_warning(each, tokenizer) for each in documents)), None),
         note=fitting.note(config.seq_len, too_long),
         mixture=mixture.note,

@@ -12,7 +12,7 @@ from transformers import set_seed
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from mst_ds.adapters import add_adapters, model_on_meta
-from mst_ds.checkpoint import load_checkpoint, universal_setting
+from mst_ds.checkpoint import universal_setting
 from mst_ds.cpu_threads import cores_of_node, share_cores
 from mst_ds.engine.hardware import has_accelerator
 from mst_ds.engine.optimizer import adamw, schedule
@@ -21,6 +21,7 @@ from mst_ds.kept_in_fp32 import KeptTensor, Loading, keep_in_fp32, kept_in_fp32
 from mst_ds.memory.host import give_back_pinned_memory
 from mst_ds.model_folder import ModelLayout, load_model
 from mst_ds.patching import apply_plan
+from mst_ds.sequence_parallel import ProcessSequenceGroup
 from mst_ds.zero import has_block
 
 if TYPE_CHECKING:
@@ -28,13 +29,19 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def build_engine(run: Run) -> DeepSpeedEngine:
-    """Build the model under its plan and hand it to DeepSpeed, after `meet`. A collective call."""
+def build_engine(run: Run, group: ProcessSequenceGroup | None) -> DeepSpeedEngine:
+    """Build the model under its plan and hand it to DeepSpeed, after `meet`. A collective call.
+
+    It has the weights that the run starts from, also where it is to go on from a checkpoint.
+
+    Args:
+        group: the ranks that share this rank's sequences, see `new_sequence_group`.
+    """
     set_seed(run.config.seed)
     model, kept = _load_model(run)
     # Dropout must not repeat from rank to rank; the weights above must.
     set_seed((run.config.seed + run.launch.rank) % 2**32)
-    apply_plan(model, run.plan)
+    apply_plan(model, run.plan, sequence_group=group)
     zero = run.request.work.zero
     if has_accelerator() and zero.offloads_optimizer:
         share_cores(cores_of_node())
@@ -50,8 +57,6 @@ def build_engine(run: Run) -> DeepSpeedEngine:
     give_back_pinned_memory()
     _limit_waiting(run.config.hang_timeout)
     keep_in_fp32(engine, kept)
-    if run.checkpoint is not None:
-        load_checkpoint(engine, run.checkpoint, seed=run.config.seed)
     return engine
 
 

@@ -60,7 +60,11 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
     own_attention = _own_attention(config, plan, model)
     weights, notes = _weights(config, model, DTYPES[plan.dtype])
     adapter = _adapter(config, adapted)
-    more_notes = (adapter.note(config.model) if adapter else None, unknown_positions(shape, config.seq_len))
+    more_notes = (
+        adapter.note(config.model) if adapter else None,
+        unknown_positions(shape, config.seq_len),
+        _of_pairs(config),
+    )
     tokenizer = load_tokenizer(config, model_config)
     identity = Identity.of(
         model_config,
@@ -73,7 +77,7 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
     if checkpoint is not None:
         identity.require_same(checkpoint.identity, checkpoint.folder)
     if config.preflight:
-        require_exact(model_config, plan.settings, packed=config.packing == "documents")
+        require_exact(model_config, plan.settings, packed=config.has_documents)
     return Run(
         config=config,
         launch=launch,
@@ -115,7 +119,7 @@ def _request(config: TrainConfig, launch: Launch, shape: ModelShape, resolved: R
     return make_request(
         shape,
         resolved,
-        seq_len=config.seq_len,
+        seq_len=config.sample_len,
         device_memory=rank_device_memory(launch) if resolved.mst.device_memory_gib == AUTO else None,
         # On the CPU no context and no communication buffers stand beside the tensors.
         reserve=DEFAULT_RESERVE if has_accelerator() else 0,
@@ -172,11 +176,26 @@ def _own_attention(config: TrainConfig, plan: Plan, model: PreTrainedModel) -> s
         ValueError: a model that keeps its own attention is to train on packed documents.
     """
     reason = why_own_attention(model)
+    if config.is_preference and reason is not None:
+        raise ValueError(
+            f"objective is {config.objective!r}, whose pairs share a sample, but {type(model).__name__} {reason}; "
+            "allowed: 'sft'"
+        )
     if config.packing == "documents" and reason is not None:
         raise ValueError(f"packing is 'documents', but {type(model).__name__} {reason}; allowed: 'none'")
     # Any other model gets the attention of its plan from apply_plan.
     attention = plan.settings.attention
     return attention if attention != "sdpa" and reason is not None else None
+
+
+def _of_pairs(config: TrainConfig) -> str | None:
+    """What a user should know of the samples of a preference."""
+    if not config.is_preference:
+        return None
+    return (
+        f"objective {config.objective}: a sample has {config.sample_len} tokens, for the two answers of a pair, of up "
+        f"to {config.seq_len} tokens each with their prompt"
+    )
 
 
 def _weights(config: TrainConfig, model: PreTrainedModel, dtype: torch.dtype) -> tuple[Weights | None, tuple[str, ...]]:
@@ -209,6 +228,8 @@ def _adapter(config: TrainConfig, adapted: Any) -> SavedAdapter | None:
 def _kept_settings(config: TrainConfig, plan: Plan, ds_config: DsConfig) -> dict[str, Any]:
     """Settings of the optimizer and of the data whose values come from a checkpoint, by who owns them."""
     kept: dict[str, Any] = {"seed": config.seed, "samples of a step": plan.samples_per_step} | kept_blocks(ds_config)
+    if config.is_preference:
+        kept |= {"objective": config.objective, "beta": config.beta_or_default}
     if has_block(ds_config, "optimizer"):
         return kept
     names = ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")

@@ -7,16 +7,16 @@ import os
 from pathlib import Path
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Writes `text` to `path` at once or not at all: what was there stays until all of it is on the disk.
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Writes `content`, a text as UTF-8, to `path` at once or not at all: what was there stays until all is on the disk.
 
     Raises:
         OSError: it cannot be written, with `path`, which a disk that is full does not say by itself.
     """
     partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with partial.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

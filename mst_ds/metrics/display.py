@@ -16,6 +16,13 @@ from mst_ds.config import GIB
 from mst_ds.metrics.records import PlannedMemory, Value
 
 _PLAIN_LINE_SECONDS = 10.0
+_OF_OBJECTIVES = {"loss": "loss {:.4f}", "rewards/accuracies": "accuracy {:.3f}", "rewards/margins": "margin {:.3f}"}
+_OF_STEPS = {
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "mfu": "MFU {:.1%}",
+    "lr": "lr {:.2e}",
+    "grad_norm": "grad norm {:.2f}",
+}
 
 
 class Display:
@@ -52,8 +59,8 @@ class Display:
             self._print(f"step {step:>{len(str(self._max_steps))}}/{self._max_steps}  {line}")
             self._seconds_since_line = 0.0
 
-    def log_eval(self, step: int, loss: float) -> None:
-        self._print(f"step {step}: evaluation loss {loss:.4f}")
+    def log_eval(self, step: int, values: Mapping[str, Value]) -> None:
+        self._print(f"step {step}: evaluation {_objective(values)}")
 
     def log_memory(self, step: int, phases: Sequence[PlannedMemory]) -> None:
         table = Table("phase", title=f"memory of step {step}, worst rank, GiB")
@@ -84,16 +91,18 @@ class Display:
             self._bar.stop()
 
 
+def _objective(values: Mapping[str, Value]) -> str:
+    """The loss, and what is measured beside it."""
+    return "  ".join(_texts(values, _OF_OBJECTIVES))
+
+
+def _texts(values: Mapping[str, Value], formats: Mapping[str, str]) -> list[str]:
+    return [text.format(values[name]) for name, text in formats.items() if values.get(name) is not None]
+
+
 def _describe(values: Mapping[str, Value]) -> str:
     """The metrics of a step for people, in one line."""
-    parts = (
-        ("loss", "loss {:.4f}"),
-        ("tokens_per_second", "{:,.0f} tokens/s"),
-        ("mfu", "MFU {:.1%}"),
-        ("lr", "lr {:.2e}"),
-        ("grad_norm", "grad norm {:.2f}"),
-    )
-    texts = [text.format(values[name]) for name, text in parts if values.get(name) is not None]
+    texts = [_objective(values), *_texts(values, _OF_STEPS)]
     if values.get("skipped_steps"):
         texts.append(f"skipped {values['skipped_steps']}")
     return "  ".join([*texts, f"{(values['memory_bytes'] or 0) / GIB:.2f} GiB"])

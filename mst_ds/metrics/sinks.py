@@ -22,7 +22,7 @@ class Sink(Protocol):
 
     def log_step(self, step: int, values: Mapping[str, Value]) -> None: ...
 
-    def log_eval(self, step: int, loss: float) -> None: ...
+    def log_eval(self, step: int, values: Mapping[str, Value]) -> None: ...
 
     def log_memory(self, step: int, phases: Sequence[PlannedMemory]) -> None: ...
 
@@ -49,8 +49,8 @@ class JsonLines:
     def log_step(self, step: int, values: Mapping[str, Value]) -> None:
         self._write({"step": step, **values})
 
-    def log_eval(self, step: int, loss: float) -> None:
-        self._write({"step": step, "eval_loss": loss})
+    def log_eval(self, step: int, values: Mapping[str, Value]) -> None:
+        self._write({"step": step, **{f"eval_{name}": value for name, value in values.items()}})
 
     def log_memory(self, step: int, phases: Sequence[PlannedMemory]) -> None:
         self._write({"step": step, **by_phase(phases)})
@@ -118,8 +118,8 @@ class TensorBoard:
     def log_step(self, step: int, values: Mapping[str, Value]) -> None:
         self._log(step, {f"train/{name}": value for name, value in values.items()})
 
-    def log_eval(self, step: int, loss: float) -> None:
-        self._log(step, {"eval/loss": loss})
+    def log_eval(self, step: int, values: Mapping[str, Value]) -> None:
+        self._log(step, {f"eval/{name}": value for name, value in values.items()})
 
     def log_memory(self, step: int, phases: Sequence[PlannedMemory]) -> None:
         for name, of_phases in by_phase(phases).items():

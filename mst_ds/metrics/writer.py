@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -87,6 +87,7 @@ class MetricsWriter:
         seconds: float,
         tokens: int,
         is_skipped: bool = False,
+        metrics: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         """Logs an optimizer step.
 
@@ -100,6 +101,7 @@ class MetricsWriter:
             seconds: wall time of this step.
             tokens: processed in this step by all ranks together.
             is_skipped: the step changed no weight, because its loss or gradient norm was not finite.
+            metrics: what the objective measures beside the loss.
         """
         self._totals.add(
             loss=loss, tokens=tokens, seconds=seconds, memory_bytes=device_memory_bytes, is_skipped=is_skipped
@@ -113,16 +115,17 @@ class MetricsWriter:
             "seconds": seconds,
             "tokens": tokens,
             "skipped_steps": self._totals.skipped_steps,
+            **metrics,
         }
         if self._mfu_per_rate is not None:
             values["mfu"] = tokens_per_second * self._mfu_per_rate
         for sink in self._sinks:
             sink.log_step(step, values)
 
-    def log_eval(self, step: int, loss: float) -> None:
-        """Logs the loss on the held-out data after `step` optimizer steps."""
+    def log_eval(self, step: int, loss: float, metrics: Mapping[str, float] = MappingProxyType({})) -> None:
+        """Logs the loss on the held-out data after `step` optimizer steps, and what is measured beside it."""
         for sink in self._sinks:
-            sink.log_eval(step, loss)
+            sink.log_eval(step, {"loss": loss, **metrics})
 
     def log_memory(self, step: int, phases: Sequence[PlannedMemory]) -> None:
         """Logs planned and measured memory of the phases of `step`, once in a run."""

@@ -1,7 +1,8 @@
 """What a training step minimises: per-token outputs of a model and a batch in, a loss out."""
 
 from mst_ds.objectives.cross_entropy import CROSS_ENTROPY, CrossEntropy
-from mst_ds.objectives.objective import Objective
+from mst_ds.objectives.objective import Measured, Objective
+from mst_ds.objectives.of_dataset import DatasetPreferences
 from mst_ds.objectives.pairs import PairedPreferences
 from mst_ds.objectives.policy import policy_loss, policy_metrics
 from mst_ds.objectives.preference import dpo_loss, ipo_loss, kto_kl, kto_loss, preference_metrics, simpo_loss
@@ -10,7 +11,9 @@ from mst_ds.objectives.sequences import Documents
 __all__ = [
     "CROSS_ENTROPY",
     "CrossEntropy",
+    "DatasetPreferences",
     "Documents",
+    "Measured",
     "Objective",
     "PairedPreferences",
     "dpo_loss",

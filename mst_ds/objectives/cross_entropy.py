@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from mst_ds.config import IGNORE_INDEX
+from mst_ds.objectives.objective import Measured
 
 
 class CrossEntropy:
@@ -16,10 +17,9 @@ class CrossEntropy:
         """Labels that count."""
         return int((batch["shift_labels"] != IGNORE_INDEX).sum())
 
-    def loss(self, model: nn.Module, batch: Mapping[str, Tensor], num_items: Tensor | int) -> Tensor:
+    def measure(self, model: nn.Module, batch: Mapping[str, Tensor], num_items: Tensor | int) -> Measured:
         """See `Objective`."""
-        loss: Tensor = model(**batch, num_items_in_batch=num_items).loss
-        return loss
+        return Measured(model(**batch, num_items_in_batch=num_items).loss)
 
 
 CROSS_ENTROPY = CrossEntropy()

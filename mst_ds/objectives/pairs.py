@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from mst_ds.config import IGNORE_INDEX
-from mst_ds.objectives.preference import dpo_loss, ipo_loss, simpo_loss
+from mst_ds.objectives.objective import Measured
+from mst_ds.objectives.preference import dpo_loss, ipo_loss, preference_metrics, simpo_loss
 from mst_ds.objectives.sequences import Documents
 from mst_ds.sequence_parallel import SequenceGroup
+
+REF_LOGPS = "ref_logps"
 
 
 @dataclass(frozen=True)
@@ -40,44 +43,49 @@ class PairedPreferences:
         """Pairs. They lie on all ranks of a sequence, of which the first counts them."""
         return self._pairs(batch) if self.group is None or self.group.rank == 0 else 0
 
-    def loss(self, model: nn.Module, batch: Mapping[str, Tensor], num_items: Tensor | int) -> Tensor:
-        """See `Objective`. Collective calls within the sequence group.
+    def measure(self, model: nn.Module, batch: Mapping[str, Tensor], num_items: Tensor | int) -> Measured:
+        """See `Objective`. The metrics are TRL's. Collective calls within the sequence group.
 
         Raises:
             ValueError: documents that are no pairs, or "ref_logps" of another number.
         """
         pairs = self._pairs(batch)
-        inputs = {name: tensor for name, tensor in batch.items() if name != "ref_logps"}
+        inputs = {name: tensor for name, tensor in batch.items() if name != REF_LOGPS}
         output = model(**inputs, return_log_probs=True)
         documents = Documents.of_batch(batch, self.group)
         logps = documents.sums(output.log_probs)
         lengths = documents.sums(batch["shift_labels"] != IGNORE_INDEX)
+        losses, metrics = self._of_pairs(logps, lengths, batch.get(REF_LOGPS))
         items = torch.as_tensor(num_items, device=logps.device).clamp(min=1)
         # Every rank of the group has the whole loss of these pairs, and answers for its part.
-        parts = 1 if self.group is None else self.group.size
-        loss = self._losses(logps, lengths, batch.get("ref_logps")).sum() / (items * parts)
+        share = items * (1 if self.group is None else self.group.size)
+        loss = losses.sum() / share
         if output.get("aux_loss") is not None:
             # Of all tokens of these pairs, and already this rank's part.
             loss = loss + getattr(model, "router_aux_loss_coef", 0.0) * output.aux_loss * pairs / items
-        return loss.float()
+        return Measured(loss.float(), {name: values.sum() / share for name, values in metrics.items()})
 
-    def _losses(self, logps: Tensor, lengths: Tensor, ref_logps: Tensor | None) -> Tensor:
-        chosen, rejected = logps[0::2], logps[1::2]
-        of_lengths = lengths[0::2], lengths[1::2]
+    def _of_pairs(self, logps: Tensor, lengths: Tensor, ref_logps: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of each pair, and its metrics."""
+        own, of_lengths = (logps[0::2], logps[1::2]), (lengths[0::2], lengths[1::2])
         if self.loss_type == "simpo":
-            return simpo_loss(
-                *(chosen, rejected, *of_lengths),
+            losses = simpo_loss(
+                *(*own, *of_lengths),
                 beta=self.beta,
                 gamma_beta_ratio=self.gamma_beta_ratio,
                 label_smoothing=self.label_smoothing,
             )
+            means = logps / lengths.clamp(min=1)
+            return losses, preference_metrics(*own, self.beta * means[0::2], self.beta * means[1::2])
         if ref_logps is None or ref_logps.shape != logps.shape:
             got = "none" if ref_logps is None else str(tuple(ref_logps.shape))
             raise ValueError(f"ref_logps must be ({len(logps)},), one for each document; got {got}")
         of_reference = ref_logps[0::2].detach(), ref_logps[1::2].detach()
+        rewards = self.beta * (logps - ref_logps)
+        metrics = preference_metrics(*own, rewards[0::2], rewards[1::2])
         if self.loss_type == "ipo":
-            return ipo_loss(chosen, rejected, *of_reference, *of_lengths, beta=self.beta)
-        return dpo_loss(chosen, rejected, *of_reference, beta=self.beta, label_smoothing=self.label_smoothing)
+            return ipo_loss(*own, *of_reference, *of_lengths, beta=self.beta), metrics
+        return dpo_loss(*own, *of_reference, beta=self.beta, label_smoothing=self.label_smoothing), metrics
 
     @staticmethod
     def _pairs(batch: Mapping[str, Tensor]) -> int:

@@ -136,7 +136,7 @@ def kto_kl(kl_logps: Tensor, ref_kl_logps: Tensor) -> Tensor:
 def preference_metrics(
     chosen_logps: Tensor, rejected_logps: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor
 ) -> dict[str, Tensor]:
-    """What TRL logs of pairs, under its names; scalars without a gradient, means over the N pairs.
+    """What TRL logs of pairs, under its names; (N,), without a gradient. It logs the means.
 
     Args:
         chosen_rewards, rejected_rewards: (N,), the implicit rewards: beta times the log-ratio to the reference, or for
@@ -144,12 +144,12 @@ def preference_metrics(
     """
     chosen, rejected = chosen_rewards.detach(), rejected_rewards.detach()
     return {
-        "rewards/chosen": chosen.mean(),
-        "rewards/rejected": rejected.mean(),
-        "rewards/accuracies": (chosen > rejected).to(chosen.dtype).mean(),
-        "rewards/margins": (chosen - rejected).mean(),
-        "logps/chosen": chosen_logps.detach().mean(),
-        "logps/rejected": rejected_logps.detach().mean(),
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
+        "rewards/margins": chosen - rejected,
+        "logps/chosen": chosen_logps.detach(),
+        "logps/rejected": rejected_logps.detach(),
     }
 
 

@@ -54,9 +54,9 @@ def read_row(row: Mapping[str, Any], where: str) -> Chat | PromptCompletion:
         ValueError: the row lacks a part, or a part is not of its form.
     """
     column = chat_column(row)
-    tools = _tools(row.get(TOOLS), where)
+    tools = tools_of(row.get(TOOLS), where)
     if column is not None:
-        return Chat(_messages(row[column], column, where), tools)
+        return Chat(messages_of(row[column], column, where), tools)
     prompt, completion = row.get(PROMPT), row.get(COMPLETION)
     if prompt is None or completion is None:
         missing = PROMPT if prompt is None else COMPLETION
@@ -70,14 +70,19 @@ def read_row(row: Mapping[str, Any], where: str) -> Chat | PromptCompletion:
             f"{where} has a {type(prompt).__name__} as prompt and a {type(completion).__name__} as completion; "
             "allowed: text in both, or messages in both"
         )
-    given = _messages(prompt, PROMPT, where)
-    answer = _messages(completion, COMPLETION, where)
+    given = messages_of(prompt, PROMPT, where)
+    answer = messages_of(completion, COMPLETION, where)
     if not any(message["role"] == ASSISTANT for message in answer):
         raise ValueError(f"{where} has no message of the assistant in its completion; allowed: at least one")
     return Chat(given + answer, tools, num_given=len(given))
 
 
-def _messages(value: Any, column: str, where: str) -> list[Message]:
+def messages_of(value: Any, column: str, where: str) -> list[Message]:
+    """The messages of a column, each of its form.
+
+    Raises:
+        ValueError: they are none.
+    """
     if not isinstance(value, list) or not value:
         found = "no messages" if value is None or value == [] else f"a {type(value).__name__}"
         raise ValueError(f"{where} has {found} in {column!r}; allowed: a list of messages")
@@ -127,8 +132,12 @@ def _text(content: Any, where: str) -> str:
     return content
 
 
-def _tools(value: Any, where: str) -> list[dict[str, Any]] | None:
-    """A list, or one as JSON: schemas differ too much from each other for a column of one type."""
+def tools_of(value: Any, where: str) -> list[dict[str, Any]] | None:
+    """A list, or one as JSON: schemas differ too much from each other for a column of one type.
+
+    Raises:
+        ValueError: they are no list of JSON schemas.
+    """
     tools = value
     if isinstance(value, str) and value:
         try:

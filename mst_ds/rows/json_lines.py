@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any
 
 from mst_ds.rows.chats import read_row
-from mst_ds.rows.kinds import AS_CHAT, INPUT_IDS, Kind, chat_column
+from mst_ds.rows.kinds import AS_CHAT, COMPLETION, INPUT_IDS, REJECTED, Kind, chat_column
+from mst_ds.rows.preferences import read_preference
 
 # Of a text, for one step of the check that it can be written.
 _CHARACTERS_AT_ONCE = 2**20
@@ -80,17 +81,20 @@ def text_of(row: Mapping[str, Any], column: str, where: str) -> str | None:
 
 
 def json_of(row: Mapping[str, Any], kind: Kind, columns: Sequence[str], where: str) -> str:
-    """What a chat, or a prompt and its completion, is made of, as JSON; it has been looked at.
+    """What a chat, a prompt and its completion, or a preference is made of, as JSON; it has been looked at.
 
     Args:
         columns: those that are read; see `columns_of`.
 
     Raises:
-        ValueError: see `read_row`; or it is a row of another kind.
+        ValueError: see `read_row` and `read_preference`; or it is a row of another kind.
     """
     require_column(row, kind, columns[0], where)
     read = {name: row[name] for name in columns if name in row}
-    read_row(read, where)
+    if kind == "preference":
+        read_preference(read, where)
+    else:
+        read_row(read, where)
     text = json.dumps(read, ensure_ascii=False)
     _require_utf8(text, f"{where} has half a surrogate pair")
     return text
@@ -98,7 +102,8 @@ def json_of(row: Mapping[str, Any], kind: Kind, columns: Sequence[str], where: s
 
 def require_column(row: Mapping[str, Any], kind: Kind, column: str, where: str) -> None:
     """Refuse a row without the column that makes a row of this kind; what halves lack is for others to say."""
-    if column in row or (kind == "prompt_completion" and "completion" in row):
+    other_half = {"prompt_completion": COMPLETION, "preference": REJECTED}.get(kind)
+    if column in row or other_half in row:
         return
     names = ", ".join(map(repr, row)) or "nothing"
     raise ValueError(f"{where} has no {column!r}, only {names}; allowed: rows of one kind in a dataset")

@@ -7,11 +7,12 @@ from typing import Literal, TypeAlias
 
 from mst_ds.config import TrainConfig, nearest
 
-Kind: TypeAlias = Literal["input_ids", "chat", "prompt_completion", "text"]
+Kind: TypeAlias = Literal["input_ids", "chat", "prompt_completion", "preference", "text"]
 
 TEXT = "text"
 INPUT_IDS, LABELS, ATTENTION_MASK = "input_ids", "labels", "attention_mask"
 PROMPT, COMPLETION = "prompt", "completion"
+CHOSEN, REJECTED = "chosen", "rejected"
 TOOLS = "tools"
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
 # Rows of a file of text that are more than a text: the row as JSON, and where it stands.
@@ -19,7 +20,6 @@ JSON, WHERE = "json", "where"
 # What to do instead where a column of text is asked for and chats are found: as text, their control tokens are letters.
 AS_CHAT = "chats in a column 'messages', without --text_column"
 
-_PREFERENCES = ("chosen", "rejected")
 # They say of ids what is not read: which are learned, and where documents begin.
 _NOT_READ_OF_IDS = ("completion_mask", "assistant_masks", "position_ids", "seq_lengths")
 _READABLE = "a column of text, 'messages', 'prompt' with 'completion', or 'input_ids'"
@@ -28,8 +28,11 @@ _READABLE = "a column of text, 'messages', 'prompt' with 'completion', or 'input
 def kind_of(config: TrainConfig, names: Collection[str]) -> Kind | None:
     """The kind of rows with these columns; None where they are of no kind. `--text_column` wins where it is given.
 
-    Ids are what a user has made of the other columns, and a chat is what its text was made of: in this order.
+    Ids are what a user has made of the other columns, and a chat is what its text was made of: in this order. Where the
+    objective is about preferences, rows are these or nothing.
     """
+    if config.is_preference:
+        return "preference" if CHOSEN in names and REJECTED in names else None
     if asks_for_text(config):
         return "text" if config.text_column in names else None
     if INPUT_IDS in names:
@@ -57,6 +60,8 @@ def columns_of(kind: Kind, names: Collection[str], text_column: str) -> list[str
         return [INPUT_IDS, LABELS, ATTENTION_MASK]
     if kind == "prompt_completion":
         return [PROMPT, COMPLETION, TOOLS]
+    if kind == "preference":
+        return [CHOSEN, REJECTED, PROMPT, TOOLS]
     chat = chat_column(names)
     return [text_column] if kind == "text" or chat is None else [chat, TOOLS]
 
@@ -87,16 +92,21 @@ def require_kind(config: TrainConfig, names: Sequence[str]) -> Kind:
 
 def _of_no_kind(config: TrainConfig, names: Sequence[str]) -> ValueError:
     column, dataset = config.text_column, config.dataset_name
+    if config.is_preference:
+        lacking = [name for name in (CHOSEN, REJECTED) if name not in names]
+        return ValueError(
+            f"objective is {config.objective!r}, but dataset {dataset!r} has no {' and no '.join(map(repr, lacking))}, "
+            f"only {', '.join(map(repr, names))}; allowed: rows with 'chosen' and 'rejected', or --objective sft"
+        )
     found = f"text_column is {column!r}, but dataset {dataset!r} has no such column"
     if asks_for_text(config):
         chat = chat_column(names)
         hint = nearest(column, names) if chat is None else f"; nearest: the chats in {chat!r}, without --text_column"
         return ValueError(f"{found}; allowed: {', '.join(map(repr, names))}{hint}")
-    preferences = [name for name in _PREFERENCES if name in names]
-    if preferences:
+    if CHOSEN in names and REJECTED in names:
         return ValueError(
-            f"dataset {dataset!r} has preferences in {' and '.join(map(repr, preferences))}, which are not trained on "
-            f"yet; allowed: {_READABLE}"
+            f"dataset {dataset!r} has preferences in 'chosen' and 'rejected', but objective is 'sft'; allowed: "
+            f"--objective dpo, ipo or simpo, or {_READABLE}"
         )
     halves = [name for name in (PROMPT, COMPLETION) if name in names]
     if halves:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -78,9 +78,10 @@ def train(
             seconds=taken.seconds,
             tokens=tokens,
             is_skipped=_is_skipped(step, result, non_finite, has_loss_scale=plan.dtype == "fp16"),
+            metrics=result.metrics,
         )
         if held_out is not None and (step % eval_steps == 0 or step == max_steps):
-            metrics.log_eval(step, evaluate(engine, held_out, objective))
+            metrics.log_eval(step, *evaluate(engine, held_out, objective))
         if after_step(step):
             return step == max_steps
     return True
@@ -90,13 +91,15 @@ def train(
 class StepResult:
     """The mean loss over all items of a step, and its gradient norm before clipping.
 
-    own_loss: this rank's part of the loss. changed_weights: not so where the gradient norm was not finite.
+    own_loss: this rank's part of the loss. changed_weights: not so where the gradient norm was not finite. metrics:
+    what the objective measures beside the loss, means over all items too.
     """
 
     loss: float
     grad_norm: float
     own_loss: float
     changed_weights: bool
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,7 @@ def train_step(
     engine.train()
     num_items = _sum_over_ranks(_count(objective, micro_batches, engine.device))
     total = torch.zeros((), device=engine.device, dtype=torch.float32)
+    metrics: dict[str, Tensor] = {}
     norm_of_stage_0 = None
 
     def end(phase: str) -> None:
@@ -156,10 +160,10 @@ def train_step(
 
     for batch in micro_batches:
         with during("forward", "loss"):
-            loss = objective.loss(engine, to_device(batch, engine.device), num_items)
+            measured = objective.measure(engine, to_device(batch, engine.device), num_items)
         end("loss")
         with during("backward"):
-            engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
+            engine.backward(measured.loss * dist.get_world_size(), scale_wrt_gas=False)
         end("backward")
         takes_step = engine.is_gradient_accumulation_boundary()
         if takes_step and engine.zero_optimization_stage() == 0:
@@ -173,10 +177,13 @@ def train_step(
                 _leave_out_step(engine)
         if takes_step:
             end("optimizer_step")
-        total += loss.detach()
+        total += measured.loss.detach()
+        _add(metrics, measured.metrics)
     norm = engine.get_global_grad_norm() if norm_of_stage_0 is None else norm_of_stage_0
     own_loss = total.item()
-    return StepResult(_sum_over_ranks(total).item(), float(norm), own_loss, engine.was_step_applied())
+    return StepResult(
+        _sum_over_ranks(total).item(), float(norm), own_loss, engine.was_step_applied(), _metrics_of_ranks(metrics)
+    )
 
 
 def _leave_out_step(engine: DeepSpeedEngine) -> None:
@@ -216,21 +223,41 @@ def _ranks_where(is_here: bool) -> str:
 
 
 @torch.no_grad()
-def evaluate(engine: DeepSpeedEngine, batches: Iterable[Batch], objective: Objective = CROSS_ENTROPY) -> float:
-    """The mean loss over all items of `batches`, of all ranks together; 0 where there is none."""
+def evaluate(
+    engine: DeepSpeedEngine, batches: Iterable[Batch], objective: Objective = CROSS_ENTROPY
+) -> tuple[float, dict[str, float]]:
+    """The mean loss and metrics over all items of `batches`, of all ranks together; 0 where there is none."""
     engine.eval()
     loss = torch.zeros((), device=engine.device, dtype=torch.float64)
     num_items = torch.zeros((), device=engine.device, dtype=torch.int64)
+    metrics: dict[str, Tensor] = {}
     for batch in batches:
         num_items += _count(objective, [batch], engine.device)
-        loss += objective.loss(engine, to_device(batch, engine.device), 1)
+        measured = objective.measure(engine, to_device(batch, engine.device), 1)
+        loss += measured.loss
+        _add(metrics, measured.metrics)
     engine.train()
-    return _sum_over_ranks(loss).item() / max(1, int(_sum_over_ranks(num_items)))
+    total = max(1, int(_sum_over_ranks(num_items)))
+    means = {name: value / total for name, value in _metrics_of_ranks(metrics).items()}
+    return _sum_over_ranks(loss).item() / total, means
 
 
 def _count(objective: Objective, batches: list[Batch], device: torch.device) -> Tensor:
     num_items = torch.tensor(sum(objective.num_items(batch) for batch in batches))
     return num_items.to(device, non_blocking=True)
+
+
+def _add(sums: dict[str, Tensor], metrics: Mapping[str, Tensor]) -> None:
+    for name, value in metrics.items():
+        sums[name] = sums[name] + value if name in sums else value
+
+
+def _metrics_of_ranks(sums: Mapping[str, Tensor]) -> dict[str, float]:
+    """Every rank has the same names, since all have batches of one kind."""
+    if not sums:
+        return {}
+    values: list[float] = _sum_over_ranks(torch.stack([each.double() for each in sums.values()])).tolist()
+    return dict(zip(sums, values, strict=True))
 
 
 def _sum_over_ranks(value: Tensor) -> Tensor:

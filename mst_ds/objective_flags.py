@@ -1,0 +1,94 @@
+"""The flags that say what a training step minimises; without a library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+from mst_ds.command_line.flags import flag
+
+ObjectiveName: TypeAlias = Literal["sft", "dpo", "ipo", "simpo"]
+
+# As TRL has them, SimPO's as its paper.
+_BETA: Mapping[str, float] = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0}
+GAMMA_BETA_RATIO = 0.5
+_MOST = 1e6
+
+
+@dataclass
+class ObjectiveFlags:
+    """Flags of a training run and of a plan."""
+
+    objective: ObjectiveName = flag(  # noqa: RUF009 - the alias hides from ruff that the type is immutable
+        "sft",
+        "What a step minimises: sft, the cross-entropy of what is learned; dpo, ipo, simpo: preferences, of rows with "
+        "a chosen and a rejected answer.",
+    )
+    beta: float | None = flag(
+        None, "How strongly a preference holds the model to its reference; default: 0.1, of simpo 2.0."
+    )
+    label_smoothing: float = flag(0.0, "Part of the preferences that is taken to be wrong, of dpo and simpo.")
+    gamma_beta_ratio: float = flag(GAMMA_BETA_RATIO, "The margin of simpo, divided by beta.")
+
+    @property
+    def is_preference(self) -> bool:
+        """Whether rows are pairs of answers."""
+        return self.objective != "sft"
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the objective compares the model with the one that the run starts from."""
+        return self.objective in ("dpo", "ipo")
+
+    @property
+    def sequences_per_sample(self) -> int:
+        """A sample has the tokens of so many sequences of `seq_len`: a pair is two."""
+        return 2 if self.is_preference else 1
+
+    @property
+    def beta_or_default(self) -> float:
+        """The user's, or the objective's default."""
+        return _BETA[self.objective] if self.beta is None else self.beta
+
+    def check_objective(self, given: frozenset[str], *, too_long: str | None, loss_on: str) -> None:
+        """Check these flags, and those of the data that an objective does not go with.
+
+        Args:
+            given: names of the flags that the user gave.
+            too_long, loss_on: the values of these flags.
+
+        Raises:
+            ValueError: one line with what was given and what is allowed.
+        """
+        if self.objective not in get_args(ObjectiveName):
+            raise ValueError(f"objective is {self.objective!r}; allowed: {', '.join(get_args(ObjectiveName))}")
+        of_objectives = {
+            "beta": ("dpo", "ipo", "simpo"),
+            "label_smoothing": ("dpo", "simpo"),
+            "gamma_beta_ratio": ("simpo",),
+        }
+        for name, objectives in of_objectives.items():
+            if name in given and self.objective not in objectives:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, which objective {self.objective!r} has not; allowed: no "
+                    f"--{name}, or --objective {' or '.join(objectives)}"
+                )
+        checks = {
+            "beta": (self.beta is None or 0 < self.beta <= _MOST, f"a number > 0 and at most {_MOST:g}"),
+            "label_smoothing": (0 <= self.label_smoothing < 0.5, "a number from 0 up to, not including, 0.5"),
+            "gamma_beta_ratio": (0 <= self.gamma_beta_ratio <= _MOST, f"a number >= 0 and at most {_MOST:g}"),
+        }
+        for name, (is_allowed, allowed) in checks.items():
+            if not is_allowed:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: {allowed}")
+        if self.is_preference and too_long == "split":
+            raise ValueError(
+                f"too_long is 'split', but objective {self.objective!r} compares whole answers; allowed: truncate or "
+                "drop"
+            )
+        if self.is_preference and loss_on == "all":
+            raise ValueError(
+                f"loss_on is 'all', but objective {self.objective!r} compares what follows a prompt; allowed: "
+                "assistant or last_assistant"
+            )
