@@ -8,6 +8,7 @@ from typing import get_type_hints
 import pytest
 
 from mst_ds.config import LossOn, NonFinite, Packing, TooLong, TrainConfig, parse_seq_len, parse_train_config
+from mst_ds.objective_flags import ObjectiveName
 
 
 @pytest.mark.parametrize(
@@ -35,7 +36,8 @@ def test_the_home_folder_of_a_path(tmp_path, monkeypatch):
 
 def test_every_flag_has_help_and_reaches_the_config():
     texts = {int: "7", int | None: "7", float: "0.5", float | None: "0.5", bool: "False"}
-    texts |= {Packing: "none", NonFinite: "skip", LossOn: "all", TooLong | None: "drop"}
+    texts |= {Packing: "none", NonFinite: "skip", LossOn: "last_assistant", TooLong | None: "drop"}
+    texts |= {ObjectiveName: "simpo", float: "0.25"}
     changed = {
         name: texts.get(of_type, "linear")
         for name, of_type in get_type_hints(TrainConfig).items()

@@ -19,7 +19,7 @@ from tiny import tiny_llama
 from mst_ds import GIB, make_plan
 from mst_ds.config import NonFinite
 from mst_ds.memory.phases import PhaseMeter
-from mst_ds.objectives import CROSS_ENTROPY
+from mst_ds.objectives import CROSS_ENTROPY, Measured
 from mst_ds.training import loop
 from mst_ds.training.loop import StepResult
 
@@ -188,8 +188,11 @@ class SumOfIds:
     def num_items(self, batch: Any) -> int:
         return int(batch["input_ids"].numel())
 
-    def loss(self, model: Any, batch: Any, num_items: Any) -> torch.Tensor:
-        return batch["input_ids"].sum() * model.weight / num_items
+    def measure(self, model: Any, batch: Any, num_items: Any) -> Measured:
+        total = batch["input_ids"].sum() / num_items
+        return Measured(
+            total * model.weight, {"ids": total, "items": torch.ones(()) * len(batch["input_ids"]) / num_items}
+        )
 
 
 @pytest.mark.usefixtures("group_of_one")
@@ -209,6 +212,9 @@ def test_another_objective_decides_what_counts_and_what_is_minimised() -> None:
     )
     batches = [{"input_ids": torch.tensor([1, 2])}, {"input_ids": torch.tensor([3, 4, 5])}]
     # One item, one weight: 15 / 5, of which the batches have 3 / 5 and 12 / 5.
-    assert loop.train_step(engine, batches, objective=SumOfIds()).loss == pytest.approx(3)
+    result = loop.train_step(engine, batches, objective=SumOfIds())
+    assert result.loss == pytest.approx(3)
     assert gradients == pytest.approx([0.6, 2.4])
-    assert loop.evaluate(engine, batches, objective=SumOfIds()) == pytest.approx(3)
+    metrics = {"ids": pytest.approx(3), "items": pytest.approx(1)}
+    assert result.metrics == metrics
+    assert loop.evaluate(engine, batches, objective=SumOfIds()) == (pytest.approx(3), metrics)

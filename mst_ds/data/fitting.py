@@ -11,7 +11,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from mst_ds.config import TooLong
-from mst_ds.data.groups import documents_of, groups_of, name_of
+from mst_ds.data.groups import documents_of, groups_of, counted
 from mst_ds.data.tokenising import LEARNED
 from mst_ds.rows.kinds import INPUT_IDS
 
@@ -40,7 +40,7 @@ class Fitting:
         if self.num_unlearned:
             within = " within that length" if too_long == "truncate" else ""
             parts.append(f"{self.num_unlearned:,} have nothing to learn{within} and are left out")
-        return f"data: of {self.num_groups:,} {name_of(self.group)} {'; '.join(parts)}" if parts else None
+        return f"data: of {counted(self.num_groups, self.group)} {'; '.join(parts)}" if parts else None
 
 
 def fitting_documents(
@@ -72,7 +72,7 @@ def fitting_documents(
     num_groups = int(groups_there.sum())
     if num_groups and not len(chosen):
         raise ValueError(
-            f"nothing is learned of the {num_groups} {name_of(group)} of the dataset, {int(is_long.sum())} of which "
+            f"nothing is learned of the {counted(num_groups, group)} of the dataset, {int(is_long.sum())} of which "
             f"are longer than seq_len, {seq_len}, and {_DONE[too_long]}; allowed: answers of an assistant, completions "
             "or labels within seq_len, or too_long 'split'"
         )

@@ -20,6 +20,7 @@ def documents_of(groups: NDArray[np.int64], group: int) -> NDArray[np.int64]:
     return (groups[:, None] * group + np.arange(group)).ravel()
 
 
-def name_of(group: int) -> str:
-    """What people call one, or several."""
-    return "documents" if group == 1 else "pairs"
+def counted(number: int, group: int) -> str:
+    """So many groups, as people call them."""
+    name = "document" if group == 1 else "pair"
+    return f"{number:,} {name}{'' if number == 1 else 's'}"

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 import torch.utils.data
 from datasets import Dataset
@@ -15,7 +16,7 @@ from torch.nn.functional import pad
 
 from mst_ds.config import IGNORE_INDEX, Packing, TooLong
 from mst_ds.data.fitting import fitting_documents, learned_of_documents, tokens_of_documents
-from mst_ds.data.groups import documents_of, groups_of, name_of
+from mst_ds.data.groups import documents_of, groups_of, counted
 from mst_ds.data.layouts import CutRuns, Layout, Part, WholeDocuments, samples_per_run
 from mst_ds.data.order import permutation
 from mst_ds.data.sharding import DOCUMENTS, Batch
@@ -66,7 +67,7 @@ def split_documents(
     if left < (unit if too_long == "split" else 1):
         raise ValueError(
             f"eval_samples is {num_samples} of {seq_len} tokens, but the dataset has {amounts.sum()} {name} in "
-            f"{len(lengths)} {name_of(group)}, and holding whole ones out leaves {left} {name} for training, not "
+            f"{counted(len(lengths), group)}, and holding whole ones out leaves {left} {name} for training, not "
             " enough for one sample; allowed: fewer eval_samples, a shorter seq_len, or eval_steps 0"
         )
     of_parts = order[num_held_out:], order[:num_held_out]
@@ -120,6 +121,7 @@ class PackedDataset(torch.utils.data.Dataset[Batch]):
         group: int = 1,
     ) -> None:
         self.seq_len = seq_len * group
+        self._longest = seq_len
         self.group = group
         self.pad_id = pad_id
         self.packing = packing
@@ -228,9 +230,10 @@ class PackedDataset(torch.utils.data.Dataset[Batch]):
         return np.arange(part.start, part.stop) - np.repeat(begins, np.diff(begins, append=part.stop))
 
     def _read(self, column: str, part: Part) -> NDArray[np.generic]:
-        """Of a sample's tokens what stands in `column`. A document of which only the beginning is taken is the only one
-        of its sample, or the last."""
+        """Of a sample's tokens what stands in `column`."""
         rows = self._rows[self._documents[part.documents].tolist()][column]
+        if self.too_long == "truncate":
+            rows = pc.list_slice(rows, 0, self._longest)
         # Views of the file: of a long document only the tokens of this sample are copied.
         stream = pa.chunked_array([row.flatten() for row in rows.chunks])
         read: NDArray[np.generic] = stream.slice(part.start, part.stop - part.start).to_numpy()

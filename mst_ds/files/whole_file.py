@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
-    """Writes `content`, a text as UTF-8, to `path` at once or not at all: what was there stays until all is on the disk.
+    """Writes `content` (text: UTF-8) to `path` at once or not at all: what was there stays until all is on the disk.
 
     Raises:
         OSError: it cannot be written, with `path`, which a disk that is full does not say by itself.

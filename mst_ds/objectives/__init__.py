@@ -2,7 +2,6 @@
 
 from mst_ds.objectives.cross_entropy import CROSS_ENTROPY, CrossEntropy
 from mst_ds.objectives.objective import Measured, Objective
-from mst_ds.objectives.of_dataset import DatasetPreferences
 from mst_ds.objectives.pairs import PairedPreferences
 from mst_ds.objectives.policy import policy_loss, policy_metrics
 from mst_ds.objectives.preference import dpo_loss, ipo_loss, kto_kl, kto_loss, preference_metrics, simpo_loss
@@ -11,7 +10,6 @@ from mst_ds.objectives.sequences import Documents
 __all__ = [
     "CROSS_ENTROPY",
     "CrossEntropy",
-    "DatasetPreferences",
     "Documents",
     "Measured",
     "Objective",

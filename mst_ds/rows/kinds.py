@@ -103,10 +103,11 @@ def _of_no_kind(config: TrainConfig, names: Sequence[str]) -> ValueError:
         chat = chat_column(names)
         hint = nearest(column, names) if chat is None else f"; nearest: the chats in {chat!r}, without --text_column"
         return ValueError(f"{found}; allowed: {', '.join(map(repr, names))}{hint}")
-    if CHOSEN in names and REJECTED in names:
+    preferences = [name for name in (CHOSEN, REJECTED) if name in names]
+    if preferences:
         return ValueError(
-            f"dataset {dataset!r} has preferences in 'chosen' and 'rejected', but objective is 'sft'; allowed: "
-            f"--objective dpo, ipo or simpo, or {_READABLE}"
+            f"dataset {dataset!r} has preferences in {' and '.join(map(repr, preferences))}, but objective is 'sft'; "
+            f"allowed: --objective dpo, ipo or simpo, or {_READABLE}"
         )
     halves = [name for name in (PROMPT, COMPLETION) if name in names]
     if halves:

@@ -340,20 +340,20 @@ def test_split_of_nothing_leaves_all_for_training(token_rows: TokenRows) -> None
 @pytest.mark.parametrize(
     ("lengths", "num_samples", "how", "says"),
     [
-        ((50,), 1, "documents", "has 50 token(s) in 1 document(s), and holding whole documents out leaves 0 token(s)"),
-        ((5, 5), 2, "documents", "has 10 token(s) in 2 document(s), and holding whole documents out leaves 0 token(s)"),
+        ((50,), 1, "documents", "has 50 token(s) in 1 document, and holding whole ones out leaves 0 token(s)"),
+        ((5, 5), 2, "documents", "has 10 token(s) in 2 documents, and holding whole ones out leaves 0 token(s)"),
         ((5, 5), 100, "documents", "leaves 0 token(s)"),
-        ((3, 3), 1, "documents", "has 6 token(s) in 2 document(s), and holding whole documents out leaves 0 token(s)"),
+        ((3, 3), 1, "documents", "has 6 token(s) in 2 documents, and holding whole ones out leaves 0 token(s)"),
         (
             (3, 4, 3),
             1,
             "documents",
-            "has 10 token(s) in 3 document(s), and holding whole documents out leaves 3 token(s)",
+            "has 10 token(s) in 3 documents, and holding whole ones out leaves 3 token(s)",
         ),
-        ((50,), 1, "none", "has 13 sample(s) in 1 document(s), and holding whole documents out leaves 0 sample(s)"),
-        ((3, 3), 2, "none", "has 2 sample(s) in 2 document(s), and holding whole documents out leaves 0 sample(s)"),
+        ((50,), 1, "none", "has 13 sample(s) in 1 document, and holding whole ones out leaves 0 sample(s)"),
+        ((3, 3), 2, "none", "has 2 sample(s) in 2 documents, and holding whole ones out leaves 0 sample(s)"),
         ((5, 5), 100, "none", "leaves 0 sample(s)"),
-        ((4, 1, 1), 1, "none", "has 1 sample(s) in 3 document(s), and holding whole documents out leaves 0 sample(s)"),
+        ((4, 1, 1), 1, "none", "has 1 sample(s) in 3 documents, and holding whole ones out leaves 0 sample(s)"),
     ],
 )
 def test_split_that_leaves_too_little_for_training_is_refused(

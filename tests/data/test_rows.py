@@ -161,7 +161,7 @@ def test_the_users_own_column_of_text_wins(tmp_path: Path) -> None:
     [
         (
             [{"prompt": "a", "chosen": "b", "rejected": "c"}],
-            "has preferences in 'chosen' and 'rejected', which are not ",
+            "has preferences in 'chosen' and 'rejected', but objective is 'sft'",
         ),
         ([{"prompt": "a"}], "has 'prompt' but no 'completion'; allowed: a column of text, 'messages', "),
         ([{"completion": "a", "other": 1}], "has 'completion' but no 'prompt'"),

@@ -109,9 +109,7 @@ def test_learned_tokens_that_all_begin_a_part_are_refused() -> None:
 
 def test_dataset_of_which_nothing_is_learned_is_refused() -> None:
     tokens, _ = rows("x..", "......x")
-    said = (
-        r"^nothing is learned of the 2 document\(s\) of the dataset, 1 of which are longer than seq_len, 5, and trunc"
-    )
+    said = r"^nothing is learned of the 2 documents of the dataset, 1 of which are longer than seq_len, 5, and trunc"
     with pytest.raises(ValueError, match=said):
         fitting_documents(tokens, 5, "truncate")
 

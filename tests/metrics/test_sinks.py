@@ -57,7 +57,10 @@ def test_a_line_is_on_disk_before_the_next_step(tmp_path: Path) -> None:
 def test_a_full_disk_says_of_which_file(tmp_path: Path) -> None:
     lines = JsonLines(tmp_path / "metrics.jsonl", [])
     with full_disk(0):
-        for write in (lambda: lines.log_eval(1, 2.0), lines.close):  # what could not be written is tried at the end
+        for write in (
+            lambda: lines.log_eval(1, {"loss": 2.0}),
+            lines.close,
+        ):  # what could not be written is tried at the end
             with pytest.raises(OSError, match=r"File too large: '.*metrics\.jsonl'"):
                 write()
 
@@ -73,7 +76,7 @@ def test_an_error_of_tensorboards_thread_is_raised_and_not_printed(
     (own,) = set(threading.enumerate()) - before
     with full_disk(0), pytest.raises(OSError, match=r"File too large: '.*tensorboard'"):
         while True:  # until the thread has come to write the first of them
-            sink.log_eval(1, 2.0)
+            sink.log_eval(1, {"loss": 2.0})
     own.join()
     assert printed == []
     other = threading.Thread(target=int, args=("x",))

@@ -112,7 +112,7 @@ def sum_of_ranks(batch: Batch, sp_size: int, layer_chunks: int = 1, **settings: 
         mine = sharded_batch(batch, Topology(rank, sp_size, sp_size), layer_chunks)
         counts[rank] = objective.num_items(mine)
         with Float64():
-            loss = objective.loss(own, mine, 2)
+            loss = objective.measure(own, mine, 2).loss
             loss.backward()
         return loss.detach()
 
@@ -166,7 +166,7 @@ def test_without_a_table_each_row_is_a_document() -> None:
     objective, model = PairedPreferences(**OBJECTIVES["sigmoid"]), tiny_model("llama")
     apply_settings(model, tiny_settings())
     with Float64():
-        loss = objective.loss(model, {**batch, "ref_logps": REF}, 2)
+        loss = objective.measure(model, {**batch, "ref_logps": REF}, 2).loss
         loss.backward()
     assert_close({"loss": loss.detach(), **gradients_of(model)}, plain_step("sigmoid"), EXACT)
 
@@ -175,9 +175,9 @@ def test_a_router_loss_counts_as_in_cross_entropy() -> None:
     model, batch = tiny_model("qwen3-moe"), {**shard(packed(), Topology(0, 1, 1)), "ref_logps": REF}
     apply_settings(model, tiny_settings())
     objective, inputs = PairedPreferences(), {name: each for name, each in batch.items() if name != "ref_logps"}
-    without = objective.loss(model, batch, 4)
+    without = objective.measure(model, batch, 4).loss
     model.config.output_router_logits = True
-    added = objective.loss(model, batch, 4) - without
+    added = objective.measure(model, batch, 4).loss - without
     aux_loss = model(**inputs, return_log_probs=True).aux_loss
     assert added.item() == pytest.approx(model.router_aux_loss_coef * aux_loss.item() * 2 / 4, rel=1e-4)
 
@@ -202,9 +202,9 @@ def test_what_are_no_pairs_is_refused() -> None:
     batch = shard(packed(), Topology(0, 1, 1))
     model = apply_settings(tiny_model("llama"), tiny_settings())
     with pytest.raises(ValueError, match=r"ref_logps must be \(4,\), one for each document; got none"):
-        PairedPreferences().loss(model, batch, 2)
+        PairedPreferences().measure(model, batch, 2)
     with pytest.raises(ValueError, match=r"one for each document; got \(3,\)"):
-        PairedPreferences().loss(model, {**batch, "ref_logps": REF[:3]}, 2)
+        PairedPreferences().measure(model, {**batch, "ref_logps": REF[:3]}, 2)
     with pytest.raises(ValueError, match="3 documents are no pairs"):
         PairedPreferences().num_items(shard({name: each[:3] for name, each in one_a_row().items()}, Topology(0, 1, 1)))
     with pytest.raises(ValueError, match="sharded for 2 ranks, and its sequence group has 1"):

@@ -54,7 +54,7 @@ def packed_and_padded() -> Batch:
 def step(model: torch.nn.Module, batch: Batch) -> None:
     num_items = torch.tensor(7)  # what a run has summed over its ranks, on the device
     with NoWaiting():
-        CROSS_ENTROPY.loss(model, batch, num_items).backward()
+        CROSS_ENTROPY.measure(model, batch, num_items).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 

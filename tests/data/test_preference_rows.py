@@ -1,0 +1,157 @@
+"""Rows with two answers: both documents of a pair are read, kept together, and known by their numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from chat_tokenizers import chat_tokenizer
+from datasets import Dataset, Features, Sequence, Value
+from test_rows import CHAT, OTHER, SHARE_GPT, expected, refusal, tokens_of, write
+
+from mst_ds.config import Packing
+from mst_ds.data import EvalLoader, PackedDataset, ShardedLoader, split_documents
+from mst_ds.data.fitting import fitting_documents
+from mst_ds.data.mixing import mix
+from mst_ds.topology import Topology
+
+TOKENIZER = chat_tokenizer("llama3")
+PREFERRED = {"objective": "dpo"}
+WORSE = {"role": "assistant", "content": "No."}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": CHAT, "rejected": [CHAT[0], WORSE], "score": 1.0},
+        {"chosen": SHARE_GPT, "rejected": [CHAT[0], WORSE], "messages": CHAT},
+        {"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": [WORSE]},
+        # Of some datasets the text of the question stands beside whole chats.
+        {"prompt": CHAT[0]["content"], "chosen": CHAT, "rejected": [CHAT[0], WORSE]},
+    ],
+)
+def test_a_row_is_the_chosen_document_and_then_the_rejected_one(tmp_path: Path, kind: str, row: dict[str, Any]) -> None:
+    tokens = tokens_of(write(tmp_path, kind, row, row), **PREFERRED)
+    assert tokens == [expected(CHAT), expected([CHAT[0], WORSE])] * 2
+
+
+def test_answers_of_earlier_turns_are_of_the_prompt(tmp_path: Path) -> None:
+    row = {"chosen": [*OTHER, *CHAT], "rejected": [*OTHER, CHAT[0], WORSE]}
+    (ids, learned), (worse, learned_worse) = tokens_of(write(tmp_path, "jsonl", row), **PREFERRED)
+    assert (ids, worse) == (expected(row["chosen"])[0], expected(row["rejected"])[0])
+    given = len(expected(OTHER)[0])
+    assert not any(learned[:given])
+    assert learned[given:] == expected(CHAT)[1][1:]
+    assert sum(learned_worse) == sum(expected([CHAT[0], WORSE])[1])
+
+
+def test_texts_are_a_prompt_and_two_completions(tmp_path: Path) -> None:
+    row = {"prompt": "Say a:", "chosen": " b c", "rejected": " d"}
+    halves = [{"prompt": "Say a:", "completion": row[name]} for name in ("chosen", "rejected")]
+    (tmp_path / "halves").mkdir()
+    pair = tokens_of(write(tmp_path, "jsonl", row), **PREFERRED)
+    assert pair == tokens_of(write(tmp_path / "halves", "jsonl", *halves))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"chosen": CHAT, "rejected": None}, "has no 'rejected'; allowed: a chosen and a rejected answer"),
+        ({"prompt": "a", "chosen": " b", "rejected": " b"}, "has the same answer as chosen and as rejected; allowed"),
+        ({"chosen": CHAT, "rejected": CHAT}, "has the same answer as chosen and as rejected; allowed"),
+        ({"chosen": " b", "rejected": " c"}, "has no prompt and texts as answers; allowed: a text in 'prompt', or"),
+        ({"prompt": "a", "chosen": " b", "rejected": ""}, "has an empty answer in 'rejected'; allowed"),
+        ({"prompt": "a", "chosen": " b", "rejected": CHAT}, "has a str as chosen and a list as rejected; allowed"),
+        ({"chosen": CHAT, "rejected": OTHER}, "has answers that begin with different messages and no messages in"),
+        ({"prompt": "a", "chosen": CHAT, "rejected": [CHAT[0], WORSE]}, "has a prompt, 'a', that its answers do not"),
+        ({"chosen": CHAT, "rejected": CHAT[:1]}, "has no answer of the assistant in 'rejected'; allowed"),
+        ({"chosen": CHAT, "rejected": [CHAT[0], {"role": "judge", "content": "x"}]}, "has the role 'judge'; allowed"),
+    ],
+)
+def test_what_is_no_preference_is_refused_by_its_row(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    good = {"chosen": CHAT, "rejected": [CHAT[0], WORSE]}
+    if isinstance(row["chosen"], str):
+        good = {"prompt": "a", "chosen": " b", "rejected": " c"}
+    path = write(tmp_path, "jsonl", good, row)
+    found = refusal(path, **PREFERRED)
+    assert message in found
+    assert f"line 2 of '{path}'" in found
+
+
+def test_columns_that_make_no_pair_are_refused(tmp_path: Path) -> None:
+    assert refusal(write(tmp_path, "jsonl", {"messages": CHAT}), **PREFERRED) == (
+        f"objective is 'dpo', but dataset '{tmp_path / 'a.jsonl'}' has no 'chosen' and no 'rejected', only 'messages'; "
+        "allowed: rows with 'chosen' and 'rejected', or --objective sft"
+    )
+
+
+def pairs(*lengths: tuple[int, int], unlearned: tuple[int, ...] = ()) -> Dataset:
+    """Documents of these lengths whose ids are their numbers, all but the first token of which is learned."""
+    flat = [length for pair in lengths for length in pair]
+    ids = [[number] * length for number, length in enumerate(flat)]
+    learned = [[number not in unlearned] * length for number, length in enumerate(flat)]
+    features = Features({"input_ids": Sequence(Value("int32")), "learned": Sequence(Value("bool"))})
+    return Dataset.from_dict({"input_ids": ids, "learned": learned}, features=features)
+
+
+def documents_in(sample: dict[str, torch.Tensor]) -> list[int]:
+    real = sample["attention_mask"] == 1
+    return sample["input_ids"][real & (sample["position_ids"] == 0)].tolist()
+
+
+@pytest.mark.parametrize("packing", get_args(Packing))
+def test_pairs_share_a_sample_that_says_which_they_are(packing: Packing) -> None:
+    """A document has at most 8 tokens, and a sample 16; of the fourth pair one answer has nothing to learn."""
+    tokens = pairs((3, 5), (8, 8), (2, 3), (4, 4), (9, 6), (2, 2), unlearned=(7,))
+
+    dataset = PackedDataset(tokens, 8, 99, packing=packing, too_long="truncate", group=2)
+
+    samples = list(dataset)
+    assert all(sample["input_ids"].shape == (16,) for sample in samples)
+    assert all(documents_in(sample) == sample["documents"].tolist() for sample in samples)
+    assert all(sample["documents"][1::2].equal(sample["documents"][::2] + 1) for sample in samples)
+    assert sorted(torch.cat([sample["documents"] for sample in samples]).tolist()) == [0, 1, 2, 3, 4, 5, 8, 9, 10, 11]
+    assert len(samples) == (5 if packing == "none" else 4)
+    assert dataset.only([1])[0]["documents"].equal(samples[1]["documents"])
+    drop = PackedDataset(tokens, 8, 99, packing=packing, too_long="drop", group=2)
+    assert sorted(torch.cat([sample["documents"] for sample in drop]).tolist()) == [0, 1, 2, 3, 4, 5, 10, 11]
+
+
+def test_pairs_are_counted_left_out_held_out_and_mixed_whole() -> None:
+    tokens = pairs(*[(3, 4)] * 8, (9, 2), (2, 2), unlearned=(18,))
+    fitting = fitting_documents(tokens, 8, "drop", group=2)
+    assert fitting.rows.tolist() == list(range(16))
+    assert fitting.note(8, "drop") == (
+        "data: of 10 pairs 1 are longer than 8 tokens and left out; 1 have nothing to learn and are left out"
+    )
+    training, held_out = split_documents(tokens, 1, 8, 3, rows=fitting.rows, too_long="drop", group=2)
+    assert sorted([*training, *held_out]) == list(range(16))
+    for rows in (training, held_out):
+        assert (np.diff(rows.reshape(-1, 2)) == 1).all()
+        assert (rows[::2] % 2 == 0).all()
+    # 16 tokens fill a sample, 7 of a pair.
+    assert len(held_out) == 6
+    mixture = mix(["a", "b"], [tokens, tokens], [0.75, 0.25], 1, group=2)
+    assert len(mixture.rows) == 20 + 6
+    assert (mixture.rows[::2] % 2 == 0).all()
+    assert mixture.note is not None
+    assert "10 of 10 pairs of 'a'" in mixture.note
+    assert "3 of 10 pairs of 'b'" in mixture.note
+
+
+def test_every_rank_of_a_sequence_has_the_numbers_of_all_its_documents() -> None:
+    dataset = PackedDataset(pairs(*[(8, 8)] * 3), 8, 99, too_long="truncate", group=2)
+
+    def batches(rank: int) -> list[list[int]]:
+        loader = EvalLoader(dataset, Topology(rank, 4, 2), micro_batch_size=1)
+        return [batch["documents"].tolist() for batch in loader]
+
+    # Two sequence groups: of the third sample the second one has padding in its place.
+    assert [batches(rank) for rank in range(4)] == [[[0, 1], [4, 5]]] * 2 + [[[2, 3], []]] * 2
+    batch = next(ShardedLoader(dataset, Topology(1, 2, 2), micro_batch_size=2, seed=0))
+    assert len(batch["documents"]) == 4
+    assert batch["input_ids"].shape == (2, 8)
