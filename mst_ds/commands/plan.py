@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ _OF_RUN: Mapping[str, Callable[[str], Any]] = {
     "adapter": os.path.expanduser,
     "per_device_train_batch_size": int,
     "gradient_accumulation_steps": int,
+    "objective": str,
 }
 
 
@@ -106,16 +108,17 @@ def main(argv: Sequence[str]) -> int:
             raise ValueError(f"num_gpus x num_nodes is {ranks}; allowed: at most {_MOST_RANKS} ranks")
         if options.table:
             return _print_lengths(options)
-        request, plan, longest, changes = _plan(options)
+        answer = _plan(options)
+        request, plan = answer.request, answer.plan
         if options.plot is not None:
             plot_plan(plan, expanded(options.plot, "plot"))
         traced = _trace(options, plan, request.work.capability) if options.trace else None
     except REQUEST_ERRORS as error:
         return refuse("mst-plan", error)
     if options.json:
-        print(json.dumps(_as_json(request, plan, longest, changes) | ({"trace": traced} if traced else {}), indent=2))
+        print(json.dumps(_as_json(answer) | ({"trace": traced} if traced else {}), indent=2))
     else:
-        _print_plan(request, plan, longest, changes, options.gpu)
+        _print_plan(answer, options.gpu)
         if options.plot is not None:
             print(f"picture: {options.plot}")
         if traced is not None:
@@ -123,9 +126,28 @@ def main(argv: Sequence[str]) -> int:
     return 0 if plan.fits else 1
 
 
-def _plan(options: argparse.Namespace) -> tuple[Request, Plan, int, tuple[Change, ...]]:
-    """What is planned, its plan, the longest length that fits, and what makes this one fit if it does not."""
-    seq_len = LENGTH_STEP if options.max_seq_len else parse_seq_len(options.seq_len)
+@dataclass(frozen=True)
+class _Answer:
+    """What is planned, its plan, the longest length that fits, and what makes this one fit if it does not.
+
+    per_sample: sequences of a sample; the longest length, and those of changes, are of one.
+    """
+
+    request: Request
+    plan: Plan
+    longest: int
+    changes: tuple[Change, ...]
+    per_sample: int
+
+    @property
+    def warning(self) -> str | None:
+        return unknown_positions(self.request.work.shape, self.plan.seq_len // self.per_sample)
+
+
+def _plan(options: argparse.Namespace) -> _Answer:
+    # A pair is two sequences.
+    per_sample = _train_config(options).sequences_per_sample
+    seq_len = LENGTH_STEP if options.max_seq_len else parse_seq_len(options.seq_len) * per_sample
     request = _request(options, num_nodes=options.num_nodes, sp_size=options.sp_size, seq_len=seq_len)
     longest = longest_of_request(request)
     if options.max_seq_len and longest:
@@ -139,7 +161,16 @@ def _plan(options: argparse.Namespace) -> tuple[Request, Plan, int, tuple[Change
             f"the model states of a rank and the reserve take {states.device_bytes / GIB:.1f} GiB, more than the "
             f"{plan.device_memory / GIB:.1f} GiB of its device; allowed: {', or '.join(allowed)}"
         )
-    return request, plan, longest, changes
+    changes = tuple(_per_sequence(change, per_sample) for change in changes)
+    return _Answer(request, plan, longest // per_sample, changes, per_sample)
+
+
+def _per_sequence(change: Change, per_sample: int) -> Change:
+    """Its length as the flag has it, where a sample has several sequences."""
+    settings = dict(change.settings)
+    if isinstance(settings.get("seq_len"), int):
+        settings["seq_len"] = int(settings["seq_len"]) // per_sample
+    return Change(tuple(settings.items()))
 
 
 def _trace(options: argparse.Namespace, plan: Plan, capability: tuple[int, int] | None) -> dict[str, dict[str, int]]:
@@ -210,6 +241,7 @@ def _print_lengths(options: argparse.Namespace) -> int:
         if getattr(options, name):
             raise ValueError(f"{name} shows one plan, and table makes none; allowed: one of the two")
     shape = load_model_shape(options.model)
+    per_sample = _train_config(options).sequences_per_sample
     counts = sorted({2**power for power in range(options.num_nodes.bit_length())} | {options.num_nodes})
     found = []
     for num_nodes in counts:
@@ -217,7 +249,7 @@ def _print_lengths(options: argparse.Namespace) -> int:
         for sp_size in range(1, min(shape.max_sp_size, world_size) + 1):
             if world_size % sp_size == 0 and options.sp_size in (None, sp_size):
                 request = _request(options, num_nodes=num_nodes, sp_size=sp_size, seq_len=LENGTH_STEP)
-                longest = longest_of_request(request)
+                longest = longest_of_request(request) // per_sample
                 found.append({"num_nodes": num_nodes, "sp_size": sp_size, "max_seq_len": longest})
     if not found:
         raise ValueError(
@@ -267,33 +299,37 @@ def _bytes(options: argparse.Namespace, name: str, *, ranks: int = 1) -> int | N
     return int(gib * GIB / ranks)
 
 
-def _as_json(request: Request, plan: Plan, longest: int, changes: tuple[Change, ...]) -> dict[str, Any]:
-    warning = unknown_positions(request.work.shape, plan.seq_len)
+def _as_json(answer: _Answer) -> dict[str, Any]:
+    plan = answer.plan
     return {
         "fits": plan.fits,
         "peak_bytes": plan.peak_bytes,
         "peak_phase": plan.peak_phase.name,
         "host_bytes": plan.host_bytes,
-        "max_seq_len": longest,
-        "warnings": [] if warning is None else [warning],
-        "changes_that_fit": [dict(change.settings) for change in changes],
+        "max_seq_len": answer.longest,
+        "warnings": [] if answer.warning is None else [answer.warning],
+        "changes_that_fit": [dict(change.settings) for change in answer.changes],
         **plan.as_dict(),
     }
 
 
-def _print_plan(request: Request, plan: Plan, longest: int, changes: tuple[Change, ...], gpu: str | None) -> None:
+def _print_plan(answer: _Answer, gpu: str | None) -> None:
+    plan, longest = answer.plan, answer.longest
+    if answer.per_sample > 1:
+        print(f"a sample has the two answers of a pair: {plan.seq_len} tokens")
     console().print(plan_table(plan))
     if gpu is None:
         print(f"times are by the rates of a {DEFAULT_GPU.name}, as no --gpu is named")
-    if (warning := unknown_positions(request.work.shape, plan.seq_len)) is not None:
-        print(warning)
+    if answer.warning is not None:
+        print(answer.warning)
     if longest:
         in_thousands = f" ({longest // LENGTH_STEP}K)" if longest % LENGTH_STEP == 0 else ""
-        print(f"longest sequence that fits: {longest} tokens{in_thousands}{_positions(request.work.shape, longest)}")
+        known = _positions(answer.request.work.shape, longest)
+        print(f"longest sequence that fits: {longest} tokens{in_thousands}{known}")
     else:
         print("no sequence fits")
     if not plan.fits:
-        print(f"to make it fit: {', or '.join(map(str, changes)) or 'no single change is enough'}")
+        print(f"to make it fit: {', or '.join(map(str, answer.changes)) or 'no single change is enough'}")
 
 
 def cli() -> int:

@@ -11,7 +11,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from mst_ds.config import TooLong
-from mst_ds.data.groups import documents_of, groups_of, counted
+from mst_ds.data.groups import counted, documents_of, groups_of
 from mst_ds.data.tokenising import LEARNED
 from mst_ds.rows.kinds import INPUT_IDS
 

@@ -10,7 +10,7 @@ from datasets import Dataset, concatenate_datasets
 from numpy.typing import NDArray
 
 from mst_ds.data.fitting import tokens_of_documents
-from mst_ds.data.groups import documents_of, counted
+from mst_ds.data.groups import counted, documents_of
 from mst_ds.data.order import permutation
 
 

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from mst_ds.config import IGNORE_INDEX, Packing, TooLong
 from mst_ds.data.fitting import fitting_documents, learned_of_documents, tokens_of_documents
-from mst_ds.data.groups import documents_of, groups_of, counted
+from mst_ds.data.groups import counted, documents_of, groups_of
 from mst_ds.data.layouts import CutRuns, Layout, Part, WholeDocuments, samples_per_run
 from mst_ds.data.order import permutation
 from mst_ds.data.sharding import DOCUMENTS, Batch

@@ -38,7 +38,8 @@ class TrainingData:
 
     def amounts(self, num_steps: int, samples_per_step: int) -> dict[str, int | float]:
         """How much there is for training, how often `num_steps` go through it, and how much is held out of it."""
-        return {
+        pairs = {"pairs": self.train.num_documents // 2} if self.train.group == 2 else {}
+        return pairs | {
             "documents": self.train.num_documents,
             "tokens": self.train.num_tokens,
             "tokens_learned": self.train.num_learned,
@@ -102,8 +103,9 @@ def load_training_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) 
 def describe(amounts: Mapping[str, int | float], num_steps: int) -> str:
     """One line for people, of `TrainingData.amounts`."""
     learned = "" if amounts["tokens_learned"] == amounts["tokens"] else f" ({amounts['tokens_learned']:,} learned)"
+    pairs = f"{amounts['pairs']:,} pairs, " if "pairs" in amounts else ""
     line = (
-        f"data: {amounts['documents']:,} documents, {amounts['tokens']:,} tokens{learned}, {amounts['samples']:,} "
+        f"data: {pairs}{amounts['documents']:,} documents, {amounts['tokens']:,} tokens{learned}, {amounts['samples']:,} "
         f"samples of {amounts['seq_len']}; {num_steps:,} steps are {amounts['epochs']:.3g} epochs"
     )
     return line + (f"; {amounts['samples_held_out']:,} samples held out" if amounts["samples_held_out"] else "")

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from mst_ds.data import TrainingData
-from mst_ds.engine import Run
 from mst_ds.data.sharding import DOCUMENTS
+from mst_ds.engine import Run
 from mst_ds.objectives import CROSS_ENTROPY, Measured, Objective, PairedPreferences
 from mst_ds.objectives.pairs import REF_LOGPS
 from mst_ds.sequence_parallel import SequenceGroup

@@ -81,7 +81,7 @@ def assert_same(ours: list[dict[str, float]], theirs: list[dict[str, float]]) ->
 
 @pytest.mark.slow
 def test_dpo_on_shards_is_trl_s_and_goes_on_with_its_reference(tmp_path: Path) -> None:
-    """Under ZeRO-3, a sequence on both ranks; in another folder the reference is computed again, by the first weights."""
+    """Under ZeRO-3, a sequence on both ranks; in another folder the reference is computed again, of the first model."""
     flags = [*data(tmp_path), "--objective", "dpo", "--learning_rate", "1e-2"]
     ours = run(tmp_path / "whole", *flags)
     assert_same(ours, of_trl(model(), learning_rate=1e-2))
