@@ -105,7 +105,7 @@ def describe(amounts: Mapping[str, int | float], num_steps: int) -> str:
     learned = "" if amounts["tokens_learned"] == amounts["tokens"] else f" ({amounts['tokens_learned']:,} learned)"
     pairs = f"{amounts['pairs']:,} pairs, " if "pairs" in amounts else ""
     line = (
-        f"data: {pairs}{amounts['documents']:,} documents, {amounts['tokens']:,} tokens{learned}, {amounts['samples']:,} "
-        f"samples of {amounts['seq_len']}; {num_steps:,} steps are {amounts['epochs']:.3g} epochs"
+        f"data: {pairs}{amounts['documents']:,} documents, {amounts['tokens']:,} tokens{learned}, "
+        f"{amounts['samples']:,} samples of {amounts['seq_len']}; {num_steps:,} steps are {amounts['epochs']:.3g} epochs"
     )
     return line + (f"; {amounts['samples_held_out']:,} samples held out" if amounts["samples_held_out"] else "")

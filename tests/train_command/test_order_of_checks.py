@@ -125,7 +125,7 @@ def test_workers_are_forked_before_the_engine_has_states(monkeypatch: pytest.Mon
     # Other tests of this process may have left ranks that wait for the next.
     others, forked = set(multiprocessing.active_children()), set()
 
-    def build_engine(run: Any) -> None:
+    def build_engine(run: Any, group: Any) -> None:
         forked.update(set(multiprocessing.active_children()) - others)
         raise TooLateError
 
