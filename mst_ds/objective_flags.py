@@ -8,10 +8,10 @@ from typing import Literal, TypeAlias, get_args
 
 from mst_ds.command_line.flags import flag
 
-ObjectiveName: TypeAlias = Literal["sft", "dpo", "ipo", "simpo"]
+ObjectiveName: TypeAlias = Literal["sft", "dpo", "ipo", "simpo", "kto"]
 
 # As TRL has them, SimPO's as its paper.
-_BETA: Mapping[str, float] = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0}
+_BETA: Mapping[str, float] = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "kto": 0.1}
 GAMMA_BETA_RATIO = 0.5
 _MOST = 1e6
 
@@ -23,27 +23,30 @@ class ObjectiveFlags:
     objective: ObjectiveName = flag(  # noqa: RUF009 - the alias hides from ruff that the type is immutable
         "sft",
         "What a step minimises: sft, the cross-entropy of what is learned; dpo, ipo, simpo: preferences, of rows with "
-        "a chosen and a rejected answer.",
+        "a chosen and a rejected answer; kto: of rows with one answer and a label, whether it is desirable.",
     )
     beta: float | None = flag(
         None, "How strongly a preference holds the model to its reference; default: 0.1, of simpo 2.0."
     )
     label_smoothing: float = flag(0.0, "Part of the preferences that is taken to be wrong, of dpo and simpo.")
     gamma_beta_ratio: float = flag(GAMMA_BETA_RATIO, "The margin of simpo, divided by beta.")
+    desirable_weight: float = flag(1.0, "Weight of the desirable answers of kto.")
+    undesirable_weight: float = flag(1.0, "Weight of the undesirable answers of kto.")
 
     @property
     def is_preference(self) -> bool:
-        """Whether rows are pairs of answers."""
+        """Whether answers are compared, and not learned as they are."""
         return self.objective != "sft"
 
     @property
     def has_reference(self) -> bool:
         """Whether the objective compares the model with the one that the run starts from."""
-        return self.objective in ("dpo", "ipo")
+        return self.objective in ("dpo", "ipo", "kto")
 
     @property
     def sequences_per_sample(self) -> int:
-        """A sample has the tokens of so many sequences of `seq_len`: a pair is two."""
+        """A sample has the tokens of so many sequences of `seq_len`: a pair is two, and so is an answer of kto, beside
+        which another one stands behind the same prompt."""
         return 2 if self.is_preference else 1
 
     @property
@@ -64,9 +67,11 @@ class ObjectiveFlags:
         if self.objective not in get_args(ObjectiveName):
             raise ValueError(f"objective is {self.objective!r}; allowed: {', '.join(get_args(ObjectiveName))}")
         of_objectives = {
-            "beta": ("dpo", "ipo", "simpo"),
+            "beta": ("dpo", "ipo", "simpo", "kto"),
             "label_smoothing": ("dpo", "simpo"),
             "gamma_beta_ratio": ("simpo",),
+            "desirable_weight": ("kto",),
+            "undesirable_weight": ("kto",),
         }
         for name, objectives in of_objectives.items():
             if name in given and self.objective not in objectives:
@@ -77,8 +82,9 @@ class ObjectiveFlags:
         checks = {
             "beta": (self.beta is None or 0 < self.beta <= _MOST, f"a number > 0 and at most {_MOST:g}"),
             "label_smoothing": (0 <= self.label_smoothing < 0.5, "a number from 0 up to, not including, 0.5"),
-            "gamma_beta_ratio": (0 <= self.gamma_beta_ratio <= _MOST, f"a number >= 0 and at most {_MOST:g}"),
         }
+        for name in ("gamma_beta_ratio", "desirable_weight", "undesirable_weight"):
+            checks[name] = (0 <= getattr(self, name) <= _MOST, f"a number >= 0 and at most {_MOST:g}")
         for name, (is_allowed, allowed) in checks.items():
             if not is_allowed:
                 raise ValueError(f"{name} is {getattr(self, name)}; allowed: {allowed}")

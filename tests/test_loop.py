@@ -189,10 +189,10 @@ class SumOfIds:
         return int(batch["input_ids"].numel())
 
     def measure(self, model: Any, batch: Any, num_items: Any) -> Measured:
-        total = batch["input_ids"].sum() / num_items
-        return Measured(
-            total * model.weight, {"ids": total, "items": torch.ones(()) * len(batch["input_ids"]) / num_items}
-        )
+        ids = batch["input_ids"]
+        chosen = {"id": ids, "large": ids[ids > 3], "none": ids[:0]}
+        sums = {name: torch.tensor([each.sum(), len(each)]) for name, each in chosen.items()}
+        return Measured(ids.sum() * model.weight / num_items, sums)
 
 
 @pytest.mark.usefixtures("group_of_one")
@@ -215,6 +215,6 @@ def test_another_objective_decides_what_counts_and_what_is_minimised() -> None:
     result = loop.train_step(engine, batches, objective=SumOfIds())
     assert result.loss == pytest.approx(3)
     assert gradients == pytest.approx([0.6, 2.4])
-    metrics = {"ids": pytest.approx(3), "items": pytest.approx(1)}
+    metrics = {"id": pytest.approx(3), "large": pytest.approx(4.5)}
     assert result.metrics == metrics
     assert loop.evaluate(engine, batches, objective=SumOfIds()) == (pytest.approx(3), metrics)

@@ -17,7 +17,7 @@ from mst_ds.data.id_rows import ids_and_learned
 from mst_ds.data.text_encoder import TextEncoder
 from mst_ds.rows.chats import Chat, PromptCompletion, read_row
 from mst_ds.rows.kinds import CHOSEN, INPUT_IDS, JSON, WHERE
-from mst_ds.rows.preferences import read_preference
+from mst_ds.rows.preferences import read_label, read_preference
 
 
 class RowEncoder:
@@ -39,7 +39,7 @@ class RowEncoder:
             ValueError: a row is not what it should be; see `read_row`, `read_preference`, `ChatEncoder` and
                 `ids_and_learned`.
         """
-        names = rows[WHERE].to_pylist() if WHERE in rows.column_names else [f"row {number + 1}" for number in numbers]
+        names = _names(rows, numbers)
         if INPUT_IDS in rows.column_names:
             num_ids = max(self._tokenizer.get_vocab().values()) + 1
             return [ids_and_learned(rows.slice(at, 1), where, num_ids) for at, where in enumerate(names)]
@@ -51,6 +51,20 @@ class RowEncoder:
             self._of_prompt(each, where) if isinstance(each, PromptCompletion) else next(chats)
             for each, where in samples
         ]
+
+    def encode_labelled(self, rows: pa.Table, numbers: Sequence[int]) -> tuple[list[Learned], list[bool]]:
+        """Of each row two documents: its answer behind its prompt, and there the answer of the row before it, or of the
+        last one, as TRL has it; and of both whether the row's answer is desirable.
+
+        Raises:
+            ValueError: see `encode` and `read_label`.
+        """
+        own = self.encode(rows, numbers)
+        names = _names(rows, numbers)
+        labels = [read_label(row, where) for row, where in zip(rows_of(rows), names, strict=True)]
+        others = [_with_answer_of(each, before) for each, before in zip(own, own[-1:] + own[:-1], strict=True)]
+        documents = [document for pair in zip(own, others, strict=True) for document in pair]
+        return documents, [label for label in labels for _ in range(2)]
 
     @cached_property
     def _texts(self) -> TextEncoder:
@@ -80,6 +94,18 @@ def _samples(row: dict[str, Any], where: str) -> list[tuple[Chat | PromptComplet
         pair = read_preference(row, where)
         return [(pair.chosen, f"the chosen answer of {where}"), (pair.rejected, f"the rejected answer of {where}")]
     return [(read_row(row, where), where)]
+
+
+def _names(rows: pa.Table, numbers: Sequence[int]) -> list[str]:
+    return rows[WHERE].to_pylist() if WHERE in rows.column_names else [f"row {number + 1}" for number in numbers]
+
+
+def _with_answer_of(own: Learned, other: Learned) -> Learned:
+    """The prompt of the one, up to the first id that is learned, and what follows the prompt of the other."""
+    (prompt, _), (answer, learned) = own, other
+    end, begin = (int(np.argmax(each)) if each.any() else len(each) for _, each in (own, other))
+    ids = np.concatenate([prompt[:end], answer[begin:]])
+    return ids, np.concatenate([np.zeros(end, dtype=bool), learned[begin:]])
 
 
 def rows_of(rows: pa.Table) -> Iterator[dict[str, Any]]:

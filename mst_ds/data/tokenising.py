@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -17,11 +18,12 @@ from transformers import PreTrainedTokenizerBase
 
 from mst_ds.config import LossOn
 from mst_ds.data.batching import documents_at_once
+from mst_ds.data.chat_encoder import Learned
 from mst_ds.data.chat_template import strings_in
 from mst_ds.data.long_texts import Text
 from mst_ds.data.row_encoder import RowEncoder, rows_of
 from mst_ds.data.text_encoder import TextEncoder, control_tokens_in
-from mst_ds.rows.kinds import INPUT_IDS, JSON, TEXT
+from mst_ds.rows.kinds import INPUT_IDS, JSON, LABEL, TEXT
 
 LEARNED = "learned"
 """The column that says of each id whether it is learned; without it all are."""
@@ -30,7 +32,9 @@ LEARNED = "learned"
 _DOCUMENTS_LOOKED_AT = 16
 
 
-def tokenise(documents: Dataset, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn = "assistant") -> Dataset:
+def tokenise(
+    documents: Dataset, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn = "assistant", *, labelled: bool = False
+) -> Dataset:
     """Token ids, one row per document in the column "input_ids" (int32), and for all but text `LEARNED` (bool).
 
     Texts are encoded as `TextEncoder` does, rows without text left out, and all others as `RowEncoder` does. The result
@@ -40,6 +44,7 @@ def tokenise(documents: Dataset, tokenizer: PreTrainedTokenizerBase, loss_on: Lo
 
     Args:
         documents: the result of `load_documents`.
+        labelled: rows are answers with a label, which is in the column `LABEL` then.
 
     Raises:
         ValueError: text that is not UTF-8, or that the tokenizer cannot but take for control tokens; or see
@@ -52,13 +57,16 @@ def tokenise(documents: Dataset, tokenizer: PreTrainedTokenizerBase, loss_on: Lo
     is_text = TEXT in documents.column_names
     if not is_text:
         features[LEARNED] = Sequence(Value("bool"))
+    if labelled:
+        features[LABEL] = Value("bool")
+    of_rows = {"tokenizer": tokenizer, "loss_on": loss_on, "labelled": labelled}
     try:
         with _one_process_at_a_time(documents):
             tokens = table.map(
                 _encode if is_text else _encode_rows,
                 batched=True,
                 batch_size=documents_at_once(_lengths(table[:])),
-                fn_kwargs={"tokenizer": tokenizer} if is_text else {"tokenizer": tokenizer, "loss_on": loss_on},
+                fn_kwargs={"tokenizer": tokenizer} if is_text else of_rows,
                 with_indices=not is_text,
                 remove_columns=documents.column_names,
                 features=Features(features),
@@ -94,8 +102,17 @@ def _encode(rows: pa.Table, tokenizer: PreTrainedTokenizerBase) -> pa.Table:
     return pa.table({INPUT_IDS: _lists(values, lengths)})
 
 
-def _encode_rows(rows: pa.Table, numbers: list[int], tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> pa.Table:
-    documents = _row_encoder(tokenizer, loss_on).encode(rows, numbers)
+def _encode_rows(
+    rows: pa.Table, numbers: list[int], tokenizer: PreTrainedTokenizerBase, loss_on: LossOn, labelled: bool
+) -> pa.Table:
+    encoder = _row_encoder(tokenizer, loss_on)
+    if labelled:
+        documents, labels = encoder.encode_labelled(rows, numbers)
+        return _table(documents).append_column(LABEL, pa.array(labels, pa.bool_()))
+    return _table(encoder.encode(rows, numbers))
+
+
+def _table(documents: SequenceOf[Learned]) -> pa.Table:
     lengths = [len(ids) for ids, _ in documents]
     ids = np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in documents)])
     learned = np.concatenate([np.zeros(0, bool), *(each for _, each in documents)])

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from mst_ds.config import TrainConfig
@@ -14,7 +16,7 @@ from mst_ds.data.mixing import mix
 from mst_ds.data.packing import PackedDataset, split_documents
 from mst_ds.data.text_source import load_documents
 from mst_ds.data.tokenising import letters_warning, tokenise
-from mst_ds.rows.kinds import TEXT
+from mst_ds.rows.kinds import LABEL, TEXT
 from mst_ds.rows.sources import require_rows_that_mix, sources_of
 
 
@@ -23,7 +25,7 @@ class TrainingData:
     """What a run reads: `held_out` shares no document with `train`, and is None where `eval_steps` is 0.
 
     num_documents, fingerprint: of all documents of the dataset, those that are not trained on too, by whose numbers
-    samples name theirs.
+    samples name theirs. labels: of each of them, whether its answer is desirable, where rows say so.
     warning, note, mixture: what a user should know of the documents, of those that are not trained as they are, and of
     what is taken of several datasets, if anything.
     """
@@ -32,6 +34,7 @@ class TrainingData:
     held_out: PackedDataset | None
     num_documents: int
     fingerprint: str
+    labels: NDArray[np.bool_] | None = None
     warning: str | None = None
     note: str | None = None
     mixture: str | None = None
@@ -66,7 +69,7 @@ def load_training_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) 
     require_rows_that_mix(zip([source.name for source in sources], of_text, strict=True))
     mixture = mix(
         [source.name for source in sources],
-        [tokenise(each, tokenizer, config.loss_on) for each in documents],
+        [tokenise(each, tokenizer, config.loss_on, labelled=config.objective == "kto") for each in documents],
         [source.weight for source in sources],
         config.seed,
         group,
@@ -94,6 +97,7 @@ def load_training_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) 
         held_out=samples(documents=held_out, max_samples=num_held_out) if num_held_out else None,
         num_documents=len(tokens),
         fingerprint=tokens._fingerprint,
+        labels=tokens.with_format("numpy")[:][LABEL] if LABEL in tokens.column_names else None,
         warning=next(filter(None, (letters_warning(each, tokenizer) for each in documents)), None),
         note=fitting.note(config.seq_len, too_long),
         mixture=mixture.note,
@@ -106,6 +110,7 @@ def describe(amounts: Mapping[str, int | float], num_steps: int) -> str:
     pairs = f"{amounts['pairs']:,} pairs, " if "pairs" in amounts else ""
     line = (
         f"data: {pairs}{amounts['documents']:,} documents, {amounts['tokens']:,} tokens{learned}, "
-        f"{amounts['samples']:,} samples of {amounts['seq_len']}; {num_steps:,} steps are {amounts['epochs']:.3g} epochs"
+        f"{amounts['samples']:,} samples of {amounts['seq_len']}; {num_steps:,} steps are {amounts['epochs']:.3g} "
+        "epochs"
     )
     return line + (f"; {amounts['samples_held_out']:,} samples held out" if amounts["samples_held_out"] else "")

@@ -6,6 +6,7 @@ from mst_ds.objectives.pairs import PairedPreferences
 from mst_ds.objectives.policy import policy_loss, policy_metrics
 from mst_ds.objectives.preference import dpo_loss, ipo_loss, kto_kl, kto_loss, preference_metrics, simpo_loss
 from mst_ds.objectives.sequences import Documents
+from mst_ds.objectives.unpaired import UnpairedPreferences
 
 __all__ = [
     "CROSS_ENTROPY",
@@ -14,6 +15,7 @@ __all__ = [
     "Measured",
     "Objective",
     "PairedPreferences",
+    "UnpairedPreferences",
     "dpo_loss",
     "ipo_loss",
     "kto_kl",

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
+
+from mst_ds.sequence_parallel import SequenceGroup
 
 
 @dataclass(frozen=True)
@@ -16,7 +19,8 @@ class Measured:
     Attributes:
         loss: the sum of the shard's losses divided by the step's items; a scalar whose sum over all shards is the
             step's loss.
-        metrics: what is logged beside it, by name, divided in the same way; without a gradient.
+        metrics: of what is logged beside it, by name, (2,): the sum over this shard's share of what there is, and the
+            number. The step's value is the mean. Without a gradient.
     """
 
     loss: Tensor
@@ -40,3 +44,18 @@ class Objective(Protocol):
             model: a patched model, or the DeepSpeed engine around it.
             batch: this rank's shard, see `mst_ds.data.shard`, on the model's device.
         """
+
+
+def ranks_of(group: SequenceGroup | None) -> int:
+    """Ranks that share a sequence."""
+    return 1 if group is None else group.size
+
+
+def share_of_mean(values: Tensor, group: SequenceGroup | None, mask: Tensor | None = None) -> Tensor:
+    """A metric of `Measured`: of values that all ranks of the group have each answers for its part.
+
+    Args:
+        mask: which values count; default: all.
+    """
+    counted = torch.ones_like(values) if mask is None else mask.to(values.dtype)
+    return torch.stack([(values * counted).sum(), counted.sum()]).detach() / ranks_of(group)

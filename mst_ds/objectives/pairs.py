@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mst_ds.config import IGNORE_INDEX
-from mst_ds.objectives.objective import Measured
+from mst_ds.objectives.objective import Measured, ranks_of, share_of_mean
 from mst_ds.objectives.preference import dpo_loss, ipo_loss, preference_metrics, simpo_loss
 from mst_ds.objectives.sequences import Documents
 from mst_ds.sequence_parallel import SequenceGroup
@@ -41,7 +41,7 @@ class PairedPreferences:
 
     def num_items(self, batch: Mapping[str, Tensor]) -> int:
         """Pairs. They lie on all ranks of a sequence, of which the first counts them."""
-        return self._pairs(batch) if self.group is None or self.group.rank == 0 else 0
+        return num_pairs(batch) if self.group is None or self.group.rank == 0 else 0
 
     def measure(self, model: nn.Module, batch: Mapping[str, Tensor], num_items: Tensor | int) -> Measured:
         """See `Objective`. The metrics are TRL's. Collective calls within the sequence group.
@@ -49,7 +49,7 @@ class PairedPreferences:
         Raises:
             ValueError: documents that are no pairs, or "ref_logps" of another number.
         """
-        pairs = self._pairs(batch)
+        pairs = num_pairs(batch)
         inputs = {name: tensor for name, tensor in batch.items() if name != REF_LOGPS}
         output = model(**inputs, return_log_probs=True)
         documents = Documents.of_batch(batch, self.group)
@@ -58,12 +58,11 @@ class PairedPreferences:
         losses, metrics = self._of_pairs(logps, lengths, batch.get(REF_LOGPS))
         items = torch.as_tensor(num_items, device=logps.device).clamp(min=1)
         # Every rank of the group has the whole loss of these pairs, and answers for its part.
-        share = items * (1 if self.group is None else self.group.size)
-        loss = losses.sum() / share
+        loss = losses.sum() / (items * ranks_of(self.group))
         if output.get("aux_loss") is not None:
             # Of all tokens of these pairs, and already this rank's part.
             loss = loss + getattr(model, "router_aux_loss_coef", 0.0) * output.aux_loss * pairs / items
-        return Measured(loss.float(), {name: values.sum() / share for name, values in metrics.items()})
+        return Measured(loss.float(), {name: share_of_mean(values, self.group) for name, values in metrics.items()})
 
     def _of_pairs(self, logps: Tensor, lengths: Tensor, ref_logps: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of each pair, and its metrics."""
@@ -87,10 +86,15 @@ class PairedPreferences:
             return ipo_loss(*own, *of_reference, *of_lengths, beta=self.beta), metrics
         return dpo_loss(*own, *of_reference, beta=self.beta, label_smoothing=self.label_smoothing), metrics
 
-    @staticmethod
-    def _pairs(batch: Mapping[str, Tensor]) -> int:
-        table = batch.get("document_table")
-        count = len(batch["shift_labels"]) if table is None else int((table[1:, 1] > 0).sum())
-        if count % 2:
-            raise ValueError(f"{count} documents are no pairs of chosen and rejected: pass them alternating")
-        return count // 2
+
+def num_pairs(batch: Mapping[str, Tensor]) -> int:
+    """Pairs of documents of whole sequences.
+
+    Raises:
+        ValueError: one has no other.
+    """
+    table = batch.get("document_table")
+    count = len(batch["shift_labels"]) if table is None else int((table[1:, 1] > 0).sum())
+    if count % 2:
+        raise ValueError(f"{count} documents are no pairs of chosen and rejected: pass them alternating")
+    return count // 2

@@ -8,7 +8,7 @@ from typing import IO, Any
 
 from mst_ds.rows.chats import read_row
 from mst_ds.rows.kinds import AS_CHAT, COMPLETION, INPUT_IDS, REJECTED, Kind, chat_column
-from mst_ds.rows.preferences import read_preference
+from mst_ds.rows.preferences import read_label, read_preference
 
 # Of a text, for one step of the check that it can be written.
 _CHARACTERS_AT_ONCE = 2**20
@@ -87,7 +87,7 @@ def json_of(row: Mapping[str, Any], kind: Kind, columns: Sequence[str], where: s
         columns: those that are read; see `columns_of`.
 
     Raises:
-        ValueError: see `read_row` and `read_preference`; or it is a row of another kind.
+        ValueError: see `read_row`, `read_preference` and `read_label`; or it is a row of another kind.
     """
     require_column(row, kind, columns[0], where)
     read = {name: row[name] for name in columns if name in row}
@@ -95,6 +95,8 @@ def json_of(row: Mapping[str, Any], kind: Kind, columns: Sequence[str], where: s
         read_preference(read, where)
     else:
         read_row(read, where)
+    if kind == "labelled":
+        read_label(read, where)
     text = json.dumps(read, ensure_ascii=False)
     _require_utf8(text, f"{where} has half a surrogate pair")
     return text
@@ -102,7 +104,7 @@ def json_of(row: Mapping[str, Any], kind: Kind, columns: Sequence[str], where: s
 
 def require_column(row: Mapping[str, Any], kind: Kind, column: str, where: str) -> None:
     """Refuse a row without the column that makes a row of this kind; what halves lack is for others to say."""
-    other_half = {"prompt_completion": COMPLETION, "preference": REJECTED}.get(kind)
+    other_half = {"prompt_completion": COMPLETION, "labelled": COMPLETION, "preference": REJECTED}.get(kind)
     if column in row or other_half in row:
         return
     names = ", ".join(map(repr, row)) or "nothing"

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, TypeAlias
 
 from mst_ds.config import TrainConfig, nearest
 
-Kind: TypeAlias = Literal["input_ids", "chat", "prompt_completion", "preference", "text"]
+Kind: TypeAlias = Literal["input_ids", "chat", "prompt_completion", "preference", "labelled", "text"]
 
 TEXT = "text"
 INPUT_IDS, LABELS, ATTENTION_MASK = "input_ids", "labels", "attention_mask"
 PROMPT, COMPLETION = "prompt", "completion"
 CHOSEN, REJECTED = "chosen", "rejected"
+LABEL = "label"
 TOOLS = "tools"
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
 # Rows of a file of text that are more than a text: the row as JSON, and where it stands.
@@ -20,6 +21,11 @@ JSON, WHERE = "json", "where"
 # What to do instead where a column of text is asked for and chats are found: as text, their control tokens are letters.
 AS_CHAT = "chats in a column 'messages', without --text_column"
 
+# The columns that make a row of answers that are compared.
+_OF_PREFERENCES: Mapping[str, tuple[str, ...]] = {
+    "preference": (CHOSEN, REJECTED),
+    "labelled": (PROMPT, COMPLETION, LABEL),
+}
 # They say of ids what is not read: which are learned, and where documents begin.
 _NOT_READ_OF_IDS = ("completion_mask", "assistant_masks", "position_ids", "seq_lengths")
 _READABLE = "a column of text, 'messages', 'prompt' with 'completion', or 'input_ids'"
@@ -32,7 +38,8 @@ def kind_of(config: TrainConfig, names: Collection[str]) -> Kind | None:
     objective is about preferences, rows are these or nothing.
     """
     if config.is_preference:
-        return "preference" if CHOSEN in names and REJECTED in names else None
+        kind: Kind = "labelled" if config.objective == "kto" else "preference"
+        return kind if all(name in names for name in _OF_PREFERENCES[kind]) else None
     if asks_for_text(config):
         return "text" if config.text_column in names else None
     if INPUT_IDS in names:
@@ -62,6 +69,8 @@ def columns_of(kind: Kind, names: Collection[str], text_column: str) -> list[str
         return [PROMPT, COMPLETION, TOOLS]
     if kind == "preference":
         return [CHOSEN, REJECTED, PROMPT, TOOLS]
+    if kind == "labelled":
+        return [LABEL, PROMPT, COMPLETION, TOOLS]
     chat = chat_column(names)
     return [text_column] if kind == "text" or chat is None else [chat, TOOLS]
 
@@ -93,10 +102,12 @@ def require_kind(config: TrainConfig, names: Sequence[str]) -> Kind:
 def _of_no_kind(config: TrainConfig, names: Sequence[str]) -> ValueError:
     column, dataset = config.text_column, config.dataset_name
     if config.is_preference:
-        lacking = [name for name in (CHOSEN, REJECTED) if name not in names]
+        needed = _OF_PREFERENCES["labelled" if config.objective == "kto" else "preference"]
+        lacking = [name for name in needed if name not in names]
         return ValueError(
             f"objective is {config.objective!r}, but dataset {dataset!r} has no {' and no '.join(map(repr, lacking))}, "
-            f"only {', '.join(map(repr, names))}; allowed: rows with 'chosen' and 'rejected', or --objective sft"
+            f"only {', '.join(map(repr, names))}; allowed: rows with {' and '.join(map(repr, needed))}, or another "
+            "--objective"
         )
     found = f"text_column is {column!r}, but dataset {dataset!r} has no such column"
     if asks_for_text(config):

@@ -1,4 +1,4 @@
-"""A row with two answers, of which one is preferred: what it must hold, and the one form that it is brought to."""
+"""A row with two answers, of which one is preferred, or with one and a label: what it must hold, and its one form."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mst_ds.rows.chats import Chat, Message, PromptCompletion, messages_of, tools_of
-from mst_ds.rows.kinds import CHOSEN, PROMPT, REJECTED, TOOLS
+from mst_ds.rows.kinds import CHOSEN, LABEL, PROMPT, REJECTED, TOOLS
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,18 @@ def read_preference(row: Mapping[str, Any], where: str) -> Preference:
     if found.chosen == found.rejected:
         raise ValueError(f"{where} has the same answer as chosen and as rejected; allowed: two different ones")
     return found
+
+
+def read_label(row: Mapping[str, Any], where: str) -> bool:
+    """Whether the answer of a row is desirable.
+
+    Raises:
+        ValueError: it does not say.
+    """
+    label = row.get(LABEL)
+    if not isinstance(label, bool):
+        raise ValueError(f"{where} has the label {label!r}; allowed: true, of a desirable answer, or false")
+    return label
 
 
 def _of_messages(row: Mapping[str, Any], chosen: list[Any], rejected: list[Any], where: str) -> Preference:

@@ -92,7 +92,7 @@ class StepResult:
     """The mean loss over all items of a step, and its gradient norm before clipping.
 
     own_loss: this rank's part of the loss. changed_weights: not so where the gradient norm was not finite. metrics:
-    what the objective measures beside the loss, means over all items too.
+    what the objective measures beside the loss.
     """
 
     loss: float
@@ -181,9 +181,7 @@ def train_step(
         _add(metrics, measured.metrics)
     norm = engine.get_global_grad_norm() if norm_of_stage_0 is None else norm_of_stage_0
     own_loss = total.item()
-    return StepResult(
-        _sum_over_ranks(total).item(), float(norm), own_loss, engine.was_step_applied(), _metrics_of_ranks(metrics)
-    )
+    return StepResult(_sum_over_ranks(total).item(), float(norm), own_loss, engine.was_step_applied(), _means(metrics))
 
 
 def _leave_out_step(engine: DeepSpeedEngine) -> None:
@@ -237,9 +235,7 @@ def evaluate(
         loss += measured.loss
         _add(metrics, measured.metrics)
     engine.train()
-    total = max(1, int(_sum_over_ranks(num_items)))
-    means = {name: value / total for name, value in _metrics_of_ranks(metrics).items()}
-    return _sum_over_ranks(loss).item() / total, means
+    return _sum_over_ranks(loss).item() / max(1, int(_sum_over_ranks(num_items))), _means(metrics)
 
 
 def _count(objective: Objective, batches: list[Batch], device: torch.device) -> Tensor:
@@ -252,12 +248,12 @@ def _add(sums: dict[str, Tensor], metrics: Mapping[str, Tensor]) -> None:
         sums[name] = sums[name] + value if name in sums else value
 
 
-def _metrics_of_ranks(sums: Mapping[str, Tensor]) -> dict[str, float]:
-    """Every rank has the same names, since all have batches of one kind."""
-    if not sums:
+def _means(metrics: Mapping[str, Tensor]) -> dict[str, float]:
+    """Over all ranks, which have the same names, since all have batches of one kind; of what there is any."""
+    if not metrics:
         return {}
-    values: list[float] = _sum_over_ranks(torch.stack([each.double() for each in sums.values()])).tolist()
-    return dict(zip(sums, values, strict=True))
+    sums = _sum_over_ranks(torch.stack([each.double() for each in metrics.values()])).tolist()
+    return {name: total / number for name, (total, number) in zip(metrics, sums, strict=True) if number}
 
 
 def _sum_over_ranks(value: Tensor) -> Tensor:

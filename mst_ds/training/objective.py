@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from mst_ds.data import TrainingData
 from mst_ds.data.sharding import DOCUMENTS
 from mst_ds.engine import Run
-from mst_ds.objectives import CROSS_ENTROPY, Measured, Objective, PairedPreferences
+from mst_ds.objectives import CROSS_ENTROPY, Measured, Objective, PairedPreferences, UnpairedPreferences
 from mst_ds.objectives.pairs import REF_LOGPS
+from mst_ds.objectives.unpaired import LABELS
 from mst_ds.sequence_parallel import SequenceGroup
 from mst_ds.training.reference import reference_logps
 
@@ -22,27 +24,26 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class DatasetPreferences:
-    """Preferences between the documents of a dataset, of which a batch has the numbers in place of `ref_logps`.
+class OfDataset:
+    """An objective that needs a value of each document, for batches that have the documents' numbers.
 
     Args:
-        pairs: what is computed of them.
-        ref_logps: (documents of the dataset,), on the model's device; None where the objective needs no reference.
+        objective: what is computed.
+        values: by the name that the objective has for it, (documents of the dataset,), on the model's device.
     """
 
-    pairs: PairedPreferences
-    ref_logps: Tensor | None
+    objective: Objective
+    values: Mapping[str, Tensor]
 
     def num_items(self, batch: Mapping[str, Tensor]) -> int:
         """See `Objective`."""
-        return self.pairs.num_items(batch)
+        return self.objective.num_items(batch)
 
     def measure(self, model: nn.Module, batch: Mapping[str, Tensor], num_items: Tensor | int) -> Measured:
         """See `Objective`."""
         inputs = {name: tensor for name, tensor in batch.items() if name != DOCUMENTS}
-        if self.ref_logps is not None:
-            inputs[REF_LOGPS] = self.ref_logps[batch[DOCUMENTS]]
-        return self.pairs.measure(model, inputs, num_items)
+        of_documents = {name: values[batch[DOCUMENTS]] for name, values in self.values.items()}
+        return self.objective.measure(model, inputs | of_documents, num_items)
 
 
 def objective_of(
@@ -58,12 +59,22 @@ def objective_of(
     config = run.config
     if config.objective == "sft":
         return CROSS_ENTROPY
-    pairs = PairedPreferences(
-        loss_type="sigmoid" if config.objective == "dpo" else config.objective,
+    values = {}
+    if config.has_reference:
+        values[REF_LOGPS] = reference_logps(engine, run, data, group, folder / "reference.safetensors")
+    if data.labels is not None:
+        values[LABELS] = torch.from_numpy(data.labels).to(engine.device)
+    return OfDataset(_of_answers(run, group), values)
+
+
+def _of_answers(run: Run, group: SequenceGroup | None) -> PairedPreferences | UnpairedPreferences:
+    config = run.config
+    if config.objective == "kto":
+        return UnpairedPreferences(config.beta_or_default, config.desirable_weight, config.undesirable_weight, group)
+    return PairedPreferences(
+        loss_type="ipo" if config.objective == "ipo" else "simpo" if config.objective == "simpo" else "sigmoid",
         beta=config.beta_or_default,
         label_smoothing=config.label_smoothing,
         gamma_beta_ratio=config.gamma_beta_ratio,
         group=group,
     )
-    file = folder / "reference.safetensors"
-    return DatasetPreferences(pairs, reference_logps(engine, run, data, group, file) if config.has_reference else None)

@@ -12,8 +12,8 @@ from chat_tokenizers import chat_tokenizer
 from datasets import Dataset, Features, Sequence, Value
 from test_rows import CHAT, OTHER, SHARE_GPT, expected, refusal, tokens_of, write
 
-from mst_ds.config import Packing
-from mst_ds.data import EvalLoader, PackedDataset, ShardedLoader, split_documents
+from mst_ds.config import Packing, TrainConfig
+from mst_ds.data import EvalLoader, PackedDataset, ShardedLoader, load_documents, split_documents, tokenise
 from mst_ds.data.fitting import fitting_documents
 from mst_ds.data.mixing import mix
 from mst_ds.topology import Topology
@@ -85,8 +85,26 @@ def test_what_is_no_preference_is_refused_by_its_row(tmp_path: Path, row: dict[s
 def test_columns_that_make_no_pair_are_refused(tmp_path: Path) -> None:
     assert refusal(write(tmp_path, "jsonl", {"messages": CHAT}), **PREFERRED) == (
         f"objective is 'dpo', but dataset '{tmp_path / 'a.jsonl'}' has no 'chosen' and no 'rejected', only 'messages'; "
-        "allowed: rows with 'chosen' and 'rejected', or --objective sft"
+        "allowed: rows with 'chosen' and 'rejected', or another --objective"
     )
+
+
+def test_an_answer_with_a_label_is_two_documents(tmp_path: Path) -> None:
+    """Its own, and behind its prompt the answer of the row before it, of the first row that of the last one."""
+    rows = [
+        {"prompt": [CHAT[0]], "completion": CHAT[1:], "label": True},
+        {"prompt": [OTHER[0]], "completion": [WORSE], "label": False},
+    ]
+    for kind in ("jsonl", "parquet"):
+        config = TrainConfig(dataset=str(write(tmp_path, kind, *rows)), objective="kto")
+        tokens = tokenise(load_documents(config), TOKENIZER, labelled=True)
+        chats = [CHAT, [CHAT[0], WORSE], [OTHER[0], WORSE], [OTHER[0], CHAT[1]]]
+        assert list(zip(tokens["input_ids"], tokens["learned"], strict=True)) == [expected(chat) for chat in chats]
+        assert list(tokens["label"]) == [True, True, False, False]
+    bad = write(tmp_path, "jsonl", *rows, {"prompt": "a", "completion": " b", "label": 1})
+    assert "has the label 1; allowed: true, of a desirable answer, or false" in refusal(bad, objective="kto")
+    message = "has no 'label', only 'prompt', 'completion'; allowed: rows with 'prompt' and 'completion' and 'label'"
+    assert message in refusal(write(tmp_path, "jsonl", {"prompt": "a", "completion": " b"}), objective="kto")
 
 
 def pairs(*lengths: tuple[int, int], unlearned: tuple[int, ...] = ()) -> Dataset:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import tempfile
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from small_trainings import model, samples, tokenizer
@@ -23,9 +25,11 @@ OURS = ("--max_steps", "4", "--seq_len", "512", "--preflight", "false", "--save_
 OURS += ("--lr_scheduler_type", "constant", "--warmup_steps", "0", "--weight_decay", "0", "--adam_beta2", "0.999")
 
 
-def of_trl(trained: Any, **settings: Any) -> list[dict[str, float]]:
+def of_trl(trained: Any, kind: str = "preference", **settings: Any) -> list[dict[str, float]]:
     """What TRL logs of each step, with the same optimizer."""
-    arguments = trl.DPOConfig(
+    trainers = {"preference": (trl.DPOConfig, trl.DPOTrainer), "labelled": (trl.KTOConfig, trl.KTOTrainer)}
+    make_arguments, make_trainer = trainers[kind]
+    arguments = make_arguments(
         output_dir=tempfile.mkdtemp(),
         max_steps=4,
         per_device_train_batch_size=12,
@@ -43,24 +47,36 @@ def of_trl(trained: Any, **settings: Any) -> list[dict[str, float]]:
     reader.split_special_tokens = False
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer = trl.DPOTrainer(
+        trainer = make_trainer(
             model=trained,
             # Of adapters TRL keeps a copy, as they are at first.
             ref_model=None if isinstance(trained, PeftModel) else model(),
             args=arguments,
-            train_dataset=samples("preference"),
+            train_dataset=rows(kind),
             processing_class=reader,
         )
         trainer.train()
     return [record for record in trainer.state.log_history if "loss" in record]
 
 
-def data(folder: Path) -> list[str]:
-    """The flags of the model, its tokenizer and the pairs that TRL's trainer gets."""
+def rows(kind: str) -> Dataset:
+    """Pairs, or answers with labels, most of them desirable: the model comes to like any answer better."""
+    if kind == "preference":
+        return samples("preference")
+    labelled = [
+        {"prompt": row["prompt"], "completion": row[name], "label": name == "rejected"}
+        for number, row in enumerate(samples("preference"))
+        for name in (("chosen", "rejected") if number % 3 == 0 else ("rejected",))
+    ]
+    return Dataset.from_list(labelled[:12])
+
+
+def data(folder: Path, kind: str = "preference") -> list[str]:
+    """The flags of the model, its tokenizer and the rows that TRL's trainer gets."""
     model().save_pretrained(folder / "model")
     tokenizer().save_pretrained(folder / "model")
-    samples("preference").to_json(folder / "pairs.jsonl")
-    return ["--model", str(folder / "model"), "--dataset", str(folder / "pairs.jsonl"), *OURS]
+    rows(kind).to_json(folder / "rows.jsonl")
+    return ["--model", str(folder / "model"), "--dataset", str(folder / "rows.jsonl"), *OURS]
 
 
 def run(output_dir: Path, *flags: str) -> list[dict[str, float]]:
@@ -70,12 +86,11 @@ def run(output_dir: Path, *flags: str) -> list[dict[str, float]]:
     return [record for record in map(json.loads, lines) if "loss" in record]
 
 
-def assert_same(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> None:
+def assert_same(ours: list[dict[str, float]], theirs: list[dict[str, float]], names: Collection[str] = METRICS) -> None:
     assert len(ours) == len(theirs) == 4
     for own, other in zip(ours, theirs, strict=True):
-        assert {name: own[name] for name in METRICS} == pytest.approx(
-            {name: other[name] for name in METRICS}, rel=1e-5, abs=1e-5
-        )
+        expected = {name: other[name] for name in names}
+        assert {name: own[name] for name in names} == pytest.approx(expected, rel=1e-5, abs=1e-5)
     assert theirs[-1]["loss"] < theirs[0]["loss"]
 
 
@@ -108,3 +123,13 @@ def test_ipo_with_a_trained_adapter_is_trl_s(tmp_path: Path) -> None:
     loaded = PeftModel.from_pretrained(model(), str(tmp_path / "adapter"), is_trainable=True)
     assert_same(ours, of_trl(loaded, learning_rate=1e-2, beta=0.2, loss_type=["ipo"]))
     assert (tmp_path / "run" / "model" / "adapter_config.json").exists()
+
+
+@pytest.mark.slow
+def test_kto_on_shards_is_trl_s(tmp_path: Path) -> None:
+    flags = [*data(tmp_path, "labelled"), "--objective", "kto", "--learning_rate", "1e-2"]
+    flags += ["--desirable_weight", "1.5"]
+    ours = run(tmp_path / "run", *flags)
+    theirs = of_trl(model(), "labelled", learning_rate=1e-2, desirable_weight=1.5)
+    assert_same(ours, theirs, ("loss", "kl", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"))
+    assert max(record["kl"] for record in ours) > 0
