@@ -1,7 +1,7 @@
 """What the user asked for: the flags of a training run.
 
-`TrainConfig` is the only list of flags, with those of `adapter_flags`; the parser, the defaults, the help text and the
-YAML keys are all read from its fields.
+`TrainConfig` is the only list of flags, with those of `adapter_flags` and `result_flags`; the parser, the defaults, the
+help text and the YAML keys are all read from its fields.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from mst_ds.adapter_flags import AdapterFlags
 from mst_ds.command_line.flags import OneLineParser, flag, unknown_flag
 from mst_ds.files.read_file import existing_file, expanded, read_yaml
 from mst_ds.files.shipped import shipped_folder
+from mst_ds.result_flags import ResultFlags
 
 GIB = 2**30
 DEFAULT_MODEL = "small_llama"
@@ -114,7 +115,7 @@ def parse_seq_len(text: str) -> int:
 
 @dataclass
 class _RunFlags:
-    """All flags but those of adapters, in the order of the help."""
+    """All other flags, in the order of the help."""
 
     config: str | None = flag(
         None, "YAML file with values for any of these flags; a flag given beside it wins.", os.path.expanduser
@@ -211,11 +212,12 @@ class _RunFlags:
 
 
 @dataclass
-class TrainConfig(AdapterFlags, _RunFlags):
+class TrainConfig(AdapterFlags, ResultFlags, _RunFlags):
     """The flags of a training run. Lengths are in tokens, `weight_decay` and the rates as AdamW has them."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        AdapterFlags.__post_init__(self)
+        ResultFlags.__post_init__(self)
         if isinstance(self.dataset, list) and len(self.dataset) == 1:
             self.dataset = self.dataset[0]
 
@@ -251,6 +253,7 @@ class TrainConfig(AdapterFlags, _RunFlags):
             value = getattr(self, name)
             _require(value is None or least <= value <= most, name, value, allowed)
         self.check_adapters()
+        self.check_results()
         _require(
             0 < self.peak_learning_rate <= MOST_RATE,
             "learning_rate",
@@ -385,8 +388,8 @@ def _yaml_flags(given: str) -> list[str]:
         if key not in allowed:
             near = nearest(str(key), allowed)
             raise ValueError(f"config {path} has the unknown key {key!r}{near}; allowed: {', '.join(allowed)}")
-        if key == "dataset" and isinstance(value, list) and value:
-            flags += ["--dataset", *map(str, value)]
+        if key in ("dataset", "report_to") and isinstance(value, list) and value:
+            flags += [f"--{key}", *map(str, value)]
             continue
         if isinstance(value, dict | list):
             raise ValueError(f"{key} in {path} is a {type(value).__name__}; allowed: one number or text")

@@ -12,7 +12,16 @@ PACKAGE = Path(__file__).parents[1] / "mst_ds"
 # From the bottom up. Modules of one line may import each other; each may import any line above this one.
 LAYERS = [
     {"command_line", "dtypes", "files", "flash_attn_package", "geometry"},
-    {"adapter_flags", "adapters", "cpu_threads", "document_table", "kept_in_fp32", "recompute", "token_layout"},
+    {
+        "adapter_flags",
+        "adapters",
+        "cpu_threads",
+        "document_table",
+        "kept_in_fp32",
+        "recompute",
+        "result_flags",
+        "token_layout",
+    },
     {"attention", "config"},
     {"rows"},
     {"dataset_files", "gpus", "model_shape", "settings", "topology"},
@@ -29,7 +38,7 @@ LAYERS = [
 ]
 # These are read before a process group or an accelerator exists, also on a laptop without either.
 PURE = {"command_line", "config", "dataset_files", "files", "geometry", "gpus", "model_shape", "planner", "settings"}
-PURE |= {"adapter_flags", "flash_attn_package", "rows", "topology", "zero"}
+PURE |= {"adapter_flags", "flash_attn_package", "result_flags", "rows", "topology", "zero"}
 # Within a layer these have nothing to do with each other.
 APART = {"planner", "minisequence", "metrics", "data"}
 

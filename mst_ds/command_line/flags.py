@@ -51,7 +51,7 @@ _FLAGS_OF_OTHERS: Mapping[str, str] = {
     "attn_implementation": "attention in the 'mst' block of the DeepSpeed JSON",
     "sp_size": "sp_size in the 'mst' block of the DeepSpeed JSON",
     "logging_steps": "nothing: every step is logged",
-    "report_to": "nothing: metrics.jsonl and tensorboard/ are written",
+    "run_name": "--output_dir, whose name the run has in reports",
 }
 
 

@@ -11,7 +11,7 @@ import traceback
 import warnings
 from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,7 @@ from mst_ds.command_line.entry_point import (
 from mst_ds.command_line.exit_protocol import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, TRAIN_COMMAND, error_line
 from mst_ds.config import parse_train_config
 from mst_ds.dataset_files import look_at_datasets
+from mst_ds.result_flags import TENSORBOARD
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
     from mst_ds.data import EvalLoader, ShardedLoader, TrainingData
     from mst_ds.engine import Run
-    from mst_ds.metrics import MetricsWriter
+    from mst_ds.metrics import MetricsWriter, Sink
     from mst_ds.resilience.interruption import Interruption
     from mst_ds.training.saver import Saver
 
@@ -188,9 +189,10 @@ def _take_steps(job: _Job, interruption: Interruption) -> bool:
     for loader in (job.batches, job.held_out):
         if loader is not None:
             loader.start_workers()
+    trackers = _trackers(run, folder)
     engine = build_engine(run)
     saver = _saver(job, engine, interruption)
-    with _metrics(run, folder, engine.device) as metrics:
+    with _metrics(run, folder, engine.device, trackers) as metrics:
         is_done = train(
             engine,
             plan,
@@ -261,7 +263,20 @@ def _saver(job: _Job, engine: DeepSpeedEngine, interruption: Interruption) -> Sa
     )
 
 
-def _metrics(run: Run, folder: Path, device: torch.device) -> MetricsWriter:
+def _trackers(run: Run, folder: Path) -> Sequence[Sink]:
+    """Before weights load: an account may be missing."""
+    from mst_ds.metrics import start_trackers
+
+    return start_trackers(
+        run.config.reports,
+        folder,
+        rank=run.launch.rank,
+        flags=asdict(run.config),
+        goes_on=run.checkpoint is not None,
+    )
+
+
+def _metrics(run: Run, folder: Path, device: torch.device, trackers: Sequence[Sink]) -> MetricsWriter:
     from mst_ds.metrics import MetricsWriter, peak_flops
     from mst_ds.model_shape import ModelShape, flops_per_token
 
@@ -273,6 +288,8 @@ def _metrics(run: Run, folder: Path, device: torch.device) -> MetricsWriter:
         rank=run.launch.rank,
         flops_per_token=flops_per_token(ModelShape.from_config(run.model_config), run.config.seq_len),
         peak_flops=None if flops is None else flops * run.launch.world_size,
+        tensorboard=TENSORBOARD in run.config.reports,
+        trackers=trackers,
     )
 
 
