@@ -253,7 +253,7 @@ class TrainConfig(AdapterFlags, ResultFlags, _RunFlags):
             value = getattr(self, name)
             _require(value is None or least <= value <= most, name, value, allowed)
         self.check_adapters()
-        self.check_results()
+        self.check_results(eval_steps=self.eval_steps, save_steps=self.save_steps)
         _require(
             0 < self.peak_learning_rate <= MOST_RATE,
             "learning_rate",

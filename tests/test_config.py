@@ -42,7 +42,7 @@ def test_every_flag_has_help_and_reaches_the_config():
         # Of those that say how long a run is, and of those that say which adapters are trained, only one may be given.
         if name not in ("config", "output_dir", "resume", "max_steps", "peft_config", "adapter")
     }
-    changed |= {"hang_timeout": "1.5", "report_to": "none"}
+    changed |= {"hang_timeout": "1.5", "report_to": "none", "push_to_hub": "True"}
     config = parse_train_config([text for name, value in changed.items() for text in (f"--{name}", value)])
     for field in dataclasses.fields(TrainConfig):
         assert field.metadata["help"]

@@ -50,6 +50,10 @@ _FLAGS_OF_OTHERS: Mapping[str, str] = {
     "gradient_checkpointing": "recompute in the 'mst' block of the DeepSpeed JSON",
     "attn_implementation": "attention in the 'mst' block of the DeepSpeed JSON",
     "sp_size": "sp_size in the 'mst' block of the DeepSpeed JSON",
+    "hub_token": "hf auth login, or HF_TOKEN in the environment",
+    "hub_strategy": "--push_to_hub, which uploads once, at the end",
+    "metric_for_best_model": "nothing: it is the loss of evaluations",
+    "greater_is_better": "nothing: the lowest loss of evaluations is the best",
     "logging_steps": "nothing: every step is logged",
     "run_name": "--output_dir, whose name the run has in reports",
 }

@@ -49,13 +49,17 @@ _SECONDS_FOR_THE_FIRST_RANK = 10.0
 
 @dataclass(frozen=True)
 class _Job:
-    """All that a run is, before the processes meet."""
+    """All that a run is, before the processes meet.
+
+    repository: of the Hugging Face hub, which this rank uploads the model to.
+    """
 
     run: Run
     data: TrainingData
     batches: ShardedLoader
     held_out: EvalLoader | None
     folder: Path
+    repository: str | None
 
 
 def main(argv: Sequence[str]) -> int:
@@ -99,13 +103,18 @@ def _checked(argv: Sequence[str], held: ExitStack) -> _Job:
 
     run = prepare(config, Launch.from_environment())
     folder = output_folder(config)
+    repository = None
     if run.launch.rank == 0:
         held.enter_context(claimed(folder))
         require_same_checkpoint(config, run.checkpoint)
+        if config.push_to_hub:
+            from mst_ds.model_folder.hub import make_repository
+
+            repository = make_repository(config.hub_model_id or folder.absolute().name, private=config.hub_private_repo)
     # Tokenising may take an hour: what can be refused without it has been.
     data = load_training_data(config, run.tokenizer)
     batches = training_batches(run, data)
-    return _Job(with_steps_of_epochs(run, data), data, batches, evaluation_batches(run, data), folder)
+    return _Job(with_steps_of_epochs(run, data), data, batches, evaluation_batches(run, data), folder, repository)
 
 
 def _quiet_libraries() -> None:
@@ -169,6 +178,11 @@ def _train(job: _Job) -> int:
     with Watchdog(), Interruption() as interruption:
         is_done = _take_steps(replace(job, run=run, folder=folders[0]), interruption)
     deepspeed.comm.destroy_process_group()
+    if is_done and job.repository is not None:
+        # The other ranks are done: they need not wait for it.
+        from mst_ds.model_folder.hub import upload_model
+
+        print(f"uploaded: {upload_model(folders[0] / 'model', job.repository)}")
     return 0 if is_done else EXIT_STOPPED
 
 
@@ -206,12 +220,14 @@ def _take_steps(job: _Job, interruption: Interruption) -> bool:
             after_step=saver.after_step,
         )
         if is_done:
+            best = _load_best(job, engine)
             export_run(engine, run.tokenizer, folder, source=config.model, merge_adapter=config.merge_adapter)
             of_run = {
                 "device": device_name(engine.device),
                 "data": amounts,
                 "plan": plan.as_dict(),
                 "ds_config": run.ds_config,
+                **best,
             }
             metrics.write_summary(of_run)
     if is_first and is_done:
@@ -251,6 +267,7 @@ def _saver(job: _Job, engine: DeepSpeedEngine, interruption: Interruption) -> Sa
         identity=run.identity,
         tokenizer=run.tokenizer,
         source=config.model,
+        keeps_best=config.load_best_model_at_end,
     )
     return Saver(
         engine,
@@ -274,6 +291,24 @@ def _trackers(run: Run, folder: Path) -> Sequence[Sink]:
         flags=asdict(run.config),
         goes_on=run.checkpoint is not None,
     )
+
+
+def _load_best(job: _Job, engine: DeepSpeedEngine) -> dict[str, int | float]:
+    """Has the engine be that of the best step, where that is asked for; which it is, for the summary."""
+    from mst_ds.checkpoint import checkpoints_folder, load_best
+
+    run, config = job.run, job.run.config
+    if not config.load_best_model_at_end:
+        return {}
+    best = load_best(engine, checkpoints_folder(job.folder), step=config.max_steps, seed=config.seed)
+    if best is None or best.eval_loss is None:
+        note, values = "no evaluation has a finite loss: the model is that of the last step", {}
+    else:
+        note = f"the model is that of step {best.step}, whose evaluation loss {best.eval_loss:.4f} is the lowest"
+        values = {"best_step": best.step, "best_eval_loss": best.eval_loss}
+    if run.launch.rank == 0:
+        print(note)
+    return values
 
 
 def _metrics(run: Run, folder: Path, device: torch.device, trackers: Sequence[Sink]) -> MetricsWriter:
