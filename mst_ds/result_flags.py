@@ -73,5 +73,11 @@ class ResultFlags:
                 f"report_to is {self.report_to!r}; allowed: {', '.join(_REPORTS[:-1])}, several of them, or {_NONE}"
             )
         for name in TRACKERS:
-            if name in words and find_spec(name) is None:
+            if name in words and not _is_installed(name):
                 raise ValueError(f"report_to is {name!r}, which is not installed: install it with pip install {name}")
+
+
+def _is_installed(name: str) -> bool:
+    """Not so of a folder of that name, as wandb leaves one where it has run: that is a package without a file."""
+    spec = find_spec(name)
+    return spec is not None and spec.origin is not None

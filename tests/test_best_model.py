@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from checkpoints import DATA, identity_of, resumable, step
+from checkpoints import DATA, identity_of, resumable, rewrite_state, step
 from distributed import run_ranks
 from safetensors.torch import load_file
 from steps import build_engine
@@ -108,6 +108,9 @@ def test_the_model_is_that_of_the_best_step(tmp_path: Path) -> None:
     for name, weight in weights["best"].items():
         assert weight.equal(weights["model"][name]), name
         assert weight.equal(weights["elsewhere"][name]), name
+    # As an earlier version wrote it.
+    rewrite_state(best.folder, lambda state: state.pop("eval_loss"))
+    assert read_checkpoint(best.folder).eval_loss is None
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ class StandIn(ModuleType):
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self.__spec__ = ModuleSpec(name, None)
+        self.__spec__ = ModuleSpec(name, None, origin=f"{name}.py")
         self.started: list[dict[str, Any]] = []
         self.logged: list[tuple[int, dict[str, Any]]] = []
         self.finished = 0
@@ -121,6 +121,12 @@ def test_words_that_are_refused(words: list[str], says: str, monkeypatch: pytest
     monkeypatch.setattr(result_flags, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=says):
         parse_train_config(["--report_to", *words])
+
+
+def test_a_folder_of_runs_is_no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "folder_of_runs").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert [result_flags._is_installed(name) for name in ("folder_of_runs", "json")] == [False, True]
 
 
 def test_words_that_are_taken(libraries: dict[str, StandIn], tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -158,7 +159,7 @@ def test_reports_start_before_weights_load(monkeypatch: pytest.MonkeyPatch, tmp_
         started.append((place, options))
         return ()
 
-    monkeypatch.setattr(result_flags, "find_spec", lambda name: name)
+    monkeypatch.setattr(result_flags, "find_spec", lambda name: SimpleNamespace(origin=name))
     monkeypatch.setattr(mst_ds.metrics, "start_trackers", start_trackers)
     monkeypatch.setattr(mst_ds.engine, "build_engine", too_late("build_engine"))
     monkeypatch.setattr(mst_ds.engine, "meet", lambda run: run)
