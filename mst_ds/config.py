@@ -1,27 +1,27 @@
 """What the user asked for: the flags of a training run.
 
-`TrainConfig` is the only list of flags, with those of `adapter_flags` and `objective_flags`; the parser, the defaults,
-the help text and the YAML keys are all read from its fields.
+`TrainConfig` is the only list of flags, with those of `adapter_flags`, `objective_flags` and `result_flags`; the
+parser, the defaults, the help text and the YAML keys are all read from its fields.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from mst_ds.adapter_flags import AdapterFlags
-from mst_ds.command_line.flags import OneLineParser, flag, unknown_flag
-from mst_ds.files.read_file import existing_file, expanded, read_yaml
+from mst_ds.command_line.flags import flag
+from mst_ds.files.read_file import expanded
 from mst_ds.files.shipped import shipped_folder
 from mst_ds.objective_flags import ObjectiveFlags
+from mst_ds.result_flags import ResultFlags
 
 GIB = 2**30
 DEFAULT_MODEL = "small_llama"
@@ -115,7 +115,7 @@ def parse_seq_len(text: str) -> int:
 
 @dataclass
 class _RunFlags:
-    """All flags but those of adapters and of objectives, in the order of the help."""
+    """All other flags, in the order of the help."""
 
     config: str | None = flag(
         None, "YAML file with values for any of these flags; a flag given beside it wins.", os.path.expanduser
@@ -214,11 +214,12 @@ class _RunFlags:
 
 
 @dataclass
-class TrainConfig(AdapterFlags, ObjectiveFlags, _RunFlags):
+class TrainConfig(AdapterFlags, ObjectiveFlags, ResultFlags, _RunFlags):
     """The flags of a training run. Lengths are in tokens, `weight_decay` and the rates as AdamW has them."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        AdapterFlags.__post_init__(self)
+        ResultFlags.__post_init__(self)
         if isinstance(self.dataset, list) and len(self.dataset) == 1:
             self.dataset = self.dataset[0]
 
@@ -267,6 +268,7 @@ class TrainConfig(AdapterFlags, ObjectiveFlags, _RunFlags):
             _require(value is None or least <= value <= most, name, value, allowed)
         self.check_adapters()
         self.check_objective(self.given, too_long=self.too_long, loss_on=self.loss_on)
+        self.check_results(eval_steps=self.eval_steps, save_steps=self.save_steps)
         _require(
             0 < self.peak_learning_rate <= MOST_RATE,
             "learning_rate",
@@ -330,77 +332,3 @@ def _check_writable(folder: Path) -> None:
         raise ValueError(
             f"output_dir is {str(folder)!r}, but {existing} is not writable; allowed: a folder you can write"
         )
-
-
-def parse_train_config(argv: Sequence[str]) -> TrainConfig:
-    """Reads flags, over the YAML file named by `--config`, over the defaults; then validates.
-
-    Raises:
-        ValueError: an unknown flag, a value of the wrong type or one that fails `validate`; a YAML file that is
-            missing or malformed, or has an unknown key.
-    """
-    from transformers import HfArgumentParser
-
-    class Parser(OneLineParser, HfArgumentParser):
-        def add_argument(self, *names: Any, **kwargs: Any) -> argparse.Action:
-            parse = kwargs.pop("parse", None)
-            if parse is not None:
-                kwargs["type"] = _argument_type(parse)
-            if kwargs.get("nargs") == "+":
-                # transformers leaves out the default of a flag that may be a list, where it is none.
-                kwargs.setdefault("default", getattr(TrainConfig, names[0].lstrip("-")))
-            return super().add_argument(*names, **kwargs)
-
-    def parse_flags(flags: Sequence[str]) -> TrainConfig:
-        parser = Parser(cast(Any, TrainConfig), allow_abbrev=False)  # its own annotation admits no class
-        parsed, unknown = parser.parse_args_into_dataclasses(
-            list(flags), look_for_args_file=False, return_remaining_strings=True
-        )
-        if unknown:
-            raise unknown_flag(unknown[0], (flag.name for flag in dataclasses.fields(TrainConfig)))
-        return cast(TrainConfig, parsed)
-
-    flags = list(argv)
-    config = parse_flags(flags)
-    if config.config is not None:
-        # argparse keeps the last of repeated flags: the file's values go first, so that the user's flags win.
-        flags = [*_yaml_flags(config.config), *flags]
-        config = parse_flags(flags)
-    # The parser takes dashes in names, too.
-    words = {flag.partition("=")[0][2:].replace("-", "_") for flag in flags if flag.startswith("--")}
-    config.given = frozenset(words & {flag.name for flag in dataclasses.fields(TrainConfig)})
-    config.validate()
-    return config
-
-
-def _argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    def convert(text: str) -> Any:
-        try:
-            return parse(text)
-        except ValueError as error:
-            # argparse shows the text of this exception; of a ValueError it would show the function's name.
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return convert
-
-
-def _yaml_flags(given: str) -> list[str]:
-    path = existing_file(given, "config", "an existing YAML file")
-    values = read_yaml(path)
-    values = {} if values is None else values
-    if not isinstance(values, dict):
-        raise ValueError(f"config {path} holds a {type(values).__name__}; allowed: a mapping from flag to value")
-    allowed = [flag.name for flag in dataclasses.fields(TrainConfig) if flag.name != "config"]
-    flags = []
-    for key, value in values.items():
-        if key not in allowed:
-            near = nearest(str(key), allowed)
-            raise ValueError(f"config {path} has the unknown key {key!r}{near}; allowed: {', '.join(allowed)}")
-        if key == "dataset" and isinstance(value, list) and value:
-            flags += ["--dataset", *map(str, value)]
-            continue
-        if isinstance(value, dict | list):
-            raise ValueError(f"{key} in {path} is a {type(value).__name__}; allowed: one number or text")
-        if value is not None:
-            flags.append(f"--{key}={value}")
-    return flags

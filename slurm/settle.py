@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mst_ds.config import AUTO, parse_train_config
+from mst_ds.config import AUTO
+from mst_ds.config_parser import parse_train_config
 
 
 def main(argv: Sequence[str]) -> int:

@@ -7,7 +7,8 @@ from typing import get_type_hints
 
 import pytest
 
-from mst_ds.config import LossOn, NonFinite, Packing, TooLong, TrainConfig, parse_seq_len, parse_train_config
+from mst_ds.config import LossOn, NonFinite, Packing, TooLong, TrainConfig, parse_seq_len
+from mst_ds.config_parser import parse_train_config
 from mst_ds.objective_flags import ObjectiveName
 
 
@@ -46,7 +47,7 @@ def test_every_flag_has_help_and_reaches_the_config():
         if name not in ("config", "output_dir", "resume", "max_steps", "peft_config", "adapter")
         and "desirable" not in name
     }
-    changed["hang_timeout"] = "1.5"
+    changed |= {"hang_timeout": "1.5", "report_to": "none", "push_to_hub": "True"}
     config = parse_train_config([text for name, value in changed.items() for text in (f"--{name}", value)])
     for field in dataclasses.fields(TrainConfig):
         assert field.metadata["help"]

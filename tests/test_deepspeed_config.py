@@ -102,6 +102,7 @@ def test_what_deepspeed_knows_passes(ds_config: dict[str, Any], recwarn: pytest.
         (optimizer("Optimizer"), "optimizer.type is 'Optimizer'"),
         (optimizer("Lamb"), "optimizer.type is 'Lamb', which DeepSpeed does not have for this device; allowed: AdamW"),
         (optimizer("Muon", zzz=1), "optimizer.params.zzz is unknown to Muon; allowed: lr, momentum"),
+        (zero3() | optimizer("Muon", lr=1e-3), "'Muon' at ZeRO stage 3, where DeepSpeed clips Muon's updates in place"),
         (optimizer("AdamW", learning_rate=1), "optimizer.params.learning_rate is unknown to AdamW; allowed: lr, "),
         (optimizer("AdamW", max_grad_norm=1), "max_grad_norm stands in the JSON; allowed: gradient_clipping beside"),
         (optimizer("MuAdam"), "optimizer.type is 'MuAdam', which needs the package mup"),

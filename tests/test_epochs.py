@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from trainings import FLAGS, Training, assert_same_run, losses
 
-from mst_ds.config import parse_train_config
+from mst_ds.config_parser import parse_train_config
 from mst_ds.data import load_training_data
 from mst_ds.engine import Launch, Run, prepare, with_steps_of_epochs
 

@@ -20,10 +20,11 @@ LAYERS = [
         "kept_in_fp32",
         "objective_flags",
         "recompute",
+        "result_flags",
         "token_layout",
     },
     {"attention", "config"},
-    {"rows"},
+    {"config_parser", "rows"},
     {"dataset_files", "gpus", "model_shape", "settings", "topology"},
     {"zero"},
     {"planner", "minisequence", "metrics", "data"},
@@ -38,7 +39,16 @@ LAYERS = [
 ]
 # These are read before a process group or an accelerator exists, also on a laptop without either.
 PURE = {"command_line", "config", "dataset_files", "files", "geometry", "gpus", "model_shape", "planner", "settings"}
-PURE |= {"adapter_flags", "flash_attn_package", "objective_flags", "rows", "topology", "zero"}
+PURE |= {
+    "adapter_flags",
+    "config_parser",
+    "flash_attn_package",
+    "objective_flags",
+    "result_flags",
+    "rows",
+    "topology",
+    "zero",
+}
 # Within a layer these have nothing to do with each other.
 APART = {"planner", "minisequence", "metrics", "data"}
 

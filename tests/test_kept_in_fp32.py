@@ -24,7 +24,7 @@ from mst_ds.adapters import model_on_meta
 from mst_ds.checkpoint import CheckpointWriter, load_checkpoint, newest_checkpoint
 from mst_ds.checkpoint.export import export_checkpoint, export_model
 from mst_ds.checkpoint.identity import Identity
-from mst_ds.config import parse_train_config
+from mst_ds.config_parser import parse_train_config
 from mst_ds.data.tokenizer import byte_tokenizer
 from mst_ds.engine import Launch, prepare
 from mst_ds.kept_in_fp32 import Loading, fp32_parameters, keep_in_fp32, kept_in_fp32, require_no_adapters_on

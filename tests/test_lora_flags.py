@@ -14,7 +14,7 @@ from tiny import tiny_llama
 
 from mst_ds.adapters import model_on_meta, requested_config, require_mergeable
 from mst_ds.checkpoint.export import merged_state
-from mst_ds.config import parse_train_config
+from mst_ds.config_parser import parse_train_config
 from mst_ds.model_folder import find_adapter
 
 

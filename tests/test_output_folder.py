@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from mst_ds import engine
 from mst_ds.commands import train
-from mst_ds.config import parse_train_config
+from mst_ds.config_parser import parse_train_config
 from mst_ds.engine import claimed, require_same_checkpoint, resume
 
 

@@ -19,7 +19,8 @@ from test_imports import imported_parts, modules, name_parts, top
 
 from benchmarks.gpu.session import parse_options as parse_session_options
 from benchmarks.step import parse_options
-from mst_ds.config import TrainConfig, parse_train_config
+from mst_ds.config import TrainConfig
+from mst_ds.config_parser import parse_train_config
 from mst_ds.zero import load_ds_config
 
 README = ROOT / "README.md"

@@ -21,7 +21,7 @@ from trainings import FLAGS, LIMIT, Training, assert_same_run, command, losses, 
 
 from mst_ds.checkpoint import Identity, newest_checkpoint
 from mst_ds.command_line.exit_protocol import EXIT_STOPPED
-from mst_ds.config import parse_train_config
+from mst_ds.config_parser import parse_train_config
 from mst_ds.engine import Launch, prepare
 
 GO_ON = ("--resume", "auto")

@@ -18,7 +18,7 @@ from mst_ds.checkpoint.folder import (
     require_intact,
 )
 from mst_ds.checkpoint.identity import Identity
-from mst_ds.checkpoint.load import load_checkpoint
+from mst_ds.checkpoint.load import load_best, load_checkpoint
 from mst_ds.checkpoint.save import CheckpointWriter
 from mst_ds.checkpoint.universal import universal_setting
 from mst_ds.checkpoint.unpickling import exact_tensors, only_states
@@ -33,6 +33,7 @@ __all__ = [
     "Identity",
     "checkpoints_folder",
     "exact_tensors",
+    "load_best",
     "load_checkpoint",
     "newest_checkpoint",
     "only_states",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -37,7 +38,8 @@ def checkpoints_folder(output_dir: str | os.PathLike[str]) -> Path:
 class Checkpoint:
     """A complete one.
 
-    world_size: of the ranks that wrote it. data: the place in the data. checksums: of its files.
+    world_size: of the ranks that wrote it. data: the place in the data. checksums: of its files. eval_loss: of an
+    evaluation after its step, None where there was none or the loss was not finite.
     """
 
     folder: Path
@@ -46,6 +48,7 @@ class Checkpoint:
     identity: Identity
     data: Mapping[str, Any]
     checksums: Mapping[str, int]
+    eval_loss: float | None
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -81,6 +84,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         identity=Identity(**state["identity"]),
         data=state["data"],
         checksums=state["checksums"],
+        eval_loss=state["eval_loss"],
     )
 
 
@@ -117,6 +121,19 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
         raise ValueError(f"{folder} is {what}; allowed: a folder of checkpoints there, or another output_dir")
     names = complete_names(folder)
     return read_checkpoint(folder / names[-1]) if names else None
+
+
+def best_name(folder: Path) -> str | None:
+    """Of the checkpoint in `folder` whose evaluation has the lowest loss, of equal ones the first; None where none has
+    one. A damaged checkpoint does not count.
+    """
+    losses = {}
+    for name in complete_names(folder):
+        with contextlib.suppress(ValueError, OSError):
+            loss = read_checkpoint(folder / name).eval_loss
+            if loss is not None:
+                losses[name] = loss
+    return min(losses, key=losses.__getitem__, default=None)
 
 
 def folder_name(step: int) -> str:

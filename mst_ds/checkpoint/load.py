@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,8 @@ from mst_ds.checkpoint.folder import (
     STATES_FOLDER,
     UNIVERSAL_FOLDER,
     Checkpoint,
+    best_name,
+    read_checkpoint,
     remove,
     require_checksum,
 )
@@ -29,8 +32,7 @@ def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Checkpoint, *, seed: in
     """Sets the engine, its optimizer and schedule, and this rank's random states. A collective call.
 
     Where as many ranks wrote it as there are now, the run goes on bit by bit (on CPUs; on GPUs with kernels that add in
-    one order). Else the engine must have been made with
-    `universal_setting`, and random states begin anew, from `seed`, the step and the rank.
+    one order). Else random states begin anew, from `seed`, the step and the rank.
 
     Raises:
         OSError: a file is damaged or holds what could run code, on the rank that raises it.
@@ -46,6 +48,8 @@ def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Checkpoint, *, seed: in
         tag = UNIVERSAL_FOLDER
     else:
         tag = STATES_FOLDER
+    # Every load asks for it again, so that an engine may go on from one checkpoint and end with another.
+    engine._config.load_universal_checkpoint = tag == UNIVERSAL_FOLDER
     settings = [without_schedule(group) for group in engine.optimizer.param_groups]
     with only_states(folder):
         path, _ = engine.load_checkpoint(str(folder), tag=tag)
@@ -65,6 +69,31 @@ def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Checkpoint, *, seed: in
         set_random_states(states, engine.device)
     else:
         seed_generators(seed, checkpoint.step, rank)
+
+
+def load_best(engine: DeepSpeedEngine, folder: Path, *, step: int, seed: int) -> Checkpoint | None:
+    """Sets the engine by the checkpoint in `folder` whose evaluation has the lowest loss. A collective call.
+
+    Args:
+        step: that the engine is at: the checkpoint of it need not be loaded.
+
+    Returns:
+        The checkpoint; None where none was evaluated, and the engine is as it was.
+
+    Raises:
+        OSError: see `load_checkpoint`.
+    """
+    names = [best_name(folder)]
+    dist.broadcast_object_list(names)
+    if names[0] is None:
+        return None
+    try:
+        best = read_checkpoint(folder / names[0])
+    except ValueError as error:
+        raise OSError(str(error)) from error
+    if best.step != step:
+        load_checkpoint(engine, best, seed=seed)
+    return best
 
 
 def _apply_schedule(scheduler: Any) -> None:

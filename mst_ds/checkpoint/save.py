@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from mst_ds.checkpoint.folder import (
     MODEL_FOLDER,
     STATE_FILE,
     STATES_FOLDER,
+    best_name,
     complete_names,
     folder_name,
     remove,
@@ -46,6 +48,8 @@ class CheckpointWriter:
     Attributes:
         identity, tokenizer: of the run.
         source: of the model, see `write_files_of`.
+        keeps_best: one of those that are kept is the one whose evaluation has the lowest loss; beside it the newest is
+            kept whatever `keep` is.
     """
 
     folder: Path
@@ -53,12 +57,16 @@ class CheckpointWriter:
     identity: Identity
     tokenizer: PreTrainedTokenizerBase
     source: str
+    keeps_best: bool = False
 
-    def save(self, engine: DeepSpeedEngine, *, step: int, data: Mapping[str, Any]) -> Path:
-        """Writes the checkpoint of `step`, and then removes all but the newest. A collective call.
+    def save(
+        self, engine: DeepSpeedEngine, *, step: int, data: Mapping[str, Any], eval_loss: float | None = None
+    ) -> Path:
+        """Writes the checkpoint of `step`, and then removes those that are not kept. A collective call.
 
         Args:
             data: the place in the data.
+            eval_loss: of an evaluation after `step`.
 
         Raises:
             OSError: a file could not be written, on the rank that raises it. Earlier checkpoints are as they were; the
@@ -88,6 +96,7 @@ class CheckpointWriter:
                 "world_size": dist.get_world_size(),
                 "identity": asdict(self.identity),
                 "data": dict(data),
+                "eval_loss": eval_loss if eval_loss is not None and math.isfinite(eval_loss) else None,
                 "sizes": {name: (partial / name).stat().st_size for name in names},
                 "checksums": checksums,
             }
@@ -111,8 +120,18 @@ class CheckpointWriter:
             remove(target)
         partial.replace(target)
         flush_to_disk(self.folder)
-        for old in complete_names(self.folder)[: -self.keep]:
+        names = complete_names(self.folder)
+        best = best_name(self.folder) if self.keeps_best else None
+        for old in names_to_remove(names, keep=self.keep, best=best):
             remove_checkpoint(self.folder / old)
+
+
+def names_to_remove(names: Sequence[str], *, keep: int, best: str | None) -> list[str]:
+    """Of `names`, by step, all but the `keep` newest; `best` is one of the `keep`, and so is always the newest."""
+    kept = names[-keep:]
+    if best is not None and best not in kept:
+        kept = [best, *names[-max(1, keep - 1) :]]
+    return [name for name in names if name not in kept]
 
 
 def _write_model_folder(

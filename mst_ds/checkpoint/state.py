@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath
@@ -32,6 +33,8 @@ def checked(state: Any) -> dict[str, Any]:
     state = dict(state)
     if state.pop(_CHECKSUM) != _checksum(state):
         raise ValueError("it is not as it was written")
+    # Earlier versions do not have it.
+    state.setdefault("eval_loss", None)
     _require(state, _FIELDS, "")
     _require(state["identity"], _FIELDS_OF_IDENTITY, "identity.")
     if state["sizes"].keys() != state["checksums"].keys():
@@ -70,6 +73,7 @@ _FIELDS: Mapping[str, Callable[[Any], bool]] = {
     "world_size": lambda value: _is_number(value, 1),
     "identity": lambda value: isinstance(value, dict) and value.keys() == _FIELDS_OF_IDENTITY.keys(),
     "data": _is_object,
+    "eval_loss": lambda value: value is None or (isinstance(value, float) and math.isfinite(value)),
     "sizes": _has_numbers_of_files,
     "checksums": _has_numbers_of_files,
 }

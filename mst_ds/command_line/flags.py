@@ -9,6 +9,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field
 from typing import Any, NoReturn
 
+# Chunked MLPs and the loss multiply with weights as they are, and the planner counts their bytes so.
+_QUANTISED = (
+    "nothing: weights are in 16 or 32 bits, because their products are computed in chunks, past the modules of "
+    "bitsandbytes; --lora_r trains adapters beside weights that ZeRO-3 shards"
+)
 # Flags of transformers, TRL and peft, and how the same is said here.
 _FLAGS_OF_OTHERS: Mapping[str, str] = {
     "model_name_or_path": "--model",
@@ -47,11 +52,19 @@ _FLAGS_OF_OTHERS: Mapping[str, str] = {
     "torch_dtype": "bf16 or fp16 in the DeepSpeed JSON",
     "dtype": "bf16 or fp16 in the DeepSpeed JSON",
     "optim": "optimizer in the DeepSpeed JSON",
+    "load_in_4bit": _QUANTISED,
+    "load_in_8bit": _QUANTISED,
+    "add_new_tokens": "a model with more rows ('Added tokens' in docs/training.md)",
+    "resize_token_embeddings": "a model with more rows ('Added tokens' in docs/training.md)",
     "gradient_checkpointing": "recompute in the 'mst' block of the DeepSpeed JSON",
     "attn_implementation": "attention in the 'mst' block of the DeepSpeed JSON",
     "sp_size": "sp_size in the 'mst' block of the DeepSpeed JSON",
+    "hub_token": "hf auth login, or HF_TOKEN in the environment",
+    "hub_strategy": "--push_to_hub, which uploads once, at the end",
+    "metric_for_best_model": "nothing: it is the loss of evaluations",
+    "greater_is_better": "nothing: the lowest loss of evaluations is the best",
     "logging_steps": "nothing: every step is logged",
-    "report_to": "nothing: metrics.jsonl and tensorboard/ are written",
+    "run_name": "--output_dir, whose name the run has in reports",
 }
 
 

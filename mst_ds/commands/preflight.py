@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mst_ds.command_line.entry_point import REQUEST_ERRORS, console, refuse, run_command
-from mst_ds.config import parse_train_config
+from mst_ds.config_parser import parse_train_config
 from mst_ds.zero import load_ds_config, split_mst
 
 if TYPE_CHECKING:

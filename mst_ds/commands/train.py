@@ -11,7 +11,7 @@ import traceback
 import warnings
 from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,8 +25,9 @@ from mst_ds.command_line.entry_point import (
     say,
 )
 from mst_ds.command_line.exit_protocol import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, TRAIN_COMMAND, error_line
-from mst_ds.config import parse_train_config
+from mst_ds.config_parser import parse_train_config
 from mst_ds.dataset_files import look_at_datasets
+from mst_ds.result_flags import TENSORBOARD
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
     from mst_ds.data import EvalLoader, ShardedLoader, TrainingData
     from mst_ds.engine import Run
-    from mst_ds.metrics import MetricsWriter
+    from mst_ds.metrics import MetricsWriter, Sink
     from mst_ds.resilience.interruption import Interruption
     from mst_ds.training.saver import Saver
 
@@ -48,13 +49,17 @@ _SECONDS_FOR_THE_FIRST_RANK = 10.0
 
 @dataclass(frozen=True)
 class _Job:
-    """All that a run is, before the processes meet."""
+    """All that a run is, before the processes meet.
+
+    repository: of the Hugging Face hub, which this rank uploads the model to.
+    """
 
     run: Run
     data: TrainingData
     batches: ShardedLoader
     held_out: EvalLoader | None
     folder: Path
+    repository: str | None
 
 
 def main(argv: Sequence[str]) -> int:
@@ -98,13 +103,18 @@ def _checked(argv: Sequence[str], held: ExitStack) -> _Job:
 
     run = prepare(config, Launch.from_environment())
     folder = output_folder(config)
+    repository = None
     if run.launch.rank == 0:
         held.enter_context(claimed(folder))
         require_same_checkpoint(config, run.checkpoint)
+        if config.push_to_hub:
+            from mst_ds.model_folder.hub import make_repository
+
+            repository = make_repository(config.hub_model_id or folder.absolute().name, private=config.hub_private_repo)
     # Tokenising may take an hour: what can be refused without it has been.
     data = load_training_data(config, run.tokenizer)
     batches = training_batches(run, data)
-    return _Job(with_steps_of_epochs(run, data), data, batches, evaluation_batches(run, data), folder)
+    return _Job(with_steps_of_epochs(run, data), data, batches, evaluation_batches(run, data), folder, repository)
 
 
 def _quiet_libraries() -> None:
@@ -168,6 +178,11 @@ def _train(job: _Job) -> int:
     with Watchdog(), Interruption() as interruption:
         is_done = _take_steps(replace(job, run=run, folder=folders[0]), interruption)
     deepspeed.comm.destroy_process_group()
+    if is_done and job.repository is not None:
+        # The other ranks are done: they need not wait for it.
+        from mst_ds.model_folder.hub import upload_model
+
+        print(f"uploaded: {upload_model(folders[0] / 'model', job.repository)}")
     return 0 if is_done else EXIT_STOPPED
 
 
@@ -191,13 +206,14 @@ def _take_steps(job: _Job, interruption: Interruption) -> bool:
     for loader in (job.batches, job.held_out):
         if loader is not None:
             loader.start_workers()
+    trackers = _trackers(run, folder)
     group = new_sequence_group(plan.sp_size)
     engine = build_engine(run, group)
     objective = objective_of(engine, run, job.data, group, folder)
     if run.checkpoint is not None:
         load_checkpoint(engine, run.checkpoint, seed=config.seed)
     saver = _saver(job, engine, interruption)
-    with _metrics(run, folder, engine.device) as metrics:
+    with _metrics(run, folder, engine.device, trackers) as metrics:
         is_done = train(
             engine,
             plan,
@@ -212,12 +228,14 @@ def _take_steps(job: _Job, interruption: Interruption) -> bool:
             after_step=saver.after_step,
         )
         if is_done:
+            best = _load_best(job, engine)
             export_run(engine, run.tokenizer, folder, source=config.model, merge_adapter=config.merge_adapter)
             of_run = {
                 "device": device_name(engine.device),
                 "data": amounts,
                 "plan": plan.as_dict(),
                 "ds_config": run.ds_config,
+                **best,
             }
             metrics.write_summary(of_run)
     if is_first and is_done:
@@ -257,6 +275,7 @@ def _saver(job: _Job, engine: DeepSpeedEngine, interruption: Interruption) -> Sa
         identity=run.identity,
         tokenizer=run.tokenizer,
         source=config.model,
+        keeps_best=config.load_best_model_at_end,
     )
     return Saver(
         engine,
@@ -269,7 +288,38 @@ def _saver(job: _Job, engine: DeepSpeedEngine, interruption: Interruption) -> Sa
     )
 
 
-def _metrics(run: Run, folder: Path, device: torch.device) -> MetricsWriter:
+def _trackers(run: Run, folder: Path) -> Sequence[Sink]:
+    """Before weights load: an account may be missing."""
+    from mst_ds.metrics import start_trackers
+
+    return start_trackers(
+        run.config.reports,
+        folder,
+        rank=run.launch.rank,
+        flags=asdict(run.config),
+        goes_on=run.checkpoint is not None,
+    )
+
+
+def _load_best(job: _Job, engine: DeepSpeedEngine) -> dict[str, int | float]:
+    """Has the engine be that of the best step, where that is asked for; which it is, for the summary."""
+    from mst_ds.checkpoint import checkpoints_folder, load_best
+
+    run, config = job.run, job.run.config
+    if not config.load_best_model_at_end:
+        return {}
+    best = load_best(engine, checkpoints_folder(job.folder), step=config.max_steps, seed=config.seed)
+    if best is None or best.eval_loss is None:
+        note, values = "no evaluation has a finite loss: the model is that of the last step", {}
+    else:
+        note = f"the model is that of step {best.step}, whose evaluation loss {best.eval_loss:.4f} is the lowest"
+        values = {"best_step": best.step, "best_eval_loss": best.eval_loss}
+    if run.launch.rank == 0:
+        print(note)
+    return values
+
+
+def _metrics(run: Run, folder: Path, device: torch.device, trackers: Sequence[Sink]) -> MetricsWriter:
     from mst_ds.metrics import MetricsWriter, peak_flops
     from mst_ds.model_shape import ModelShape, flops_per_token
 
@@ -281,6 +331,8 @@ def _metrics(run: Run, folder: Path, device: torch.device) -> MetricsWriter:
         rank=run.launch.rank,
         flops_per_token=flops_per_token(ModelShape.from_config(run.model_config), run.config.seq_len),
         peak_flops=None if flops is None else flops * run.launch.world_size,
+        tensorboard=TENSORBOARD in run.config.reports,
+        trackers=trackers,
     )
 
 

@@ -56,7 +56,8 @@ def load_tokenizer(config: TrainConfig, model_config: PreTrainedConfig) -> PreTr
     if ids > vocab_size:
         raise ValueError(
             f"tokenizer {name!r} has {ids} ids, but model {config.model!r} has a vocab_size of {vocab_size}; "
-            f"allowed: a tokenizer with at most {vocab_size} ids, such as the model's own"
+            f"allowed: a tokenizer with at most {vocab_size} ids, such as the model's own, or a model with more rows, "
+            f"which transformers makes of it by resize_token_embeddings({ids}) ('Added tokens' in docs/training.md)"
         )
     if config.chat_template_path is not None:
         file = existing_file(config.chat_template_path, "chat_template_path", "the file of a chat template")

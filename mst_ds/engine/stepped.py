@@ -31,7 +31,8 @@ def check_optimizer(ds_config: DsConfig, *, zero_stage: int, is_offloaded: bool)
     """Look at the JSON's optimizer, if it has one.
 
     Raises:
-        ValueError: neither DeepSpeed nor torch has it, it lacks what it needs here, or it does not take a parameter.
+        ValueError: neither DeepSpeed nor torch has it, it lacks what it needs here, it does not take a parameter, or
+            ZeRO computes it in another way than it is planned and logged.
     """
     if "optimizer" not in ds_config:
         return
@@ -39,6 +40,13 @@ def check_optimizer(ds_config: DsConfig, *, zero_stage: int, is_offloaded: bool)
     kind = name.lower()
     if "max_grad_norm" in params:
         raise ValueError("optimizer.params.max_grad_norm stands in the JSON; allowed: gradient_clipping beside it")
+    if kind == "muon" and zero_stage > 0:
+        # ZeRO has Muon's update in the place of the gradient before it takes the norm and clips by it
+        # (`get_flat_partition`, `_apply_muon_to_accumulated_grads`), and gathers gradients and momenta whole.
+        raise ValueError(
+            f"optimizer.type is {name!r} at ZeRO stage {zero_stage}, where DeepSpeed clips Muon's updates in place of "
+            "the gradients and gathers both whole in a step, which no plan counts; allowed: AdamW"
+        )
     if kind in DEEPSPEED_OPTIMIZERS and not (params.get("torch_adam") or (kind == "adagrad" and not is_offloaded)):
         _check_deepspeeds(name, kind, params, is_offloaded)
         return

@@ -104,8 +104,32 @@ def _is_amount(value: object) -> bool:
     return type(value) in (int, float) and 0 <= value < 2**63  # type: ignore[operator]
 
 
-class TensorBoard:
-    """TensorBoard event files, with the tags train/…, eval/loss, planned_bytes/… and measured_bytes/…."""
+class Tagged:
+    """A sink whose values have the tags train/…, eval/loss, planned_bytes/… and measured_bytes/…."""
+
+    def log_step(self, step: int, values: Mapping[str, Value]) -> None:
+        self._log(step, {f"train/{name}": value for name, value in values.items()})
+
+    def log_eval(self, step: int, values: Mapping[str, Value]) -> None:
+        self._log(step, {f"eval/{name}": value for name, value in values.items()})
+
+    def log_memory(self, step: int, phases: Sequence[PlannedMemory]) -> None:
+        named = by_phase(phases).items()
+        self._log(step, {f"{name}/{phase}": count for name, each in named for phase, count in each.items()})
+
+    def _log(self, step: int, values: Mapping[str, Value]) -> None:
+        self.log_tags(step, {name: value for name, value in values.items() if value is not None})
+
+    def log_tags(self, step: int, values: Mapping[str, Value]) -> None:
+        """Logs what there is, by tag."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+
+class TensorBoard(Tagged):
+    """TensorBoard event files."""
 
     def __init__(self, folder: Path, steps_done: int) -> None:
         self._folder = str(folder)
@@ -115,22 +139,11 @@ class TensorBoard:
         with _naming(self._folder):
             self._writer = SummaryWriter(self._folder, purge_step=steps_done + 1 if steps_done else 0)
 
-    def log_step(self, step: int, values: Mapping[str, Value]) -> None:
-        self._log(step, {f"train/{name}": value for name, value in values.items()})
-
-    def log_eval(self, step: int, values: Mapping[str, Value]) -> None:
-        self._log(step, {f"eval/{name}": value for name, value in values.items()})
-
-    def log_memory(self, step: int, phases: Sequence[PlannedMemory]) -> None:
-        for name, of_phases in by_phase(phases).items():
-            self._log(step, {f"{name}/{phase}": count for phase, count in of_phases.items()})
-
-    def _log(self, step: int, values: Mapping[str, Value]) -> None:
+    def log_tags(self, step: int, values: Mapping[str, Value]) -> None:
         """TensorBoard writes in a thread of its own, whose error the next call of this one raises."""
         with _naming(self._folder):
             for name, value in values.items():
-                if value is not None:
-                    self._writer.add_scalar(name, value, step)
+                self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         with _naming(self._folder):

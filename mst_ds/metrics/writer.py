@@ -32,6 +32,9 @@ class MetricsWriter:
         rank: this process' global rank.
         flops_per_token: see `mst_ds.model_shape.flops_per_token`; None leaves the MFU out.
         peak_flops: FLOP/s of all devices of the run together; None leaves the MFU out.
+        tensorboard: whether there are TensorBoard's files, too.
+        trackers: further sinks of rank 0, see `start_trackers`. A run that fails leaves them open: what ends without
+            them is a run that failed, for those who follow it.
         console: where progress is shown; stdout by default.
 
     Raises:
@@ -47,6 +50,8 @@ class MetricsWriter:
         rank: int = 0,
         flops_per_token: float | None = None,
         peak_flops: float | None = None,
+        tensorboard: bool = True,
+        trackers: Sequence[Sink] = (),
         console: Console | None = None,
     ) -> None:
         self._folder = Path(output_dir)
@@ -54,6 +59,7 @@ class MetricsWriter:
         self._totals = Totals()
         self._memory: dict[str, dict[str, int]] = {}
         self._sinks: tuple[Sink, ...] = ()
+        self._trackers = tuple(trackers)
         if rank == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
             lines = self._folder / "metrics.jsonl"
@@ -63,7 +69,7 @@ class MetricsWriter:
             self._sinks = (
                 Display(console or wide_console(), max_steps),
                 JsonLines(lines, earlier),
-                TensorBoard(self._folder / "tensorboard", steps_done),
+                *([TensorBoard(self._folder / "tensorboard", steps_done)] if tensorboard else []),
             )
 
     def __enter__(self) -> MetricsWriter:
@@ -72,7 +78,7 @@ class MetricsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for sink in self._sinks:
+        for sink in self._sinks if kind is not None else (*self._sinks, *self._trackers):
             sink.close()
 
     def log_step(
@@ -119,18 +125,18 @@ class MetricsWriter:
         }
         if self._mfu_per_rate is not None:
             values["mfu"] = tokens_per_second * self._mfu_per_rate
-        for sink in self._sinks:
+        for sink in (*self._sinks, *self._trackers):
             sink.log_step(step, values)
 
     def log_eval(self, step: int, loss: float, metrics: Mapping[str, float] = MappingProxyType({})) -> None:
         """Logs the loss on the held-out data after `step` optimizer steps, and what is measured beside it."""
-        for sink in self._sinks:
+        for sink in (*self._sinks, *self._trackers):
             sink.log_eval(step, {"loss": loss, **metrics})
 
     def log_memory(self, step: int, phases: Sequence[PlannedMemory]) -> None:
         """Logs planned and measured memory of the phases of `step`, once in a run."""
         self._memory = by_phase(phases)
-        for sink in self._sinks:
+        for sink in (*self._sinks, *self._trackers):
             sink.log_memory(step, phases)
 
     def write_summary(self, fields: Mapping[str, Any]) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mst_ds.config import TrainConfig, parse_train_config
+from mst_ds.config import TrainConfig
+from mst_ds.config_parser import parse_train_config
 from mst_ds.model_shape import load_model_shape
 from mst_ds.topology import choose_sp_size
 from mst_ds.zero import DsConfig, load_ds_config

@@ -36,7 +36,7 @@ def train(
     held_out: Iterable[Batch] | None = None,
     objective: Objective = CROSS_ENTROPY,
     non_finite: NonFinite = "stop",
-    after_step: Callable[[int], bool] = lambda step: False,
+    after_step: Callable[[int, float | None], bool] = lambda step, eval_loss: False,
 ) -> bool:
     """Take the optimizer steps from `steps_done` to `max_steps`, logging each; evaluate every `eval_steps` of them, and
     at the end.
@@ -50,7 +50,8 @@ def train(
         objective: what steps and evaluations compute.
         non_finite: what a step does whose loss or gradient norm is NaN or inf: end the run, or change no weight and
             be counted.
-        after_step: is told the number of a step that is done; whether to stop there, the same on every rank.
+        after_step: is told the number of a step that is done, and its loss on `held_out`, None without an evaluation;
+            whether to stop there, the same on every rank.
 
     Returns:
         Whether the last step was reached.
@@ -80,9 +81,11 @@ def train(
             is_skipped=_is_skipped(step, result, non_finite, has_loss_scale=plan.dtype == "fp16"),
             metrics=result.metrics,
         )
+        eval_loss = None
         if held_out is not None and (step % eval_steps == 0 or step == max_steps):
-            metrics.log_eval(step, *evaluate(engine, held_out, objective))
-        if after_step(step):
+            eval_loss, measured = evaluate(engine, held_out, objective)
+            metrics.log_eval(step, eval_loss, measured)
+        if after_step(step, eval_loss):
             return step == max_steps
     return True
 

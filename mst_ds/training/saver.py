@@ -39,8 +39,8 @@ class Saver:
         self._max_steps, self._save_steps, self._save_minutes = max_steps, save_steps, save_minutes
         self._last_save = time.monotonic()
 
-    def after_step(self, step: int) -> bool:
-        """Whether to stop after `step`. A collective call."""
+    def after_step(self, step: int, eval_loss: float | None) -> bool:
+        """Whether to stop after `step`; `eval_loss`: its loss in an evaluation, if there was one. A collective call."""
         signal_name = self._interruption.signal_name
         minutes = (time.monotonic() - self._last_save) / 60
         is_late = 0 < self._save_minutes <= minutes
@@ -49,7 +49,7 @@ class Saver:
         is_due = self._save_steps > 0 and step % self._save_steps == 0
         is_last = step == self._max_steps and (self._save_steps > 0 or self._save_minutes > 0)
         if stops or is_late or is_last or is_due:
-            self._writer.save(self._engine, step=step, data=self._batches.state_dict())
+            self._writer.save(self._engine, step=step, data=self._batches.state_dict(), eval_loss=eval_loss)
             self._last_save = time.monotonic()
         if signal_name is not None and step < self._max_steps:
             rank = dist.get_rank()

@@ -17,7 +17,8 @@ from mst_ds.attention.choice import CudaDevice, choose_block_kernel, choose_kern
 from mst_ds.attention.hub_kernels import HUB_KERNELS
 from mst_ds.attention.over_blocks import AllKeys, OverBlocks
 from mst_ds.attention.per_document import PerDocument
-from mst_ds.config import ATTENTION_IMPLEMENTATIONS, GIB, SOFTCAP_ATTENTION, parse_train_config
+from mst_ds.config import ATTENTION_IMPLEMENTATIONS, GIB, SOFTCAP_ATTENTION
+from mst_ds.config_parser import parse_train_config
 from mst_ds.dtypes import DTYPES
 from mst_ds.engine import Launch, preparation
 from mst_ds.gpus import DEFAULT_GPU

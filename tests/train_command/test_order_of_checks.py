@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +17,11 @@ from filelock import FileLock
 from refusals import GPT2, TINY, TooLateError, model_folder, too_late, write
 
 import mst_ds.engine
+import mst_ds.metrics
 import mst_ds.zero.config
+from mst_ds import result_flags
 from mst_ds.commands import train
-from mst_ds.config import parse_train_config
+from mst_ds.config_parser import parse_train_config
 from mst_ds.data import training_data
 from mst_ds.engine import Launch, prepare
 from mst_ds.resilience import watchdog
@@ -147,3 +150,24 @@ def test_a_request_that_can_run_lets_processes_meet(tmp_path: Path) -> None:
     dataset = write(tmp_path / "text.txt", "some text " * 20)
     with pytest.raises(TooLateError, match=r"init_(distributed|process_group)"):
         train.main(["--dataset", dataset, "--seq_len", "64", "--output_dir", str(tmp_path / "run")])
+
+
+def test_reports_start_before_weights_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    started: list[tuple[Any, dict[str, Any]]] = []
+
+    def start_trackers(*place: Any, **options: Any) -> Any:
+        started.append((place, options))
+        return ()
+
+    monkeypatch.setattr(result_flags, "find_spec", lambda name: SimpleNamespace(origin=name))
+    monkeypatch.setattr(mst_ds.metrics, "start_trackers", start_trackers)
+    monkeypatch.setattr(mst_ds.engine, "build_engine", too_late("build_engine"))
+    monkeypatch.setattr(mst_ds.engine, "meet", lambda run: run)
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda objects: None)
+    monkeypatch.setattr(watchdog, "Watchdog", nullcontext)
+    flags = ["--dataset", write(tmp_path / "text.txt", "some text " * 20), "--seq_len", "64", "--preflight", "false"]
+    with pytest.raises(TooLateError, match="build_engine"):
+        train.main([*flags, "--output_dir", str(tmp_path / "run"), "--report_to", "tensorboard", "wandb"])
+    ((place, options),) = started
+    assert place == (("tensorboard", "wandb"), tmp_path / "run")
+    assert (options["rank"], options["goes_on"], options["flags"]["seq_len"]) == (0, False, 64)

@@ -11,7 +11,7 @@ import pytest
 from refusals import GPT2, TINY, model_folder, write
 
 import mst_ds.model_shape.shape
-from mst_ds.config import parse_train_config
+from mst_ds.config_parser import parse_train_config
 from mst_ds.engine import Launch, prepare
 
 
@@ -49,6 +49,7 @@ def test_flags(flags: list[str], says: list[str], refused: Callable[..., str]) -
             ("--per-device-eval-batch-size=2",),
             "here it is --per_device_train_batch_size, which is that of evaluations too; --help",
         ),
+        (("--load_in_4bit", "true"), "here it is nothing: weights are in 16 or 32 bits, because their products are"),
         (("--bananas", "1"), "unknown flag '--bananas'; --help lists the flags"),
         (("--learning_rate", "inf"), "learning_rate is inf; allowed: a number > 0 and at most 1000"),
         (("--weight_decay", "inf"), "weight_decay is inf; allowed: a number >= 0 and at most 1000"),

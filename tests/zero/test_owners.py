@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from mst_ds.config import TrainConfig, parse_train_config
+from mst_ds.config import TrainConfig
+from mst_ds.config_parser import parse_train_config
 from mst_ds.zero import resolve
 
 
