@@ -248,7 +248,7 @@ class TrainConfig(AdapterFlags, ObjectiveFlags, ResultFlags, _RunFlags):
         """The user's, or a default: what a model of half a million parameters needs would ruin a pretrained one."""
         if self.learning_rate is not None:
             return self.learning_rate
-        if self.is_preference:
+        if self.has_answers:
             return 1e-6  # as TRL has it
         return 4e-3 if self.model == DEFAULT_MODEL else 2e-5
 

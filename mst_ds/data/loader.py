@@ -19,6 +19,7 @@ from mst_ds.config import IGNORE_INDEX
 from mst_ds.data.order import SampleOrder
 from mst_ds.data.packing import PackedDataset
 from mst_ds.data.sharding import DOCUMENTS, Batch, shard
+from mst_ds.rows.kinds import OLD_LOGPS
 from mst_ds.topology import Topology
 
 _PR_SET_PDEATHSIG = 1
@@ -219,7 +220,11 @@ def _ignored_sample(dataset: PackedDataset) -> Batch:
         "position_ids": torch.arange(dataset.seq_len),
         "attention_mask": torch.zeros(dataset.seq_len, dtype=torch.int64),
     }
-    return sample if dataset.group == 1 else sample | {DOCUMENTS: torch.zeros(0, dtype=torch.int64)}
+    if dataset.has_old_logps:
+        sample[OLD_LOGPS] = torch.zeros(dataset.seq_len)
+    if dataset.is_numbered:
+        sample[DOCUMENTS] = torch.zeros(0, dtype=torch.int64)
+    return sample
 
 
 def _sample(dataset: PackedDataset, order: SampleOrder, position: int) -> Batch:

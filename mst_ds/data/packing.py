@@ -21,7 +21,7 @@ from mst_ds.data.layouts import CutRuns, Layout, Part, WholeDocuments, samples_p
 from mst_ds.data.order import permutation
 from mst_ds.data.sharding import DOCUMENTS, Batch
 from mst_ds.data.tokenising import LEARNED
-from mst_ds.rows.kinds import INPUT_IDS
+from mst_ds.rows.kinds import ADVANTAGES, INPUT_IDS, OLD_LOGPS
 
 
 def split_documents(
@@ -102,7 +102,7 @@ class PackedDataset(torch.utils.data.Dataset[Batch]):
         pad_id: the id on padding.
         documents: row numbers in `tokens`; default: all that `fitting_documents` chooses.
         max_samples: samples after this many are left out; default: none.
-        group: documents that stay together; with 2 each sample says which documents are in it. Not with "split".
+        group: documents that stay together. Not with "split".
 
     Raises:
         ValueError: no document has two tokens, nothing is learned in any sample, or, where documents are cut together,
@@ -136,6 +136,8 @@ class PackedDataset(torch.utils.data.Dataset[Batch]):
         self.num_tokens = int(self._lengths.sum())
         self._require_a_sample()
         self._has_learned = LEARNED in tokens.column_names
+        self.has_old_logps = OLD_LOGPS in tokens.column_names
+        self.is_numbered = group > 1 or ADVANTAGES in tokens.column_names
         # Of text all tokens are learned.
         self.num_learned = self.num_tokens
         if self._has_learned:
@@ -186,12 +188,12 @@ class PackedDataset(torch.utils.data.Dataset[Batch]):
         return len(self._samples)
 
     def __getitem__(self, index: int) -> Batch:
-        """{"input_ids", "labels", "position_ids", "attention_mask"}: (S,) int64[, "documents": (D,) int64].
+        """{"input_ids", "labels", "position_ids", "attention_mask"}: (S,)[, "old_logps": (S,)][, "documents": (D,)].
 
         The labels are the ids, not shifted, `IGNORE_INDEX` on a document's first token, on what is not learned and on
         padding; the positions start at 0 in each document; the mask is 0 on padding and 1 elsewhere. The positions of
         padding count from 0 too: so they stay below S, as a learned position has to, and all padding is one document,
-        not one a token. Where documents stay together "documents" has their row numbers in `tokens`.
+        not one a token. Where answers are compared or weighed "documents" has the row numbers in `tokens`.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
@@ -206,7 +208,12 @@ class PackedDataset(torch.utils.data.Dataset[Batch]):
             "position_ids": torch.cat([positions, torch.arange(padding)]),
             "attention_mask": pad(torch.ones_like(ids), (0, padding), value=0),
         }
-        return sample if self.group == 1 else sample | {DOCUMENTS: torch.from_numpy(self.documents_in(index))}
+        if self.has_old_logps:
+            old_logps = torch.from_numpy(self._read(OLD_LOGPS, part).astype(np.float32))
+            sample[OLD_LOGPS] = pad(old_logps, (0, padding))
+        if self.is_numbered:
+            sample[DOCUMENTS] = torch.from_numpy(self.documents_in(index))
+        return sample
 
     def documents_in(self, index: int) -> NDArray[np.int64]:
         """The row numbers in `tokens` of the documents of a sample."""

@@ -13,11 +13,12 @@ from transformers import PreTrainedTokenizerBase
 
 from mst_ds.config import LossOn
 from mst_ds.data.chat_encoder import ChatEncoder, Learned
-from mst_ds.data.id_rows import ids_and_learned
+from mst_ds.data.id_rows import ids_and_learned, require_ids
 from mst_ds.data.text_encoder import TextEncoder
 from mst_ds.rows.chats import Chat, PromptCompletion, read_row
-from mst_ds.rows.kinds import CHOSEN, INPUT_IDS, JSON, WHERE
+from mst_ds.rows.kinds import ATTENTION_MASK, CHOSEN, INPUT_IDS, JSON, LABELS, WHERE
 from mst_ds.rows.preferences import read_label, read_preference
+from mst_ds.rows.rollouts import Rollout, read_rollout
 
 
 class RowEncoder:
@@ -41,8 +42,7 @@ class RowEncoder:
         """
         names = _names(rows, numbers)
         if INPUT_IDS in rows.column_names:
-            num_ids = max(self._tokenizer.get_vocab().values()) + 1
-            return [ids_and_learned(rows.slice(at, 1), where, num_ids) for at, where in enumerate(names)]
+            return [ids_and_learned(rows.slice(at, 1), where, self._num_ids) for at, where in enumerate(names)]
         samples = [each for row, where in zip(rows_of(rows), names, strict=True) for each in _samples(row, where)]
         given = [(each, where) for each, where in samples if isinstance(each, Chat)]
         # Texts alone ask for no chat template.
@@ -65,6 +65,40 @@ class RowEncoder:
         others = [_with_answer_of(each, before) for each, before in zip(own, own[-1:] + own[:-1], strict=True)]
         documents = [document for pair in zip(own, others, strict=True) for document in pair]
         return documents, [label for label in labels for _ in range(2)]
+
+    def encode_rollouts(self, rows: pa.Table, numbers: Sequence[int]) -> tuple[list[Learned], list[Rollout]]:
+        """Of each row the document, and what is said of it, the log-probabilities of all its ids: NaN where the row has
+        none, 0 where nothing is learned.
+
+        Raises:
+            ValueError: see `encode` and `read_rollout`; or there are not as many log-probabilities as learned ids.
+        """
+        names = _names(rows, numbers)
+        given = list(rows_of(rows))
+        if given and INPUT_IDS in given[0]:
+            num_ids = self._num_ids
+            documents = [
+                ids_and_learned(_ids_table(row, where), where, num_ids) for row, where in zip(given, names, strict=True)
+            ]
+        else:
+            documents = self.encode(rows, numbers)
+        rollouts = []
+        for row, where, (_, learned) in zip(given, names, documents, strict=True):
+            rollout = read_rollout(row, where)
+            of_ids = np.where(learned, np.nan, 0.0)
+            if rollout.old_logps is not None:
+                if len(rollout.old_logps) != learned.sum():
+                    raise ValueError(
+                        f"{where} has {len(rollout.old_logps)} old_logps for {int(learned.sum())} learned tokens; "
+                        "allowed: as many; nearest: rows of 'input_ids' and 'labels', as they were sampled"
+                    )
+                of_ids[learned] = rollout.old_logps
+            rollouts.append(Rollout(rollout.advantage, of_ids.tolist()))
+        return documents, rollouts
+
+    @cached_property
+    def _num_ids(self) -> int:
+        return max(self._tokenizer.get_vocab().values()) + 1
 
     @cached_property
     def _texts(self) -> TextEncoder:
@@ -98,6 +132,14 @@ def _samples(row: dict[str, Any], where: str) -> list[tuple[Chat | PromptComplet
 
 def _names(rows: pa.Table, numbers: Sequence[int]) -> list[str]:
     return rows[WHERE].to_pylist() if WHERE in rows.column_names else [f"row {number + 1}" for number in numbers]
+
+
+def _ids_table(row: dict[str, Any], where: str) -> pa.Table:
+    """Of a row that is written as JSON what says its ids."""
+    values = {name: row[name] for name in (INPUT_IDS, LABELS, ATTENTION_MASK) if row.get(name) is not None}
+    for name, each in values.items():
+        require_ids(each, name, where)
+    return pa.table({name: pa.array([each], pa.list_(pa.int64())) for name, each in values.items()})
 
 
 def _with_answer_of(own: Learned, other: Learned) -> Learned:

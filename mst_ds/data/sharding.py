@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 
 from mst_ds.config import IGNORE_INDEX
 from mst_ds.document_table import document_table
+from mst_ds.rows.kinds import OLD_LOGPS
 from mst_ds.token_layout import TokenLayout
 from mst_ds.topology import Topology
 
@@ -35,7 +36,8 @@ def shard(batch: Batch, topology: Topology, pad_id: int = 0, *, layer_chunks: in
     Where S is no multiple of sp_size the sequence is padded on the right.
 
     Args:
-        batch: {"input_ids", "labels"[, "position_ids"][, "attention_mask"]}: (B, S) int64, the labels not shifted.
+        batch: {"input_ids", "labels"[, "position_ids"][, "attention_mask"]}: (B, S) int64, the labels not shifted;
+            [, "old_logps"] (B, S), at each label.
             Without positions each row is one document, without a mask none of it is padding.
         pad_id: the id on the padding added here.
         layer_chunks: those of the plan, which decide where sp_size > 1 which tokens are this rank's, see `TokenLayout`.
@@ -62,6 +64,9 @@ def shard(batch: Batch, topology: Topology, pad_id: int = 0, *, layer_chunks: in
         "position_ids": layout.padded(position_ids, 0),
         "attention_mask": layout.padded(attention_mask, 0),
     }
+    if OLD_LOGPS in batch:
+        # As labels are: what stands at a token is of the next one.
+        whole[OLD_LOGPS] = layout.padded(pad(batch[OLD_LOGPS][..., 1:], (0, 1)), 0)
     added = whole["position_ids"].shape[1] - seq_len
     if added:
         whole["position_ids"][:, seq_len:] = torch.arange(added, device=input_ids.device) % seq_len

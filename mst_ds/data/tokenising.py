@@ -7,6 +7,7 @@ from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -23,17 +24,23 @@ from mst_ds.data.chat_template import strings_in
 from mst_ds.data.long_texts import Text
 from mst_ds.data.row_encoder import RowEncoder, rows_of
 from mst_ds.data.text_encoder import TextEncoder, control_tokens_in
-from mst_ds.rows.kinds import INPUT_IDS, JSON, LABEL, TEXT
+from mst_ds.rows.kinds import ADVANTAGES, INPUT_IDS, JSON, LABEL, OLD_LOGPS, TEXT
 
 LEARNED = "learned"
 """The column that says of each id whether it is learned; without it all are."""
+
+AnswerRows: TypeAlias = Literal["labelled", "rollout"]
 
 # What a chat template has written has control tokens from the first document on.
 _DOCUMENTS_LOOKED_AT = 16
 
 
 def tokenise(
-    documents: Dataset, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn = "assistant", *, labelled: bool = False
+    documents: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    loss_on: LossOn = "assistant",
+    *,
+    rows: AnswerRows | None = None,
 ) -> Dataset:
     """Token ids, one row per document in the column "input_ids" (int32), and for all but text `LEARNED` (bool).
 
@@ -44,7 +51,7 @@ def tokenise(
 
     Args:
         documents: the result of `load_documents`.
-        labelled: rows are answers with a label, which is in the column `LABEL` then.
+        rows: of answers what they say of each: the column `LABEL` is in the result, or `ADVANTAGES` and `OLD_LOGPS`.
 
     Raises:
         ValueError: text that is not UTF-8, or that the tokenizer cannot but take for control tokens; or see
@@ -57,9 +64,11 @@ def tokenise(
     is_text = TEXT in documents.column_names
     if not is_text:
         features[LEARNED] = Sequence(Value("bool"))
-    if labelled:
+    if rows == "labelled":
         features[LABEL] = Value("bool")
-    of_rows = {"tokenizer": tokenizer, "loss_on": loss_on, "labelled": labelled}
+    if rows == "rollout":
+        features |= {ADVANTAGES: Value("float64"), OLD_LOGPS: Sequence(Value("float32"))}
+    of_rows = {"tokenizer": tokenizer, "loss_on": loss_on, "kind": rows}
     try:
         with _one_process_at_a_time(documents):
             tokens = table.map(
@@ -103,10 +112,16 @@ def _encode(rows: pa.Table, tokenizer: PreTrainedTokenizerBase) -> pa.Table:
 
 
 def _encode_rows(
-    rows: pa.Table, numbers: list[int], tokenizer: PreTrainedTokenizerBase, loss_on: LossOn, labelled: bool
+    rows: pa.Table, numbers: list[int], tokenizer: PreTrainedTokenizerBase, loss_on: LossOn, kind: AnswerRows | None
 ) -> pa.Table:
     encoder = _row_encoder(tokenizer, loss_on)
-    if labelled:
+    if kind == "rollout":
+        documents, rollouts = encoder.encode_rollouts(rows, numbers)
+        flat = [value for each in rollouts for value in each.old_logps or ()]
+        old_logps = _lists(pa.array(flat, pa.float32()), [len(ids) for ids, _ in documents])
+        advantages = pa.array([each.advantage for each in rollouts], pa.float64())
+        return _table(documents).append_column(ADVANTAGES, advantages).append_column(OLD_LOGPS, old_logps)
+    if kind == "labelled":
         documents, labels = encoder.encode_labelled(rows, numbers)
         return _table(documents).append_column(LABEL, pa.array(labels, pa.bool_()))
     return _table(encoder.encode(rows, numbers))

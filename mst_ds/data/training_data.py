@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -15,8 +15,8 @@ from mst_ds.data.fitting import fitting_documents
 from mst_ds.data.mixing import mix
 from mst_ds.data.packing import PackedDataset, split_documents
 from mst_ds.data.text_source import load_documents
-from mst_ds.data.tokenising import letters_warning, tokenise
-from mst_ds.rows.kinds import LABEL, TEXT
+from mst_ds.data.tokenising import AnswerRows, letters_warning, tokenise
+from mst_ds.rows.kinds import ADVANTAGES, LABEL, TEXT
 from mst_ds.rows.sources import require_rows_that_mix, sources_of
 
 
@@ -25,7 +25,8 @@ class TrainingData:
     """What a run reads: `held_out` shares no document with `train`, and is None where `eval_steps` is 0.
 
     num_documents, fingerprint: of all documents of the dataset, those that are not trained on too, by whose numbers
-    samples name theirs. labels: of each of them, whether its answer is desirable, where rows say so.
+    samples name theirs. of_documents: of each what its row says of it, by the name
+    of the column, `LABEL` or `ADVANTAGES`, where rows do.
     warning, note, mixture: what a user should know of the documents, of those that are not trained as they are, and of
     what is taken of several datasets, if anything.
     """
@@ -34,7 +35,7 @@ class TrainingData:
     held_out: PackedDataset | None
     num_documents: int
     fingerprint: str
-    labels: NDArray[np.bool_] | None = None
+    of_documents: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
     warning: str | None = None
     note: str | None = None
     mixture: str | None = None
@@ -65,11 +66,13 @@ def load_training_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) 
     sources = sources_of(config)
     documents = [load_documents(source.config) for source in sources]
     group = config.sequences_per_sample
+    of_objectives: Mapping[str, AnswerRows] = {"kto": "labelled", "policy": "rollout"}
+    answers = of_objectives.get(config.objective)
     of_text = [TEXT in each.column_names for each in documents]
     require_rows_that_mix(zip([source.name for source in sources], of_text, strict=True))
     mixture = mix(
         [source.name for source in sources],
-        [tokenise(each, tokenizer, config.loss_on, labelled=config.objective == "kto") for each in documents],
+        [tokenise(each, tokenizer, config.loss_on, rows=answers) for each in documents],
         [source.weight for source in sources],
         config.seed,
         group,
@@ -97,7 +100,11 @@ def load_training_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) 
         held_out=samples(documents=held_out, max_samples=num_held_out) if num_held_out else None,
         num_documents=len(tokens),
         fingerprint=tokens._fingerprint,
-        labels=tokens.with_format("numpy")[:][LABEL] if LABEL in tokens.column_names else None,
+        of_documents={
+            name: tokens.with_format("arrow")[:][name].to_numpy()
+            for name in (LABEL, ADVANTAGES)
+            if name in tokens.column_names
+        },
         warning=next(filter(None, (letters_warning(each, tokenizer) for each in documents)), None),
         note=fitting.note(config.seq_len, too_long),
         mixture=mixture.note,

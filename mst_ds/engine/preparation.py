@@ -176,7 +176,7 @@ def _own_attention(config: TrainConfig, plan: Plan, model: PreTrainedModel) -> s
         ValueError: a model that keeps its own attention is to train on packed documents.
     """
     reason = why_own_attention(model)
-    if config.is_preference and reason is not None:
+    if config.sequences_per_sample > 1 and reason is not None:
         raise ValueError(
             f"objective is {config.objective!r}, whose pairs share a sample, but {type(model).__name__} {reason}; "
             "allowed: 'sft'"
@@ -190,7 +190,7 @@ def _own_attention(config: TrainConfig, plan: Plan, model: PreTrainedModel) -> s
 
 def _of_pairs(config: TrainConfig) -> str | None:
     """What a user should know of the samples of a preference."""
-    if not config.is_preference:
+    if config.sequences_per_sample == 1:
         return None
     return (
         f"objective {config.objective}: a sample has {config.sample_len} tokens, for the two answers of a pair, of up "
@@ -228,7 +228,7 @@ def _adapter(config: TrainConfig, adapted: Any) -> SavedAdapter | None:
 def _kept_settings(config: TrainConfig, plan: Plan, ds_config: DsConfig) -> dict[str, Any]:
     """Settings of the optimizer and of the data whose values come from a checkpoint, by who owns them."""
     kept: dict[str, Any] = {"seed": config.seed, "samples of a step": plan.samples_per_step} | kept_blocks(ds_config)
-    if config.is_preference:
+    if config.has_answers:
         kept |= {"objective": config.objective, "beta": config.beta_or_default}
     if has_block(ds_config, "optimizer"):
         return kept

@@ -5,6 +5,7 @@ from mst_ds.objectives.objective import Measured, Objective
 from mst_ds.objectives.pairs import PairedPreferences
 from mst_ds.objectives.policy import policy_loss, policy_metrics
 from mst_ds.objectives.preference import dpo_loss, ipo_loss, kto_kl, kto_loss, preference_metrics, simpo_loss
+from mst_ds.objectives.sampled import SampledPolicy
 from mst_ds.objectives.sequences import Documents
 from mst_ds.objectives.unpaired import UnpairedPreferences
 
@@ -15,6 +16,7 @@ __all__ = [
     "Measured",
     "Objective",
     "PairedPreferences",
+    "SampledPolicy",
     "UnpairedPreferences",
     "dpo_loss",
     "ipo_loss",

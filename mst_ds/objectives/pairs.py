@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mst_ds.config import IGNORE_INDEX
 from mst_ds.objectives.objective import Measured, ranks_of, share_of_mean
 from mst_ds.objectives.preference import dpo_loss, ipo_loss, preference_metrics, simpo_loss
-from mst_ds.objectives.sequences import Documents
+from mst_ds.objectives.sequences import Documents, num_documents
 from mst_ds.sequence_parallel import SequenceGroup
 
 REF_LOGPS = "ref_logps"
@@ -93,8 +93,7 @@ def num_pairs(batch: Mapping[str, Tensor]) -> int:
     Raises:
         ValueError: one has no other.
     """
-    table = batch.get("document_table")
-    count = len(batch["shift_labels"]) if table is None else int((table[1:, 1] > 0).sum())
+    count = num_documents(batch)
     if count % 2:
         raise ValueError(f"{count} documents are no pairs of chosen and rejected: pass them alternating")
     return count // 2

@@ -73,6 +73,12 @@ class Documents:
         return torch.cat([values, values.new_zeros(1)])[self.of_tokens]
 
 
+def num_documents(batch: Mapping[str, Tensor]) -> int:
+    """Documents of the whole sequences of a batch, without padding."""
+    table = batch.get("document_table")
+    return len(batch["shift_labels"]) if table is None else int((table[1:, 1] > 0).sum())
+
+
 class _SumOverRanks(torch.autograd.Function):
     """The gradient of what all ranks make of a sum is the sum of their gradients."""
 

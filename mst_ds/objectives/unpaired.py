@@ -15,7 +15,7 @@ from mst_ds.objectives.preference import kto_loss
 from mst_ds.objectives.sequences import Documents
 from mst_ds.sequence_parallel import SequenceGroup
 
-LABELS = "desirable"
+LABEL = "label"
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class UnpairedPreferences:
     """KTO over documents that alternate: an answer, and behind the same prompt another prompt's answer.
 
     Of the second ones the reference point is estimated, see `kto_kl`: over the micro-batch, on all data-parallel ranks,
-    as TRL does. Beside what `PairedPreferences` asks of a batch it has "desirable", (documents,) bool, of which the
+    as TRL does. Beside what `PairedPreferences` asks of a batch it has "label", (documents,) bool, of which the
     first ones' count. An item is an answer.
 
     Args:
@@ -47,12 +47,12 @@ class UnpairedPreferences:
             ValueError: documents that do not alternate.
         """
         answers = num_pairs(batch)
-        inputs = {name: tensor for name, tensor in batch.items() if name not in (REF_LOGPS, LABELS)}
+        inputs = {name: tensor for name, tensor in batch.items() if name not in (REF_LOGPS, LABEL)}
         output = model(**inputs, return_log_probs=True)
         logps = Documents.of_batch(batch, self.group).sums(output.log_probs)
         ratios = logps - batch[REF_LOGPS]
         kl = _mean_of_world(ratios[1::2].detach()).clamp(min=0)
-        own, ref, labels = logps[0::2], batch[REF_LOGPS][0::2], batch[LABELS][0::2]
+        own, ref, labels = logps[0::2], batch[REF_LOGPS][0::2], batch[LABEL][0::2]
         losses = kto_loss(
             own,
             ref,

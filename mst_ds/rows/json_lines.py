@@ -9,6 +9,7 @@ from typing import IO, Any
 from mst_ds.rows.chats import read_row
 from mst_ds.rows.kinds import AS_CHAT, COMPLETION, INPUT_IDS, REJECTED, Kind, chat_column
 from mst_ds.rows.preferences import read_label, read_preference
+from mst_ds.rows.rollouts import read_rollout
 
 # Of a text, for one step of the check that it can be written.
 _CHARACTERS_AT_ONCE = 2**20
@@ -87,16 +88,18 @@ def json_of(row: Mapping[str, Any], kind: Kind, columns: Sequence[str], where: s
         columns: those that are read; see `columns_of`.
 
     Raises:
-        ValueError: see `read_row`, `read_preference` and `read_label`; or it is a row of another kind.
+        ValueError: see `read_row`, `read_preference`, `read_label` and `read_rollout`; or it is a row of another kind.
     """
     require_column(row, kind, columns[0], where)
     read = {name: row[name] for name in columns if name in row}
     if kind == "preference":
         read_preference(read, where)
-    else:
+    elif INPUT_IDS not in read:
         read_row(read, where)
     if kind == "labelled":
         read_label(read, where)
+    if kind == "rollout":
+        read_rollout(read, where)
     text = json.dumps(read, ensure_ascii=False)
     _require_utf8(text, f"{where} has half a surrogate pair")
     return text

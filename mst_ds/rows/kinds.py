@@ -7,13 +7,14 @@ from typing import Literal, TypeAlias
 
 from mst_ds.config import TrainConfig, nearest
 
-Kind: TypeAlias = Literal["input_ids", "chat", "prompt_completion", "preference", "labelled", "text"]
+Kind: TypeAlias = Literal["input_ids", "chat", "prompt_completion", "preference", "labelled", "rollout", "text"]
 
 TEXT = "text"
 INPUT_IDS, LABELS, ATTENTION_MASK = "input_ids", "labels", "attention_mask"
 PROMPT, COMPLETION = "prompt", "completion"
 CHOSEN, REJECTED = "chosen", "rejected"
 LABEL = "label"
+ADVANTAGES, OLD_LOGPS = "advantages", "old_logps"
 TOOLS = "tools"
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
 # Rows of a file of text that are more than a text: the row as JSON, and where it stands.
@@ -21,11 +22,8 @@ JSON, WHERE = "json", "where"
 # What to do instead where a column of text is asked for and chats are found: as text, their control tokens are letters.
 AS_CHAT = "chats in a column 'messages', without --text_column"
 
-# The columns that make a row of answers that are compared.
-_OF_PREFERENCES: Mapping[str, tuple[str, ...]] = {
-    "preference": (CHOSEN, REJECTED),
-    "labelled": (PROMPT, COMPLETION, LABEL),
-}
+# Of objectives other than those of preferences between two.
+_KINDS: Mapping[str, Kind] = {"kto": "labelled", "policy": "rollout"}
 # They say of ids what is not read: which are learned, and where documents begin.
 _NOT_READ_OF_IDS = ("completion_mask", "assistant_masks", "position_ids", "seq_lengths")
 _READABLE = "a column of text, 'messages', 'prompt' with 'completion', or 'input_ids'"
@@ -37,9 +35,9 @@ def kind_of(config: TrainConfig, names: Collection[str]) -> Kind | None:
     Ids are what a user has made of the other columns, and a chat is what its text was made of: in this order. Where the
     objective is about preferences, rows are these or nothing.
     """
-    if config.is_preference:
-        kind: Kind = "labelled" if config.objective == "kto" else "preference"
-        return kind if all(name in names for name in _OF_PREFERENCES[kind]) else None
+    if config.has_answers:
+        kind = _KINDS.get(config.objective, "preference")
+        return kind if all(name in names for name in _needed(kind, names)) else None
     if asks_for_text(config):
         return "text" if config.text_column in names else None
     if INPUT_IDS in names:
@@ -49,6 +47,15 @@ def kind_of(config: TrainConfig, names: Collection[str]) -> Kind | None:
     if PROMPT in names and COMPLETION in names:
         return "prompt_completion"
     return "text" if config.text_column in names else None
+
+
+def _needed(kind: Kind, names: Collection[str]) -> tuple[str, ...]:
+    """The columns that make a row of answers that are compared or weighed."""
+    if kind == "preference":
+        return CHOSEN, REJECTED
+    if kind == "labelled":
+        return PROMPT, COMPLETION, LABEL
+    return (INPUT_IDS, ADVANTAGES) if INPUT_IDS in names else (PROMPT, COMPLETION, ADVANTAGES)
 
 
 def asks_for_text(config: TrainConfig) -> bool:
@@ -71,6 +78,10 @@ def columns_of(kind: Kind, names: Collection[str], text_column: str) -> list[str
         return [CHOSEN, REJECTED, PROMPT, TOOLS]
     if kind == "labelled":
         return [LABEL, PROMPT, COMPLETION, TOOLS]
+    if kind == "rollout":
+        of_ids = INPUT_IDS in names
+        answer = [INPUT_IDS, LABELS, ATTENTION_MASK] if of_ids else [PROMPT, COMPLETION, TOOLS]
+        return [ADVANTAGES, *answer, OLD_LOGPS]
     chat = chat_column(names)
     return [text_column] if kind == "text" or chat is None else [chat, TOOLS]
 
@@ -101,8 +112,8 @@ def require_kind(config: TrainConfig, names: Sequence[str]) -> Kind:
 
 def _of_no_kind(config: TrainConfig, names: Sequence[str]) -> ValueError:
     column, dataset = config.text_column, config.dataset_name
-    if config.is_preference:
-        needed = _OF_PREFERENCES["labelled" if config.objective == "kto" else "preference"]
+    if config.has_answers:
+        needed = _needed(_KINDS.get(config.objective, "preference"), names)
         lacking = [name for name in needed if name not in names]
         return ValueError(
             f"objective is {config.objective!r}, but dataset {dataset!r} has no {' and no '.join(map(repr, lacking))}, "

@@ -13,9 +13,15 @@ from torch import Tensor, nn
 from mst_ds.data import TrainingData
 from mst_ds.data.sharding import DOCUMENTS
 from mst_ds.engine import Run
-from mst_ds.objectives import CROSS_ENTROPY, Measured, Objective, PairedPreferences, UnpairedPreferences
+from mst_ds.objectives import (
+    CROSS_ENTROPY,
+    Measured,
+    Objective,
+    PairedPreferences,
+    SampledPolicy,
+    UnpairedPreferences,
+)
 from mst_ds.objectives.pairs import REF_LOGPS
-from mst_ds.objectives.unpaired import LABELS
 from mst_ds.sequence_parallel import SequenceGroup
 from mst_ds.training.reference import reference_logps
 
@@ -62,13 +68,21 @@ def objective_of(
     values = {}
     if config.has_reference:
         values[REF_LOGPS] = reference_logps(engine, run, data, group, folder / "reference.safetensors")
-    if data.labels is not None:
-        values[LABELS] = torch.from_numpy(data.labels).to(engine.device)
+    for name, of_documents in data.of_documents.items():
+        values[name] = torch.from_numpy(of_documents.copy()).to(engine.device)
     return OfDataset(_of_answers(run, group), values)
 
 
-def _of_answers(run: Run, group: SequenceGroup | None) -> PairedPreferences | UnpairedPreferences:
+def _of_answers(run: Run, group: SequenceGroup | None) -> Objective:
     config = run.config
+    if config.objective == "policy":
+        return SampledPolicy(
+            loss_type=config.loss_type,
+            epsilon=config.epsilon,
+            epsilon_high=config.epsilon_high,
+            max_completion_length=config.seq_len,
+            group=group,
+        )
     if config.objective == "kto":
         return UnpairedPreferences(config.beta_or_default, config.desirable_weight, config.undesirable_weight, group)
     return PairedPreferences(

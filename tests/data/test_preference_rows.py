@@ -13,7 +13,15 @@ from datasets import Dataset, Features, Sequence, Value
 from test_rows import CHAT, OTHER, SHARE_GPT, expected, refusal, tokens_of, write
 
 from mst_ds.config import Packing, TrainConfig
-from mst_ds.data import EvalLoader, PackedDataset, ShardedLoader, load_documents, split_documents, tokenise
+from mst_ds.data import (
+    EvalLoader,
+    PackedDataset,
+    ShardedLoader,
+    load_documents,
+    load_training_data,
+    split_documents,
+    tokenise,
+)
 from mst_ds.data.fitting import fitting_documents
 from mst_ds.data.mixing import mix
 from mst_ds.topology import Topology
@@ -97,7 +105,7 @@ def test_an_answer_with_a_label_is_two_documents(tmp_path: Path) -> None:
     ]
     for kind in ("jsonl", "parquet"):
         config = TrainConfig(dataset=str(write(tmp_path, kind, *rows)), objective="kto")
-        tokens = tokenise(load_documents(config), TOKENIZER, labelled=True)
+        tokens = tokenise(load_documents(config), TOKENIZER, rows="labelled")
         chats = [CHAT, [CHAT[0], WORSE], [OTHER[0], WORSE], [OTHER[0], CHAT[1]]]
         assert list(zip(tokens["input_ids"], tokens["learned"], strict=True)) == [expected(chat) for chat in chats]
         assert list(tokens["label"]) == [True, True, False, False]
@@ -105,6 +113,45 @@ def test_an_answer_with_a_label_is_two_documents(tmp_path: Path) -> None:
     assert "has the label 1; allowed: true, of a desirable answer, or false" in refusal(bad, objective="kto")
     message = "has no 'label', only 'prompt', 'completion'; allowed: rows with 'prompt' and 'completion' and 'label'"
     assert message in refusal(write(tmp_path, "jsonl", {"prompt": "a", "completion": " b"}), objective="kto")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_sampled_answer_has_its_advantage_and_what_its_tokens_were(tmp_path: Path, kind: str) -> None:
+    """Log-probabilities are of the learned ids, in samples of labels, and shifted with these in a shard."""
+    rows = [
+        {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "advantages": 1.5, "old_logps": [-1.0, -2.0]},
+        {"input_ids": [8, 9, 4], "labels": [-100, -100, 4], "advantages": -1, "old_logps": None},
+    ]
+    if kind == "parquet":
+        rows = [row | {"advantages": float(row["advantages"])} for row in rows]  # type: ignore[arg-type]
+    path = write(tmp_path, kind, *rows)
+    data = load_training_data(TrainConfig(dataset=str(path), objective="policy", seq_len=8), TOKENIZER)
+    assert data.of_documents["advantages"].tolist() == [1.5, -1.0]
+    sample = data.train[0]
+    assert sample["documents"].tolist() == [0, 1]
+    old = [0, -1, -2, 0, 0, torch.nan, 0, 0]
+    torch.testing.assert_close(sample["old_logps"], torch.tensor(old), equal_nan=True)
+    batches = [next(iter(EvalLoader(data.train, Topology(rank, 2, 2), micro_batch_size=1))) for rank in range(2)]
+    shifted = torch.cat([batch["old_logps"] for batch in batches], dim=1)[0]
+    torch.testing.assert_close(shifted, torch.tensor([*old[1:], 0.0]), equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"advantages": [1.0]}, "has the advantages [1.0]; allowed: one number for the whole answer"),
+        ({"advantages": float("nan")}, "has the advantages nan; allowed"),
+        ({"old_logps": [-1.0]}, "has 1 old_logps for 2 learned tokens; allowed: as many; nearest: rows of 'input_ids'"),
+        ({"old_logps": [-1.0, 0.5]}, "has 'old_logps' that are no list of log-probabilities; allowed: a number <= 0"),
+        ({"input_ids": [1.5, 2.0, 3.0]}, "has 'input_ids' that are no list of whole numbers; allowed"),
+    ],
+)
+def test_what_is_no_rollout_is_refused_by_its_row(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
+    row = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "advantages": 1.5, "old_logps": [-1.0, -2.0]}
+    path = write(tmp_path, "jsonl", row, row | changed)
+    with pytest.raises(ValueError, match="allowed: ") as caught:
+        load_training_data(TrainConfig(dataset=str(path), objective="policy", seq_len=8), TOKENIZER)
+    assert f"line 2 of '{path}' {message}" in str(caught.value)
 
 
 def pairs(*lengths: tuple[int, int], unlearned: tuple[int, ...] = ()) -> Dataset:

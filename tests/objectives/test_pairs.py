@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch.nn.functional import logsigmoid
 
 from mst_ds import apply_settings
 from mst_ds.data import Batch, shard
-from mst_ds.objectives import Documents, Objective, PairedPreferences
+from mst_ds.objectives import Documents, Objective, PairedPreferences, SampledPolicy
 from mst_ds.preflight.float64 import Float64
 from mst_ds.sequence_parallel import SequenceGroup, new_sequence_group, run_simulated
 from mst_ds.topology import Topology
@@ -134,6 +135,65 @@ def test_shards_give_what_the_whole_sequences_give(layout: str, kind: str, sp_si
     """A document's log-probability is summed over its ranks, and so is the gradient by it."""
     found = sum_of_ranks(BATCHES[layout](), sp_size, layer_chunks, **OBJECTIVES[kind])
     assert_close(found, plain_step(kind), EXACT)
+
+
+ADVANTAGES = torch.tensor([1.0, -0.5, 2.0, -1.5], dtype=torch.float64)
+
+
+def old_logps(lengths: Sequence[int] = LENGTHS) -> list[Tensor]:
+    """Of each document, at each of its tokens; the second one's are those of the model itself."""
+    generator = torch.Generator().manual_seed(2)
+    made = [-4.5 - 0.2 * torch.rand(length, generator=generator, dtype=torch.float64) for length in lengths]
+    made[1] = torch.full_like(made[1], torch.nan)
+    return made
+
+
+@pytest.mark.parametrize("sp_size", [1, 2])
+@pytest.mark.parametrize("kind", ["dapo", "grpo", "dr_grpo"])
+def test_sampled_answers_are_those_of_each_document_alone(kind: Any, sp_size: int) -> None:
+    """By the formula, of all logits: ratios on both sides of the clip, and one document of this policy."""
+    losses, lengths, plain = [], [], tiny_model("llama")
+    with Float64():
+        for (ids, labels), old, advantage in zip(documents(), old_logps(), ADVANTAGES, strict=True):
+            log_probs = torch.log_softmax(plain(input_ids=ids[None]).logits[0, :-1], dim=-1)
+            counted = labels[1:] != -100
+            own = log_probs[counted].gather(-1, labels[1:][counted].unsqueeze(-1)).squeeze(-1)
+            before = torch.where(old[1:][counted].isnan(), own.detach(), old[1:][counted])
+            ratio = (own - before).exp()
+            losses.append(-torch.minimum(ratio * advantage, ratio.clamp(0.9, 1.3) * advantage).sum())
+            lengths.append(int(counted.sum()))
+        divisors = {"dapo": [sum(lengths)] * 4, "grpo": [4 * length for length in lengths], "dr_grpo": [4 * 50] * 4}
+        total = sum(loss / divisor for loss, divisor in zip(losses, divisors[kind], strict=True))
+        total.backward()
+    expected = {"loss": total.detach(), **gradients_of(plain)}
+
+    batch = packed()
+    rows = [torch.cat(old_logps()[first : first + 2]) for first in (0, 2)]
+    batch["old_logps"] = torch.stack([torch.cat([row, row.new_zeros(24 - len(row))]) for row in rows])
+    models = [tiny_model("llama") for _ in range(sp_size)]
+    shards = [shard(batch, Topology(rank, sp_size, sp_size)) | {"advantages": ADVANTAGES} for rank in range(sp_size)]
+
+    def run(group: SequenceGroup | None) -> tuple[Tensor, Tensor]:
+        rank = 0 if group is None else group.rank
+        objective = SampledPolicy(kind, 0.1, 0.3, max_completion_length=50, group=group)
+        own = apply_settings(models[rank], tiny_settings(sp_size), sequence_group=group)
+        counts[rank] = objective.num_items(shards[rank])
+        with Float64():
+            measured = objective.measure(own, shards[rank], sum(lengths) if kind == "dapo" else 4)
+            measured.loss.backward()
+        return measured.loss.detach(), measured.metrics["clip_ratio/region_mean"]
+
+    counts = [0] * sp_size
+    results = [run(None)] if sp_size == 1 else run_simulated(run, sp_size)
+    assert sum(counts) == (sum(lengths) if kind == "dapo" else 4)
+    of_ranks = [gradients_of(own) for own in models]
+    found = {"loss": sum(loss for loss, _ in results)}
+    found |= {name: sum(each[name] for each in of_ranks) for name in of_ranks[0]}
+    # Log-probabilities of a model in fp64 are fp32 where they leave it.
+    assert_close(found, expected, 1e-6)
+    clipped, tokens = sum(metrics for _, metrics in results).tolist()
+    assert tokens == sum(lengths)
+    assert 0 < clipped < tokens
 
 
 def training_steps(rank: int) -> list[tuple[float, float]]:
