@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -10,17 +11,19 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Features, Sequence, Value
+from datasets import Dataset, Features, Value
+from datasets import Sequence as ListOf
 from filelock import FileLock
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from mst_ds.config import LossOn
 from mst_ds.data.batching import documents_at_once
-from mst_ds.data.chat_template import strings_in
+from mst_ds.data.chat_template import AnswersNotToldError, strings_in
 from mst_ds.data.long_texts import Text
 from mst_ds.data.row_encoder import RowEncoder, rows_of
 from mst_ds.data.text_encoder import TextEncoder, control_tokens_in
+from mst_ds.data.training_template import training_template
 from mst_ds.rows.kinds import INPUT_IDS, JSON, TEXT
 
 LEARNED = "learned"
@@ -28,6 +31,33 @@ LEARNED = "learned"
 
 # What a chat template has written has control tokens from the first document on.
 _DOCUMENTS_LOOKED_AT = 16
+
+
+def tokenise_all(
+    datasets: Sequence[Dataset], tokenizer: PreTrainedTokenizerBase, loss_on: LossOn
+) -> tuple[list[Dataset], str | None]:
+    """`tokenise` for each dataset, and in one line by which chat template, where it is not the tokenizer's own.
+
+    Where that does not tell the answers of a chat, all chats are written by TRL's training template of it, if there is
+    one; so alike chats are trained alike. The tokenizer, and what is saved of it, stays as it is.
+
+    Raises:
+        ValueError: see `tokenise`.
+    """
+    try:
+        return [tokenise(each, tokenizer, loss_on) for each in datasets], None
+    except AnswersNotToldError as error:
+        found = training_template(tokenizer)
+        if found is None:
+            raise
+        reason = str(error).partition(";")[0].removeprefix("the chat template ")
+    marking = copy.copy(tokenizer)
+    marking.chat_template = found.template
+    note = (
+        f"chat template: TRL's training template of {found.name}, because the tokenizer's own {reason}; the model is "
+        "saved with the tokenizer's own"
+    )
+    return [tokenise(each, marking, loss_on) for each in datasets], note
 
 
 def tokenise(documents: Dataset, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn = "assistant") -> Dataset:
@@ -48,10 +78,10 @@ def tokenise(documents: Dataset, tokenizer: PreTrainedTokenizerBase, loss_on: Lo
     table = documents.with_format("arrow")
     # What reading them took, up to some times a text, Arrow keeps for later: it would lie beside the ids.
     pa.default_memory_pool().release_unused()
-    features = {INPUT_IDS: Sequence(Value("int32"))}
+    features = {INPUT_IDS: ListOf(Value("int32"))}
     is_text = TEXT in documents.column_names
     if not is_text:
-        features[LEARNED] = Sequence(Value("bool"))
+        features[LEARNED] = ListOf(Value("bool"))
     try:
         with _one_process_at_a_time(documents):
             tokens = table.map(

@@ -13,7 +13,7 @@ from mst_ds.data.fitting import fitting_documents
 from mst_ds.data.mixing import mix
 from mst_ds.data.packing import PackedDataset, split_documents
 from mst_ds.data.text_source import load_documents
-from mst_ds.data.tokenising import letters_warning, tokenise
+from mst_ds.data.tokenising import letters_warning, tokenise_all
 from mst_ds.rows.kinds import TEXT
 from mst_ds.rows.sources import require_rows_that_mix, sources_of
 
@@ -22,8 +22,8 @@ from mst_ds.rows.sources import require_rows_that_mix, sources_of
 class TrainingData:
     """What a run reads: `held_out` shares no document with `train`, and is None where `eval_steps` is 0.
 
-    warning, note, mixture: what a user should know of the documents, of those that are not trained as they are, and of
-    what is taken of several datasets, if anything.
+    warning, note, mixture, template: what a user should know of the documents, of those that are not trained as they
+    are, of what is taken of several datasets, and of the chat template, if anything.
     """
 
     train: PackedDataset
@@ -31,6 +31,7 @@ class TrainingData:
     warning: str | None = None
     note: str | None = None
     mixture: str | None = None
+    template: str | None = None
 
     def amounts(self, num_steps: int, samples_per_step: int) -> dict[str, int | float]:
         """How much there is for training, how often `num_steps` go through it, and how much is held out of it."""
@@ -51,16 +52,17 @@ def load_training_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) 
     Where the user does not say what becomes of documents that are too long, texts are split and all others truncated.
 
     Raises:
-        ValueError: see `sources_of`, `require_rows_that_mix`, `load_documents`, `tokenise`, `fitting_documents`,
+        ValueError: see `sources_of`, `require_rows_that_mix`, `load_documents`, `tokenise_all`, `fitting_documents`,
             `split_documents` and `PackedDataset`.
     """
     sources = sources_of(config)
     documents = [load_documents(source.config) for source in sources]
     of_text = [TEXT in each.column_names for each in documents]
     require_rows_that_mix(zip([source.name for source in sources], of_text, strict=True))
+    tokenised, template = tokenise_all(documents, tokenizer, config.loss_on)
     mixture = mix(
         [source.name for source in sources],
-        [tokenise(each, tokenizer, config.loss_on) for each in documents],
+        tokenised,
         [source.weight for source in sources],
         config.seed,
     )
@@ -79,6 +81,7 @@ def load_training_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) 
         warning=next(filter(None, (letters_warning(each, tokenizer) for each in documents)), None),
         note=fitting.note(config.seq_len, too_long),
         mixture=mixture.note,
+        template=template,
     )
 
 
