@@ -29,13 +29,14 @@ class RowEncoder:
         self._tokenizer = tokenizer
         self._loss_on: LossOn = loss_on
 
-    def encode(self, rows: pa.Table, numbers: Sequence[int]) -> list[Learned]:
-        """numbers: of the rows, from 0, which name them where nothing else does.
+    def encode(self, rows: pa.Table, names: Sequence[str]) -> list[Learned]:
+        """names: of the rows, for a message, where they do not say themselves where they stand.
 
         Raises:
             ValueError: a row is not what it should be; see `read_row`, `ChatEncoder` and `ids_and_learned`.
         """
-        names = rows[WHERE].to_pylist() if WHERE in rows.column_names else [f"row {number + 1}" for number in numbers]
+        if WHERE in rows.column_names:
+            names = rows[WHERE].to_pylist()
         if INPUT_IDS in rows.column_names:
             num_ids = max(self._tokenizer.get_vocab().values()) + 1
             return [ids_and_learned(rows.slice(at, 1), where, num_ids) for at, where in enumerate(names)]

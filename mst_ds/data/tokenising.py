@@ -34,18 +34,21 @@ _DOCUMENTS_LOOKED_AT = 16
 
 
 def tokenise_all(
-    datasets: Sequence[Dataset], tokenizer: PreTrainedTokenizerBase, loss_on: LossOn
+    datasets: Sequence[Dataset], names: Sequence[str], tokenizer: PreTrainedTokenizerBase, loss_on: LossOn
 ) -> tuple[list[Dataset], str | None]:
     """`tokenise` for each dataset, and in one line by which chat template, where it is not the tokenizer's own.
 
     Where that does not tell the answers of a chat, all chats are written by TRL's training template of it, if there is
     one; so alike chats are trained alike. The tokenizer, and what is saved of it, stays as it is.
 
+    Args:
+        names: of each dataset, for a message about a row of it.
+
     Raises:
         ValueError: see `tokenise`.
     """
     try:
-        return [tokenise(each, tokenizer, loss_on) for each in datasets], None
+        return [tokenise(each, tokenizer, loss_on, name) for each, name in zip(datasets, names, strict=True)], None
     except AnswersNotToldError as error:
         found = training_template(tokenizer)
         if found is None:
@@ -57,10 +60,12 @@ def tokenise_all(
         f"chat template: TRL's training template of {found.name}, because the tokenizer's own {reason}; the model is "
         "saved with the tokenizer's own"
     )
-    return [tokenise(each, marking, loss_on) for each in datasets], note
+    return [tokenise(each, marking, loss_on, name) for each, name in zip(datasets, names, strict=True)], note
 
 
-def tokenise(documents: Dataset, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn = "assistant") -> Dataset:
+def tokenise(
+    documents: Dataset, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn = "assistant", name: str = "the dataset"
+) -> Dataset:
     """Token ids, one row per document in the column "input_ids" (int32), and for all but text `LEARNED` (bool).
 
     Texts are encoded as `TextEncoder` does, rows without text left out, and all others as `RowEncoder` does. The result
@@ -70,6 +75,7 @@ def tokenise(documents: Dataset, tokenizer: PreTrainedTokenizerBase, loss_on: Lo
 
     Args:
         documents: the result of `load_documents`.
+        name: of the dataset, for a message about a row that says not itself where it stands.
 
     Raises:
         ValueError: text that is not UTF-8, or that the tokenizer cannot but take for control tokens; or see
@@ -88,7 +94,9 @@ def tokenise(documents: Dataset, tokenizer: PreTrainedTokenizerBase, loss_on: Lo
                 _encode if is_text else _encode_rows,
                 batched=True,
                 batch_size=documents_at_once(_lengths(table[:])),
-                fn_kwargs={"tokenizer": tokenizer} if is_text else {"tokenizer": tokenizer, "loss_on": loss_on},
+                fn_kwargs={"tokenizer": tokenizer}
+                if is_text
+                else {"tokenizer": tokenizer, "loss_on": loss_on, "name": name},
                 with_indices=not is_text,
                 remove_columns=documents.column_names,
                 features=Features(features),
@@ -124,8 +132,10 @@ def _encode(rows: pa.Table, tokenizer: PreTrainedTokenizerBase) -> pa.Table:
     return pa.table({INPUT_IDS: _lists(values, lengths)})
 
 
-def _encode_rows(rows: pa.Table, numbers: list[int], tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> pa.Table:
-    documents = _row_encoder(tokenizer, loss_on).encode(rows, numbers)
+def _encode_rows(
+    rows: pa.Table, numbers: list[int], tokenizer: PreTrainedTokenizerBase, loss_on: LossOn, name: str
+) -> pa.Table:
+    documents = _row_encoder(tokenizer, loss_on).encode(rows, [f"row {number + 1} of {name}" for number in numbers])
     lengths = [len(ids) for ids, _ in documents]
     ids = np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in documents)])
     learned = np.concatenate([np.zeros(0, bool), *(each for _, each in documents)])

@@ -59,7 +59,10 @@ def load_training_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) 
     documents = [load_documents(source.config) for source in sources]
     of_text = [TEXT in each.column_names for each in documents]
     require_rows_that_mix(zip([source.name for source in sources], of_text, strict=True))
-    tokenised, template = tokenise_all(documents, tokenizer, config.loss_on)
+    whole = [repr(source.name) for source in sources]
+    if config.dataset_split != TrainConfig.dataset_split:
+        whole = [f"{config.dataset_split!r} of {name}" for name in whole]
+    tokenised, template = tokenise_all(documents, whole, tokenizer, config.loss_on)
     mixture = mix(
         [source.name for source in sources],
         tokenised,

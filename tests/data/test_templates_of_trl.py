@@ -83,17 +83,16 @@ def test_answers_that_the_own_template_does_not_tell_are_told_by_that_of_trl(nam
     marking.chat_template = OWN[name].read_text(encoding="utf-8")
 
     several, alone = rows(*CHATS["reasoning"]), rows(*CHATS["plain"][:2])
-    tokens, note = tokenise_all([several, alone], tokenizer, "assistant")
+    tokens, note = tokenise_all([several, alone], ["x", "y"], tokenizer, "assistant")
     expected = [tokenise(each, marking)[:] for each in (several, alone)]
 
     assert [each[:] for each in tokens] == expected
     assert note is not None
-    assert note.startswith(
-        f"chat template: TRL's training template of {name}, because the tokenizer's own writes message 2 of row 1 in "
-    )
+    assert note.startswith(f"chat template: TRL's training template of {name}, because the tokenizer's own writes ")
+    assert "writes message 2 of row 1 of x in another way when more messages follow" in note
     assert tokenizer.chat_template == own
     # One answer is told by the tokenizer's own, which then writes all.
-    assert tokenise_all([alone], tokenizer, "assistant")[1] is None
+    assert tokenise_all([alone], ["x"], tokenizer, "assistant")[1] is None
 
 
 def test_without_trl_and_of_a_template_that_it_does_not_know_the_refusal_says_what_to_do(
@@ -102,10 +101,10 @@ def test_without_trl_and_of_a_template_that_it_does_not_know_the_refusal_says_wh
     tokenizer = written_by("qwen3")
     tokenizer.chat_template += " "
     with pytest.raises(ValueError, match="allowed: --chat_template_path with a template that marks answers") as known:
-        tokenise_all([rows(*CHATS["plain"])], tokenizer, "assistant")
+        tokenise_all([rows(*CHATS["plain"])], "x", tokenizer, "assistant")
     assert "pip install trl" not in str(known.value)
 
     monkeypatch.setitem(sys.modules, "trl", None)
     monkeypatch.setattr(training_template, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"or pip install trl .*nearest: .* --loss_on last_assistant"):
-        tokenise_all([rows(*CHATS["plain"])], written_by("qwen3"), "assistant")
+        tokenise_all([rows(*CHATS["plain"])], "x", written_by("qwen3"), "assistant")
