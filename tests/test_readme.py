@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.gpu.session import parse_options as parse_session_options
 from benchmarks.step import parse_options
+from benchmarks.tokenising import lines as measured_lines
 from mst_ds.config import TrainConfig, parse_train_config
 from mst_ds.data import byte_tokenizer
 from mst_ds.zero import load_ds_config
@@ -191,6 +192,17 @@ def test_the_measured_figures_of_the_first_screen() -> None:
     assert (options.lengths, options.contenders, options.parts) == ([record["seq_len"]], names, [record["part"]])
     assert options.output == file.relative_to(ROOT)
     assert (found["where"]["threads"], found["where"]["cores"]) == (1, 2)
+
+
+def test_the_measured_figures_of_the_data() -> None:
+    found = json.loads((ROOT / "benchmarks" / "results" / "cpu-tokenising.json").read_text(encoding="utf-8"))
+    speed, memory = measured_lines(found["tokenising"])
+    page = " ".join((ROOT / "docs" / "training.md").read_text(encoding="utf-8").split())
+    megabytes, times = re.findall(r"^([\d.]+) MB/s, .*: ([\d.]+) times", speed)[0]
+    assert f"{megabytes} MB of text a second of one core, {times} times as long" in page
+    peak, before = re.findall(r"([\d.]+) GiB resident at the peak, ([\d.]+) before", memory)[0]
+    assert f"{peak} GiB of resident memory at the peak, of which {before} are there before" in page
+    assert found["tokenising"]["memory"]["fewest_tokens"] >= 2**20
 
 
 def test_the_loss_curve_is_of_the_run_beside_it(tmp_path: Path) -> None:
