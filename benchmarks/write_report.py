@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.gpu.session import SECTIONS
 from benchmarks.report import RESULTS
+from benchmarks.tokenising import lines
 from mst_ds.config import GIB
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
@@ -29,7 +30,7 @@ page. `python -m benchmarks.step --help` lists sizes, for a GPU too, and `--long
 each can train on. DeepSpeed ALST stands for its tiled MLP and tiled loss in recomputed layers, on one rank. "mst_ds, as
 StreamBP" is a setting of this project that does what StreamBP does, attention again and keys and values projected
 again in each layer chunk; it is not StreamBP's code. `python -m benchmarks.working_set` needs no memory: it finds what
-one layer's backward takes.
+one layer's backward takes. `python -m benchmarks.tokenising` measures the data's part.
 
 Contenders run interleaved in one process, on the same weights and data, after their gradients were compared. Ratios are
 medians of the ratio within a round. Memory is what is alive at the peak above the weights: gradients and activations;
@@ -51,6 +52,9 @@ def page(documents: Mapping[str, Mapping[str, Any]]) -> str:
         )
         if "sections" in document:
             sections.append(_session_table(document["sections"]))
+            continue
+        if "tokenising" in document:
+            sections.append("".join(f"- {line}\n" for line in lines(document["tokenising"])))
             continue
         if "longest" in document:
             sections.append(_longest_table(document["longest"]))

@@ -44,6 +44,9 @@ def test_a_folder_is_read(tmp_path):
 def test_a_folder_that_holds_no_config_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"has no config.json"):
         load_model_config(str(tmp_path))
+    (tmp_path / "small.gguf").touch()
+    with pytest.raises(ValueError, match=r"has GGUF files and no config.json; allowed: .* as save_pretrained"):
+        load_model_config(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"config.json cannot be read: ") as error:
         load_model_config(str(tmp_path))

@@ -16,14 +16,18 @@ import pytest
 from deepspeed.launcher.runner import parse_args as parse_launcher_args
 from processes import ROOT, run
 from test_imports import imported_parts, modules, name_parts, top
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.gpu.session import parse_options as parse_session_options
 from benchmarks.step import parse_options
+from benchmarks.tokenising import lines as measured_lines
 from mst_ds.config import TrainConfig
 from mst_ds.config_parser import parse_train_config
+from mst_ds.data import byte_tokenizer
 from mst_ds.zero import load_ds_config
 
 README = ROOT / "README.md"
+FINETUNE = ROOT / "docs" / "finetune.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -53,6 +57,7 @@ def in_the_projects_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
+OF_A_MODEL = {"pip"}  # it needs a network
 OF_A_GPU = {"pip", "benchmarks/gpu_wheels.sh"}  # both need a network, or what was downloaded
 OF_A_CLUSTER = {"apt-get", "export", "squeue", "slurm/local/start.sh", "slurm/local/stop.sh"}  # tests/slurm has them
 
@@ -60,7 +65,8 @@ OF_A_CLUSTER = {"apt-get", "export", "squeue", "slurm/local/start.sh", "slurm/lo
 def test_every_shell_command_is_of_a_kind_that_is_tested() -> None:
     known = {"make", "deepspeed", "python", "source", ".venv/bin/pre-commit"} | SHOWN.keys()
     slurm, gpu = (ROOT / "docs" / f"{name}.md" for name in ("slurm", "gpu"))
-    assert {words[0] for words in shell_lines(*(page for page in PAGES if page not in (slurm, gpu)))} == known
+    assert {words[0] for words in shell_lines(*(set(PAGES) - {slurm, gpu, FINETUNE}))} == known
+    assert {words[0] for words in shell_lines(FINETUNE)} == OF_A_MODEL | {"source", "python", "deepspeed"}
     assert {words[0] for words in shell_lines(slurm)} == OF_A_CLUSTER | {"sbatch"}
     assert {words[0] for words in shell_lines(gpu)} == OF_A_GPU | {"python"}
     assert all(os.access(ROOT / word, os.X_OK) for word in OF_A_CLUSTER | OF_A_GPU if "/" in word)
@@ -189,6 +195,17 @@ def test_the_measured_figures_of_the_first_screen() -> None:
     assert (found["where"]["threads"], found["where"]["cores"]) == (1, 2)
 
 
+def test_the_measured_figures_of_the_data() -> None:
+    found = json.loads((ROOT / "benchmarks" / "results" / "cpu-tokenising.json").read_text(encoding="utf-8"))
+    speed, memory = measured_lines(found["tokenising"])
+    page = " ".join((ROOT / "docs" / "training.md").read_text(encoding="utf-8").split())
+    megabytes, times = re.findall(r"^([\d.]+) MB/s, .*: ([\d.]+) times", speed)[0]
+    assert f"{megabytes} MB of text a second of one core, {times} times as long" in page
+    peak, before = re.findall(r"([\d.]+) GiB resident at the peak, ([\d.]+) before", memory)[0]
+    assert f"{peak} GiB of resident memory at the peak, of which {before} are there before" in page
+    assert found["tokenising"]["memory"]["fewest_tokens"] >= 2**20
+
+
 def test_the_loss_curve_is_of_the_run_beside_it(tmp_path: Path) -> None:
     ((_, script, _, picture),) = [words for words in commands("python") if "docs/plot_losses.py" in words]
     metrics = ROOT / "docs" / "finetune" / "metrics.jsonl"
@@ -243,16 +260,51 @@ def test_environment_commands() -> None:
     assert (ROOT / ".pre-commit-config.yaml").is_file()
 
 
+def small_chat_model(folder: Path) -> Path:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=257, **sizes)).save_pretrained(folder)
+    return folder
+
+
 def test_python_snippets(tmp_path: Path) -> None:
+    model = small_chat_model(tmp_path / "model")
     files = []
     for index, text in enumerate(blocks("python")):
         files.append(tmp_path / f"snippet_{index}.py")
-        files[-1].write_text(text, encoding="utf-8")
+        runs = re.sub(r'model="runs/\w+/model"', f'model="{model}"', text)
+        if "GgufConfig" in text:  # of a model that has to be downloaded: its imports alone
+            compile(text, files[-1], "exec")
+            runs = "".join(re.findall(r"^from .*\n", text, re.MULTILINE))
+        files[-1].write_text(runs, encoding="utf-8")
     assert files
     # One process, for the sake of its imports; each snippet has a namespace of its own.
     script = "import runpy, sys\nfor path in sys.argv[1:]:\n    runpy.run_path(path)"
     done = run([sys.executable, "-c", script, *map(str, files)], limit=120)
     assert done.returncode == 0, done.stdout
+
+
+def test_the_guide_to_a_fine_tune_goes_on_with_what_it_made() -> None:
+    page = FINETUNE.read_text(encoding="utf-8")
+    ((_, *words),) = [line for line in shell_lines(FINETUNE) if line[0] == "deepspeed"]
+    config = parse_train_config(parse_launcher_args(words).user_args)
+    made, before, chats, after = blocks("python", FINETUNE)
+    assert made.count(f'save_pretrained("{config.model}")') == 2
+    assert f'model="{config.model}"' in before
+    assert after == before.replace(str(config.model), f"{config.output_dir}/model")
+    assert f'open("{config.dataset_name}", "w"' in chats
+    # What it prints is of this command.
+    assert f"step {config.max_steps}/{config.max_steps}  loss" in page
+    assert f"samples of {config.seq_len}; {config.max_steps} steps are" in page
+    assert f"; {config.eval_samples} samples held out\n" in page
+    assert f"Done: {config.output_dir}/metrics.jsonl" in page
+    (unpacked,) = [line for line in shell_lines(FINETUNE) if "zipfile" in line]
+    (download,) = [line for line in shell_lines(FINETUNE) if "download" in line]
+    name, _, version = download[-1].partition("==")
+    assert unpacked[-2:] == [f"{unpacked[-1]}/{name.replace('-', '_')}-{version}-py3-none-any.whl", download[-2]]
+    assert f'"{unpacked[-1]}/{name.replace("-", "_")}"' in made
 
 
 def test_yaml_and_json(tmp_path: Path) -> None:

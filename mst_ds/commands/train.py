@@ -254,7 +254,7 @@ def _announce(job: _Job, amounts: Mapping[str, int | float]) -> None:
     console().print(plan_table(run.plan))
     for note in run.notes:
         print(note)
-    for line in (job.data.mixture, job.data.note, job.data.warning):
+    for line in (job.data.mixture, job.data.template, job.data.note, job.data.warning):
         if line is not None:
             print(line)
     samples = shown_samples(job.data.train, run.tokenizer, number=run.config.show_samples, seed=run.config.seed)

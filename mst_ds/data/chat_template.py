@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
 from mst_ds.config import LossOn
+from mst_ds.data.training_template import has_trl
 from mst_ds.rows.chats import ASSISTANT, Chat, Message
 
 Span = tuple[int, int]
@@ -17,7 +18,10 @@ Span = tuple[int, int]
 
 # As transformers looks for them.
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_BY_ANSWERS = "nearest: a row for each answer, with --loss_on last_assistant"
+
+
+class AnswersNotToldError(ValueError):
+    """What is learned of a chat cannot be told from what the template adds to a prompt, as marks would tell it."""
 
 
 class ChatTemplate:
@@ -64,8 +68,9 @@ class ChatTemplate:
             where: names the row, for a message.
 
         Raises:
-            ValueError: an answer is no such addition, the marks are not one for each answer where that is needed, or
-                the last answer is asked for and the chat does not end with one.
+            AnswersNotToldError: an answer is no such addition.
+            ValueError: the marks are not one for each answer where that is needed, or the last answer is asked for and
+                the chat does not end with one.
         """
         if loss_on == "all":
             return [(0, len(text))]
@@ -105,16 +110,15 @@ class ChatTemplate:
         is_last = number + 1 == len(messages)
         answered = text if is_last else self._render(messages[: number + 1], chat.tools, where)[0]
         if not answered.startswith(prompt):
-            raise ValueError(
+            raise AnswersNotToldError(
                 f"the chat template writes {this} otherwise than as an answer to the messages before it, which end "
-                f"with {prompt[-40:]!r} there; allowed: --chat_template_path with a template that marks answers by "
-                "{% generation %}"
+                f"with {prompt[-40:]!r} there; allowed: {_with_marks()}"
             )
         if not text.startswith(answered):
-            raise ValueError(
+            raise AnswersNotToldError(
                 f"the chat template writes {this} in another way when more messages follow, as one does that leaves "
-                f"out earlier reasoning; allowed: --chat_template_path with a template that marks answers by "
-                f"{{% generation %}}; {_BY_ANSWERS}"
+                f"out earlier reasoning; allowed: {_with_marks()}; nearest: a row for each answer, with --loss_on "
+                "last_assistant"
             )
         return len(prompt), len(answered)
 
@@ -142,6 +146,12 @@ class ChatTemplate:
                 "as the template has them"
             ) from error
         return text, [(start, end) for start, end in spans[0]] if spans else []
+
+
+def _with_marks() -> str:
+    """Which templates mark answers, for a message: TRL's are found by themselves where it is installed."""
+    shipped = "" if has_trl() else ", or pip install trl (Python 3.11 or newer), which ships those of many models"
+    return f"--chat_template_path with a template that marks answers by {{% generation %}}{shipped}"
 
 
 def strings_in(value: Any) -> Iterator[str]:

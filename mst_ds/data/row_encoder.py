@@ -33,14 +33,14 @@ class RowEncoder:
         self._tokenizer = tokenizer
         self._loss_on: LossOn = loss_on
 
-    def encode(self, rows: pa.Table, numbers: Sequence[int]) -> list[Learned]:
-        """numbers: of the rows, from 0, which name them where nothing else does.
+    def encode(self, rows: pa.Table, names: Sequence[str]) -> list[Learned]:
+        """names: of the rows, for a message, where they do not say themselves where they stand.
 
         Raises:
             ValueError: a row is not what it should be; see `read_row`, `read_preference`, `ChatEncoder` and
                 `ids_and_learned`.
         """
-        names = _names(rows, numbers)
+        names = _names(rows, names)
         if INPUT_IDS in rows.column_names:
             return [ids_and_learned(rows.slice(at, 1), where, self._num_ids) for at, where in enumerate(names)]
         samples = [each for row, where in zip(rows_of(rows), names, strict=True) for each in _samples(row, where)]
@@ -52,28 +52,28 @@ class RowEncoder:
             for each, where in samples
         ]
 
-    def encode_labelled(self, rows: pa.Table, numbers: Sequence[int]) -> tuple[list[Learned], list[bool]]:
+    def encode_labelled(self, rows: pa.Table, names: Sequence[str]) -> tuple[list[Learned], list[bool]]:
         """Of each row two documents: its answer behind its prompt, and there the answer of the row before it, or of the
         last one, as TRL has it; and of both whether the row's answer is desirable.
 
         Raises:
             ValueError: see `encode` and `read_label`.
         """
-        own = self.encode(rows, numbers)
-        names = _names(rows, numbers)
+        own = self.encode(rows, names)
+        names = _names(rows, names)
         labels = [read_label(row, where) for row, where in zip(rows_of(rows), names, strict=True)]
         others = [_with_answer_of(each, before) for each, before in zip(own, own[-1:] + own[:-1], strict=True)]
         documents = [document for pair in zip(own, others, strict=True) for document in pair]
         return documents, [label for label in labels for _ in range(2)]
 
-    def encode_rollouts(self, rows: pa.Table, numbers: Sequence[int]) -> tuple[list[Learned], list[Rollout]]:
+    def encode_rollouts(self, rows: pa.Table, names: Sequence[str]) -> tuple[list[Learned], list[Rollout]]:
         """Of each row the document, and what is said of it, the log-probabilities of all its ids: NaN where the row has
         none, 0 where nothing is learned.
 
         Raises:
             ValueError: see `encode` and `read_rollout`; or there are not as many log-probabilities as learned ids.
         """
-        names = _names(rows, numbers)
+        names = _names(rows, names)
         given = list(rows_of(rows))
         if given and INPUT_IDS in given[0]:
             num_ids = self._num_ids
@@ -81,7 +81,7 @@ class RowEncoder:
                 ids_and_learned(_ids_table(row, where), where, num_ids) for row, where in zip(given, names, strict=True)
             ]
         else:
-            documents = self.encode(rows, numbers)
+            documents = self.encode(rows, names)
         rollouts = []
         for row, where, (_, learned) in zip(given, names, documents, strict=True):
             rollout = read_rollout(row, where)
@@ -130,8 +130,10 @@ def _samples(row: dict[str, Any], where: str) -> list[tuple[Chat | PromptComplet
     return [(read_row(row, where), where)]
 
 
-def _names(rows: pa.Table, numbers: Sequence[int]) -> list[str]:
-    return rows[WHERE].to_pylist() if WHERE in rows.column_names else [f"row {number + 1}" for number in numbers]
+def _names(rows: pa.Table, names: Sequence[str]) -> Sequence[str]:
+    """Where rows stand, as they say themselves, or else these."""
+    found: Sequence[str] = rows[WHERE].to_pylist() if WHERE in rows.column_names else names
+    return found
 
 
 def _ids_table(row: dict[str, Any], where: str) -> pa.Table:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from collections.abc import Sequence as SequenceOf
+import copy
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +12,8 @@ from typing import Literal, TypeAlias
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Features, Sequence, Value
+from datasets import Dataset, Features, Value
+from datasets import Sequence as ListOf
 from filelock import FileLock
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
@@ -20,10 +21,11 @@ from transformers import PreTrainedTokenizerBase
 from mst_ds.config import LossOn
 from mst_ds.data.batching import documents_at_once
 from mst_ds.data.chat_encoder import Learned
-from mst_ds.data.chat_template import strings_in
+from mst_ds.data.chat_template import AnswersNotToldError, strings_in
 from mst_ds.data.long_texts import Text
 from mst_ds.data.row_encoder import RowEncoder, rows_of
 from mst_ds.data.text_encoder import TextEncoder, control_tokens_in
+from mst_ds.data.training_template import training_template
 from mst_ds.rows.kinds import ADVANTAGES, INPUT_IDS, JSON, LABEL, OLD_LOGPS, TEXT
 
 LEARNED = "learned"
@@ -35,11 +37,48 @@ AnswerRows: TypeAlias = Literal["labelled", "rollout"]
 _DOCUMENTS_LOOKED_AT = 16
 
 
+def tokenise_all(
+    datasets: Sequence[Dataset],
+    names: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    loss_on: LossOn,
+    rows: AnswerRows | None = None,
+) -> tuple[list[Dataset], str | None]:
+    """`tokenise` for each dataset, and in one line by which chat template, where it is not the tokenizer's own.
+
+    Where that does not tell the answers of a chat, all chats are written by TRL's training template of it, if there is
+    one; so alike chats are trained alike. The tokenizer, and what is saved of it, stays as it is.
+
+    Args:
+        names: of each dataset, for a message about a row of it.
+        rows: see `tokenise`.
+
+    Raises:
+        ValueError: see `tokenise`.
+    """
+    try:
+        return [
+            tokenise(each, tokenizer, loss_on, name, rows) for each, name in zip(datasets, names, strict=True)
+        ], None
+    except AnswersNotToldError as error:
+        found = training_template(tokenizer)
+        if found is None:
+            raise
+        reason = str(error).partition(";")[0].removeprefix("the chat template ")
+    marking = copy.copy(tokenizer)
+    marking.chat_template = found.template
+    note = (
+        f"chat template: TRL's training template of {found.name}, because the tokenizer's own {reason}; the model is "
+        "saved with the tokenizer's own"
+    )
+    return [tokenise(each, marking, loss_on, name, rows) for each, name in zip(datasets, names, strict=True)], note
+
+
 def tokenise(
     documents: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     loss_on: LossOn = "assistant",
-    *,
+    name: str = "the dataset",
     rows: AnswerRows | None = None,
 ) -> Dataset:
     """Token ids, one row per document in the column "input_ids" (int32), and for all but text `LEARNED` (bool).
@@ -51,6 +90,7 @@ def tokenise(
 
     Args:
         documents: the result of `load_documents`.
+        name: of the dataset, for a message about a row that says not itself where it stands.
         rows: of answers what they say of each: the column `LABEL` is in the result, or `ADVANTAGES` and `OLD_LOGPS`.
 
     Raises:
@@ -60,15 +100,15 @@ def tokenise(
     table = documents.with_format("arrow")
     # What reading them took, up to some times a text, Arrow keeps for later: it would lie beside the ids.
     pa.default_memory_pool().release_unused()
-    features = {INPUT_IDS: Sequence(Value("int32"))}
+    features = {INPUT_IDS: ListOf(Value("int32"))}
     is_text = TEXT in documents.column_names
     if not is_text:
-        features[LEARNED] = Sequence(Value("bool"))
+        features[LEARNED] = ListOf(Value("bool"))
     if rows == "labelled":
         features[LABEL] = Value("bool")
     if rows == "rollout":
-        features |= {ADVANTAGES: Value("float64"), OLD_LOGPS: Sequence(Value("float32"))}
-    of_rows = {"tokenizer": tokenizer, "loss_on": loss_on, "kind": rows}
+        features |= {ADVANTAGES: Value("float64"), OLD_LOGPS: ListOf(Value("float32"))}
+    of_rows = {"tokenizer": tokenizer, "loss_on": loss_on, "name": name, "kind": rows}
     try:
         with _one_process_at_a_time(documents):
             tokens = table.map(
@@ -112,22 +152,27 @@ def _encode(rows: pa.Table, tokenizer: PreTrainedTokenizerBase) -> pa.Table:
 
 
 def _encode_rows(
-    rows: pa.Table, numbers: list[int], tokenizer: PreTrainedTokenizerBase, loss_on: LossOn, kind: AnswerRows | None
+    rows: pa.Table,
+    numbers: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    loss_on: LossOn,
+    name: str,
+    kind: AnswerRows | None,
 ) -> pa.Table:
-    encoder = _row_encoder(tokenizer, loss_on)
+    encoder, names = _row_encoder(tokenizer, loss_on), [f"row {number + 1} of {name}" for number in numbers]
     if kind == "rollout":
-        documents, rollouts = encoder.encode_rollouts(rows, numbers)
+        documents, rollouts = encoder.encode_rollouts(rows, names)
         flat = [value for each in rollouts for value in each.old_logps or ()]
         old_logps = _lists(pa.array(flat, pa.float32()), [len(ids) for ids, _ in documents])
         advantages = pa.array([each.advantage for each in rollouts], pa.float64())
         return _table(documents).append_column(ADVANTAGES, advantages).append_column(OLD_LOGPS, old_logps)
     if kind == "labelled":
-        documents, labels = encoder.encode_labelled(rows, numbers)
+        documents, labels = encoder.encode_labelled(rows, names)
         return _table(documents).append_column(LABEL, pa.array(labels, pa.bool_()))
-    return _table(encoder.encode(rows, numbers))
+    return _table(encoder.encode(rows, names))
 
 
-def _table(documents: SequenceOf[Learned]) -> pa.Table:
+def _table(documents: Sequence[Learned]) -> pa.Table:
     lengths = [len(ids) for ids, _ in documents]
     ids = np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in documents)])
     learned = np.concatenate([np.zeros(0, bool), *(each for _, each in documents)])

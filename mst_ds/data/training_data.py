@@ -15,7 +15,7 @@ from mst_ds.data.fitting import fitting_documents
 from mst_ds.data.mixing import mix
 from mst_ds.data.packing import PackedDataset, split_documents
 from mst_ds.data.text_source import load_documents
-from mst_ds.data.tokenising import AnswerRows, letters_warning, tokenise
+from mst_ds.data.tokenising import AnswerRows, letters_warning, tokenise_all
 from mst_ds.rows.kinds import ADVANTAGES, LABEL, TEXT
 from mst_ds.rows.sources import require_rows_that_mix, sources_of
 
@@ -25,10 +25,10 @@ class TrainingData:
     """What a run reads: `held_out` shares no document with `train`, and is None where `eval_steps` is 0.
 
     num_documents, fingerprint: of all documents of the dataset, those that are not trained on too, by whose numbers
-    samples name theirs. of_documents: of each what its row says of it, by the name
-    of the column, `LABEL` or `ADVANTAGES`, where rows do.
-    warning, note, mixture: what a user should know of the documents, of those that are not trained as they are, and of
-    what is taken of several datasets, if anything.
+    samples name theirs. of_documents: of each what its row says of it, by the name of the column, `LABEL` or
+    `ADVANTAGES`, where rows do.
+    warning, note, mixture, template: what a user should know of the documents, of those that are not trained as they
+    are, of what is taken of several datasets, and of the chat template, if anything.
     """
 
     train: PackedDataset
@@ -39,6 +39,7 @@ class TrainingData:
     warning: str | None = None
     note: str | None = None
     mixture: str | None = None
+    template: str | None = None
 
     def amounts(self, num_steps: int, samples_per_step: int) -> dict[str, int | float]:
         """How much there is for training, how often `num_steps` go through it, and how much is held out of it."""
@@ -60,7 +61,7 @@ def load_training_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) 
     Where the user does not say what becomes of documents that are too long, texts are split and all others truncated.
 
     Raises:
-        ValueError: see `sources_of`, `require_rows_that_mix`, `load_documents`, `tokenise`, `fitting_documents`,
+        ValueError: see `sources_of`, `require_rows_that_mix`, `load_documents`, `tokenise_all`, `fitting_documents`,
             `split_documents` and `PackedDataset`.
     """
     sources = sources_of(config)
@@ -70,9 +71,13 @@ def load_training_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) 
     answers = of_objectives.get(config.objective)
     of_text = [TEXT in each.column_names for each in documents]
     require_rows_that_mix(zip([source.name for source in sources], of_text, strict=True))
+    whole = [repr(source.name) for source in sources]
+    if config.dataset_split != TrainConfig.dataset_split:
+        whole = [f"{config.dataset_split!r} of {name}" for name in whole]
+    tokenised, template = tokenise_all(documents, whole, tokenizer, config.loss_on, answers)
     mixture = mix(
         [source.name for source in sources],
-        [tokenise(each, tokenizer, config.loss_on, rows=answers) for each in documents],
+        tokenised,
         [source.weight for source in sources],
         config.seed,
         group,
@@ -108,6 +113,7 @@ def load_training_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) 
         warning=next(filter(None, (letters_warning(each, tokenizer) for each in documents)), None),
         note=fitting.note(config.seq_len, too_long),
         mixture=mixture.note,
+        template=template,
     )
 
 

@@ -192,7 +192,11 @@ def _require_config(folder: Path, name: str) -> None:
             "that the adapter is for, or of one that it is merged into"
         )
     else:
-        raise ValueError(f"model folder {name!r} has no config.json; allowed: a folder with one")
+        found = "GGUF files and no config.json" if any(folder.glob("*.gguf")) else "no config.json"
+        raise ValueError(
+            f"model folder {name!r} has {found}; allowed: a folder with one, and with weights in .safetensors, as "
+            "save_pretrained of transformers writes it"
+        )
 
 
 @contextmanager

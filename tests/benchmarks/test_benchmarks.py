@@ -5,6 +5,7 @@ import math
 import sys
 from types import ModuleType
 
+import datasets
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -16,7 +17,9 @@ from benchmarks.flops import attention_forward_flops, count_flops
 from benchmarks.measure import Bench, longest, measure
 from benchmarks.report import as_record, quartiles, write_json
 from benchmarks.sizes import Size
+from benchmarks.tokenising import parse_options, resident, speed
 from benchmarks.write_report import page, plot
+from mst_ds.data import byte_tokenizer
 
 LENGTH, LAYERS = 64, 2
 TINY = Size(
@@ -192,6 +195,21 @@ def test_the_longest_that_fits(limit):
 def test_quartiles():
     assert quartiles([5.0, 1.0, 2.0, 3.0, 4.0]) == (2.0, 3.0, 4.0)
     assert quartiles([7.0]) == (7.0, 7.0, 7.0)
+
+
+def test_tokenising_is_measured_by_both_ways_and_becomes_a_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    byte_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"text": "abcdef"}\n' * 2)
+    options = parse_options(["--tokenizer", str(tmp_path), "--rounds", "2", "--of_file", str(tmp_path / "a.jsonl")])
+    found = {"speed": speed(["ab", "", "é"], options), "memory": resident(options)}
+    assert [len(found["speed"][name]) for name in ("seconds", "seconds_alone")] == [2, 2]
+    assert (found["speed"]["num_bytes"], found["speed"]["num_tokens"]) == (4, 4 + 2)  # with EOS of the two
+    assert (found["memory"]["num_documents"], found["memory"]["fewest_tokens"]) == (2, 7)
+    assert found["memory"]["peak_bytes"] >= found["memory"]["bytes_before"] > 2**26
+    write_json(tmp_path / "tiny.json", torch.device("cpu"), {}, {"tokenising": found})
+    text = page({"tiny": json.loads((tmp_path / "tiny.json").read_text(encoding="utf-8"))})
+    assert "- 2 documents of 7 tokens or more: " in text
 
 
 def test_results_become_a_page_and_a_plot(bench, tmp_path):
