@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mst_ds import apply_settings
 from mst_ds.data import shard
 from mst_ds.topology import Topology
+from mst_ds.training.loop import evaluate
 
 # Neither 2 nor 4 divides it, and a shard has tokens for 16 chunks of at least 4.
 SEQ_LEN = 131
@@ -109,6 +110,34 @@ def test_every_zero_stage_trains_as_one_process(mesh: tuple[int, int]) -> None:
         assert [outcome.losses for outcome in of_rank.values()] == [
             outcome.losses for outcome in outcomes[0].values()
         ], "ranks report different losses"
+
+
+def gather_after_forwards(rank: int) -> list[float]:
+    """The loss of an evaluation before and after steps, each followed by a gather of all that there is."""
+    import deepspeed
+
+    topology = Topology(rank, 2, 2)
+    # A few parameters ahead, as the shipped JSON has it.
+    zero = zero_block(3, keep_gathered=True, stage3_prefetch_bucket_size=1000)
+    engine = build_engine(patched_llama(topology, 3), zero_optimization=zero)
+    batch, losses = shard(samples(1, SEQ_LEN), topology), []
+    # It takes some steps until it fetches ahead again, for forward and backward.
+    for steps in (0, 4):
+        train(engine, [batch], steps)
+        # The second forward knows what the first one fetched.
+        losses.append(evaluate(engine, [batch] * 2)[0])
+        for parameter in engine.module.parameters():
+            with deepspeed.zero.GatheredParameters([parameter]):
+                pass
+    engine.destroy()
+    return losses
+
+
+def test_parameters_can_be_gathered_after_an_evaluation() -> None:
+    """As an export does: a forward alone leaves in flight what ZeRO-3 has fetched ahead for a backward."""
+    first, *others = run_ranks(gather_after_forwards, 2)
+    assert first[1] < first[0]
+    assert others == [first]
 
 
 def with_chunks(rank: int, chunks_by_rank: list[int]) -> Outcome:

@@ -237,8 +237,18 @@ def evaluate(
         measured = objective.measure(engine, to_device(batch, engine.device), 1)
         loss += measured.loss
         _add(metrics, measured.metrics)
-    engine.train()
+    end_forwards(engine)
     return _sum_over_ranks(loss).item() / max(1, int(_sum_over_ranks(num_items))), _means(metrics)
+
+
+def end_forwards(engine: DeepSpeedEngine) -> None:
+    """After forwards without a backward: back to training, and nothing is in flight. A collective call.
+
+    ZeRO-3 may have begun to fetch for a backward that does not come, and who gathers such a parameter, as an export
+    does, fails.
+    """
+    engine.train()
+    engine.empty_partition_cache()
 
 
 def _count(objective: Objective, batches: list[Batch], device: torch.device) -> Tensor:

@@ -25,6 +25,7 @@ from mst_ds.files.whole_file import replace_file
 from mst_ds.memory.out_of_memory import during
 from mst_ds.objectives import Documents
 from mst_ds.sequence_parallel import SequenceGroup
+from mst_ds.training.loop import end_forwards
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -129,6 +130,6 @@ def _logps(
         # All ranks of a sequence have the same sums.
         if topology.sp_rank == 0:
             sums[0, documents], sums[1, documents] = found, 1.0
-    engine.train()
+    end_forwards(engine)
     dist.all_reduce(sums)
     return sums[0].masked_fill(sums[1] == 0, torch.nan)
