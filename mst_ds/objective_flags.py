@@ -93,6 +93,11 @@ class ObjectiveFlags:
                 f"too_long is 'split', but objective {self.objective!r} compares whole answers; allowed: truncate or "
                 "drop"
             )
+        if self.is_preference and "text_column" in given:
+            raise ValueError(
+                f"text_column is given, but objective {self.objective!r} reads answers in columns of their own names; "
+                "allowed: no --text_column"
+            )
         if self.is_preference and loss_on == "all":
             raise ValueError(
                 f"loss_on is 'all', but objective {self.objective!r} compares what follows a prompt; allowed: "

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+from datasets import Dataset
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
@@ -97,11 +98,17 @@ def load_training_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) 
         held_out=samples(documents=held_out, max_samples=num_held_out) if num_held_out else None,
         num_documents=len(tokens),
         fingerprint=tokens._fingerprint,
-        labels=tokens.with_format("numpy")[:][LABEL] if LABEL in tokens.column_names else None,
+        labels=_labels(tokens) if LABEL in tokens.column_names else None,
         warning=next(filter(None, (letters_warning(each, tokenizer) for each in documents)), None),
         note=fitting.note(config.seq_len, too_long),
         mixture=mixture.note,
     )
+
+
+def _labels(tokens: Dataset) -> NDArray[np.bool_]:
+    """Without the ids, which may be more than memory holds."""
+    labels: NDArray[np.bool_] = tokens.with_format("arrow")[:][LABEL].to_numpy()
+    return labels
 
 
 def describe(amounts: Mapping[str, int | float], num_steps: int) -> str:

@@ -128,6 +128,7 @@ def _request(config: TrainConfig, launch: Launch, shape: ModelShape, resolved: R
         ranks_per_node=launch.local_world_size,
         gpu=rank_gpu(launch),
         capability=rank_capability(launch),
+        sequences_per_sample=config.sequences_per_sample,
     )
 
 
@@ -229,7 +230,9 @@ def _kept_settings(config: TrainConfig, plan: Plan, ds_config: DsConfig) -> dict
     """Settings of the optimizer and of the data whose values come from a checkpoint, by who owns them."""
     kept: dict[str, Any] = {"seed": config.seed, "samples of a step": plan.samples_per_step} | kept_blocks(ds_config)
     if config.is_preference:
+        names = ("label_smoothing", "gamma_beta_ratio", "desirable_weight", "undesirable_weight")
         kept |= {"objective": config.objective, "beta": config.beta_or_default}
+        kept |= {name: getattr(config, name) for name in names}
     if has_block(ds_config, "optimizer"):
         return kept
     names = ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
