@@ -111,6 +111,11 @@ class ObjectiveFlags:
                 f"too_long is 'split', but objective {self.objective!r} is about whole answers; allowed: truncate or "
                 "drop"
             )
+        if self.has_answers and "text_column" in given:
+            raise ValueError(
+                f"text_column is given, but objective {self.objective!r} reads answers in columns of their own names; "
+                "allowed: no --text_column"
+            )
         if self.has_answers and loss_on == "all":
             raise ValueError(
                 f"loss_on is 'all', but objective {self.objective!r} is about what follows a prompt; allowed: "

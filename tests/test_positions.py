@@ -194,6 +194,20 @@ def test_the_plan_of_a_model_with_a_table(tmp_path, capsys):
     assert longest_seq_len(config, {}, world_size=1, device_memory=GIB) == POSITIONS
 
 
+def test_each_sequence_of_a_sample_has_positions_from_0(tmp_path, capsys):
+    """A pair is two sequences, of all the positions that the model has."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **GPT, "n_positions": 2048}))
+    pairs = ("--objective", "dpo")
+    assert planned(capsys, tmp_path, "--seq_len", "2048", *pairs)[0] == 0
+    code, lines = planned(capsys, tmp_path, "--max_seq_len", *pairs)
+    assert (code, lines[-1]) == (0, "longest sequence that fits: 2048 tokens (2K); the model has no more positions")
+    code, (line,) = planned(capsys, tmp_path, "--seq_len", "2049", *pairs)
+    assert (code, line) == (
+        2,
+        "mst-plan: error: seq_len is 2049, but the model has 2048 positions; allowed: --seq_len 2048 or less",
+    )
+
+
 def test_the_plan_of_a_model_whose_rope_knows_less(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **OF_SIZE, "intermediate_size": 16}))
     code, lines = planned(capsys, tmp_path, "--seq_len", "4K")

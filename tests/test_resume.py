@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -21,8 +22,10 @@ from trainings import FLAGS, LIMIT, Training, assert_same_run, command, losses, 
 
 from mst_ds.checkpoint import Identity, newest_checkpoint
 from mst_ds.command_line.exit_protocol import EXIT_STOPPED
+from mst_ds.config import TrainConfig
 from mst_ds.config_parser import parse_train_config
 from mst_ds.engine import Launch, prepare
+from mst_ds.engine.preparation import _kept_settings
 
 GO_ON = ("--resume", "auto")
 
@@ -222,6 +225,21 @@ def test_the_jsons_optimizer_must_be_the_same(tmp_path: Path) -> None:
     identity(1e-3).require_same(identity(1e-3), tmp_path)
     with pytest.raises(ValueError, match=r"training\.optimizer\.params\.lr 0\.001, but this run has 0\.002"):
         identity(2e-3).require_same(identity(1e-3), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("objective", "name", "value"),
+    [("dpo", "beta", 0.3), ("dpo", "label_smoothing", 0.2), ("simpo", "gamma_beta_ratio", 0.1)]
+    + [("kto", f"{name}_weight", 0.5) for name in ("desirable", "undesirable")],
+)
+def test_an_objective_goes_on_as_it_began(tmp_path: Path, objective: str, name: str, value: float) -> None:
+    before, now = (
+        _kept_settings(config, SimpleNamespace(samples_per_step=1), {})
+        for config in (TrainConfig(objective=objective), TrainConfig(objective=objective, **{name: value}))
+    )
+    before, now = (Identity({}, None, "", "fp32", 3, settings) for settings in (before, now))
+    with pytest.raises(ValueError, match=rf"training\.{name} .*, but this run has {value}"):
+        now.require_same(before, tmp_path)
 
 
 MESH_FLAGS = ("--lr_scheduler_type", "constant", "--save_total_limit", "4")

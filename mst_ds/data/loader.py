@@ -217,7 +217,7 @@ def _ignored_sample(dataset: PackedDataset) -> Batch:
     sample = {
         "input_ids": torch.full((dataset.seq_len,), dataset.pad_id),
         "labels": torch.full((dataset.seq_len,), IGNORE_INDEX),
-        "position_ids": torch.arange(dataset.seq_len),
+        "position_ids": torch.arange(dataset.seq_len) % dataset.longest,
         "attention_mask": torch.zeros(dataset.seq_len, dtype=torch.int64),
     }
     if dataset.has_old_logps:

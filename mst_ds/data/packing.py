@@ -121,7 +121,7 @@ class PackedDataset(torch.utils.data.Dataset[Batch]):
         group: int = 1,
     ) -> None:
         self.seq_len = seq_len * group
-        self._longest = seq_len
+        self.longest = seq_len
         self.group = group
         self.pad_id = pad_id
         self.packing = packing
@@ -192,8 +192,8 @@ class PackedDataset(torch.utils.data.Dataset[Batch]):
 
         The labels are the ids, not shifted, `IGNORE_INDEX` on a document's first token, on what is not learned and on
         padding; the positions start at 0 in each document; the mask is 0 on padding and 1 elsewhere. The positions of
-        padding count from 0 too: so they stay below S, as a learned position has to, and all padding is one document,
-        not one a token. Where answers are compared or weighed "documents" has the row numbers in `tokens`.
+        padding count from 0 too, and again after as many as a document has at most: a learned position beyond them may
+        not exist. Where answers are compared or weighed "documents" has the row numbers in `tokens`.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
@@ -205,7 +205,7 @@ class PackedDataset(torch.utils.data.Dataset[Batch]):
         sample = {
             "input_ids": pad(ids, (0, padding), value=self.pad_id),
             "labels": pad(labels, (0, padding), value=IGNORE_INDEX),
-            "position_ids": torch.cat([positions, torch.arange(padding)]),
+            "position_ids": torch.cat([positions, torch.arange(padding) % self.longest]),
             "attention_mask": pad(torch.ones_like(ids), (0, padding), value=0),
         }
         if self.has_old_logps:
@@ -240,7 +240,7 @@ class PackedDataset(torch.utils.data.Dataset[Batch]):
         """Of a sample's tokens what stands in `column`."""
         rows = self._rows[self._documents[part.documents].tolist()][column]
         if self.too_long == "truncate":
-            rows = pc.list_slice(rows, 0, self._longest)
+            rows = pc.list_slice(rows, 0, self.longest)
         # Views of the file: of a long document only the tokens of this sample are copied.
         stream = pa.chunked_array([row.flatten() for row in rows.chunks])
         read: NDArray[np.generic] = stream.slice(part.start, part.stop - part.start).to_numpy()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
+from datasets import Dataset
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
@@ -105,16 +106,18 @@ def load_training_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) 
         held_out=samples(documents=held_out, max_samples=num_held_out) if num_held_out else None,
         num_documents=len(tokens),
         fingerprint=tokens._fingerprint,
-        of_documents={
-            name: tokens.with_format("arrow")[:][name].to_numpy()
-            for name in (LABEL, ADVANTAGES)
-            if name in tokens.column_names
-        },
+        of_documents={name: _column(tokens, name) for name in (LABEL, ADVANTAGES) if name in tokens.column_names},
         warning=next(filter(None, (letters_warning(each, tokenizer) for each in documents)), None),
         note=fitting.note(config.seq_len, too_long),
         mixture=mixture.note,
         template=template,
     )
+
+
+def _column(tokens: Dataset, name: str) -> NDArray[np.generic]:
+    """What each document's row says of it, read without the ids."""
+    values: NDArray[np.generic] = tokens.select_columns([name]).with_format("arrow")[:][name].to_numpy()
+    return values
 
 
 def describe(amounts: Mapping[str, int | float], num_steps: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,7 @@ from mst_ds.model_shape import (
     scale_rope,
     unknown_positions,
 )
+from mst_ds.objective_flags import ObjectiveFlags
 from mst_ds.patching import find_parts
 from mst_ds.planner import DEFAULT_RESERVE, Plan, Request, make_request, plan_of_request
 from mst_ds.preflight import require_exact
@@ -128,6 +130,7 @@ def _request(config: TrainConfig, launch: Launch, shape: ModelShape, resolved: R
         ranks_per_node=launch.local_world_size,
         gpu=rank_gpu(launch),
         capability=rank_capability(launch),
+        sequences_per_sample=config.sequences_per_sample,
     )
 
 
@@ -229,7 +232,8 @@ def _kept_settings(config: TrainConfig, plan: Plan, ds_config: DsConfig) -> dict
     """Settings of the optimizer and of the data whose values come from a checkpoint, by who owns them."""
     kept: dict[str, Any] = {"seed": config.seed, "samples of a step": plan.samples_per_step} | kept_blocks(ds_config)
     if config.has_answers:
-        kept |= {"objective": config.objective, "beta": config.beta_or_default}
+        kept |= {flag.name: getattr(config, flag.name) for flag in dataclasses.fields(ObjectiveFlags)}
+        kept["beta"] = config.beta_or_default
     if has_block(ds_config, "optimizer"):
         return kept
     names = ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")

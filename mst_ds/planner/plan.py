@@ -92,7 +92,7 @@ def plan_of_request(request: Request) -> Plan:
     Raises:
         ValueError: the model has fewer positions.
     """
-    require_positions(request.work.shape.fixed_positions, request.work.seq_len)
+    require_positions(request.work.shape.fixed_positions, request.work.seq_len // request.sequences_per_sample)
     zero, device_memory = request.work.zero, request.device_memory[request.topology.rank]
     work = choose_settings(
         request.work,
@@ -172,4 +172,4 @@ def longest_of_request(request: Request) -> int:
         return 0
     # The first that is too long; all that are shorter fit.
     longest = LENGTH_STEP * (bisect_left(range(above), True, lo=above // 2, key=is_too_long) - 1)
-    return min(longest, request.work.shape.fixed_positions or longest)
+    return min(longest, request.most_tokens or longest)

@@ -34,6 +34,7 @@ class Request:
         host_memory: bytes of the host for a rank, None where not known.
         rates: what a device does in a second.
         times_are_known: whether the rates are those of the devices that are planned for.
+        sequences_per_sample: the sequence of `work` is so many, each with positions from 0.
     """
 
     topology: Topology
@@ -43,6 +44,13 @@ class Request:
     host_memory: int | None
     rates: Gpu
     times_are_known: bool
+    sequences_per_sample: int = 1
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Tokens of a sample for which the model has positions; None where any number will do."""
+        positions = self.work.shape.fixed_positions
+        return None if positions is None else positions * self.sequences_per_sample
 
     @property
     def least_device_memory(self) -> int:
@@ -86,10 +94,10 @@ def read_request(
         raise ValueError(f"world_size is {world_size}; allowed: a whole number >= 1")
     if host_memory is not None and host_memory < 0:
         raise ValueError(f"host_memory is {host_memory}; allowed: a whole number of bytes >= 0")
-    shape = _shape(model_config)
+    shape, train = _shape(model_config), train or TrainConfig()
     config = read_resolved(
         ds_config,
-        train=train or TrainConfig(),
+        train=train,
         hidden_size=shape.hidden_size,
         num_attention_heads=shape.num_attention_heads,
         world_size=world_size,
@@ -108,6 +116,7 @@ def read_request(
         ranks_per_node=ranks_per_node,
         gpu=gpu,
         capability=None if gpu is None else gpu.capability,
+        sequences_per_sample=train.sequences_per_sample,
     )
 
 
@@ -123,11 +132,14 @@ def make_request(
     ranks_per_node: int | None,
     gpu: Gpu | None,
     capability: tuple[int, int] | None,
+    sequences_per_sample: int,
 ) -> Request:
     """`read_request` for a JSON that has been read.
 
     Args:
+        seq_len: tokens of a sample.
         capability: of CUDA, of a device that need not be a known GPU; None: none, or not known.
+        sequences_per_sample: see `Request`.
 
     Raises:
         ValueError: a setting that cannot be planned, in one line with what is allowed.
@@ -158,7 +170,16 @@ def make_request(
         )
     memory = _device_memory(device_memory, mst, world_size)
     topology = Topology(rank, world_size, sp_size)
-    return Request(topology, work, mst, memory, host_memory, gpu or DEFAULT_GPU, times_are_known=gpu is not None)
+    return Request(
+        topology,
+        work,
+        mst,
+        memory,
+        host_memory,
+        gpu or DEFAULT_GPU,
+        times_are_known=gpu is not None,
+        sequences_per_sample=sequences_per_sample,
+    )
 
 
 def _shape(model: PreTrainedConfig | ModelShape | str) -> ModelShape:

@@ -38,7 +38,8 @@ def reference_logps(
 ) -> Tensor:
     """The log-probability of what is learned of each document that the run reads. A collective call.
 
-    What an earlier part of the run has left in `file` is taken from there, where it is of the same data and model.
+    A run that goes on takes from `file` what its earlier part has left, where it is of the same data and model. Another
+    run reads nothing: the weights in the model's folder may have been others when the file was written.
 
     Args:
         engine: has the weights that the run starts from.
@@ -52,7 +53,7 @@ def reference_logps(
     """
     fingerprint = _fingerprint(run, data)
     known = torch.full((data.num_documents,), torch.nan, dtype=torch.float64)
-    if run.launch.rank == 0:
+    if run.launch.rank == 0 and run.checkpoint is not None:
         known = _read(file, fingerprint, known)
     known = known.to(engine.device)
     dist.broadcast(known, 0)

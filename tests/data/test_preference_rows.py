@@ -186,6 +186,14 @@ def test_pairs_share_a_sample_that_says_which_they_are(packing: Packing) -> None
     assert sorted(torch.cat([sample["documents"] for sample in drop]).tolist()) == [0, 1, 2, 3, 4, 5, 10, 11]
 
 
+def test_padding_has_positions_of_an_answer() -> None:
+    """A model may have learned no more, and the padding of a sample may be longer."""
+    dataset = PackedDataset(pairs((2, 2)), 8, 99, packing="none", too_long="truncate", group=2)
+    assert dataset[0]["position_ids"].tolist() == [0, 1, 0, 1, *range(8), *range(4)]
+    (batch,) = EvalLoader(dataset, Topology(1, 2, 1), micro_batch_size=1)
+    assert batch["position_ids"].tolist() == [[*range(8), *range(8)]]
+
+
 def test_pairs_are_counted_left_out_held_out_and_mixed_whole() -> None:
     tokens = pairs(*[(3, 4)] * 8, (9, 2), (2, 2), unlearned=(18,))
     fitting = fitting_documents(tokens, 8, "drop", group=2)

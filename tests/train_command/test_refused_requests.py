@@ -51,6 +51,7 @@ def test_flags(flags: list[str], says: list[str], refused: Callable[..., str]) -
         ),
         (("--load_in_4bit", "true"), "here it is nothing: weights are in 16 or 32 bits, because their products are"),
         (("--bananas", "1"), "unknown flag '--bananas'; --help lists the flags"),
+        (("--objective", "dpo", "--text_column", "prompt"), "text_column is given, but objective 'dpo' reads answers"),
         (("--learning_rate", "inf"), "learning_rate is inf; allowed: a number > 0 and at most 1000"),
         (("--weight_decay", "inf"), "weight_decay is inf; allowed: a number >= 0 and at most 1000"),
         (("--adam_epsilon", "inf"), "adam_epsilon is inf; allowed: a number > 0 and at most 1"),
