@@ -45,7 +45,7 @@ def test_every_flag_has_help_and_reaches_the_config():
         # Of those that say how long a run is, and of those that say which adapters are trained, only one may be given;
         # and those of one objective.
         if name not in ("config", "output_dir", "resume", "max_steps", "peft_config", "adapter")
-        and not re.search("desirable|^loss_type|^epsilon", name)
+        and not re.search("desirable|^loss_type|^epsilon|text_column", name)
     }
     changed |= {"hang_timeout": "1.5", "report_to": "none", "push_to_hub": "True"}
     config = parse_train_config([text for name, value in changed.items() for text in (f"--{name}", value)])

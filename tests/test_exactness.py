@@ -140,23 +140,6 @@ def test_parameters_can_be_gathered_after_an_evaluation() -> None:
     assert others == [first]
 
 
-def with_chunks(rank: int, chunks_by_rank: list[int]) -> Outcome:
-    return train_sharded(
-        Topology(rank, 2, 2),
-        batch_size=1,
-        stage=3,
-        mlp_chunks=chunks_by_rank[rank],
-        loss_chunks=chunks_by_rank[rank],
-    )
-
-
-@pytest.mark.slow
-def test_two_chunks_beside_eight_under_zero3() -> None:
-    reference = plain_training(tiny_llama(), samples(1, SEQ_LEN), STEPS)
-    outcome, _ = run_ranks(with_chunks, 2, [2, 8])
-    assert_exact(outcome, reference)
-
-
 def accumulate(rank: int, batch_size: int, stage: int) -> list[Outcome]:
     topology = Topology(rank, 2, 2)
     return [train_sharded(topology, batch_size=batch_size, micro_batches=count, stage=stage) for count in (1, 2, 4)]

@@ -43,14 +43,25 @@ def test_views_and_in_place_operations_do_not_count_twice():
 
 
 def test_what_existed_before_is_not_counted():
-    before = kib(4)
+    before, other = kib(4), kib(4)
     with LiveMemory() as memory:
         before.view(-1).add_(1)
-        torch.mul(before, 2, out=before)
+        torch.mul(before, 2, out=other)
         assert memory.peak == 0
         after = before + 1
         assert memory.live == 4 * KIB
-        del before, after
+        del before, other, after
+        assert memory.live == 0
+
+
+def test_tensors_in_lists_are_seen():
+    before = kib(4)
+    with LiveMemory() as memory:
+        made = torch._foreach_add([before, kib(1)], 1)
+        assert (memory.live, memory.peak) == (5 * KIB, 6 * KIB)
+        torch._foreach_zero_([before])
+        before.add_(1)
+        del made
         assert memory.live == 0
 
 

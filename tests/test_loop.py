@@ -209,6 +209,7 @@ def test_another_objective_decides_what_counts_and_what_is_minimised() -> None:
         zero_optimization_stage=lambda: 3,
         get_global_grad_norm=lambda: 1.0,
         was_step_applied=lambda: True,
+        empty_partition_cache=lambda: None,
     )
     batches = [{"input_ids": torch.tensor([1, 2])}, {"input_ids": torch.tensor([3, 4, 5])}]
     # One item, one weight: 15 / 5, of which the batches have 3 / 5 and 12 / 5.

@@ -17,7 +17,6 @@ from types import SimpleNamespace
 import psutil
 import pytest
 from processes import ROOT, assert_ended
-from tiers import slow_but_for
 from trainings import FLAGS, LIMIT, Training, assert_same_run, command, losses, with_mesh
 
 from mst_ds.checkpoint import Identity, newest_checkpoint
@@ -49,24 +48,18 @@ def test_a_run_keeps_its_newest_checkpoints(uninterrupted: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_that_is_done_changes_nothing_more(uninterrupted: Path, tmp_path: Path) -> None:
-    finish(tmp_path / "run")
+    shutil.copytree(uninterrupted, tmp_path / "run")
     again = finish(tmp_path / "run", *GO_ON)
     assert "goes on after step 12" in again.output
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
-@pytest.mark.parametrize(
-    "asked", slow_but_for([(1, signal.SIGTERM)], [(0, signal.SIGUSR1), (1, signal.SIGTERM)]), ids=str
-)
-def test_a_run_that_is_asked_to_stop_saves_and_goes_on(
-    uninterrupted: Path, tmp_path: Path, asked: tuple[int, signal.Signals]
-) -> None:
-    rank, number = asked
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on(uninterrupted: Path, tmp_path: Path) -> None:
     first = Training(tmp_path / "run", *FLAGS, "--save_steps", "0")
     assert first.wait_for(lambda: "memory of step 1," in first.output), first.output
-    first.send(rank, number)
+    first.send(1, signal.SIGTERM)
     assert first.end() == [EXIT_STOPPED] * 2, first.output
-    assert f"by {number.name} on rank {rank}; --resume auto goes on" in first.output
+    assert "by SIGTERM on rank 1; --resume auto goes on" in first.output
     finish(tmp_path / "run", *GO_ON)
     assert_same_run(tmp_path / "run", uninterrupted)
 
@@ -77,6 +70,7 @@ def test_a_signal_before_the_first_step_is_not_lost(uninterrupted: Path, tmp_pat
     assert first.wait_for(lambda: first.blocks(0, signal.SIGUSR1)), first.output
     first.send(0, signal.SIGUSR1)
     assert first.end() == [EXIT_STOPPED] * 2, first.output
+    assert "by SIGUSR1 on rank 0; --resume auto goes on" in first.output
     assert [step for step, _ in losses(tmp_path / "run")] == [1]
     finish(tmp_path / "run", *GO_ON)
     assert_same_run(tmp_path / "run", uninterrupted)
@@ -254,7 +248,7 @@ def four_samples_a_step(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sp_size", "dp_size", "layer_chunks"), [(1, 1, 1), (1, 2, 2), (2, 1, 8), (4, 1, 3)])
+@pytest.mark.parametrize(("sp_size", "dp_size", "layer_chunks"), [(1, 1, 1), (1, 2, 2), (4, 1, 3)])
 def test_another_mesh_goes_on(
     four_samples_a_step: Path, tmp_path: Path, sp_size: int, dp_size: int, layer_chunks: int
 ) -> None:

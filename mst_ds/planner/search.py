@@ -99,12 +99,7 @@ def _with_layer_chunks(work: Workload, mst: MstConfig, preferred_tokens: int, de
     if given is not None:
         return work.with_settings(layer_chunks=given)
 
-    @functools.cache
-    def bytes_with(chunks: int) -> int:
-        settings = _with_most_chunks(work.with_settings(layer_chunks=chunks), mst)
-        of_loss = loss_phase(settings, settings.settings.loss_chunks).device_bytes
-        return max(of_loss, _layer_bytes(settings, settings.settings.mlp_chunks))
-
+    bytes_with = functools.cache(functools.partial(_bytes_with_layer_chunks, work, mst))
     most, some = (max(1, length // tokens) for tokens in (MIN_CHUNK_TOKENS, preferred_tokens))
     if bytes_with(1) <= device_memory or most == 1:
         return work.with_settings(layer_chunks=1)
@@ -117,6 +112,21 @@ def _with_layer_chunks(work: Workload, mst: MstConfig, preferred_tokens: int, de
     return work.with_settings(layer_chunks=count)
 
 
+def _bytes_with_layer_chunks(work: Workload, mst: MstConfig, chunks: int) -> int:
+    """Of layers and loss, in the most chunks that they may have then."""
+    settings = _with_most_chunks(work.with_settings(layer_chunks=chunks), mst)
+    of_loss = loss_phase(settings, settings.settings.loss_chunks).device_bytes
+    return max(of_loss, _layer_bytes(settings, settings.settings.mlp_chunks))
+
+
+def _layers_can_fit(work: Workload, mst: MstConfig, device_memory: int) -> bool:
+    """Whether some count of a layer's chunks that may be chosen fits: one, or the most; found without the search."""
+    if not _may_stream(work) or mst.get("layer_chunks") != AUTO:
+        return True  # nothing is searched
+    most = max(1, shard_length(work.seq_len, work.sp_size) // MIN_CHUNK_TOKENS)
+    return any(_bytes_with_layer_chunks(work, mst, chunks) <= device_memory for chunks in (most, 1))
+
+
 def _may_stream(work: Workload) -> bool:
     """Whether layers that are computed again can have several chunks."""
     return work.settings.recompute and "layer_chunks" not in work.without_effect
@@ -126,6 +136,8 @@ def can_fit(work: Workload, mst: MstConfig, *, device_memory: int, host_memory: 
     """Whether `choose_settings` would find settings that fit: then they also do with the most chunks it may choose
     within a layer's chunks."""
     for unchunked in _unchunked_candidates(work, mst):
+        if not _layers_can_fit(unchunked, mst, device_memory):
+            continue
         streamed = _with_layer_chunks(unchunked, mst, MIN_CHUNK_TOKENS, device_memory)
         candidate = _with_most_chunks(streamed, mst)
         phases = step_phases(candidate)

@@ -49,12 +49,12 @@ class Workload:
     def sp_size(self) -> int:
         return self.settings.sp_size
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """B * L: chunks are taken over the flattened tokens of the micro-batch's shard."""
         return self.zero.micro_batch_size * shard_length(self.seq_len, self.sp_size)
 
-    @property
+    @cached_property
     def layer_chunks(self) -> int:
         """In how many chunks a layer is worked through; fewer than the setting where they would be too short."""
         if not self.settings.recompute:
@@ -68,7 +68,7 @@ class Workload:
         length = ceil_divide(shard_length(self.seq_len, self.sp_size), self.layer_chunks)
         return replace(self, seq_len=self.sp_size * length).with_settings(layer_chunks=1)
 
-    @property
+    @cached_property
     def earlier_tokens(self) -> int:
         """B * S of all chunks of a layer but the last, whose keys and values no other chunk reads."""
         length = shard_length(self.seq_len, self.sp_size)
@@ -79,7 +79,7 @@ class Workload:
         """B * S, with S padded to a multiple of sp_size: between the all-to-alls a rank sees all tokens."""
         return self.tokens * self.sp_size
 
-    @property
+    @cached_property
     def heads(self) -> HeadLayout:
         """Which heads a rank works on between the all-to-alls; without sequence parallelism there is one group."""
         groups = self.settings.head_groups if self.sp_size > 1 else 1
@@ -90,7 +90,7 @@ class Workload:
         """Query heads of a rank between the all-to-alls."""
         return self.heads.most_query_heads
 
-    @property
+    @cached_property
     def key_value_width(self) -> int:
         """Of a rank's keys and values between the all-to-alls, those of all groups together."""
         return self.heads.most_key_value_heads * (self.shape.head_dim + self.shape.value_head_dim)

@@ -314,8 +314,7 @@ def test_where_nothing_fits_the_lowest_peak_is_chosen():
     assert min(lowest, key=lowest.__getitem__) == (False, True)
 
 
-@pytest.mark.parametrize("device_memory", [1, HUGE])
-@pytest.mark.parametrize("host_memory", [None, 1, HUGE])
+@pytest.mark.parametrize(("device_memory", "host_memory"), [(1, None), (1, HUGE), (HUGE, 1), (HUGE, HUGE)])
 def test_what_the_user_set_stays(device_memory, host_memory):
     memory = {"device_memory": device_memory, "host_memory": host_memory}
     work = workload(seq_len=500_000, sp_size=2)

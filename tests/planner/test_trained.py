@@ -103,14 +103,13 @@ def test_dropout_of_adapters_is_kept_with_its_mask() -> None:
 DRY_RUNS: list[tuple[list[str], dict[str, Any], float]] = [
     (ATTENTION, {"recompute": False, "keep_mlp": False}, 0.02),
     (ATTENTION, {"recompute": False, "keep_mlp": True}, 0.02),
-    (ATTENTION, {"keep_attention": True, "keep_mlp": False}, 0.02),
     (ATTENTION, {"keep_attention": True, "keep_mlp": True}, 0.02),
     # An MLP with adapters is differentiated by autograd, chunk by chunk, for which no term is exact.
-    *(([*ATTENTION, *MLP], {"keep_attention": True, "mlp_chunks": chunks}, 0.05) for chunks in ("auto", 1, 2)),
+    *(([*ATTENTION, *MLP], {"keep_attention": True, "mlp_chunks": chunks}, 0.05) for chunks in ("auto", 2)),
 ]
 
 
-@pytest.mark.parametrize("case", slow_but_for([DRY_RUNS[3], DRY_RUNS[4]], DRY_RUNS))
+@pytest.mark.parametrize("case", slow_but_for(DRY_RUNS[2:4], DRY_RUNS))
 def test_the_plan_is_that_of_a_dry_run(case: tuple[list[str], dict[str, Any], float]) -> None:
     targets, mst, tolerance = case
     config, adapters = load_config_of_shape("meta-llama/Llama-3.1-8B"), lora(targets)
