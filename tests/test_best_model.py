@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from checkpoints import DATA, identity_of, resumable, rewrite_state, step
 from distributed import run_ranks
 from safetensors.torch import load_file
@@ -111,6 +112,28 @@ def test_the_model_is_that_of_the_best_step(tmp_path: Path) -> None:
     # As an earlier version wrote it.
     rewrite_state(best.folder, lambda state: state.pop("eval_loss"))
     assert read_checkpoint(best.folder).eval_loss is None
+
+
+def evaluate_and_export(rank: int, folder: Path) -> None:
+    """As a run of preferences does: what its reference gives, steps, an evaluation, and its model."""
+    engine = build_engine(tiny_llama(), zero_optimization={"stage": 3, "stage3_param_persistence_threshold": 0})
+
+    def forwards() -> None:
+        with torch.no_grad():
+            for _ in range(2):
+                engine(input_ids=torch.arange(8)[None])
+
+    forwards()
+    for number in range(3):
+        step(engine, number)
+    forwards()
+    export_model(engine, byte_tokenizer(), folder, source="small_llama")
+
+
+def test_a_model_is_written_after_an_evaluation(tmp_path: Path) -> None:
+    """Forwards without a backward leave parameters on their way that ZeRO-3 has fetched ahead."""
+    run_ranks(evaluate_and_export, 2, tmp_path / "model")
+    assert (tmp_path / "model" / "model.safetensors").exists()
 
 
 @pytest.mark.slow

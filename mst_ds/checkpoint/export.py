@@ -82,6 +82,8 @@ def export_model(
         OSError: it could not be written, on rank 0. What was in `folder` is as it was.
     """
     model: Any = engine.module
+    # A forward without a backward, such as an evaluation's, leaves parameters on their way that were fetched ahead.
+    engine.empty_partition_cache()
     state = _gather_parameters(model)
     if dist.get_rank() == 0:
         if merge_adapter:
