@@ -43,8 +43,8 @@ def test_every_flag_has_help_and_reaches_the_config():
         name: texts.get(of_type, "linear")
         for name, of_type in get_type_hints(TrainConfig).items()
         # Of those that say how long a run is, and of those that say which adapters are trained, only one may be given;
-        # and those of one objective.
-        if name not in ("config", "output_dir", "resume", "max_steps", "peft_config", "adapter")
+        # and those of one objective; a column of text is not for one that compares answers.
+        if name not in ("config", "output_dir", "resume", "max_steps", "peft_config", "adapter", "text_column")
         and "desirable" not in name
     }
     changed |= {"hang_timeout": "1.5", "report_to": "none", "push_to_hub": "True"}
