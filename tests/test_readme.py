@@ -345,6 +345,7 @@ def paths_named(page: Path) -> Iterator[str]:
 
 
 RUN_LEAVES = {"tensorboard/", "model/", "plots/", "report.md", "runs/books", "runs/long/checkpoints"}
+RUN_LEAVES |= {"runs/json/model", "runs/short/model"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
