@@ -274,7 +274,7 @@ def test_python_snippets(tmp_path: Path) -> None:
     files = []
     for index, text in enumerate(blocks("python")):
         files.append(tmp_path / f"snippet_{index}.py")
-        runs = re.sub(r'model="runs/\w+/model"', f'model="{model}"', text)
+        runs = re.sub(r'"runs/\w+/model"', f'"{model}"', text)
         if "GgufConfig" in text:  # of a model that has to be downloaded: its imports alone
             compile(text, files[-1], "exec")
             runs = "".join(re.findall(r"^from .*\n", text, re.MULTILINE))
@@ -287,19 +287,21 @@ def test_python_snippets(tmp_path: Path) -> None:
 
 
 def test_the_guide_to_a_fine_tune_goes_on_with_what_it_made() -> None:
-    page = FINETUNE.read_text(encoding="utf-8")
-    ((_, *words),) = [line for line in shell_lines(FINETUNE) if line[0] == "deepspeed"]
-    config = parse_train_config(parse_launcher_args(words).user_args)
-    made, before, chats, after = blocks("python", FINETUNE)
+    page, of_preferences = FINETUNE.read_text(encoding="utf-8").split("\n## Preferences\n")
+    runs = [words for program, *words in shell_lines(FINETUNE) if program == "deepspeed"]
+    config, preferences = (parse_train_config(parse_launcher_args(words).user_args) for words in runs)
+    made, before, chats, after, pairs, both = blocks("python", FINETUNE)
     assert made.count(f'save_pretrained("{config.model}")') == 2
     assert f'model="{config.model}"' in before
     assert after == before.replace(str(config.model), f"{config.output_dir}/model")
-    assert f'open("{config.dataset_name}", "w"' in chats
-    # What it prints is of this command.
-    assert f"step {config.max_steps}/{config.max_steps}  loss" in page
-    assert f"samples of {config.seq_len}; {config.max_steps} steps are" in page
-    assert f"; {config.eval_samples} samples held out\n" in page
-    assert f"Done: {config.output_dir}/metrics.jsonl" in page
+    assert f'for model in ("{config.model}", "{preferences.output_dir}/model"):' in both
+    # What it prints is of these commands.
+    for settings, dataset, part in ((config, chats, page), (preferences, pairs, of_preferences)):
+        assert f'open("{settings.dataset_name}", "w"' in dataset
+        assert f"step {settings.max_steps}/{settings.max_steps}  loss" in part
+        assert f"samples of {settings.sample_len}; {settings.max_steps} steps are" in part
+        assert f"; {settings.eval_samples} samples held out\n" in part
+        assert f"Done: {settings.output_dir}/metrics.jsonl" in part
     (unpacked,) = [line for line in shell_lines(FINETUNE) if "zipfile" in line]
     (download,) = [line for line in shell_lines(FINETUNE) if "download" in line]
     name, _, version = download[-1].partition("==")
