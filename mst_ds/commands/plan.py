@@ -130,18 +130,17 @@ def main(argv: Sequence[str]) -> int:
 class _Answer:
     """What is planned, its plan, the longest length that fits, and what makes this one fit if it does not.
 
-    per_sample: sequences of a sample; the longest length, and those of changes, are of one.
+    Of several sequences of a sample the longest length, and those of changes, are of one.
     """
 
     request: Request
     plan: Plan
     longest: int
     changes: tuple[Change, ...]
-    per_sample: int
 
     @property
     def warning(self) -> str | None:
-        return unknown_positions(self.request.work.shape, self.plan.seq_len // self.per_sample)
+        return unknown_positions(self.request.work.shape, self.plan.seq_len // self.request.sequences_per_sample)
 
 
 def _plan(options: argparse.Namespace) -> _Answer:
@@ -162,7 +161,7 @@ def _plan(options: argparse.Namespace) -> _Answer:
             f"{plan.device_memory / GIB:.1f} GiB of its device; allowed: {', or '.join(allowed)}"
         )
     changes = tuple(_per_sequence(change, per_sample) for change in changes)
-    return _Answer(request, plan, longest // per_sample, changes, per_sample)
+    return _Answer(request, plan, longest // per_sample, changes)
 
 
 def _per_sequence(change: Change, per_sample: int) -> Change:
@@ -241,7 +240,6 @@ def _print_lengths(options: argparse.Namespace) -> int:
         if getattr(options, name):
             raise ValueError(f"{name} shows one plan, and table makes none; allowed: one of the two")
     shape = load_model_shape(options.model)
-    per_sample = _train_config(options).sequences_per_sample
     counts = sorted({2**power for power in range(options.num_nodes.bit_length())} | {options.num_nodes})
     found = []
     for num_nodes in counts:
@@ -249,7 +247,7 @@ def _print_lengths(options: argparse.Namespace) -> int:
         for sp_size in range(1, min(shape.max_sp_size, world_size) + 1):
             if world_size % sp_size == 0 and options.sp_size in (None, sp_size):
                 request = _request(options, num_nodes=num_nodes, sp_size=sp_size, seq_len=LENGTH_STEP)
-                longest = longest_of_request(request) // per_sample
+                longest = longest_of_request(request) // request.sequences_per_sample
                 found.append({"num_nodes": num_nodes, "sp_size": sp_size, "max_seq_len": longest})
     if not found:
         raise ValueError(
@@ -315,7 +313,7 @@ def _as_json(answer: _Answer) -> dict[str, Any]:
 
 def _print_plan(answer: _Answer, gpu: str | None) -> None:
     plan, longest = answer.plan, answer.longest
-    if answer.per_sample > 1:
+    if answer.request.sequences_per_sample > 1:
         print(f"a sample has the two answers of a pair: {plan.seq_len} tokens")
     console().print(plan_table(plan))
     if gpu is None:

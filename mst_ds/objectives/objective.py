@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,23 @@ class Objective(Protocol):
             model: a patched model, or the DeepSpeed engine around it.
             batch: this rank's shard, see `mst_ds.data.shard`, on the model's device.
         """
+
+
+def counted_once(number: int, group: SequenceGroup | None) -> int:
+    """Of items that lie on all ranks of a sequence: the first rank counts them."""
+    return number if group is None or group.rank == 0 else 0
+
+
+def with_router_loss(loss: Tensor, model: nn.Module, output: Any, share: Tensor) -> Tensor:
+    """The loss with the router's of a mixture of experts, where there is one, which is already this rank's part.
+
+    Args:
+        share: the items of these sequences, of those of the step.
+    """
+    if output.get("aux_loss") is None:
+        return loss
+    weighed: Tensor = loss + getattr(model, "router_aux_loss_coef", 0.0) * output.aux_loss * share
+    return weighed
 
 
 def ranks_of(group: SequenceGroup | None) -> int:

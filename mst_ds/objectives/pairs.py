@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mst_ds.config import IGNORE_INDEX
-from mst_ds.objectives.objective import Measured, ranks_of, share_of_mean
+from mst_ds.objectives.objective import Measured, counted_once, ranks_of, share_of_mean, with_router_loss
 from mst_ds.objectives.preference import dpo_loss, ipo_loss, preference_metrics, simpo_loss
 from mst_ds.objectives.sequences import Documents, num_documents
 from mst_ds.sequence_parallel import SequenceGroup
@@ -41,7 +41,7 @@ class PairedPreferences:
 
     def num_items(self, batch: Mapping[str, Tensor]) -> int:
         """Pairs. They lie on all ranks of a sequence, of which the first counts them."""
-        return num_pairs(batch) if self.group is None or self.group.rank == 0 else 0
+        return counted_once(num_pairs(batch), self.group)
 
     def measure(self, model: nn.Module, batch: Mapping[str, Tensor], num_items: Tensor | int) -> Measured:
         """See `Objective`. The metrics are TRL's. Collective calls within the sequence group.
@@ -59,9 +59,7 @@ class PairedPreferences:
         items = torch.as_tensor(num_items, device=logps.device).clamp(min=1)
         # Every rank of the group has the whole loss of these pairs, and answers for its part.
         loss = losses.sum() / (items * ranks_of(self.group))
-        if output.get("aux_loss") is not None:
-            # Of all tokens of these pairs, and already this rank's part.
-            loss = loss + getattr(model, "router_aux_loss_coef", 0.0) * output.aux_loss * pairs / items
+        loss = with_router_loss(loss, model, output, pairs / items)
         return Measured(loss.float(), {name: share_of_mean(values, self.group) for name, values in metrics.items()})
 
     def _of_pairs(self, logps: Tensor, lengths: Tensor, ref_logps: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from mst_ds.config import IGNORE_INDEX
-from mst_ds.objectives.objective import Measured
+from mst_ds.objectives.objective import Measured, counted_once, with_router_loss
 from mst_ds.objectives.policy import PolicyLossType, policy_loss, policy_metrics
 from mst_ds.objectives.sequences import Documents, num_documents
+from mst_ds.rows.kinds import ADVANTAGES, OLD_LOGPS
 from mst_ds.sequence_parallel import SequenceGroup
-
-ADVANTAGES, OLD_LOGPS = "advantages", "old_logps"
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class SampledPolicy:
         """Tokens of this shard; or answers, which lie on all ranks of a sequence, of which the first counts them."""
         if self.loss_type == "dapo":
             return int((batch["shift_labels"] != IGNORE_INDEX).sum())
-        return num_documents(batch) if self.group is None or self.group.rank == 0 else 0
+        return counted_once(num_documents(batch), self.group)
 
     def measure(self, model: nn.Module, batch: Mapping[str, Tensor], num_items: Tensor | int) -> Measured:
         """See `Objective`. The metrics are TRL's. Collective calls within the sequence group."""
@@ -67,11 +66,9 @@ class SampledPolicy:
             sequence_lengths=documents.spread(lengths.to(log_probs.dtype)),
             max_completion_length=self.max_completion_length,
         )
-        if output.get("aux_loss") is not None:
-            # Of all tokens of these documents, and already this rank's part.
-            items = lengths.sum() if self.loss_type == "dapo" else documents.count
-            share = items / torch.as_tensor(num_items, device=loss.device).clamp(min=1)
-            loss = loss + getattr(model, "router_aux_loss_coef", 0.0) * output.aux_loss * share
+        items = lengths.sum() if self.loss_type == "dapo" else documents.count
+        share = items / torch.as_tensor(num_items, device=loss.device).clamp(min=1)
+        loss = with_router_loss(loss, model, output, share)
         tokens = mask.sum()
         parts = policy_metrics(log_probs, mask, **sampled)
         return Measured(loss.float(), {name: torch.stack([part * tokens, tokens]) for name, part in parts.items()})

@@ -9,13 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mst_ds.objectives.objective import Measured, ranks_of, share_of_mean
+from mst_ds.objectives.objective import Measured, counted_once, ranks_of, share_of_mean, with_router_loss
 from mst_ds.objectives.pairs import REF_LOGPS, num_pairs
 from mst_ds.objectives.preference import kto_loss
 from mst_ds.objectives.sequences import Documents
+from mst_ds.rows.kinds import LABEL
 from mst_ds.sequence_parallel import SequenceGroup
-
-LABEL = "label"
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class UnpairedPreferences:
 
     def num_items(self, batch: Mapping[str, Tensor]) -> int:
         """Answers. They lie on all ranks of a sequence, of which the first counts them."""
-        return num_pairs(batch) if self.group is None or self.group.rank == 0 else 0
+        return counted_once(num_pairs(batch), self.group)
 
     def measure(self, model: nn.Module, batch: Mapping[str, Tensor], num_items: Tensor | int) -> Measured:
         """See `Objective`. The metrics are TRL's. Collective calls within the world.
@@ -64,8 +63,7 @@ class UnpairedPreferences:
         )
         items = torch.as_tensor(num_items, device=logps.device).clamp(min=1)
         loss = losses.sum() / (items * ranks_of(self.group))
-        if output.get("aux_loss") is not None:
-            loss = loss + getattr(model, "router_aux_loss_coef", 0.0) * output.aux_loss * answers / items
+        loss = with_router_loss(loss, model, output, answers / items)
         metrics = {"kl": share_of_mean(kl.expand(answers), self.group)}
         for name, mask in (("chosen", labels), ("rejected", ~labels)):
             metrics[f"rewards/{name}"] = share_of_mean(self.beta * ratios[0::2], self.group, mask)
