@@ -22,6 +22,7 @@ class Gpu:
         network_rate: bytes/s to other nodes, one way, of the network card that is its own.
         host_rate: bytes/s to the host's memory, one way.
         capability: of CUDA.
+        attained: of the speed that is predicted for such a GPU the share that a run has measured (`--calibrate`).
     """
 
     name: str
@@ -33,6 +34,7 @@ class Gpu:
     network_rate: float
     host_rate: float
     capability: tuple[int, int]
+    attained: float = 1.0
 
 
 _PCIE_4, _PCIE_5 = 25e9, 50e9  # of 32 and 64 GB/s what copies attain
@@ -81,6 +83,9 @@ _DRIVERS: tuple[tuple[str, tuple[str, ...] | float], ...] = (
     ("MI300X", 1307.4e12),
     ("MI325X", 1307.4e12),
 )
+# One core, in fp32, as two runs of benchmarks/step.py had it; its FLOP/s are those of matrix products. It stands for
+# any CPU, where a run says which share of that its own attains.
+CPU = Gpu("CPU", 0, 113e9, 113e9, 10e9, 5e9, 1e9, 10e9, (0, 0))
 # Whose rates rank what the planner may choose where no GPU is named.
 DEFAULT_GPU = _GPUS["H100"]
 

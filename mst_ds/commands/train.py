@@ -191,7 +191,8 @@ def _take_steps(job: _Job, interruption: Interruption) -> bool:
     from mst_ds.checkpoint import load_checkpoint
     from mst_ds.checkpoint.export import export_run
     from mst_ds.engine import build_engine
-    from mst_ds.metrics import device_name
+    from mst_ds.metrics import device_name, reserved_bytes, resident_bytes
+    from mst_ds.planner.calibration import calibration_record
     from mst_ds.sequence_parallel import new_sequence_group
     from mst_ds.training.loop import train
     from mst_ds.training.objective import objective_of
@@ -207,6 +208,7 @@ def _take_steps(job: _Job, interruption: Interruption) -> bool:
         if loader is not None:
             loader.start_workers()
     trackers = _trackers(run, folder)
+    before = resident_bytes()
     group = new_sequence_group(plan.sp_size)
     engine = build_engine(run, group)
     objective = objective_of(engine, run, job.data, group, folder)
@@ -235,6 +237,9 @@ def _take_steps(job: _Job, interruption: Interruption) -> bool:
                 "data": amounts,
                 "plan": plan.as_dict(),
                 "ds_config": run.ds_config,
+                "calibration": calibration_record(
+                    run.request, plan, reserve=reserved_bytes(engine.device), process_bytes=before
+                ),
                 **best,
             }
             metrics.write_summary(of_run)

@@ -5,7 +5,14 @@ the end, `summary.json`; also in wandb or trackio, where the user asks for it. O
 plain line now and then where it is no terminal.
 """
 
-from mst_ds.metrics.environment import device_name, package_versions, peak_flops, peak_memory_bytes
+from mst_ds.metrics.environment import (
+    device_name,
+    package_versions,
+    peak_flops,
+    peak_memory_bytes,
+    reserved_bytes,
+    resident_bytes,
+)
 from mst_ds.metrics.records import PlannedMemory
 from mst_ds.metrics.sinks import Sink
 from mst_ds.metrics.trackers import start_trackers
@@ -19,5 +26,7 @@ __all__ = [
     "package_versions",
     "peak_flops",
     "peak_memory_bytes",
+    "reserved_bytes",
+    "resident_bytes",
     "start_trackers",
 ]

@@ -21,8 +21,23 @@ def peak_memory_bytes(device: torch.device) -> int:
     the process' resident set now, as not every platform keeps a peak of it.
     """
     if device.type == "cpu":
-        return psutil.Process().memory_info().rss
+        return resident_bytes()
     return int(torch.accelerator.max_memory_allocated(device))
+
+
+def reserved_bytes(device: torch.device) -> int | None:
+    """Bytes of an accelerator that tensors cannot have: what is not torch's, and what its allocator held at its most
+    beyond what tensors then took. None on a CPU."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    of_others = total - free - torch.cuda.memory_reserved(device)
+    return of_others + torch.cuda.max_memory_reserved(device) - torch.cuda.max_memory_allocated(device)
+
+
+def resident_bytes() -> int:
+    """Of this process, on the host, now."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -6,14 +6,13 @@ from mst_ds.geometry import ceil_divide
 from mst_ds.gpus import Gpu
 from mst_ds.model_shape import flops_per_token
 from mst_ds.planner.attention import key_value_width, output_width, query_key_value_width
-from mst_ds.planner.flops import micro_batch_flops
+from mst_ds.planner.flops import attention_flops, matrix_flops
 from mst_ds.planner.kept import copied_bytes
 from mst_ds.planner.persistent import persistent_counts
+from mst_ds.planner.rates import Rates, rates_of
+from mst_ds.planner.traffic import launched_kernels, passed_bytes
 from mst_ds.planner.workload import Workload
 
-# Of the data sheet's FLOP/s what matrix products and attention attain in long sequences. An assumption: 590 of an
-# H100's 989 TFLOP/s are published for training at 3.7M tokens (arXiv 2506.13996).
-ATTAINED = 0.6
 # Bytes/s of the host's memory for each rank of a node where its optimizer step runs, and of NVMe drives (assumptions).
 _HOST_MEMORY_RATE = 50e9
 _NVME_RATE = 1.5e9
@@ -21,24 +20,39 @@ _COLLECTIVE_SECONDS = 3e-5
 _FP32_BYTES = 4
 
 
-def step_seconds(work: Workload, gpu: Gpu) -> float:
+def step_seconds(work: Workload, gpu: Gpu, *, fused: bool | None = None) -> float:
     """Predicted seconds of an optimizer step of this rank.
 
     A micro-batch takes what it computes, with the sums of chunks and the all-to-alls, which wait for each other. ZeRO's
-    collectives and copies to and from the host run beside that: they only count where they take longer.
+    collectives and copies to and from the host run beside that, and so does the CPU, which launches kernels: they only
+    count where they take longer.
+
+    Args:
+        fused: see `passed_bytes`; None: in 16 bits on a GPU.
     """
-    dense = gpu.fp32_flops if work.zero.dtype == "fp32" else gpu.flops
-    computing = micro_batch_flops(work) / (dense * ATTAINED) + all_to_all_seconds(work, gpu)
-    computing += (_summed_bytes(work) + _merged_bytes(work)) / gpu.memory_rate
-    reducing = _collective_seconds(work, gpu, _reduced_bytes(work))
-    beside = [_collective_seconds(work, gpu, _gathered_bytes(work)), copied_bytes(work) / gpu.host_rate]
+    rates = rates_of(work, gpu)
+    fused = work.zero.dtype != "fp32" and gpu.capability >= (8, 0) if fused is None else fused
+    computing = computing_seconds(work, rates, fused=fused) + all_to_all_seconds(work, rates)
+    reducing = _collective_seconds(work, rates, _reduced_bytes(work))
+    beside = [_collective_seconds(work, rates, _gathered_bytes(work)), copied_bytes(work) / gpu.host_rate]
     if work.zero.param_offload != "none":
         beside[1] += 2 * _bytes_of_shard(work, from_stage=3) / gpu.host_rate
     if work.zero.overlap_comm:
         beside[0] += reducing
     else:
         computing += reducing
-    return work.zero.gradient_accumulation_steps * max(computing, *beside) + _optimizer_seconds(work, gpu)
+    beside.append(launched_kernels(work) * rates.launch_seconds)
+    seconds = work.zero.gradient_accumulation_steps * max(computing, *beside) + _optimizer_seconds(work, gpu, rates)
+    return seconds / gpu.attained
+
+
+def computing_seconds(work: Workload, rates: Rates, *, fused: bool) -> float:
+    """Of a micro-batch: products, attention, and what passes over memory, one after another."""
+    forward, backward = attention_flops(work)
+    seconds = matrix_flops(work) / rates.matrices
+    seconds += forward / rates.attention_forward + backward / rates.attention_backward
+    passed = passed_bytes(work, fused=fused) + _summed_bytes(work) + _merged_bytes(work)
+    return seconds + passed / rates.passes
 
 
 def model_flops_utilisation(work: Workload, gpu: Gpu, seconds: float) -> float:
@@ -49,7 +63,7 @@ def model_flops_utilisation(work: Workload, gpu: Gpu, seconds: float) -> float:
     return flops_per_token(work.shape, work.seq_len) * tokens / (dense * seconds)
 
 
-def all_to_all_seconds(work: Workload, gpu: Gpu) -> float:
+def all_to_all_seconds(work: Workload, rates: Rates) -> float:
     """Of a micro-batch: queries, keys and values to the ranks that have their heads, the outputs back, and in the
     backward all of these with the gradients of each."""
     if work.sp_size == 1:
@@ -64,8 +78,8 @@ def all_to_all_seconds(work: Workload, gpu: Gpu) -> float:
     sent = work.tokens * width * work.zero.dtype_bytes
     # Ranks of a sequence group are neighbours: those of one node first.
     inside = min(work.sp_size, work.ranks_per_node)
-    to_neighbours = sent * (inside - 1) / work.sp_size / gpu.node_rate
-    to_others = sent * (work.sp_size - inside) / work.sp_size / gpu.network_rate
+    to_neighbours = sent * (inside - 1) / work.sp_size / rates.node
+    to_others = sent * (work.sp_size - inside) / work.sp_size / rates.network
     exchanges = 5 * layers * work.layer_chunks * work.settings.head_groups
     return max(to_neighbours, to_others) + exchanges * _COLLECTIVE_SECONDS
 
@@ -101,12 +115,12 @@ def _merged_bytes(work: Workload) -> int:
     return int(layers * blocks * work.attention_tokens * width * (2 * _FP32_BYTES + work.zero.dtype_bytes))
 
 
-def _collective_seconds(work: Workload, gpu: Gpu, moved: float) -> float:
+def _collective_seconds(work: Workload, rates: Rates, moved: float) -> float:
     """An all-gather or a reduce-scatter of so many bytes over all ranks, in rings over all network cards of a node."""
     ranks = work.zero.dp_world_size
-    rate = gpu.node_rate
+    rate = rates.node
     if ranks > work.ranks_per_node:
-        rate = min(rate, gpu.network_rate * work.ranks_per_node)
+        rate = min(rate, rates.network * work.ranks_per_node)
     return moved * (ranks - 1) / ranks / rate
 
 
@@ -134,13 +148,13 @@ def _bytes_of_shard(work: Workload, *, from_stage: int) -> int:
     return work.sharded(work.shape.parameter_count, from_stage) * work.zero.dtype_bytes
 
 
-def _optimizer_seconds(work: Workload, gpu: Gpu) -> float:
+def _optimizer_seconds(work: Workload, gpu: Gpu, rates: Rates) -> float:
     """The optimizer reads the gradient, the master parameters and its moments in fp32, and writes all but the first."""
     count = work.sharded(work.shape.trained.all, from_stage=1)
     kept = (1 + work.zero.optimizer_moments) * _FP32_BYTES * count
     touched = 2 * kept + _FP32_BYTES * count
     if work.zero.optimizer_offload == "none":
-        return touched / gpu.memory_rate
+        return touched / rates.passes
     copied = 2 * count * work.zero.dtype_bytes / gpu.host_rate  # the gradients there, the parameters back
     on_drive = 2 * kept / _NVME_RATE if work.zero.optimizer_offload == "nvme" else 0.0
     return touched / _HOST_MEMORY_RATE + copied + on_drive

@@ -11,6 +11,17 @@ def attention_forward_flops(work: Workload) -> int:
     return _full_attention_flops(work) + _windowed_attention_flops(work)
 
 
+def attention_flops(work: Workload) -> tuple[int, int]:
+    """Of all that attention computes in a micro-batch: forward, with what runs again, and backward, which is 2.5 times
+    the first forward, as kernels compute its scores again."""
+    first = attention_forward_flops(work)
+    again = 0
+    if work.settings.recompute:
+        again = _windowed_attention_flops(work)
+        again += 0 if work.settings.keep_attention else _full_attention_flops(work)
+    return first + again, 5 * first // 2
+
+
 def _full_attention_flops(work: Workload) -> int:
     layers = work.shape.num_hidden_layers - len(work.shape.sliding_windows)
     return layers * _flops_of_pairs(work, attended_pairs(work.seq_len, work.seq_len))
@@ -39,22 +50,23 @@ def flops_computed_again(work: Workload) -> int:
         again += _mlp_flops(work) - kept
     if work.layer_chunks > 1:
         again += _projections_for_keys(work)
-    if not work.settings.keep_attention:
-        again += _full_attention_flops(work)
-    return again + _windowed_attention_flops(work)
+    return again + attention_flops(work)[0] - attention_forward_flops(work)
 
 
 def micro_batch_flops(work: Workload) -> int:
-    """Forward, backward, and what is computed a second time.
+    """Forward, backward, and what is computed a second time."""
+    return matrix_flops(work) + sum(attention_flops(work))
 
-    A backward of matrix products is twice their forward, less the gradients of weights that are not trained; that of
-    attention 2.5 times, as kernels compute its scores again.
-    """
+
+def matrix_flops(work: Workload) -> int:
+    """Of all matrix products outside attention in a micro-batch. A backward is twice the forward, less the gradients of
+    weights that are not trained."""
     shape = work.shape
     head = 2 * work.tokens * shape.hidden_size * shape.vocab_size
     forward = _projection_flops(work) + _mlp_flops(work) + head
     of_weights = forward if shape.is_trained_whole else 2 * work.tokens * (shape.trained.all - shape.trained.embedding)
-    return 2 * forward + of_weights + 7 * attention_forward_flops(work) // 2 + flops_computed_again(work)
+    attention_again = attention_flops(work)[0] - attention_forward_flops(work)
+    return 2 * forward + of_weights + flops_computed_again(work) - attention_again
 
 
 def _projection_flops(work: Workload) -> int:
