@@ -81,7 +81,7 @@ class Settings:
 
     sp_size: int = _count(
         "sequence parallelism: ranks that share a sequence; divides the world size, at most the number of query heads",
-        "the most that fit in a node",
+        "the fastest that fits; unknown devices: a node's ranks",
         tried=(1, 2),
         several=2,
     )

@@ -52,17 +52,18 @@ def choose_sp_size(
     """The ranks that share a sequence.
 
     `"auto"` takes as many as possible within a node, where the all-to-all is fast: the largest divisor of the
-    ranks of a node (default: of the world) that divides the world too and has a query head for each rank.
+    ranks of a node (default: of the world) that divides the world too and has a query head for each rank. A plan may
+    settle on another one: `mst_ds.planner.sequence_ranks`.
 
     Raises:
         ValueError: a requested size does not divide `world_size`, or exceeds the number of query heads.
     """
     if requested == AUTO:
         common = math.gcd(ranks_per_node or world_size, world_size)
-        return max(size for size in _divisors(common) if size <= num_attention_heads)
+        return max(size for size in divisors(common) if size <= num_attention_heads)
     _check_divides(requested, world_size)
     if requested > num_attention_heads:
-        allowed = [size for size in _divisors(world_size) if size <= num_attention_heads]
+        allowed = [size for size in divisors(world_size) if size <= num_attention_heads]
         raise ValueError(
             f"sp_size is {requested}, but the model has {num_attention_heads} query heads and each rank "
             f"needs one; allowed: {_listed(allowed)}; nearest: {allowed[-1]}"
@@ -72,7 +73,7 @@ def choose_sp_size(
 
 def _check_divides(sp_size: int, world_size: int) -> None:
     if sp_size < 1 or world_size % sp_size:
-        allowed = _divisors(world_size)
+        allowed = divisors(world_size)
         nearest = min(allowed, key=lambda size: abs(size - sp_size))
         raise ValueError(
             f"sp_size is {sp_size}, which does not divide the world size {world_size}; "
@@ -80,7 +81,8 @@ def _check_divides(sp_size: int, world_size: int) -> None:
         )
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """From 1 on."""
     return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
 
 

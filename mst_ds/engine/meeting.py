@@ -28,7 +28,8 @@ def meet(run: Run) -> Run:
     """Let the processes meet, and plan again where their devices or their hosts differ. A collective call.
 
     Raises:
-        RanksDisagreeError: they would go on from different checkpoints.
+        RanksDisagreeError: they would go on from different checkpoints, or their devices have each choose another
+            `sp_size`.
         RequestError: the place where they should meet is in use or not reached, or not all come there.
     """
     timeout = timedelta(seconds=run.config.hang_timeout)
@@ -52,6 +53,7 @@ def meet(run: Run) -> Run:
     dist.barrier()
     unlink_shared_memory(run.launch.rank)
     _require_same_checkpoint(run)
+    _require_same_sp_size(run)
     request = request_of_all(run.request)
     return run if request == run.request else replace(run, request=request, plan=plan_of_request(request))
 
@@ -92,4 +94,15 @@ def _require_same_checkpoint(run: Run) -> None:
         if step != steps[0]:
             raise RanksDisagreeError(
                 f"rank 0 goes on from {steps[0]}, but rank {rank} from {step}; allowed: a folder that all ranks see"
+            )
+
+
+def _require_same_sp_size(run: Run) -> None:
+    sizes = [run.plan.sp_size] * run.launch.world_size
+    dist.all_gather_object(sizes, run.plan.sp_size)
+    for rank, size in enumerate(sizes):
+        if size != sizes[0]:
+            raise RanksDisagreeError(
+                f"rank 0 chooses sp_size {sizes[0]} for its device, but rank {rank} {size}; allowed: one of them in "
+                "the 'mst' block"
             )

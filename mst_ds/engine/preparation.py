@@ -30,7 +30,7 @@ from mst_ds.model_shape import (
 )
 from mst_ds.objective_flags import ObjectiveFlags
 from mst_ds.patching import find_parts
-from mst_ds.planner import DEFAULT_RESERVE, Plan, Request, make_request, plan_of_request
+from mst_ds.planner import DEFAULT_RESERVE, Plan, Request, make_request, plan_of_request, settle_sp_size
 from mst_ds.preflight import require_exact
 from mst_ds.structure import position_table, why_own_attention
 from mst_ds.structure.trained import trained_shape
@@ -56,7 +56,7 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
     resolved = _resolved(config, launch, shape)
     peft_config = requested_config(config.adapters)
     model, adapted = model_on_meta(model_config, peft_config)
-    request = _request(config, launch, trained_shape(shape, model), resolved)
+    request = settle_sp_size(_request(config, launch, trained_shape(shape, model), resolved))
     plan = plan_of_request(request)
     _require_trainable(config, plan, model_config, peft_config, model, adapted)
     own_attention = _own_attention(config, plan, model)

@@ -13,6 +13,7 @@ from mst_ds.planner.plan import (
 from mst_ds.planner.plot import plot_plan
 from mst_ds.planner.report import plan_table
 from mst_ds.planner.request import Request, make_request, read_request
+from mst_ds.planner.sequence_ranks import settle_sp_size
 from mst_ds.planner.types import Choice, MemoryTerm, Phase, Plan
 
 __all__ = [
@@ -36,4 +37,5 @@ __all__ = [
     "plan_table",
     "plot_plan",
     "read_request",
+    "settle_sp_size",
 ]

@@ -16,7 +16,7 @@ from mst_ds.planner.cost import model_flops_utilisation, step_seconds
 from mst_ds.planner.flops import micro_batch_flops
 from mst_ds.planner.phases import step_phases
 from mst_ds.planner.request import Request, read_request
-from mst_ds.planner.search import CHUNK_TOKENS_OF_GPU, MIN_CHUNK_TOKENS, choose_settings
+from mst_ds.planner.sequence_ranks import chosen_work, settle_sp_size
 from mst_ds.planner.types import Plan
 
 if TYPE_CHECKING:
@@ -87,22 +87,15 @@ def make_plan(
 
 
 def plan_of_request(request: Request) -> Plan:
-    """The plan of the request's rank.
+    """The plan of the request's rank, with the `sp_size` that `settle_sp_size` chooses.
 
     Raises:
         ValueError: the model has fewer positions.
     """
+    request = settle_sp_size(request)
     require_positions(request.work.shape.fixed_positions, request.work.seq_len // request.sequences_per_sample)
     zero, device_memory = request.work.zero, request.device_memory[request.topology.rank]
-    work = choose_settings(
-        request.work,
-        request.mst,
-        device_memory=device_memory,
-        least_device_memory=request.least_device_memory,
-        host_memory=request.host_memory,
-        gpu=request.rates,
-        preferred_chunk_tokens=CHUNK_TOKENS_OF_GPU if request.times_are_known else MIN_CHUNK_TOKENS,
-    )
+    work = chosen_work(request)
     gpu = request.rates if request.times_are_known else None
     seconds = None if gpu is None else step_seconds(work, gpu)
     return Plan(
@@ -160,16 +153,21 @@ def longest_seq_len(
 
 
 def longest_of_request(request: Request) -> int:
-    """See `longest_seq_len`; the request's own length is not read."""
+    """See `longest_seq_len`; the request's own length is not read. Where `sp_size` is "auto", the longest with any."""
+    longest = 0
+    for option in reversed(request.options()):
+        # More ranks to a sequence come first: what is shorter with fewer is found by one look.
+        if longest == 0 or option.fits(seq_len=longest + LENGTH_STEP):
+            longest = max(longest, _longest_of_option(option))
+    return min(longest, request.most_tokens or longest)
 
+
+def _longest_of_option(request: Request) -> int:
     def is_too_long(steps: int) -> bool:
         return not request.fits(seq_len=steps * LENGTH_STEP)
 
     above = 1
     while not is_too_long(above):
         above *= 2
-    if above == 1:
-        return 0
     # The first that is too long; all that are shorter fit.
-    longest = LENGTH_STEP * (bisect_left(range(above), True, lo=above // 2, key=is_too_long) - 1)
-    return min(longest, request.most_tokens or longest)
+    return LENGTH_STEP * (bisect_left(range(above), True, lo=above // 2, key=is_too_long) - 1) if above > 1 else 0

@@ -35,6 +35,7 @@ class Request:
         rates: what a device does in a second.
         times_are_known: whether the rates are those of the devices that are planned for.
         sequences_per_sample: the sequence of `work` is so many, each with positions from 0.
+        other_sp_sizes: where `sp_size` is "auto", what it may be in place of that of `work`; `settle_sp_size` chooses.
     """
 
     topology: Topology
@@ -45,6 +46,7 @@ class Request:
     rates: Gpu
     times_are_known: bool
     sequences_per_sample: int = 1
+    other_sp_sizes: tuple[int, ...] = ()
 
     @property
     def most_tokens(self) -> int | None:
@@ -59,6 +61,18 @@ class Request:
 
     def with_length(self, seq_len: int) -> Request:
         return replace(self, work=replace(self.work, seq_len=seq_len))
+
+    def options(self) -> tuple[Request, ...]:
+        """This with each `sp_size` that may be chosen, and no other to choose, from the smallest on."""
+        return tuple(
+            replace(
+                self,
+                topology=replace(self.topology, sp_size=sp_size),
+                work=self.work.with_settings(sp_size=sp_size),
+                other_sp_sizes=(),
+            )
+            for sp_size in sorted((self.work.sp_size, *self.other_sp_sizes))
+        )
 
     def fits(self, *, seq_len: int | None = None, zero: ZeroConfig | None = None, sp_size: int | None = None) -> bool:
         """Whether there are settings that fit, with these in place of those of `work`."""
@@ -179,6 +193,7 @@ def make_request(
         gpu or DEFAULT_GPU,
         times_are_known=gpu is not None,
         sequences_per_sample=sequences_per_sample,
+        other_sp_sizes=tuple(size for size in config.other_sp_sizes if size <= shape.max_sp_size),
     )
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
-from operator import itemgetter
+from collections.abc import Callable, Iterable, Iterator
 
 from mst_ds.config import AUTO, Auto
 from mst_ds.geometry import shard_length
@@ -29,6 +28,11 @@ MIN_CHUNK_TOKENS = 256
 # Below this length a GPU reads and writes a weight gradient's sum for longer than it computes what is added. Chunks are
 # shorter only where memory demands it.
 CHUNK_TOKENS_OF_GPU = 2048
+
+
+def preferred_chunk_tokens(is_known_gpu: bool) -> int:
+    """See `choose_chunks`."""
+    return CHUNK_TOKENS_OF_GPU if is_known_gpu else MIN_CHUNK_TOKENS
 
 
 def choose_settings(
@@ -57,22 +61,39 @@ def choose_settings(
             ranks would wait for each other if they differed in that. None: all are like this rank's.
     """
     least = device_memory if least_device_memory is None else least_device_memory
-    fitting: list[tuple[float, Workload]] = []
-    others: list[tuple[tuple[int, bool, bool], Workload]] = []
-    for unchunked in _unchunked_candidates(work, mst):
+    unchunked_ones = list(_unchunked_candidates(work, mst))
+
+    def chunked(unchunked: Workload) -> Workload:
         streamed = _with_layer_chunks(unchunked, mst, preferred_chunk_tokens, least)
-        candidate = _with_chunks(streamed, mst, least, preferred_chunk_tokens)
-        phases = step_phases(candidate)
-        if not _may_offload(candidate, mst, phases, host_memory):
+        return _with_chunks(streamed, mst, least, preferred_chunk_tokens)
+
+    best: tuple[float, int, Workload] | None = None
+    # In one chunk of everything none takes longer than in more, so that a search from the fastest on can end early.
+    at_least = sorted((step_seconds(each, gpu), rank) for rank, each in enumerate(unchunked_ones))
+    for least_seconds, rank in at_least:
+        if best is not None and least_seconds > best[0]:
+            break
+        if not _can_fit(unchunked_ones[rank], mst, least, host_memory):
             continue
-        peak, settings = max(phase.device_bytes for phase in phases), candidate.settings
-        if peak <= least and _host_has_room(phases, host_memory):
-            fitting.append((step_seconds(candidate, gpu), candidate))
-        else:
-            others.append(((peak, not settings.recompute, settings.keep_mlp), candidate))
-    # Python's min takes the first of equals. What is kept on the device is always a candidate.
-    best = min(fitting, key=itemgetter(0))[1] if fitting else min(others, key=itemgetter(0))[1]
-    return _with_chunks(best, mst, device_memory, preferred_chunk_tokens)
+        candidate = chunked(unchunked_ones[rank])
+        phases = step_phases(candidate)
+        if _is_within(phases, least) and _host_has_room(phases, host_memory):
+            # Of equally fast ones the first; no two have the same rank.
+            found = step_seconds(candidate, gpu), rank, candidate
+            best = found if best is None else min(best, found)
+    chosen = _lowest_peak(map(chunked, unchunked_ones), mst, host_memory) if best is None else best[-1]
+    return _with_chunks(chosen, mst, device_memory, preferred_chunk_tokens)
+
+
+def _lowest_peak(candidates: Iterable[Workload], mst: MstConfig, host_memory: int | None) -> Workload:
+    """Of equal ones those with recompute, without gate and up. What is kept on the device is always a candidate."""
+    found = []
+    for rank, candidate in enumerate(candidates):
+        phases, settings = step_phases(candidate), candidate.settings
+        if _may_offload(candidate, mst, phases, host_memory):
+            peak = max(phase.device_bytes for phase in phases)
+            found.append((peak, not settings.recompute, settings.keep_mlp, rank, candidate))
+    return min(found)[-1]
 
 
 def _with_chunks(work: Workload, mst: MstConfig, device_memory: int, preferred_tokens: int) -> Workload:
@@ -133,19 +154,24 @@ def _may_stream(work: Workload) -> bool:
 
 
 def can_fit(work: Workload, mst: MstConfig, *, device_memory: int, host_memory: int | None) -> bool:
-    """Whether `choose_settings` would find settings that fit: then they also do with the most chunks it may choose
-    within a layer's chunks."""
-    for unchunked in _unchunked_candidates(work, mst):
-        if not _layers_can_fit(unchunked, mst, device_memory):
-            continue
-        streamed = _with_layer_chunks(unchunked, mst, MIN_CHUNK_TOKENS, device_memory)
-        candidate = _with_most_chunks(streamed, mst)
-        phases = step_phases(candidate)
-        is_within = max(phase.device_bytes for phase in phases) <= device_memory
-        may_offload = _may_offload(candidate, mst, phases, host_memory)
-        if is_within and may_offload and _host_has_room(phases, host_memory):
-            return True
-    return False
+    """Whether `choose_settings` would find settings that fit."""
+    candidates = _unchunked_candidates(work, mst)
+    return any(_can_fit(candidate, mst, device_memory, host_memory) for candidate in candidates)
+
+
+def _can_fit(unchunked: Workload, mst: MstConfig, device_memory: int, host_memory: int | None) -> bool:
+    """Then it also does with the most chunks that may be chosen within a layer's chunks."""
+    if not _layers_can_fit(unchunked, mst, device_memory):
+        return False
+    streamed = _with_layer_chunks(unchunked, mst, MIN_CHUNK_TOKENS, device_memory)
+    candidate = _with_most_chunks(streamed, mst)
+    phases = step_phases(candidate)
+    may_offload = _may_offload(candidate, mst, phases, host_memory)
+    return _is_within(phases, device_memory) and may_offload and _host_has_room(phases, host_memory)
+
+
+def _is_within(phases: tuple[Phase, ...], device_memory: int) -> bool:
+    return max(phase.device_bytes for phase in phases) <= device_memory
 
 
 def _with_most_chunks(work: Workload, mst: MstConfig) -> Workload:

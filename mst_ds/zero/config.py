@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,7 @@ from mst_ds.config import AUTO, TrainConfig
 from mst_ds.files.read_file import read_json
 from mst_ds.files.shipped import existing_or_shipped_file
 from mst_ds.settings import MstConfig
-from mst_ds.topology import choose_sp_size
+from mst_ds.topology import choose_sp_size, divisors
 from mst_ds.zero.checks import ACCUMULATION, MICRO_BATCH, MST, TRAIN_BATCH, ZERO, block, check, stage
 from mst_ds.zero.owners import BATCH_FLAGS, require_agreement
 
@@ -86,13 +87,15 @@ class ZeroConfig:
 class ResolvedConfig:
     """A DeepSpeed JSON as one model in one world is trained with it: every "auto" of DeepSpeed's filled in.
 
-    ds_config: what DeepSpeed gets, without the "mst" block. sp_size: that of the "mst" block, or chosen.
+    ds_config: what DeepSpeed gets, without the "mst" block. sp_size: that of the "mst" block, or the first of those
+    that "auto" may be; other_sp_sizes: the rest of these.
     """
 
     ds_config: DsConfig
     zero: ZeroConfig
     mst: MstConfig
     sp_size: int
+    other_sp_sizes: tuple[int, ...] = ()
 
 
 def load_ds_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> DsConfig:
@@ -141,20 +144,28 @@ def read_resolved(
         ValueError: see `load_ds_config`, `choose_sp_size`, `resolve` and `read_zero`.
     """
     raw, mst = split_mst(load_ds_config(source))
-    sp_size = choose_sp_size(
-        mst.get("sp_size") if sp_size is None else sp_size,
-        world_size=world_size,
-        num_attention_heads=num_attention_heads,
-        ranks_per_node=ranks_per_node,
+    requested = mst.get("sp_size") if sp_size is None else sp_size
+    first = choose_sp_size(
+        requested, world_size=world_size, num_attention_heads=num_attention_heads, ranks_per_node=ranks_per_node
     )
+    others: list[int] = []
+    if requested == AUTO:
+        others = [size for size in divisors(world_size) if size <= num_attention_heads and size != first]
+        if raw.get(TRAIN_BATCH, AUTO) != AUTO:
+            # The samples of a step say how many ranks there are to each.
+            of_rank = math.prod(_batch_sizes(raw, train).values())
+            fitting = [size for size in (first, *others) if of_rank * world_size // size == raw[TRAIN_BATCH]]
+            first, others = fitting[0] if fitting else first, []
     ds_config = resolve(
-        raw,
-        train=train,
-        hidden_size=hidden_size,
-        has_accelerator=has_accelerator,
-        dp_size=world_size // sp_size,
+        raw, train=train, hidden_size=hidden_size, has_accelerator=has_accelerator, dp_size=world_size // first
     )
-    return ResolvedConfig(ds_config, read_zero(ds_config, dp_world_size=world_size), mst, sp_size)
+    return ResolvedConfig(ds_config, read_zero(ds_config, dp_world_size=world_size), mst, first, tuple(others))
+
+
+def _batch_sizes(ds_config: Mapping[str, Any], train: TrainConfig) -> dict[str, Any]:
+    """By DeepSpeed's keys: samples of a micro-batch, and micro-batches of a step."""
+    given = {key: ds_config.get(key, AUTO) for key in BATCH_FLAGS}
+    return {key: getattr(train, BATCH_FLAGS[key]) or 1 if size == AUTO else size for key, size in given.items()}
 
 
 def resolve(
@@ -177,9 +188,7 @@ def resolve(
     resolved = copy.deepcopy(dict(ds_config))
     # DeepSpeed has a default of its own, which no flag would reach.
     resolved.setdefault("gradient_clipping", AUTO)
-    for key, name in BATCH_FLAGS.items():
-        if resolved.get(key, AUTO) == AUTO:
-            resolved[key] = getattr(train, name) or 1
+    resolved |= _batch_sizes(resolved, train)
     _check_train_batch(resolved.pop(TRAIN_BATCH, AUTO), resolved[MICRO_BATCH], resolved[ACCUMULATION], dp_size)
     for path, value in _auto_values(resolved, train, hidden_size, has_accelerator).items():
         _fill(resolved, path, value)
