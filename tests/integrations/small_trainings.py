@@ -163,7 +163,9 @@ def make_trainer(kind: str, data: str, *, given: Mapping[str, Any] | None = None
         given: what a trainer with a plan is given beside what others are; None: one without a plan.
         changed: arguments of the training, and what the trainer gets: `trainer_arguments`.
     """
-    of_trainer = {"model": model(), **changed.pop("trainer_arguments", {})}
+    rows = samples(data)
+    of_trainer = {"model": model(), "train_dataset": rows, "eval_dataset": rows.select(range(5))}
+    of_trainer |= changed.pop("trainer_arguments", {})
     plain, planned, _ = TRAINERS[kind]
     if kind == "trainer":
         of_trainer = {"data_collator": collate, **of_trainer}
@@ -171,15 +173,8 @@ def make_trainer(kind: str, data: str, *, given: Mapping[str, Any] | None = None
         of_trainer = {"processing_class": tokenizer(), **of_trainer}
     if kind in ("dpo", "kto"):
         of_trainer = {"ref_model": model(1), **of_trainer}
-    rows = samples(data)
     trained: Callable[..., Any] = plain if given is None else planned
-    return trained(
-        args=arguments(kind, **changed),
-        train_dataset=rows,
-        eval_dataset=rows.select(range(5)),
-        **of_trainer,
-        **(given or {}),
-    )
+    return trained(args=arguments(kind, **changed), **of_trainer, **(given or {}))
 
 
 def curve(kind: str, data: str, **settings: Any) -> dict[str, list[float]]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import load_from_disk
 from distributed import run_ranks
 from peft import LoraConfig
-from small_trainings import SHARDED, ZERO_3, assert_same, collate, curve, curve_of_rank, make_trainer
+from small_trainings import SHARDED, ZERO_3, assert_same, collate, curve, curve_of_rank, make_trainer, samples
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 WHOLE = {"trainer": ("trainer", "tokens"), "sft": ("sft", "text"), "dpo": ("dpo", "preference")}
@@ -63,18 +65,28 @@ def test_as_unsharded_with_zero_3(name: str) -> None:
     assert_as_unsharded(*WHOLE[name], given=length, deepspeed={**ZERO_3, "mst": block}, **steps)
 
 
-PREFERENCES: dict[str, dict[str, Any]] = {
-    # The reference is the model without what is trained.
-    "adapter": {"trainer_arguments": {"ref_model": None, "peft_config": LoraConfig(r=4, target_modules=["q_proj"])}},
-    # That of a batch's tokens, before the first step; what stands behind the shorter answer weighs less.
-    "precomputed": {"trainer_arguments": {"ref_model": None}, "precompute_ref_log_probs": True, "ld_alpha": 0.5},
-}
+@pytest.mark.slow
+def test_an_adapter_of_dpotrainer() -> None:
+    """The reference is the model without it."""
+    own = {"ref_model": None, "peft_config": LoraConfig(r=4, target_modules=["q_proj"])}
+    assert_as_unsharded("dpo", "preference", given={"mst": SHARDED}, trainer_arguments=own)
+
+
+def on_disk(folder: Path) -> dict[str, Any]:
+    """Preferences in a file, beside which TRL keeps what it has precomputed."""
+    samples("preference").save_to_disk(folder)
+    rows = load_from_disk(folder)
+    return {"train_dataset": rows, "eval_dataset": rows.select(range(5)), "ref_model": None}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PREFERENCES)
-def test_references_of_dpotrainer(name: str) -> None:
-    assert_as_unsharded("dpo", "preference", given={"mst": SHARDED}, **PREFERENCES[name])
+def test_a_precomputed_reference_of_dpotrainer(tmp_path: Path) -> None:
+    """What stands behind the end of the shorter answer weighs less: where a token stands counts."""
+    settings = {"precompute_ref_log_probs": True, "ld_alpha": 0.5}
+    whole, sharded = ({"trainer_arguments": on_disk(tmp_path / name), **settings} for name in ("whole", "sharded"))
+    expected = curve("dpo", "preference", **whole)
+    for actual in run_ranks(curve_of_rank, 2, "dpo", "preference", {"given": {"mst": SHARDED}, **sharded}):
+        assert_same(actual, expected)
 
 
 SFT: dict[str, tuple[str, dict[str, Any]]] = {
