@@ -13,7 +13,8 @@ from mst_ds.sequence_parallel import SequenceGroup, run_simulated
 from mst_ds.topology import Topology
 
 RANKS = 3
-IDS = torch.arange(22).view(2, 11) % 7
+# Shards of 9 tokens, which are two chunks.
+IDS = torch.arange(50).view(2, 25) % 7
 
 
 class Head(nn.Module):
@@ -43,7 +44,7 @@ def of_rank(group: SequenceGroup) -> tuple[Tensor, Tensor]:
 
 def test_values_and_gradients_are_those_of_one_rank() -> None:
     head = Head()
-    values = head(input_ids=IDS, position_ids=torch.arange(11)).logits[:, :-1]
+    values = head(input_ids=IDS, position_ids=torch.arange(25)).logits[:, :-1]
     expected = torch.autograd.grad(loss_of(values), head.weight)[0]
     results = run_simulated(of_rank, RANKS)
     assert all(found.equal(values) for found, _ in results)
