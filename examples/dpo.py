@@ -1,4 +1,5 @@
-"""TRL's DPOTrainer with a plan in the model and in its reference, on made-up answers: `python examples/dpo.py`."""
+"""TRL's DPOTrainer with a plan in the model and in its reference, on made-up answers: `python examples/dpo.py`, or
+`torchrun --nproc_per_node 2 examples/dpo.py --sp_size 2`."""
 
 import argparse
 
@@ -19,6 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--max_length", type=int, default=256)
     parser.add_argument("--max_steps", type=int, default=5)
+    parser.add_argument("--sp_size", type=int, default=1, help="processes that share a sequence")
     parser.add_argument("--output_dir", default="runs/dpo")
     options = parser.parse_args()
 
@@ -41,7 +43,7 @@ def main() -> None:
 
     trainer = MstDPOTrainer(
         model=model,
-        ref_model=reference,  # one that is passed in gets the settings of the model's plan
+        ref_model=reference,  # gets the settings of the model's plan
         args=DPOConfig(
             output_dir=options.output_dir,
             max_length=options.max_length,
@@ -56,7 +58,7 @@ def main() -> None:
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        mst={"recompute": True},
+        mst={"sp_size": options.sp_size, "recompute": True},
     )
     print(trainer.mst_settings)
     trainer.train()

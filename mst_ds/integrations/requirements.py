@@ -5,10 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+# Of TRL's trainers those whose loss is a sum over a rank's own tokens,
+_OF_SHARDS = ("SFTTrainer",)
+# and those that make theirs of the log-probabilities of whole sequences, which TRL's fused head gives.
+_OF_SEQUENCES = ("DPOTrainer", "KTOTrainer")
 
-def bases_of_trl(trainer: Any) -> set[str]:
-    """The names of TRL's trainers that this one is made of."""
-    return {base.__name__ for base in type(trainer).__mro__ if base.__module__.partition(".")[0] == "trl"}
+
+def trainer_of_trl(trainer: Any) -> str | None:
+    """The name of the trainer of TRL that this one is made of; None without one."""
+    bases = type(trainer).__mro__
+    return next((base.__name__ for base in bases if base.__module__.partition(".")[0] == "trl"), None)
+
+
+def needs_whole_batches(trainer: Any) -> bool:
+    """Whether the loss needs every token's log-probability on each rank, also where the model runs on shards."""
+    return trainer_of_trl(trainer) in _OF_SEQUENCES
 
 
 def require_plannable(trainer: Any) -> None:
@@ -66,12 +77,11 @@ def require_shardable_training(trainer: Any, sp_size: int) -> None:
 
 
 def _not_of_shards(trainer: Any) -> Iterator[tuple[str, str]]:
-    args, names = trainer.args, bases_of_trl(trainer)
-    if names and "SFTTrainer" not in names:
-        own = next(base.__name__ for base in type(trainer).__mro__ if base.__name__ in names)
+    args, own = trainer.args, trainer_of_trl(trainer)
+    if own not in (None, *_OF_SHARDS, *_OF_SEQUENCES):
         yield (
-            f"{own} computes its loss from whole sequences, and cannot be trained",
-            "transformers' Trainer, SFTTrainer",
+            f"{own} does more with a sequence than sum over its tokens, and cannot be trained",
+            f"transformers' Trainer, {', '.join(_OF_SHARDS + _OF_SEQUENCES)}",
         )
     if args.label_smoothing_factor:
         yield "label_smoothing_factor is set, whose loss knows no shards,", "label_smoothing_factor 0"
@@ -98,6 +108,6 @@ def _not_of_shards(trainer: Any) -> Iterator[tuple[str, str]]:
         )
     if getattr(trainer, "aux_loss_enabled", False):
         yield (
-            "router_aux_loss_coef is set, whose loss SFTTrainer computes of each shard by itself,",
+            "router_aux_loss_coef is set, whose loss TRL computes of each shard by itself,",
             "router_aux_loss_coef 0, transformers' Trainer",
         )

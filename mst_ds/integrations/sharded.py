@@ -24,22 +24,26 @@ _OF_SHARDS = ("input_ids", "labels", "position_ids", "attention_mask")
 _OTHER_WORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
-def shard_loaders(accelerator: Accelerator, topology: Topology, *, layer_chunks: int) -> None:
-    """Have this accelerator make loaders of which the ranks of a sequence get the same batches, each its shard of them.
+def deal_samples(accelerator: Accelerator, topology: Topology, *, shard_chunks: int | None) -> None:
+    """Have this accelerator make loaders of which the ranks of a sequence get the same batches.
 
     The samples are dealt to the data-parallel ranks, as accelerate deals them to processes.
+
+    Args:
+        shard_chunks: each rank gets its shard of a batch, of so many layer chunks; None: all of it.
     """
-    prepare = functools.partial(_prepare_loader, accelerator, topology, layer_chunks)
+    prepare = functools.partial(_prepare_loader, accelerator, topology, shard_chunks)
     accelerator.prepare_data_loader = prepare
 
 
 def _prepare_loader(
-    accelerator: Any, topology: Topology, layer_chunks: int, loader: DataLoader[Any], *args: Any, **kwargs: Any
+    accelerator: Any, topology: Topology, shard_chunks: int | None, loader: DataLoader[Any], *args: Any, **kwargs: Any
 ) -> DataLoader[Any]:
     from accelerate.data_loader import prepare_data_loader
 
     if not getattr(loader, "_is_accelerate_prepared", False):
-        loader.collate_fn = functools.partial(_collate, loader.collate_fn, topology, layer_chunks)
+        if shard_chunks is not None:
+            loader.collate_fn = functools.partial(_collate, loader.collate_fn, topology, shard_chunks)
         # Ranks of a sequence draw the same order: without a generator of its own a sampler would take the model's
         # random numbers, which dropout moves on.
         sampler: Any = getattr(loader.batch_sampler, "sampler", None)
@@ -102,13 +106,25 @@ def count_items(accelerator: Accelerator, shards: Sequence[Batch], topology: Top
     mine = torch.tensor([[count, digest]], device=device)
     counts, digests = accelerator.gather(mine).T.tolist()
     for first in range(0, topology.world_size, topology.sp_size):
-        of_sequence = digests[first : first + topology.sp_size]
-        if len(set(of_sequence)) > 1:
-            raise ValueError(
-                f"ranks {first} to {first + topology.sp_size - 1} share their sequences and were given different "
-                "batches; allowed: a dataset, sampler and collator that give every rank the same"
-            )
+        require_same_batches(digests[first : first + topology.sp_size], first)
     return torch.tensor(counts, device=device)
+
+
+def require_same_batches(digests: Sequence[int], first: int) -> None:
+    """Refuse batches of a sequence's ranks that differ.
+
+    Args:
+        digests: of each rank's batch.
+        first: the first of the ranks.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if len(set(digests)) > 1:
+        raise ValueError(
+            f"ranks {first} to {first + len(digests) - 1} share their sequences and were given different batches; "
+            "allowed: a dataset, sampler and collator that give every rank the same"
+        )
 
 
 def sum_of_sequence(of_ranks: Tensor, topology: Topology) -> Tensor:

@@ -10,6 +10,9 @@ import torch
 from accelerate.utils import ParallelismConfig
 from small_trainings import SETTINGS, SHARDED, make_trainer, model
 from torch import nn
+from transformers import Trainer
+from trl import RewardTrainer
+from trl.experimental.gkd import GKDTrainer
 
 from mst_ds import apply_settings
 from mst_ds.integrations.requirements import require_plannable, require_shardable_training
@@ -50,25 +53,32 @@ def test_a_trainer_asks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "changed", "words"),
+    ("changed", "words"),
     [
-        ("trainer", {"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
-        ("trainer", {"neftune_noise_alpha": 5.0}, "neftune_noise_alpha"),
-        ("trainer", {"average_tokens_across_devices": False}, "average_tokens_across_devices"),
-        ("trainer", {"train_sampling_strategy": "batch_rebalance"}, "train_sampling_strategy is 'batch_rebalance'"),
-        ("trainer", {"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches"),
-        ("trainer", {"trainer_arguments": {"compute_loss_func": lambda *_: None}}, "compute_loss_func"),
-        ("trainer", {"trainer_arguments": {"compute_metrics": lambda _: {}}}, "compute_metrics"),
-        ("dpo", {}, "DPOTrainer computes its loss from whole sequences"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha"),
+        ({"average_tokens_across_devices": False}, "average_tokens_across_devices"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "train_sampling_strategy is 'batch_rebalance'"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches"),
+        ({"trainer_arguments": {"compute_loss_func": lambda *_: None}}, "compute_loss_func"),
+        ({"trainer_arguments": {"compute_metrics": lambda _: {}}}, "compute_metrics"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_is_not_of_shards(kind: str, changed: dict[str, Any], words: str) -> None:
-    data = {"trainer": "tokens", "dpo": "preference"}[kind]
+def test_what_is_not_of_shards(changed: dict[str, Any], words: str) -> None:
     require_shardable_training(make_trainer("trainer", "tokens"), 2)
     with pytest.raises(ValueError, match=f"{words}.* with sp_size 2; allowed: .*, or sp_size 1") as refused:
-        require_shardable_training(make_trainer(kind, data, **changed), 2)
+        require_shardable_training(make_trainer("trainer", "tokens", **changed), 2)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("made", [RewardTrainer, GKDTrainer])
+def test_trainers_of_trl_that_are_not_of_shards(made: type[Trainer]) -> None:
+    """Also one that is made of SFTTrainer, and samples answers."""
+    trainer = make_trainer("sft", "text")
+    trainer.__class__ = made
+    with pytest.raises(ValueError, match=f"{made.__name__} does more .* with sp_size 2; allowed: .*, SFTTrainer, DPO"):
+        require_shardable_training(trainer, 2)
 
 
 def test_a_router_loss_of_sfttrainer_is_not_of_shards() -> None:

@@ -54,7 +54,8 @@ def test_a_plan_that_does_not_fit_is_said_to() -> None:
         make_trainer("trainer", "tokens", given={"mst": {"device_memory_gib": 0.001}, "seq_len": 64})
 
 
-def test_a_reference_model_that_trl_loads_has_its_own_attention(tmp_path) -> None:
+def test_a_reference_model_that_trl_loads_has_the_plan(tmp_path) -> None:
+    """And before it the attention that the policy had."""
     model().save_pretrained(tmp_path)
 
     def loaded() -> dict[str, Any]:
@@ -62,7 +63,8 @@ def test_a_reference_model_that_trl_loads_has_its_own_attention(tmp_path) -> Non
 
     expected = curve("dpo", "preference", **loaded())
     trainer = make_trainer("dpo", "preference", given={"mst": SETTINGS}, **loaded())
-    assert trainer.ref_model.config._attn_implementation == "sdpa"
+    assert "forward" in trainer.ref_model.get_decoder().__dict__
+    assert trainer.args.model_init_kwargs == {"attn_implementation": "sdpa"}
     assert_same(curve("dpo", "preference", given={"mst": SETTINGS}, **loaded()), expected)
 
 

@@ -292,13 +292,6 @@ def trl_of_kto() -> Callable[[Tensor], Tensor]:
     return lambda log_probs: KTOTrainer._compute_loss(own, as_a_model(log_probs), inputs, False)
 
 
-def trl_of_simpo() -> Callable[[Tensor], Tensor]:
-    from trl.experimental.cpo.cpo_trainer import CPOTrainer
-
-    own = as_a_trainer(loss_type="simpo", simpo_gamma=2.5 * 0.4, alpha=0.0, label_smoothing=0.0, beta=2.5)
-    return lambda log_probs: CPOTrainer.cpo_loss(own, *halves(log_probs.sum(dim=1) / CASE.lengths))[0].mean()
-
-
 def trl_of_policy(kind: str) -> tuple[Callable[[Tensor], Tensor], dict[str, float]]:
     from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -359,7 +352,6 @@ def test_losses_gradients_and_metrics_are_those_of_trl() -> None:
     assert not math.isclose(means["rewards/accuracies"], 1)
     assert_as_trl("ipo", trl_of_pairs("ipo")[0])
     assert_as_trl("kto", trl_of_kto())
-    assert_as_trl("simpo", trl_of_simpo())
     for kind in ("grpo", "dapo", "dr_grpo"):
         of_policy, metrics = trl_of_policy(kind)
         assert_as_trl(kind, of_policy)
