@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
+_LEAST_RATE_OF_LORA = 1e-4
+
 
 def prepare(config: TrainConfig, launch: Launch) -> Run:
     """Check the request, but for its data, and make this rank's plan, before weights load or processes meet.
@@ -63,8 +66,11 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
     model_config = load_model_config(config.model, trust_remote_code=config.trust_remote_code)
     if config.rope_scaling is not None:
         scale_rope(model_config, parse_rope_scaling(config.rope_scaling))
-    tokenizer = load_tokenizer(config, model_config)
-    stored_config, model_config = model_config, _with_rows_for(tokenizer, model_config)
+    stored_config = model_config
+    # All that follows is of the model with the rows that it needs.
+    tokenizer = load_tokenizer(config, model_config) if config.added_tokens else None
+    if tokenizer is not None:
+        model_config = _with_rows_for(tokenizer, model_config)
     shape = ModelShape.from_config(model_config)
     resolved = _resolved(config, launch, shape)
     peft_config = requested_config(config.adapters)
@@ -79,10 +85,10 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
     more_notes = (
         adapter.note(config.model) if adapter else None,
         unknown_positions(shape, config.seq_len),
-        _of_pairs(config),
-        _of_rate(config),
-        _of_tokens(config, stored_config, model_config),
+        *_of_flags(config, stored_config, model_config),
     )
+    if tokenizer is None:
+        tokenizer = load_tokenizer(config, model_config)
     identity = Identity.of(
         model_config,
         peft_config,
@@ -214,6 +220,13 @@ def _own_attention(config: TrainConfig, plan: Plan, model: PreTrainedModel) -> s
     return attention if attention != "sdpa" and reason is not None else None
 
 
+def _of_flags(config: TrainConfig, stored: PreTrainedConfig, model_config: PreTrainedConfig) -> Iterator[str | None]:
+    """What a user should know of the flags."""
+    yield _of_pairs(config)
+    yield _of_rate(config)
+    yield _of_tokens(config, stored, model_config)
+
+
 def _of_pairs(config: TrainConfig) -> str | None:
     """What a user should know of the samples of a preference."""
     if config.sequences_per_sample == 1:
@@ -227,7 +240,8 @@ def _of_pairs(config: TrainConfig) -> str | None:
 
 def _of_rate(config: TrainConfig) -> str | None:
     """A rate for all weights moves adapters little. TRL has one default, too, and ten times it in its examples."""
-    if config.adapters is None or config.learning_rate is not None or config.has_answers:
+    is_default = config.learning_rate is None and not config.has_answers
+    if config.adapters is None or not is_default or config.peak_learning_rate >= _LEAST_RATE_OF_LORA:
         return None
     return (
         f"the learning rate is {config.peak_learning_rate:g}, the default, for adapters too; usual for LoRA are "
