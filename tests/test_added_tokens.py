@@ -112,3 +112,12 @@ def test_adapters_that_leave_the_rows_untrained_are_refused(tmp_path: Path) -> N
 def test_tokens_that_are_refused(given: list[str], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         parse_train_config(given)
+
+
+def test_tokens_are_words_of_the_command_line_or_a_list_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("add_tokens: [a b, c]\nadd_special_tokens: <|x|>\n", encoding="utf-8")
+    config = parse_train_config(["--config", str(tmp_path / "run.yaml")])
+    assert (config.add_tokens, config.add_special_tokens) == (["a b", "c"], ["<|x|>"])
+    assert config.added_tokens == ("a b", "c", "<|x|>")
+    assert parse_train_config(["--add_tokens", "a b", "c"]).add_tokens == ["a b", "c"]
+    assert parse_train_config([]).added_tokens == ()
