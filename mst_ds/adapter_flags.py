@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from mst_ds.command_line.flags import flag
+from mst_ds.command_line.flags import flag, joined, words_in
 
 ALL_LINEAR = "all-linear"
 # As TRL's scripts have them.
@@ -76,9 +76,7 @@ class AdapterFlags:
     )
 
     def __post_init__(self) -> None:
-        # Of the command line it is a list of words, of a YAML file and of Python one text.
-        words: str | list[str] = self.lora_target_modules
-        self.lora_target_modules = words if isinstance(words, str) else ",".join(words)
+        self.lora_target_modules = joined(self.lora_target_modules)
         # Names of the flags that the user gave, in the file too. No field, because it is no flag.
         self.given: frozenset[str] = frozenset()
 
@@ -110,13 +108,8 @@ class AdapterFlags:
             "lora_r": (1 <= self.lora_r <= MOST_RANK, f"a whole number from 1 to {MOST_RANK}"),
             "lora_alpha": (1 <= self.lora_alpha <= MOST_ALPHA, f"a whole number from 1 to {MOST_ALPHA:.0f}"),
             "lora_dropout": (0 <= self.lora_dropout < 1, "a number from 0 up to, not including, 1"),
-            "lora_target_modules": (bool(module_names(self.lora_target_modules)), "names of modules, or all-linear"),
+            "lora_target_modules": (bool(words_in(self.lora_target_modules)), "names of modules, or all-linear"),
         }
         for name, (is_allowed, allowed) in checks.items():
             if not is_allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {allowed}")
-
-
-def module_names(text: str) -> list[str]:
-    """The names in `text`, which has commas or spaces between them."""
-    return text.replace(",", " ").split()

@@ -13,7 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
 
-from mst_ds.adapter_flags import ALL_LINEAR, MOST_ALPHA, MOST_RANK, AdapterRequest, module_names
+from mst_ds.adapter_flags import ALL_LINEAR, MOST_ALPHA, MOST_RANK, AdapterRequest
+from mst_ds.command_line.flags import words_in
 from mst_ds.files.read_file import existing_file, expanded, read_json
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def requested_config(request: AdapterRequest | None) -> PeftConfig | None:
     _require_peft("lora_r")
     from peft import LoraConfig
 
-    names = module_names(request.lora_target_modules)
+    names = words_in(request.lora_target_modules)
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=request.lora_r or 0,

@@ -21,6 +21,7 @@ from mst_ds.command_line.flags import flag
 from mst_ds.files.read_file import expanded
 from mst_ds.files.shipped import shipped_folder
 from mst_ds.objective_flags import ObjectiveFlags
+from mst_ds.optimizers import ADAMW, check_optim
 from mst_ds.result_flags import ResultFlags
 
 GIB = 2**30
@@ -143,6 +144,12 @@ class _RunFlags:
     tokenizer: str | None = flag(
         None, "Hugging Face id or folder; default: the model's own, bytes for shipped configs.", os.path.expanduser
     )
+    add_tokens: list[str] | None = flag(  # noqa: RUF009 - see packing
+        None, "Words to add to the tokenizer, a token each, and rows for them to the model, where it has none left."
+    )
+    add_special_tokens: list[str] | None = flag(  # noqa: RUF009 - see packing
+        None, "As add_tokens, but control tokens: what a chat template writes, and only letters in any text."
+    )
     dataset: str | list[str] = flag(  # noqa: RUF009 - see packing
         "python_stdlib",
         "Shipped name, Hugging Face id, or a .txt, .jsonl, .json, .csv or .parquet file or folder of them; .gz, .zst. "
@@ -180,14 +187,17 @@ class _RunFlags:
     num_train_epochs: float | None = flag(
         None, "In place of max_steps: how often the run goes through its samples, a fraction too."
     )
+    optim: str = flag(
+        ADAMW, "Optimizer, as transformers calls it: adamw_torch, adamw_8bit (of bitsandbytes: moments of 8 bits), sgd."
+    )
     learning_rate: float | None = flag(
-        None, "Peak learning rate of AdamW; default: 2e-5, for small_llama 4e-3, for preferences 1e-6."
+        None, "Peak learning rate; default: 2e-5, for small_llama 4e-3, for preferences 1e-6."
     )
     lr_scheduler_type: str = flag("cosine", "Name of a transformers schedule, such as cosine, linear, constant.")
     warmup_steps: int | None = flag(
         None, "Optimizer steps over which the learning rate rises from 0; default: a tenth of the run's."
     )
-    weight_decay: float = flag(0.01, "Weight decay of AdamW.")
+    weight_decay: float = flag(0.01, "Weight decay of what is no norm and no bias.")
     adam_beta1: float = flag(0.9, "Decay rate of AdamW's first moment.")
     adam_beta2: float = flag(0.95, "Decay rate of AdamW's second moment.")
     adam_epsilon: float = flag(1e-8, "Term added to AdamW's denominator.")
@@ -215,7 +225,7 @@ class _RunFlags:
 
 @dataclass
 class TrainConfig(AdapterFlags, ObjectiveFlags, ResultFlags, _RunFlags):
-    """The flags of a training run. Lengths are in tokens, `weight_decay` and the rates as AdamW has them."""
+    """The flags of a training run. Lengths are in tokens, `weight_decay` and the rates as the optimizer has them."""
 
     def __post_init__(self) -> None:
         AdapterFlags.__post_init__(self)
@@ -228,6 +238,11 @@ class TrainConfig(AdapterFlags, ObjectiveFlags, ResultFlags, _RunFlags):
         copy = dataclasses.replace(self, **values)
         copy.given = self.given
         return copy
+
+    @property
+    def added_tokens(self) -> tuple[str, ...]:
+        """What the flags add to the tokenizer, control tokens last."""
+        return (*(self.add_tokens or ()), *(self.add_special_tokens or ()))
 
     @property
     def sample_len(self) -> int:
@@ -275,6 +290,8 @@ class TrainConfig(AdapterFlags, ObjectiveFlags, ResultFlags, _RunFlags):
             self.learning_rate,
             f"a number > 0 and at most {MOST_RATE:g}",
         )
+        _check_tokens(self.add_tokens, self.add_special_tokens)
+        check_optim(self.optim, self.given)
         self._check_steps()
         if self.eval_steps > 0:
             _require(
@@ -317,6 +334,15 @@ class TrainConfig(AdapterFlags, ObjectiveFlags, ResultFlags, _RunFlags):
 def _require(condition: bool, name: str, given: object, allowed: str) -> None:
     if not condition:
         raise ValueError(f"{name} is {given!r}; allowed: {allowed}")
+
+
+def _check_tokens(*flags: list[str] | None) -> None:
+    """Makes sure that each is there, and once."""
+    tokens = [token for each in flags for token in each or ()]
+    for token in tokens:
+        if not token.strip() or tokens.count(token) > 1:
+            says = "is there twice" if token.strip() else "is white space"
+            raise ValueError(f"the added token {token!r} {says}; allowed: words, each once")
 
 
 def _check_scheduler(name: str) -> None:

@@ -11,6 +11,8 @@ from mst_ds.command_line.flags import OneLineParser, unknown_flag
 from mst_ds.config import TrainConfig, nearest
 from mst_ds.files.read_file import existing_file, read_yaml
 
+_OF_SEVERAL_WORDS = ("dataset", "report_to", "add_tokens", "add_special_tokens")
+
 
 def parse_train_config(argv: Sequence[str]) -> TrainConfig:
     """Reads flags, over the YAML file named by `--config`, over the defaults; then validates.
@@ -76,7 +78,7 @@ def _yaml_flags(given: str) -> list[str]:
         if key not in allowed:
             near = nearest(str(key), allowed)
             raise ValueError(f"config {path} has the unknown key {key!r}{near}; allowed: {', '.join(allowed)}")
-        if key in ("dataset", "report_to") and isinstance(value, list) and value:
+        if key in _OF_SEVERAL_WORDS and isinstance(value, list) and value:
             flags += [f"--{key}", *map(str, value)]
             continue
         if isinstance(value, dict | list):

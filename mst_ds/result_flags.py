@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from mst_ds.command_line.flags import flag
+from mst_ds.command_line.flags import flag, joined, words_in
 
 TENSORBOARD = "tensorboard"
 # Libraries that a user installs, which are called by their own names.
@@ -35,15 +34,12 @@ class ResultFlags:
     hub_private_repo: bool = flag(False, "The repository is private, where it is not there yet.")
 
     def __post_init__(self) -> None:
-        # Of the command line it is a list of words, of a YAML file and of Python one text.
-        words: str | Sequence[str] = self.report_to
-        self.report_to = words if isinstance(words, str) else ",".join(words)
+        self.report_to = joined(self.report_to)
 
     @property
     def reports(self) -> tuple[str, ...]:
         """Each once, without "none"."""
-        words = self.report_to.replace(",", " ").split()
-        return tuple(dict.fromkeys(word for word in words if word != _NONE))
+        return tuple(dict.fromkeys(word for word in words_in(self.report_to) if word != _NONE))
 
     def check_results(self, *, eval_steps: int, save_steps: int) -> None:
         """Check these flags beside others, without network.
@@ -67,7 +63,7 @@ class ResultFlags:
             )
 
     def _check_reports(self) -> None:
-        words = self.report_to.replace(",", " ").split()
+        words = words_in(self.report_to)
         if not words or not set(words) <= set(_REPORTS) or (_NONE in words and len(set(words)) > 1):
             raise ValueError(
                 f"report_to is {self.report_to!r}; allowed: {', '.join(_REPORTS[:-1])}, several of them, or {_NONE}"

@@ -43,11 +43,11 @@ def test_every_flag_has_help_and_reaches_the_config():
         name: texts.get(of_type, "linear")
         for name, of_type in get_type_hints(TrainConfig).items()
         # Of those that say how long a run is, and of those that say which adapters are trained, only one may be given;
-        # and those of one objective.
+        # and those of one objective. Added tokens are lists.
         if name not in ("config", "output_dir", "resume", "max_steps", "peft_config", "adapter")
-        and not re.search("desirable|^loss_type|^epsilon|text_column", name)
+        and not re.search("desirable|^loss_type|^epsilon|text_column|^add_", name)
     }
-    changed |= {"hang_timeout": "1.5", "report_to": "none", "push_to_hub": "True"}
+    changed |= {"hang_timeout": "1.5", "report_to": "none", "push_to_hub": "True", "optim": "adamw_8bit"}
     config = parse_train_config([text for name, value in changed.items() for text in (f"--{name}", value)])
     for field in dataclasses.fields(TrainConfig):
         assert field.metadata["help"]

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "mst_ds"
 
 # From the bottom up. Modules of one line may import each other; each may import any line above this one.
 LAYERS = [
-    {"command_line", "dtypes", "files", "flash_attn_package", "geometry"},
+    {"command_line", "dtypes", "files", "flash_attn_package", "geometry", "optimizers"},
     {
         "adapter_flags",
         "adapters",
@@ -44,6 +44,7 @@ PURE |= {
     "config_parser",
     "flash_attn_package",
     "objective_flags",
+    "optimizers",
     "result_flags",
     "rows",
     "topology",

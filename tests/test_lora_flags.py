@@ -15,6 +15,7 @@ from tiny import tiny_llama
 from mst_ds.adapters import model_on_meta, requested_config, require_mergeable
 from mst_ds.checkpoint.export import merged_state
 from mst_ds.config_parser import parse_train_config
+from mst_ds.engine.preparation import _of_rate
 from mst_ds.model_folder import find_adapter
 
 
@@ -140,3 +141,13 @@ def test_what_cannot_be_merged_is_refused(architecture: str, adapter: dict[str, 
     with pytest.raises(ValueError, match=says) as error:
         require_mergeable(config, lora(**adapter))
     assert "\n" not in str(error.value)
+
+
+def test_the_default_rate_of_adapters_is_said() -> None:
+    of_adapters = ["--lora_r", "4", "--model", "owner/model"]
+    said = _of_rate(parse_train_config(of_adapters))
+    assert said is not None
+    assert said.startswith("the learning rate is 2e-05, the default, for adapters too; usual for LoRA are 1e-4 to 2e-4")
+    for more in (["--learning_rate", "3e-5"], ["--objective", "dpo"], ["--model", "small_llama"]):
+        assert _of_rate(parse_train_config([*of_adapters, *more])) is None
+    assert _of_rate(parse_train_config(of_adapters[2:])) is None

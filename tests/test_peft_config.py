@@ -87,6 +87,7 @@ def test_a_run_trains_adapters_that_peft_loads_that_go_on_and_that_are_merged(tm
     flags += " --max_steps 1 --warmup_steps 1 --eval_steps 1 --save_steps 1 --merge_adapter true --preflight false"
     going_on = Training(tmp_path / "on", *flags.split(), "--adapter", str(tmp_path / "run" / "model"))
     assert going_on.end(limit=300) == [0, 0], going_on.output
+    assert f"and the model with its adapters merged in {tmp_path}/on/model" in going_on.output
     evaluated, again = (eval_loss(tmp_path / name) for name in ("run", "on"))
 
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")

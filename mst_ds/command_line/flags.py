@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import field
 from typing import Any, NoReturn
 
@@ -51,11 +51,14 @@ _FLAGS_OF_OTHERS: Mapping[str, str] = {
     "fp16": "fp16 in the DeepSpeed JSON",
     "torch_dtype": "bf16 or fp16 in the DeepSpeed JSON",
     "dtype": "bf16 or fp16 in the DeepSpeed JSON",
-    "optim": "optimizer in the DeepSpeed JSON",
+    "optim_args": "params of optimizer in the DeepSpeed JSON",
     "load_in_4bit": _QUANTISED,
     "load_in_8bit": _QUANTISED,
-    "add_new_tokens": "a model with more rows ('Added tokens' in docs/training.md)",
-    "resize_token_embeddings": "a model with more rows ('Added tokens' in docs/training.md)",
+    "add_new_tokens": "--add_tokens, or --add_special_tokens for control tokens",
+    "added_tokens": "--add_tokens, or --add_special_tokens for control tokens",
+    "special_tokens": "--add_special_tokens",
+    "resize_vocab": "--add_tokens or --add_special_tokens, which also add rows to the model",
+    "resize_token_embeddings": "--add_tokens or --add_special_tokens, which also add rows to the model",
     "gradient_checkpointing": "recompute in the 'mst' block of the DeepSpeed JSON",
     "attn_implementation": "attention in the 'mst' block of the DeepSpeed JSON",
     "sp_size": "sp_size in the 'mst' block of the DeepSpeed JSON",
@@ -80,6 +83,16 @@ def flag(default: Any, help: str, parse: Callable[[str], Any] | None = None, nar
     if nargs is not None:
         metadata["nargs"] = nargs
     return field(default=default, metadata=metadata)
+
+
+def joined(words: str | Sequence[str]) -> str:
+    """One text of what is a list of words on the command line, and a text in a YAML file and in Python."""
+    return words if isinstance(words, str) else ",".join(words)
+
+
+def words_in(text: str) -> list[str]:
+    """The words in `text`, which has commas or spaces between them."""
+    return text.replace(",", " ").split()
 
 
 def unknown_flag(word: str, names: Iterable[str]) -> ValueError:

@@ -50,6 +50,7 @@ _OF_RUN: Mapping[str, Callable[[str], Any]] = {
     "per_device_train_batch_size": int,
     "gradient_accumulation_steps": int,
     "objective": str,
+    "optim": str,
 }
 
 
@@ -314,7 +315,7 @@ def _as_json(answer: _Answer) -> dict[str, Any]:
 def _print_plan(answer: _Answer, gpu: str | None) -> None:
     plan, longest = answer.plan, answer.longest
     if answer.request.sequences_per_sample > 1:
-        print(f"a sample has the two answers of a pair: {plan.seq_len} tokens")
+        print(f"a sample has two answers: {plan.seq_len} tokens")
     console().print(plan_table(plan))
     if gpu is None:
         print(f"times are by the rates of a {DEFAULT_GPU.name}, as no --gpu is named")

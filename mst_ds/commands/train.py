@@ -244,7 +244,10 @@ def _take_steps(job: _Job, interruption: Interruption) -> bool:
             }
             metrics.write_summary(of_run)
     if is_first and is_done:
-        print(f"Done: {folder / 'metrics.jsonl'}, {folder / 'summary.json'} and the model in {folder / 'model'}")
+        left = "the model"
+        if config.adapters is not None:
+            left = "the model with its adapters merged" if config.merge_adapter else "the adapters"
+        print(f"Done: {folder / 'metrics.jsonl'}, {folder / 'summary.json'} and {left} in {folder / 'model'}")
     engine.destroy()
     return is_done
 

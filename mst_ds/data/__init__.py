@@ -7,7 +7,7 @@ from mst_ds.data.sharding import ON_HOST, Batch, shard, shift_labels, to_device
 from mst_ds.data.shown import shown_samples
 from mst_ds.data.text_source import load_documents
 from mst_ds.data.tokenising import tokenise
-from mst_ds.data.tokenizer import byte_tokenizer, load_tokenizer
+from mst_ds.data.tokenizer import byte_tokenizer, load_tokenizer, rows_for
 from mst_ds.data.training_data import TrainingData, describe, load_training_data
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "load_documents",
     "load_tokenizer",
     "load_training_data",
+    "rows_for",
     "shard",
     "shift_labels",
     "shown_samples",

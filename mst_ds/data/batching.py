@@ -25,3 +25,11 @@ def documents_at_once(lengths: NDArray[np.int64]) -> int:
             break
         number //= 2
     return number
+
+
+def with_neighbours(at_once: int, number: int) -> int:
+    """About `at_once` of a number of documents, so that none is alone, the last one neither."""
+    at_once = max(2, at_once)
+    while number > at_once and number % at_once == 1:
+        at_once += 1
+    return at_once

@@ -11,7 +11,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from mst_ds.config import TooLong
-from mst_ds.data.groups import counted, documents_of, groups_of
+from mst_ds.data.groups import are_answers, counted, documents_of, groups_of
 from mst_ds.data.tokenising import LEARNED
 from mst_ds.rows.kinds import INPUT_IDS
 
@@ -20,17 +20,16 @@ _DONE = {"split": "split", "truncate": "truncated", "drop": "left out"}
 
 @dataclass(frozen=True)
 class Fitting:
-    """rows: row numbers of the documents that are trained on, ascending. num_groups: of all documents or pairs.
+    """rows: row numbers of the documents that are trained on, ascending. amount: of all documents, pairs or answers.
 
     num_too_long: those longer than a sequence, but for texts that are split. num_unlearned: those of which nothing is
-    learned, or of a pair of one answer, not counting what is left out because it is too long. group: documents of one.
+    learned, or of a pair of one answer, not counting what is left out because it is too long.
     """
 
     rows: NDArray[np.int64]
-    num_groups: int
+    amount: str
     num_too_long: int
     num_unlearned: int
-    group: int = 1
 
     def note(self, seq_len: int, too_long: TooLong) -> str | None:
         """One line for people, of what is not trained as it stands in the dataset; None where all is."""
@@ -40,7 +39,7 @@ class Fitting:
         if self.num_unlearned:
             within = " within that length" if too_long == "truncate" else ""
             parts.append(f"{self.num_unlearned:,} have nothing to learn{within} and are left out")
-        return f"data: of {counted(self.num_groups, self.group)} {'; '.join(parts)}" if parts else None
+        return f"data: of {self.amount} {'; '.join(parts)}" if parts else None
 
 
 def fitting_documents(
@@ -51,7 +50,8 @@ def fitting_documents(
     Args:
         tokens: the result of `tokenise`.
         rows: row numbers of the documents to choose from, of whole groups; default: all.
-        group: documents that stay together, of which all are trained on or none.
+        group: documents that stay together, of which all are trained on or none. An answer is too long where it is so
+            behind its own prompt: another prompt's answer, which stands beside it for an estimate alone, is truncated.
 
     Raises:
         ValueError: nothing is learned of any document.
@@ -66,19 +66,21 @@ def fitting_documents(
         # Texts that have nothing to predict are not worth a word: they are empty lines.
         is_learned = np.ones(len(lengths), dtype=bool)
     groups_there, groups_learned = (groups_of(each, group).all(axis=1) for each in (is_there, is_learned))
-    is_long = groups_there & groups_of(lengths > seq_len, group).any(axis=1)
+    longer = groups_of(lengths > seq_len, group)
+    is_long = groups_there & (longer[:, 0] if are_answers(tokens, group) else longer.any(axis=1))
     fits = groups_there & ~is_long if too_long == "drop" else groups_there
     chosen = np.flatnonzero(fits & groups_learned)
     num_groups = int(groups_there.sum())
+    amount = counted(num_groups, tokens, group)
     if num_groups and not len(chosen):
         raise ValueError(
-            f"nothing is learned of the {counted(num_groups, group)} of the dataset, {int(is_long.sum())} of which "
+            f"nothing is learned of the {amount} of the dataset, {int(is_long.sum())} of which "
             f"are longer than seq_len, {seq_len}, and {_DONE[too_long]}; allowed: answers of an assistant, completions "
             "or labels within seq_len, or too_long 'split'"
         )
     num_too_long = int(is_long.sum()) if has_learned or too_long != "split" else 0
     num_unlearned = int((fits & ~groups_learned).sum())
-    return Fitting(documents_of(chosen, group), num_groups, num_too_long, num_unlearned, group)
+    return Fitting(documents_of(chosen, group), amount, num_too_long, num_unlearned)
 
 
 def tokens_of_documents(tokens: Dataset) -> NDArray[np.int64]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import TypeVar
 
 import numpy as np
+from datasets import Dataset
 from numpy.typing import NDArray
+
+from mst_ds.rows.kinds import LABEL
 
 Number = TypeVar("Number", bound=np.generic)
 
@@ -20,7 +23,12 @@ def documents_of(groups: NDArray[np.int64], group: int) -> NDArray[np.int64]:
     return (groups[:, None] * group + np.arange(group)).ravel()
 
 
-def counted(number: int, group: int) -> str:
-    """So many groups, as people call them."""
-    name = "document" if group == 1 else "pair"
+def are_answers(tokens: Dataset, group: int) -> bool:
+    """Whether a group of `tokens` is an answer with a label and, behind the same prompt, another prompt's answer."""
+    return group > 1 and LABEL in tokens.column_names
+
+
+def counted(number: int, tokens: Dataset, group: int) -> str:
+    """So many groups of `tokens`, as people call them."""
+    name = "document" if group == 1 else "answer" if are_answers(tokens, group) else "pair"
     return f"{number:,} {name}{'' if number == 1 else 's'}"

@@ -50,6 +50,6 @@ def mix(
         rows.append(taken + before)
         before += len(each)
         amount = int(tokens_of_documents(each)[taken].sum())
-        notes.append(f"{num_taken:,} of {counted(number, group)} of {name!r} with {amount:,} tokens")
+        notes.append(f"{num_taken:,} of {counted(number, each, group)} of {name!r} with {amount:,} tokens")
     whole = tokens[0] if len(tokens) == 1 else concatenate_datasets(list(tokens))
     return Mixture(whole, np.concatenate(rows), f"data: {'; '.join(notes)}" if len(tokens) > 1 else None)

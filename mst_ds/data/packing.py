@@ -67,8 +67,8 @@ def split_documents(
     if left < (unit if too_long == "split" else 1):
         raise ValueError(
             f"eval_samples is {num_samples} of {seq_len} tokens, but the dataset has {amounts.sum()} {name} in "
-            f"{counted(len(lengths), group)}, and holding whole ones out leaves {left} {name} for training, not "
-            " enough for one sample; allowed: fewer eval_samples, a shorter seq_len, or eval_steps 0"
+            f"{counted(len(lengths), tokens, group)}, and holding whole ones out leaves {left} {name} for training, "
+            "not enough for one sample; allowed: fewer eval_samples, a shorter seq_len, or eval_steps 0"
         )
     of_parts = order[num_held_out:], order[:num_held_out]
     training, held_out = (rows[documents_of(np.sort(each), group)] for each in of_parts)
@@ -239,7 +239,7 @@ class PackedDataset(torch.utils.data.Dataset[Batch]):
     def _read(self, column: str, part: Part) -> NDArray[np.generic]:
         """Of a sample's tokens what stands in `column`."""
         rows = self._rows[self._documents[part.documents].tolist()][column]
-        if self.too_long == "truncate":
+        if self.too_long != "split":
             rows = pc.list_slice(rows, 0, self.longest)
         # Views of the file: of a long document only the tokens of this sample are copied.
         stream = pa.chunked_array([row.flatten() for row in rows.chunks])

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from mst_ds.config import LossOn
-from mst_ds.data.batching import documents_at_once
+from mst_ds.data.batching import documents_at_once, with_neighbours
 from mst_ds.data.chat_encoder import Learned
 from mst_ds.data.chat_template import AnswersNotToldError, strings_in
 from mst_ds.data.long_texts import Text
@@ -109,12 +109,15 @@ def tokenise(
     if rows == "rollout":
         features |= {ADVANTAGES: Value("float64"), OLD_LOGPS: ListOf(Value("float32"))}
     of_rows = {"tokenizer": tokenizer, "loss_on": loss_on, "name": name, "kind": rows}
+    at_once = documents_at_once(_lengths(table[:]))
+    if rows == "labelled":
+        at_once = with_neighbours(at_once, len(documents))
     try:
         with _one_process_at_a_time(documents):
             tokens = table.map(
                 _encode if is_text else _encode_rows,
                 batched=True,
-                batch_size=documents_at_once(_lengths(table[:])),
+                batch_size=at_once,
                 fn_kwargs={"tokenizer": tokenizer} if is_text else of_rows,
                 with_indices=not is_text,
                 remove_columns=documents.column_names,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from mst_ds.files.read_file import existing_file, read_text
 from mst_ds.model_shape import require_no_pointers, shipped_model_config
 
 END_OF_TEXT = "<|endoftext|>"
+_MOST_NAMES = 8
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -35,12 +37,12 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer(config: TrainConfig, model_config: PreTrainedConfig) -> PreTrainedTokenizerBase:
-    """`--tokenizer`, else the model's own, with the chat template of `--chat_template_path`, if it is given; a shipped
-    model config has none and reads bytes.
+    """`--tokenizer`, else the model's own, with the tokens that are to be added and the chat template of
+    `--chat_template_path`, if it is given; a shipped model config has none and reads bytes.
 
     Raises:
-        ValueError: no tokenizer is found, it has no EOS token, or it has more ids than the model; or the file of the
-            chat template cannot be read.
+        ValueError: no tokenizer is found, it has no EOS token, or it has ids beyond those of the model, of tokens that
+            are not to be added; or the file of the chat template cannot be read.
     """
     if config.tokenizer is None and shipped_model_config(config.model) is not None:
         name = "byte level"
@@ -50,19 +52,33 @@ def load_tokenizer(config: TrainConfig, model_config: PreTrainedConfig) -> PreTr
         tokenizer = _pretrained(name, trust_remote_code=config.trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer {name!r} has no EOS token to end a document with; allowed: one with eos_token")
-    # The highest id counts, not the number of tokens: ids may have gaps.
-    ids = max(tokenizer.get_vocab().values()) + 1
+    _add(tokenizer, config.add_special_tokens, is_special=True)
+    _add(tokenizer, config.add_tokens, is_special=False)
     vocab_size = model_config.get_text_config().vocab_size
-    if ids > vocab_size:
+    ids = rows_for(tokenizer)
+    beyond = {token: each for token, each in tokenizer.get_vocab().items() if each >= vocab_size}
+    if beyond.keys() - set(config.added_tokens):
+        first = sorted(beyond, key=beyond.__getitem__)[:_MOST_NAMES]
+        more = " ..." if len(beyond) > _MOST_NAMES else ""
         raise ValueError(
             f"tokenizer {name!r} has {ids} ids, but model {config.model!r} has a vocab_size of {vocab_size}; "
-            f"allowed: a tokenizer with at most {vocab_size} ids, such as the model's own, or a model with more rows, "
-            f"which transformers makes of it by resize_token_embeddings({ids}) ('Added tokens' in docs/training.md)"
+            f"allowed: a tokenizer with at most {vocab_size} ids, such as the model's own, or --add_tokens or "
+            f"--add_special_tokens {' '.join(map(repr, first))}{more}, which adds rows to the model"
         )
     if config.chat_template_path is not None:
         file = existing_file(config.chat_template_path, "chat_template_path", "the file of a chat template")
         tokenizer.chat_template = read_text(file)
     return tokenizer
+
+
+def rows_for(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows that a model needs for it. The highest id counts, not the number of tokens: ids may have gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def _add(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str] | None, *, is_special: bool) -> None:
+    # One that is there already keeps its id.
+    tokenizer.add_tokens(list(tokens or ()), special_tokens=is_special)
 
 
 def _pretrained(name: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:

@@ -44,8 +44,9 @@ class TrainingData:
 
     def amounts(self, num_steps: int, samples_per_step: int) -> dict[str, int | float]:
         """How much there is for training, how often `num_steps` go through it, and how much is held out of it."""
-        pairs = {"pairs": self.train.num_documents // 2} if self.train.group == 2 else {}
-        return pairs | {
+        name = "answers" if LABEL in self.of_documents else "pairs"
+        groups = {name: self.train.num_documents // 2} if self.train.group == 2 else {}
+        return groups | {
             "documents": self.train.num_documents,
             "tokens": self.train.num_tokens,
             "tokens_learned": self.train.num_learned,
@@ -123,9 +124,9 @@ def _column(tokens: Dataset, name: str) -> NDArray[np.generic]:
 def describe(amounts: Mapping[str, int | float], num_steps: int) -> str:
     """One line for people, of `TrainingData.amounts`."""
     learned = "" if amounts["tokens_learned"] == amounts["tokens"] else f" ({amounts['tokens_learned']:,} learned)"
-    pairs = f"{amounts['pairs']:,} pairs, " if "pairs" in amounts else ""
+    groups = "".join(f"{amounts[name]:,} {name}, " for name in ("pairs", "answers") if name in amounts)
     line = (
-        f"data: {pairs}{amounts['documents']:,} documents, {amounts['tokens']:,} tokens{learned}, "
+        f"data: {groups}{amounts['documents']:,} documents, {amounts['tokens']:,} tokens{learned}, "
         f"{amounts['samples']:,} samples of {amounts['seq_len']}; {num_steps:,} steps are {amounts['epochs']:.3g} "
         "epochs"
     )

@@ -15,7 +15,7 @@ from mst_ds.adapters import add_adapters, model_on_meta
 from mst_ds.checkpoint import universal_setting
 from mst_ds.cpu_threads import cores_of_node, share_cores
 from mst_ds.engine.hardware import has_accelerator
-from mst_ds.engine.optimizer import adamw, schedule
+from mst_ds.engine.optimizer import make_optimizer, schedule, setting_of
 from mst_ds.engine.run import Run
 from mst_ds.kept_in_fp32 import KeptTensor, Loading, keep_in_fp32, kept_in_fp32
 from mst_ds.memory.host import give_back_pinned_memory
@@ -46,12 +46,13 @@ def build_engine(run: Run, group: ProcessSequenceGroup | None) -> DeepSpeedEngin
     if has_accelerator() and zero.offloads_optimizer:
         share_cores(cores_of_node())
     has_own_optimizer, has_own_schedule = (has_block(run.ds_config, name) for name in ("optimizer", "scheduler"))
+    setting = {} if has_own_optimizer else setting_of(run.config)
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
-        optimizer=None if has_own_optimizer else adamw(model, run.config, zero),
+        optimizer=None if has_own_optimizer else make_optimizer(model, run.config, zero),
         lr_scheduler=None if has_own_schedule else functools.partial(schedule, run.config),
-        config=run.ds_config | universal_setting(run.checkpoint, run.launch.world_size),
+        config=run.ds_config | universal_setting(run.checkpoint, run.launch.world_size) | setting,
     )
     # DeepSpeed pins the shard of each weight, and then copies all into one block.
     give_back_pinned_memory()
@@ -73,6 +74,8 @@ def _load_model(run: Run) -> tuple[nn.Module, list[KeptTensor]]:
             dtype=run.dtype,
             attention=run.own_attention,
             new_lm_head=run.config.new_lm_head,
+            stored_vocab_size=run.stored_vocab_size,
+            seed=run.config.seed,
         )
     kept = loading.kept(model)
     # transformers has loaded parameters require gradients, also those that the model's own code does not train.

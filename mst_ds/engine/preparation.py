@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from mst_ds.adapters import model_on_meta, requested_config, require_mergeable
-from mst_ds.checkpoint import Identity
+from mst_ds.checkpoint import Checkpoint, Identity
 from mst_ds.config import AUTO, TrainConfig
-from mst_ds.data import load_tokenizer
+from mst_ds.data import load_tokenizer, rows_for
 from mst_ds.dtypes import DTYPES
 from mst_ds.engine.deepspeed_config import require_accepted
 from mst_ds.engine.hardware import has_accelerator, rank_capability, rank_device_memory, rank_gpu, rank_host_memory
 from mst_ds.engine.launch import Launch
+from mst_ds.engine.optimizer import require_installed
 from mst_ds.engine.resume import find_checkpoint
 from mst_ds.engine.run import Run
 from mst_ds.kept_in_fp32 import kept_in_fp32, require_no_adapters_on
-from mst_ds.model_folder import ModelLayout, SavedAdapter, Weights, find_adapter, find_weights, require_match
+from mst_ds.model_folder import (
+    ModelLayout,
+    SavedAdapter,
+    Weights,
+    find_adapter,
+    find_weights,
+    require_match,
+    with_vocab_size,
+)
 from mst_ds.model_shape import (
     ModelShape,
     load_model_config,
@@ -29,6 +39,7 @@ from mst_ds.model_shape import (
     unknown_positions,
 )
 from mst_ds.objective_flags import ObjectiveFlags
+from mst_ds.optimizers import ADAMW, OPTIMIZERS
 from mst_ds.patching import find_parts
 from mst_ds.planner import DEFAULT_RESERVE, Plan, Request, make_request, plan_of_request, settle_sp_size
 from mst_ds.preflight import require_exact
@@ -40,6 +51,8 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
+_LEAST_RATE_OF_LORA = 1e-4
+
 
 def prepare(config: TrainConfig, launch: Launch) -> Run:
     """Check the request, but for its data, and make this rank's plan, before weights load or processes meet.
@@ -49,9 +62,15 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
             cannot run, in one line. Every rank finds the same, so all ranks stop.
     """
     checkpoint = find_checkpoint(config)
+    require_installed(config.optim)
     model_config = load_model_config(config.model, trust_remote_code=config.trust_remote_code)
     if config.rope_scaling is not None:
         scale_rope(model_config, parse_rope_scaling(config.rope_scaling))
+    stored_config = model_config
+    # All that follows is of the model with the rows that it needs.
+    tokenizer = load_tokenizer(config, model_config) if config.added_tokens else None
+    if tokenizer is not None:
+        model_config = _with_rows_for(tokenizer, model_config)
     shape = ModelShape.from_config(model_config)
     resolved = _resolved(config, launch, shape)
     peft_config = requested_config(config.adapters)
@@ -60,14 +79,16 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
     plan = plan_of_request(request)
     _require_trainable(config, plan, model_config, peft_config, model, adapted)
     own_attention = _own_attention(config, plan, model)
-    weights, notes = _weights(config, model, DTYPES[plan.dtype])
+    _require_trained_rows(config, peft_config, model)
+    weights, notes = _weights(config, model, DTYPES[plan.dtype], stored_config)
     adapter = _adapter(config, adapted)
     more_notes = (
         adapter.note(config.model) if adapter else None,
         unknown_positions(shape, config.seq_len),
-        _of_pairs(config),
+        *_of_flags(config, stored_config, model_config),
     )
-    tokenizer = load_tokenizer(config, model_config)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(config, model_config)
     identity = Identity.of(
         model_config,
         peft_config,
@@ -78,6 +99,7 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
     )
     if checkpoint is not None:
         identity.require_same(checkpoint.identity, checkpoint.folder)
+        _require_states_for(config, launch, resolved.ds_config, checkpoint)
     if config.preflight:
         require_exact(model_config, plan.settings, packed=config.has_documents)
     return Run(
@@ -86,6 +108,7 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
         ds_config=resolved.ds_config,
         model_config=model_config,
         peft_config=peft_config,
+        stored_vocab_size=stored_config.get_text_config().vocab_size,
         own_attention=own_attention,
         model_class=type(model),
         layout=ModelLayout.of(adapted),
@@ -98,6 +121,12 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
         identity=identity,
         checkpoint=checkpoint,
     )
+
+
+def _with_rows_for(tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig) -> PreTrainedConfig:
+    """That of the model once it has a row for each token."""
+    rows = rows_for(tokenizer)
+    return model_config if rows <= model_config.get_text_config().vocab_size else with_vocab_size(model_config, rows)
 
 
 def _resolved(config: TrainConfig, launch: Launch, shape: ModelShape) -> ResolvedConfig:
@@ -181,7 +210,7 @@ def _own_attention(config: TrainConfig, plan: Plan, model: PreTrainedModel) -> s
     reason = why_own_attention(model)
     if config.sequences_per_sample > 1 and reason is not None:
         raise ValueError(
-            f"objective is {config.objective!r}, whose pairs share a sample, but {type(model).__name__} {reason}; "
+            f"objective is {config.objective!r}, whose answers share a sample, but {type(model).__name__} {reason}; "
             "allowed: 'sft'"
         )
     if config.packing == "documents" and reason is not None:
@@ -191,24 +220,80 @@ def _own_attention(config: TrainConfig, plan: Plan, model: PreTrainedModel) -> s
     return attention if attention != "sdpa" and reason is not None else None
 
 
+def _of_flags(config: TrainConfig, stored: PreTrainedConfig, model_config: PreTrainedConfig) -> Iterator[str | None]:
+    """What a user should know of the flags."""
+    yield _of_pairs(config)
+    yield _of_rate(config)
+    yield _of_tokens(config, stored, model_config)
+
+
 def _of_pairs(config: TrainConfig) -> str | None:
     """What a user should know of the samples of a preference."""
     if config.sequences_per_sample == 1:
         return None
+    answers = "an answer and another prompt's" if config.objective == "kto" else "the two answers of a pair"
     return (
-        f"objective {config.objective}: a sample has {config.sample_len} tokens, for the two answers of a pair, of up "
-        f"to {config.seq_len} tokens each with their prompt"
+        f"objective {config.objective}: a sample has {config.sample_len} tokens, for {answers}, of up to "
+        f"{config.seq_len} tokens each with their prompt"
     )
 
 
-def _weights(config: TrainConfig, model: PreTrainedModel, dtype: torch.dtype) -> tuple[Weights | None, tuple[str, ...]]:
+def _of_rate(config: TrainConfig) -> str | None:
+    """A rate for all weights moves adapters little. TRL has one default, too, and ten times it in its examples."""
+    is_default = config.learning_rate is None and not config.has_answers
+    if config.adapters is None or not is_default or config.peak_learning_rate >= _LEAST_RATE_OF_LORA:
+        return None
+    return (
+        f"the learning rate is {config.peak_learning_rate:g}, the default, for adapters too; usual for LoRA are "
+        "1e-4 to 2e-4 (--learning_rate)"
+    )
+
+
+def _of_tokens(config: TrainConfig, stored: PreTrainedConfig, model_config: PreTrainedConfig) -> str | None:
+    """What becomes of the tokens that are added."""
+    if not config.added_tokens:
+        return None
+    before, after = (each.get_text_config().vocab_size for each in (stored, model_config))
+    rows = f"{after - before} new rows, around the mean of its {before}" if after > before else "rows for them already"
+    return f"added tokens: {' '.join(map(repr, config.added_tokens))}; the model has {rows}"
+
+
+def _require_trained_rows(config: TrainConfig, peft_config: PeftConfig | None, model: PreTrainedModel) -> None:
+    """Refuse added tokens whose rows would stay as they begin, and be in no file of adapters.
+
+    Args:
+        model: with the adapters in it.
+
+    Raises:
+        ValueError: tokens are added, and the adapters train not the embedding, or not the LM head.
+    """
+    if not config.added_tokens or peft_config is None:
+        return
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if not any(parameter.requires_grad for parameter in module.parameters()):
+            names = [name.rpartition(".")[2] for name, each in model.named_modules() if each is module]
+            raise ValueError(
+                f"tokens are added ({' '.join(map(repr, config.added_tokens))}), but the adapters do not train "
+                f"{names[0]}, where the model has their rows; allowed: --peft_config with an adapter_config.json whose "
+                "modules_to_save names embedding and LM head, or the model itself trained"
+            )
+
+
+def _weights(
+    config: TrainConfig, model: PreTrainedModel, dtype: torch.dtype, stored_config: PreTrainedConfig
+) -> tuple[Weights | None, tuple[str, ...]]:
     """What the model starts from, and what a user should know of it.
+
+    Args:
+        stored_config: that of the weights, which may have fewer rows than `model`.
 
     Raises:
         ValueError: a weight file is missing or damaged, or the weights are not those of the model.
     """
     weights = find_weights(config.model)
     if weights is not None:
+        if stored_config.get_text_config().vocab_size < model.config.get_text_config().vocab_size:
+            model = model_on_meta(stored_config, None)[0]
         return weights, require_match(weights, model, dtype=dtype, new_lm_head=config.new_lm_head)
     if config.new_lm_head:
         raise ValueError(f"new_lm_head is true, but model {config.model!r} has no weights; allowed: no --new_lm_head")
@@ -228,6 +313,20 @@ def _adapter(config: TrainConfig, adapted: Any) -> SavedAdapter | None:
     return adapter
 
 
+def _require_states_for(config: TrainConfig, launch: Launch, ds_config: DsConfig, checkpoint: Checkpoint) -> None:
+    """Refuse to go on with an optimizer whose states DeepSpeed does not take to another number of ranks.
+
+    Raises:
+        ValueError: the checkpoint is of as many ranks as those states are of, and this run has another number.
+    """
+    is_adamw = has_block(ds_config, "optimizer") or OPTIMIZERS[config.optim] == OPTIMIZERS[ADAMW]
+    if not is_adamw and checkpoint.identity.zero_stage > 0 and checkpoint.world_size != launch.world_size:
+        raise ValueError(
+            f"optim is {config.optim!r}, whose states are in {checkpoint.folder} for {checkpoint.world_size} ranks, "
+            f"but this run has {launch.world_size}; allowed: {checkpoint.world_size} ranks, or {ADAMW} from the start"
+        )
+
+
 def _kept_settings(config: TrainConfig, plan: Plan, ds_config: DsConfig) -> dict[str, Any]:
     """Settings of the optimizer and of the data whose values come from a checkpoint, by who owns them."""
     kept: dict[str, Any] = {"seed": config.seed, "samples of a step": plan.samples_per_step} | kept_blocks(ds_config)
@@ -237,4 +336,7 @@ def _kept_settings(config: TrainConfig, plan: Plan, ds_config: DsConfig) -> dict
     if has_block(ds_config, "optimizer"):
         return kept
     names = ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+    if OPTIMIZERS[config.optim] != OPTIMIZERS[ADAMW]:
+        # Two names of one optimizer are the same.
+        kept["optimizer"] = next(name for name, each in OPTIMIZERS.items() if each == OPTIMIZERS[config.optim])
     return kept | {name: getattr(config, name) for name in names} | {"learning_rate": config.peak_learning_rate}

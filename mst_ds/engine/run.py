@@ -28,7 +28,8 @@ class Run:
     """A run that has passed every check that needs neither tokens, weights nor other processes.
 
     `ds_config` is what DeepSpeed gets: every "auto" filled in, without the "mst" block. `request` is what `plan` was
-    made of. `own_attention` is the implementation that transformers loads the model with; None leaves that to
+    made of. `stored_vocab_size` are the rows that the weights have for tokens, fewer than the model where some are
+    added. `own_attention` is the implementation that transformers loads the model with; None leaves that to
     transformers. `weights` is None where they start from random ones, `adapter` where adapters are new ones or there
     are none; `layout` is of the model that was checked, and `notes` what a user should know of what is loaded.
     `checkpoint` is what the run goes on from.
@@ -39,6 +40,7 @@ class Run:
     ds_config: DsConfig
     model_config: PreTrainedConfig
     peft_config: PeftConfig | None
+    stored_vocab_size: int
     own_attention: str | None
     model_class: type[PreTrainedModel]
     layout: ModelLayout

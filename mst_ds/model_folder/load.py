@@ -12,6 +12,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from mst_ds.model_folder.contents import Weights
 from mst_ds.model_folder.generation import generation_config
 from mst_ds.model_folder.match import Difference, head_names
+from mst_ds.model_folder.rows import add_rows, with_vocab_size
 from mst_ds.model_folder.tensors import StoredTensors
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ def load_model(
     dtype: torch.dtype,
     attention: str | None = None,
     new_lm_head: bool = False,
+    stored_vocab_size: int | None = None,
+    seed: int = 0,
 ) -> PreTrainedModel:
     """A model of `config` in `dtype`. Under ZeRO-3 sharded from the start, which is a collective call.
 
@@ -35,6 +38,8 @@ def load_model(
         model_class: what transformers makes of the config.
         attention: the implementation; None leaves it to transformers.
         new_lm_head: whether the LM head starts from random values.
+        stored_vocab_size: the rows that the weights have for tokens, where `config` has more; see `add_rows`.
+        seed: of the other rows.
 
     Raises:
         ValueError: what was loaded is not all that the model needs, or more than that.
@@ -43,7 +48,10 @@ def load_model(
     if weights is None:
         random: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **settings)
         return random
-    settings |= {"config": config, "output_loading_info": True}
+    vocab_size = config.get_text_config().vocab_size
+    has_all_rows = stored_vocab_size in (None, vocab_size)
+    stored_config = config if has_all_rows else with_vocab_size(config, stored_vocab_size or 0)
+    settings |= {"config": stored_config, "output_loading_info": True}
     load: Any = model_class.from_pretrained  # a pair, with its loading_info, which its annotation does not know
     if weights.quantization is None:
         model, info = load(weights.source, **settings)
@@ -57,4 +65,6 @@ def load_model(
         model.name_or_path = model.config.name_or_path = weights.source
     Difference.of(info).require_none(weights.source, head=head_names(model), new_lm_head=new_lm_head)
     loaded: PreTrainedModel = model
+    if not has_all_rows:
+        add_rows(loaded, vocab_size, seed=seed)
     return loaded

@@ -149,9 +149,11 @@ def _bytes_of_shard(work: Workload, *, from_stage: int) -> int:
 
 
 def _optimizer_seconds(work: Workload, gpu: Gpu, rates: Rates) -> float:
-    """The optimizer reads the gradient, the master parameters and its moments in fp32, and writes all but the first."""
+    """The optimizer reads the gradient and the master parameters in fp32, and its moments, and writes all but the
+    first."""
     count = work.sharded(work.shape.trained.all, from_stage=1)
-    kept = (1 + work.zero.optimizer_moments) * _FP32_BYTES * count
+    of_moments = work.zero.optimizer_moments * (1 if work.zero.moments_in_8_bits else _FP32_BYTES)
+    kept = (_FP32_BYTES + of_moments) * count
     touched = 2 * kept + _FP32_BYTES * count
     if work.zero.optimizer_offload == "none":
         return touched / rates.passes

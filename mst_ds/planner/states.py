@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from mst_ds.geometry import ceil_divide, pinned_block
+from mst_ds.optimizers import BLOCK_OF_8_BITS, LEAST_OF_8_BITS
 from mst_ds.planner.persistent import persistent_counts
 from mst_ds.planner.pinned import pinned, rounding_term
 from mst_ds.planner.types import MemoryTerm, Place, product_term, total_bytes
-from mst_ds.planner.weights import ranges, rounding_of_shards, sub_groups, weights_of_ranges
+from mst_ds.planner.weights import ranges, rounding_of_shards, sub_groups, weights_of_ranges, weights_one_by_one
 from mst_ds.planner.workload import Workload
 from mst_ds.zero import OffloadDevice
 
@@ -256,11 +257,7 @@ def optimizer_states(work: Workload) -> Terms:
     count = work.sharded(work.shape.trained.all, from_stage=1)
     place = _OFFLOAD_PLACES[zero.optimizer_offload]
     of_rank = ("trained parameters of this rank", count)
-    moments: Terms = ()
-    if zero.optimizer_moments:
-        moments = (
-            _state("optimizer_moments", place, ("moments", zero.optimizer_moments), of_rank, ("bytes", _FP32_BYTES)),
-        )
+    moments = _moments_in_8_bits(work) if zero.moments_in_8_bits else _moments(work, place, count)
     # Every ZeRO stage has a master copy, of fp32 parameters too; only plain fp32 is updated in place.
     if zero.stage == 0 and zero.dtype == "fp32":
         return moments
@@ -313,6 +310,32 @@ def optimizer_step(work: Workload) -> Terms:
         own = _state("gradients", "device", *factors)
         return max(gradients(work), (own, *flat, copy), key=total_bytes)
     return (*gradients(work), *flat, copy, *bucket)
+
+
+def _moments(work: Workload, place: Place, count: int) -> Terms:
+    number = ("moments", work.zero.optimizer_moments)
+    if not number[1]:
+        return ()
+    of_rank = ("trained parameters of this rank", count)
+    return (_state("optimizer_moments", place, number, of_rank, ("bytes", _FP32_BYTES)),)
+
+
+def _moments_in_8_bits(work: Workload) -> Terms:
+    """On the device: bytes, with a scale for each block, of every tensor that the optimizer has: a weight without ZeRO,
+    what a rank has of a group or a sub-group with it. Of small ones they are in fp32, as ever."""
+    zero, number = work.zero, ("moments", work.zero.optimizer_moments)
+    if zero.stage == 0:
+        tensors = weights_one_by_one(work.shape)
+    else:
+        tensors = _sub_groups(work) if zero.stage == 3 else ranges(work.shape, zero.dp_world_size)
+    large = [elements for elements in tensors if elements >= LEAST_OF_8_BITS]
+    blocks = sum(ceil_divide(elements, BLOCK_OF_8_BITS) for elements in large)
+    terms = (
+        _state("optimizer_moments", "device", number, ("elements in 8 bits", sum(large)), ("bytes", 1)),
+        _state("optimizer_scales", "device", number, ("blocks", blocks), ("bytes", _FP32_BYTES)),
+        _state("small_moments", "device", number, ("others", sum(tensors) - sum(large)), ("bytes", _FP32_BYTES)),
+    )
+    return tuple(term for term in terms if term.bytes)
 
 
 def _flat_gradient(work: Workload) -> Terms:

@@ -12,6 +12,12 @@ _ALIGNMENT = 2
 
 
 @cache
+def weights_one_by_one(shape: ModelShape) -> tuple[int, ...]:
+    """The elements of each trained weight, see `_optimizer_groups`."""
+    return tuple(size for group in _optimizer_groups(shape) for size in group)
+
+
+@cache
 def ranges(shape: ModelShape, ranks: int) -> tuple[int, ...]:
     """The elements that a rank has of each of the optimizer's groups."""
     return tuple(_range(group, ranks) for group in _optimizer_groups(shape))

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias, cast
 from mst_ds.config import AUTO, TrainConfig
 from mst_ds.files.read_file import read_json
 from mst_ds.files.shipped import existing_or_shipped_file
+from mst_ds.optimizers import ADAMW, OPTIMIZERS
 from mst_ds.settings import MstConfig
 from mst_ds.topology import choose_sp_size, divisors
 from mst_ds.zero.checks import ACCUMULATION, MICRO_BATCH, MST, TRAIN_BATCH, ZERO, block, check, stage
@@ -43,6 +44,7 @@ class ZeroConfig:
     dp_world_size: the ranks that ZeRO shards over. DeepSpeed sees every rank as data parallel, so this is the
     world size, also under sequence parallelism.
     optimizer_moments: values that the optimizer keeps for each trained parameter beside its master copy.
+    moments_in_8_bits: whether these are of 8 bits, with a scale for each block; else they are in fp32.
     pins_parameters, pins_optimizer: whether what is offloaded lies in pinned memory of the host.
     param_buffer_count, param_buffer_size, optimizer_buffer_count: of the buffers on the way to NVMe.
     param_max_in_cpu: parameters that stay on the host for good where the others go to NVMe.
@@ -55,6 +57,7 @@ class ZeroConfig:
     param_offload: OffloadDevice
     optimizer_offload: OffloadDevice
     optimizer_moments: int
+    moments_in_8_bits: bool
     pins_parameters: bool
     pins_optimizer: bool
     param_buffer_count: int
@@ -159,7 +162,8 @@ def read_resolved(
     ds_config = resolve(
         raw, train=train, hidden_size=hidden_size, has_accelerator=has_accelerator, dp_size=world_size // first
     )
-    return ResolvedConfig(ds_config, read_zero(ds_config, dp_world_size=world_size), mst, first, tuple(others))
+    zero = read_zero(ds_config, dp_world_size=world_size, optim=train.optim)
+    return ResolvedConfig(ds_config, zero, mst, first, tuple(others))
 
 
 def _batch_sizes(ds_config: Mapping[str, Any], train: TrainConfig) -> dict[str, Any]:
@@ -214,25 +218,36 @@ def fill_steps(ds_config: Mapping[str, Any], train: TrainConfig) -> DsConfig:
     return filled
 
 
-def read_zero(ds_config: Mapping[str, Any], *, dp_world_size: int) -> ZeroConfig:
+def read_zero(ds_config: Mapping[str, Any], *, dp_world_size: int, optim: str = ADAMW) -> ZeroConfig:
     """Types a resolved config, with DeepSpeed's own defaults for the keys it leaves out.
 
+    Args:
+        optim: the optimizer where the JSON has none, a name among `OPTIMIZERS`.
+
     Raises:
-        ValueError: a setting has the wrong type, or is still "auto".
+        ValueError: a setting has the wrong type, or is still "auto"; or the optimizer does not go to the host.
     """
     zero = block(ds_config, ZERO)
     zero_stage = stage(ds_config)
     dtype = _dtype(ds_config)
     overlap_comm = zero.get("overlap_comm")
     param, optimizer = (zero.get(key) or {} for key in ("offload_param", "offload_optimizer"))
+    optimizer_offload = _offload(zero, "offload_optimizer", "cpu_offload") if zero_stage >= 1 else "none"
+    own = None if has_block(ds_config, "optimizer") else OPTIMIZERS[optim]
+    if own is not None and optimizer_offload != "none" and own != OPTIMIZERS[ADAMW]:
+        raise ValueError(
+            f"optim is {optim!r} and {ZERO}.offload_optimizer.device is {optimizer_offload!r}, where DeepSpeed steps "
+            f"by its own AdamW; allowed: {ADAMW}, or no offload_optimizer"
+        )
     return ZeroConfig(
         stage=zero_stage,
         dp_world_size=dp_world_size,
         dtype=dtype,
         grad_accum_dtype_bytes=_grad_accum_dtype_bytes(ds_config, dtype),
         param_offload=_offload(zero, "offload_param", "cpu_offload_param") if zero_stage == 3 else "none",
-        optimizer_offload=_offload(zero, "offload_optimizer", "cpu_offload") if zero_stage >= 1 else "none",
-        optimizer_moments=_optimizer_moments(ds_config),
+        optimizer_offload=optimizer_offload,
+        optimizer_moments=_optimizer_moments(ds_config) if own is None else own.moments,
+        moments_in_8_bits=own is not None and own.in_8_bits,
         pins_parameters=_pins(param, "offload_param"),
         pins_optimizer=_pins(optimizer, "offload_optimizer"),
         param_buffer_count=_elements(param, "buffer_count", 5),
@@ -287,9 +302,9 @@ def _grad_accum_dtype_bytes(config: Mapping[str, Any], dtype: str) -> int:
 
 
 def _optimizer_moments(config: Mapping[str, Any]) -> int:
-    """Without an optimizer block it is the engine's own AdamW."""
+    """Of the optimizer block."""
     optimizer = block(config, "optimizer")
-    name = optimizer.get("type", "AdamW")
+    name = optimizer.get("type")
     if not isinstance(name, str):
         raise ValueError(f"optimizer.type is {name!r}; allowed: the name of an optimizer, such as 'AdamW'")
     if name.lower() in _SGD:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 from mst_ds.config import AUTO, TrainConfig
+from mst_ds.optimizers import OPTIMIZERS
 from mst_ds.zero.checks import ACCUMULATION, MICRO_BATCH, block
 
 # The flags that fill in batch sizes of the JSON, by their keys.
@@ -52,6 +53,9 @@ def _claims(ds_config: Mapping[str, Any], train: TrainConfig) -> Iterator[tuple[
     for key, name in BATCH_FLAGS.items():
         yield name, getattr(train, name), key, ds_config.get(key, AUTO)
     if "optimizer" in ds_config:
+        kind = block(ds_config, "optimizer").get("type")
+        is_same = isinstance(kind, str) and kind.lower() in OPTIMIZERS[train.optim].types
+        yield "optim", train.optim, "optimizer.type", train.optim if is_same else kind
         params = block(block(ds_config, "optimizer"), "params")
         for key, names in _OF_OPTIMIZER.items():
             found = params.get(key)

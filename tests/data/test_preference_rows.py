@@ -22,6 +22,7 @@ from mst_ds.data import (
     split_documents,
     tokenise,
 )
+from mst_ds.data.batching import with_neighbours
 from mst_ds.data.fitting import fitting_documents
 from mst_ds.data.mixing import mix
 from mst_ds.topology import Topology
@@ -228,3 +229,25 @@ def test_every_rank_of_a_sequence_has_the_numbers_of_all_its_documents() -> None
     batch = next(ShardedLoader(dataset, Topology(1, 2, 2), micro_batch_size=2, seed=0))
     assert len(batch["documents"]) == 4
     assert batch["input_ids"].shape == (2, 8)
+
+
+def test_an_answer_is_as_long_as_behind_its_own_prompt() -> None:
+    """What another prompt's answer makes too long is truncated, and does not take the answer with it."""
+    lengths = [(3, 12), (12, 6), (2, 2)]
+    tokens = pairs(*lengths).add_column("label", [True] * 6)  # type: ignore[call-arg]
+    fitting = fitting_documents(tokens, 8, "drop", group=2)
+    assert fitting.rows.tolist() == [0, 1, 4, 5]
+    assert fitting.note(8, "drop") == "data: of 3 answers 1 are longer than 8 tokens and left out"
+    (sample,) = PackedDataset(tokens, 8, 99, too_long="drop", group=2)
+    assert sample["input_ids"].tolist() == [*[0] * 3, *[1] * 8, 4, 4, 5, 5, 99]
+
+
+def test_no_answer_stands_beside_itself(tmp_path: Path) -> None:
+    """Rows are tokenised so many at once; the last one of 1025 would be alone."""
+    words = ("a", "b", "c")
+    rows = [{"prompt": "q", "completion": " " + words[at % 3] * (1 + at % 7), "label": True} for at in range(1025)]
+    config = TrainConfig(dataset=str(write(tmp_path, "jsonl", *rows)), objective="kto")
+    ids = tokenise(load_documents(config), TOKENIZER, rows="labelled")["input_ids"]
+    assert len(ids) == 2 * 1025
+    assert ids[-1] == ids[-4] != ids[-2]
+    assert [with_neighbours(at_once, number) for at_once, number in ((1, 4), (2, 7), (4, 9), (8, 1))] == [2, 4, 5, 8]

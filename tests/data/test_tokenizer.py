@@ -1,21 +1,12 @@
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from processes import ROOT
-from safetensors.torch import load_file
-from tiny import tiny_llama
 from transformers import AutoTokenizer, LlamaConfig, Qwen2Config
 
-from mst_ds.adapters import model_on_meta
 from mst_ds.config import TrainConfig
 from mst_ds.data import byte_tokenizer, load_tokenizer
-from mst_ds.model_folder import find_weights, require_match
-from mst_ds.model_shape import load_model_config
 
 TEXTS = [
     "",
@@ -78,28 +69,17 @@ def test_more_ids_than_the_model_has_is_refused() -> None:
         load_tokenizer(TrainConfig(), LlamaConfig(vocab_size=256))
 
 
-def test_a_model_gets_rows_for_added_tokens_as_the_docs_show(tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    (shown,) = re.findall(r"```python\n(from transformers import AutoModel.*?)```", page, re.DOTALL)
-    names: dict[str, Any] = {}
-    exec(shown, names)
-    folders = [str(tmp_path / name) for name in ("model", "more")]
-    tiny_llama(vocab_size=257).save_pretrained(folders[0])
-    byte_tokenizer().save_pretrained(folders[0])
-    names["add_tokens"](folders[0], ["<|user|>", "<|bot|>"], folders[1])
-    old, new = (load_model_config(folder) for folder in folders)
-    config = TrainConfig(model=folders[0], tokenizer=folders[1])
-    with pytest.raises(
-        ValueError, match=r"259 ids, .* vocab_size of 257; .* resize_token_embeddings\(259\) \('Added tok"
-    ):
-        load_tokenizer(config, old)
-    assert load_tokenizer(config.changed(model=folders[1]), new).convert_tokens_to_ids("<|bot|>") == 258
-    weights = find_weights(folders[1])
-    assert weights is not None
-    assert require_match(weights, model_on_meta(new, None)[0], dtype=torch.float32) == ()
-    rows = [load_file(Path(folder) / "model.safetensors")["model.embed_tokens.weight"] for folder in folders]
-    assert rows[1].shape == (259, 48)
-    assert rows[1][:257].equal(rows[0])
+def test_tokens_beyond_the_model_are_refused_unless_they_are_added(tmp_path: Path) -> None:
+    more = byte_tokenizer()
+    more.add_tokens(["<|user|>", "<|bot|>"], special_tokens=True)
+    more.save_pretrained(tmp_path)
+    own, config = LlamaConfig(vocab_size=257), TrainConfig(tokenizer=str(tmp_path))
+    with pytest.raises(ValueError, match=r"259 ids, .* --add_special_tokens '<\|user\|>' '<\|bot\|>', which adds rows"):
+        load_tokenizer(config, own)
+    with pytest.raises(ValueError, match="259 ids"):
+        load_tokenizer(config.changed(add_special_tokens=["<|bot|>"]), own)
+    found = load_tokenizer(config.changed(add_special_tokens=["<|bot|>", "<|user|>"]), own)
+    assert found.convert_tokens_to_ids("<|bot|>") == 258
 
 
 @pytest.mark.parametrize("model_config", [LlamaConfig(), Qwen2Config()], ids=["llama", "qwen2"])

@@ -17,7 +17,7 @@ from steps import build_engine, zero_block
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mst_ds.config import TrainConfig
-from mst_ds.engine.optimizer import adamw
+from mst_ds.engine.optimizer import make_optimizer
 from mst_ds.memory.live import LiveMemory
 from mst_ds.zero import read_zero
 
@@ -60,7 +60,7 @@ def _engine(stage: int, zero: dict[str, Any] | None = None, **more: Any) -> Deep
         **more,
     }
     model = LlamaForCausalLM(LlamaConfig(**MODEL.to_dict()))
-    optimizer = adamw(model, TrainConfig(), read_zero(ds_config, dp_world_size=2))
+    optimizer = make_optimizer(model, TrainConfig(), read_zero(ds_config, dp_world_size=2))
     return build_engine(model, optimizer=optimizer, **ds_config)
 
 

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from mst_ds.config import TrainConfig
-from mst_ds.engine.optimizer import adamw
+from mst_ds.engine.optimizer import make_optimizer
 from mst_ds.geometry import pinned_block
 from mst_ds.memory.host import give_back_pinned_memory
 from mst_ds.model_shape import ModelShape
@@ -97,7 +97,7 @@ def pinned_sizes(rank: int, stage: int, zero: dict[str, Any], micro_batches: int
         at_stage_3 = HfDeepSpeedConfig(ds_config) if stage == 3 else None
         config = LlamaConfig(**MODEL.to_dict())
         model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16) if at_stage_3 else LlamaForCausalLM(config)
-        optimizer = adamw(model, TrainConfig(), read_zero(ds_config, dp_world_size=2))
+        optimizer = make_optimizer(model, TrainConfig(), read_zero(ds_config, dp_world_size=2))
         engine = build_engine(model, optimizer=optimizer, **ds_config)
         if micro_batches:
             sizes.clear()
