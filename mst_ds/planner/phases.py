@@ -48,7 +48,7 @@ def layer_phase(work: Workload, mlp_chunks: int, *, backward: bool) -> Phase:
     name: Literal["forward", "backward"] = "backward" if backward else "forward"
     standing = _standing_computing(work, name) + kept_on_host(work)
     if backward:
-        standing += states.micro_batch_gradients(work)
+        standing += states.other_gradients(work)
     moments = (
         Phase(name, standing + _on_device(_of_layers(layers, backward=backward) + largest))
         for layers in _last_layers(work)
@@ -78,7 +78,7 @@ def _backward_making_gradients(work: Workload, mlp_chunks: int) -> Phase:
         for number, moment in enumerate(_moments(layers, mlp_chunks, backward=True))
     ]
     standing = _standing(work, has_gradients=False) + states.reduce_bucket(work) + kept_on_host(work)
-    standing += states.micro_batch_gradients(work)
+    standing += states.other_gradients(work)
     phases = (
         Phase(
             "backward",
@@ -96,7 +96,7 @@ def _backward_making_gradients(work: Workload, mlp_chunks: int) -> Phase:
 def _after_backward(work: Workload) -> Phase:
     """The gradients are averaged, and nothing that layers kept is left on the device."""
     standing = _standing(work, has_gradients=True) + states.gradient_reduction(work)
-    return Phase("backward", standing + states.micro_batch_gradients(work) + kept_on_host(work))
+    return Phase("backward", standing + states.other_gradients(work) + kept_on_host(work))
 
 
 def _of_layers(work: Workload, *, backward: bool) -> Terms:
