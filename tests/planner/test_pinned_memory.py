@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -24,6 +25,7 @@ from mst_ds.planner.phases import step_phases
 from mst_ds.planner.workload import Workload
 from mst_ds.settings import Settings
 from mst_ds.zero import read_zero
+from mst_ds.zero.pinned_memory import largest_rounded_block
 
 # "Round up the allocation to the nearest power of two to improve reuse": PowerOf2Ceil(size), in all versions of
 # ATen/core/CachingHostAllocator.h from 2.9 on; an empty tensor has no block.
@@ -72,6 +74,42 @@ PINNED: dict[str, tuple[int, dict[str, Any], list[str]]] = {
 @pytest.mark.parametrize(("count", "block"), BLOCKS.items())
 def test_a_block_is_the_next_power_of_two(count: int, block: int) -> None:
     assert pinned_block(count) == block
+
+
+MIB = 2**20
+# "size <= pinned_max_round_threshold() && size <= pinned_max_cached_size()": PowerOf2Ceil(size), from torch 2.13 on.
+LIMITS: dict[str, tuple[dict[str, str], int]] = {
+    "all": ({}, sys.maxsize),
+    "of other settings": ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, sys.maxsize),
+    "to a threshold": (
+        {"PYTORCH_ALLOC_CONF": "roundup_power2_divisions:[256:1,512:2],pinned_max_round_threshold_mb:32"},
+        32 * MIB,
+    ),
+    "to what is kept": (
+        {"PYTORCH_CUDA_ALLOC_CONF": "pinned_max_round_threshold_mb: 64, pinned_max_cached_size_mb: 16"},
+        16 * MIB,
+    ),
+    "the newer name": (
+        {"PYTORCH_ALLOC_CONF": "backend:native", "PYTORCH_CUDA_ALLOC_CONF": "pinned_max_round_threshold_mb:8"},
+        sys.maxsize,
+    ),
+    "none, by DeepSpeed itself": ({"DS_PIN_MEMORY_BACKEND": "Native"}, 0),
+}
+
+
+@pytest.mark.parametrize("case", LIMITS)
+def test_blocks_are_rounded_up_to_a_limit(case: str) -> None:
+    environment, limit = LIMITS[case]
+    assert largest_rounded_block(environment) == limit
+    assert pinned_block(3 * MIB, limit) == (4 if limit else 3) * MIB
+    assert pinned_block(33 * MIB, limit) == (64 if limit > 33 * MIB else 33) * MIB
+
+
+def test_a_plan_has_the_rounding_of_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_PIN_MEMORY_BACKEND", "native")
+    zero = {"offload_optimizer": CPU, "offload_param": CPU}
+    for phase in plan_of(3, zero=zero, world_size=2).phases:
+        assert not [term.name for term in phase.terms if term.name.endswith("_rounding")]
 
 
 def pinned_sizes(rank: int, stage: int, zero: dict[str, Any], micro_batches: int = 0) -> list[int]:
