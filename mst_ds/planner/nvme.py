@@ -15,6 +15,31 @@ Terms = tuple[MemoryTerm, ...]
 _FP32_BYTES = 4
 
 
+def require_buffers(work: Workload) -> None:
+    """
+    Raises:
+        ValueError: buffers that are too short or too few, with which DeepSpeed ends at its first use of them.
+    """
+    zero = work.zero
+    if zero.stage < 3:
+        return
+    if zero.param_offload == "nvme":
+        shards = (count for group in _groups(work) for sub_group in group for count in sub_group)
+        longest = max((count for count in shards if count * zero.dtype_bytes >= zero.nvme_least_bytes), default=0)
+        if longest > zero.param_buffer_size:
+            raise ValueError(
+                f"zero_optimization.offload_param.buffer_size is {zero.param_buffer_size}, less than the largest "
+                f"weight's shard; allowed: {longest} or more"
+            )
+    least = (zero.optimizer_moments + 2) * zero.optimizer_swaps_at_once
+    if zero.optimizer_offload == "nvme" and zero.optimizer_buffer_count < least:
+        raise ValueError(
+            f"zero_optimization.offload_optimizer.buffer_count is {zero.optimizer_buffer_count}, less than master "
+            f"parameters, gradient and {zero.optimizer_moments} moments need, once more for each of pipeline_read and "
+            f"pipeline_write; allowed: {least} or more"
+        )
+
+
 def parameters_on_the_way(work: Workload) -> Terms:
     """What of parameters on NVMe the host has: those that need not go there, in a flat pinned block for each group of
     the optimizer; of the others the weights that are too small for a file, each pinned; the buffers through which

@@ -45,6 +45,7 @@ class ZeroConfig:
     optimizer_moments: values that the optimizer keeps for each trained parameter beside its master copy.
     pins_parameters, pins_optimizer: whether what is offloaded lies in pinned memory of the host.
     param_buffer_count, param_buffer_size, optimizer_buffer_count: of the buffers on the way to NVMe.
+    optimizer_swaps_at_once: sub-groups whose states are on their way together.
     param_max_in_cpu: parameters that stay on the host for good where the others go to NVMe.
     largest_rounded_block: bytes of pinned memory; what is larger is not rounded up to a power of two.
     nvme_least_bytes, nvme_alignment: what is smaller has no file there; of so many bytes are reads and writes.
@@ -64,6 +65,7 @@ class ZeroConfig:
     param_buffer_size: int
     param_max_in_cpu: int
     optimizer_buffer_count: int
+    optimizer_swaps_at_once: int
     nvme_least_bytes: int
     nvme_alignment: int
     overlap_comm: bool
@@ -239,6 +241,7 @@ def read_zero(ds_config: Mapping[str, Any], *, dp_world_size: int) -> ZeroConfig
         param_buffer_size=_elements(param, "buffer_size", 10**8),
         param_max_in_cpu=_elements(param, "max_in_cpu", 10**9),
         optimizer_buffer_count=_elements(optimizer, "buffer_count", 4),
+        optimizer_swaps_at_once=1 + sum(optimizer.get(f"pipeline_{way}") is True for way in ("read", "write")),
         # `MIN_AIO_BYTES` and `AIO_ALIGNED_BYTES` in swap_tensor/utils.py.
         nvme_least_bytes=max(2**20, _elements(aio, "block_size", 2**20, of="aio")),
         nvme_alignment=2**10 * max(1, _elements(aio, "intra_op_parallelism", 1, of="aio")),

@@ -2,6 +2,7 @@
 
 `tests/planner/test_host_memory.py` measures it where async_io can be built."""
 
+import pytest
 from planned import SIZES, bytes_of, plan_of, terms_of
 from transformers import LlamaConfig
 
@@ -81,3 +82,25 @@ def test_parameters_on_nvme_leave_some_on_the_host():
     assert terms["parameters_on_host"] == 2 * (DECAYED + NORMS)
     assert not {"small_parameters_on_host", "parameter_return_buffer"} & terms.keys()
     assert terms["parameter_swap_buffers"] == 2 * 5 * 195_313 * 512
+
+
+TOO_FEW = {"device": "nvme", "buffer_count": 3}
+
+
+@pytest.mark.parametrize(
+    ("zero", "message"),
+    [
+        (
+            {"offload_param": NVME | {"buffer_size": EMBEDDING - 1}},
+            rf"buffer_size .*: {EMBEDDING} or more",
+        ),
+        (
+            {"offload_optimizer": {"device": "nvme", "buffer_count": 3}},
+            "offload_optimizer.buffer_count is 3.*: 4 or more",
+        ),
+        ({"offload_optimizer": NVME | {"pipeline_read": True}}, "buffer_count is 6, .* allowed: 8 or more"),
+    ],
+)
+def test_buffers_that_deepspeed_would_end_at_are_refused(zero, message):
+    with pytest.raises(ValueError, match=message):
+        plan(**zero)
