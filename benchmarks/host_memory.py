@@ -114,9 +114,9 @@ def _steps(
     with_mst = ds_config | {"mst": {"attention": "sdpa"} | mst}
     plan = make_plan(config, with_mst, world_size=2, sp_size=2, seq_len=seq_len, rank=rank, device_memory=2**40)
     before = resident_bytes()
+    # transformers looks for it, by a weak reference, to shard weights as it makes them.
     at_stage_3 = HfDeepSpeedConfig(ds_config) if stage == 3 else None
-    dtype = torch.bfloat16
-    model = LlamaForCausalLM._from_config(config, dtype=dtype) if at_stage_3 else LlamaForCausalLM(config).to(dtype)
+    model: Any = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
     apply_plan(model.train(), plan)
     optimizer = adamw(model, TrainConfig(), read_zero(ds_config, dp_world_size=2))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
@@ -130,6 +130,7 @@ def _steps(
     after = resident_bytes()
     hook.remove()
     engine.destroy()
+    del at_stage_3
     planned = {phase.name: planned_bytes(phase, torch.device("cpu")) for phase in plan.phases}
     return {
         "engine built": (planned["initialisation"] - _moments(plan), built - before),
