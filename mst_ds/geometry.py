@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -99,10 +100,10 @@ def flash_query_gradient(length: int, head_dim: int) -> tuple[int, int]:
     return ceil_divide(length, 128) * 128, ceil_divide(head_dim, multiple) * multiple
 
 
-def pinned_block(count: int) -> int:
+def pinned_block(count: int, largest_rounded: int = sys.maxsize) -> int:
     """Bytes of the block that torch's allocator of pinned memory takes for `count` bytes: the next power of two
-    (`CachingHostAllocatorImpl::allocate`)."""
-    return 1 << (count - 1).bit_length() if count else 0
+    (`CachingHostAllocatorImpl::allocate`), or as many, if they are more than it is told to round."""
+    return 1 << (count - 1).bit_length() if 0 < count <= largest_rounded else count
 
 
 def host_pieces(count: int) -> Iterator[int]:

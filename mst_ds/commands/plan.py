@@ -113,17 +113,18 @@ def main(argv: Sequence[str]) -> int:
         request, plan = answer.request, answer.plan
         if options.plot is not None:
             plot_plan(plan, expanded(options.plot, "plot"))
+        if not options.json:
+            # Before a dry run, which takes its time, and may be refused.
+            _print_plan(answer, options.gpu)
+            if options.plot is not None:
+                print(f"picture: {options.plot}")
         traced = _trace(options, plan, request.work.capability) if options.trace else None
     except REQUEST_ERRORS as error:
         return refuse("mst-plan", error)
     if options.json:
         print(json.dumps(_as_json(answer) | ({"trace": traced} if traced else {}), indent=2))
-    else:
-        _print_plan(answer, options.gpu)
-        if options.plot is not None:
-            print(f"picture: {options.plot}")
-        if traced is not None:
-            _print_trace(traced)
+    elif traced is not None:
+        _print_trace(traced)
     return 0 if plan.fits else 1
 
 

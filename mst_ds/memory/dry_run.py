@@ -28,7 +28,7 @@ from mst_ds.attention.kernel import Kernel
 from mst_ds.dtypes import DTYPES
 from mst_ds.geometry import ELEMENTS_THAT_KEEP_BUSY, flash_query_gradient, has_flash_attention
 from mst_ds.memory.live import LiveMemory
-from mst_ds.minisequence import chunks
+from mst_ds.minisequence import chunks, experts
 from mst_ds.patching import apply_plan, decoder
 from mst_ds.patching.adapters import base_model
 from mst_ds.planner import Plan
@@ -81,7 +81,7 @@ def dry_run(
         capability: of CUDA, of the GPU that is planned for; None: not known.
 
     Raises:
-        ValueError: the model cannot be patched, or what it computes depends on values, as a choice of experts does.
+        ValueError: the model cannot be patched, or what it computes depends on values other than a choice of experts.
     """
     # Finding a model's structure runs small real tensors, so that it is not done on fake ones.
     model: Any = model_on_meta(model_config, peft_config, DTYPES[plan.dtype])[1]
@@ -108,15 +108,13 @@ def dry_run(
 
         base_model(model).base_model.register_forward_hook(begin_loss)
         try:
-            with memory, host_left_out(memory), only_the_largest_blocks(), KernelWorkspace():
+            with memory, host_left_out(memory), _largest_pieces(), KernelWorkspace():
                 inputs = {"input_ids": tokens, "position_ids": tokens, "shift_labels": tokens}
                 loss = model(**inputs, num_items_in_batch=tokens.numel()).loss
                 loss.backward()
                 end("backward")
         except (DataDependentOutputException, DynamicOutputShapeException):
-            raise ValueError(
-                f"{type(model).__name__} decides by values what it computes, such as its experts, and has no dry run"
-            ) from None
+            raise ValueError(f"{type(model).__name__} decides by values what it computes, and has no dry run") from None
     return peaks
 
 
@@ -207,6 +205,25 @@ class _LastCarriedKeys(CarriedKeys):
         if by_chunk and self._gradients and not self._by_chunk and len(starts) > self._READ:
             tokens = slice(starts[-self._READ], tokens.stop)
         return super().earlier(tokens, by_chunk=by_chunk)
+
+
+@contextmanager
+def _largest_pieces() -> Iterator[None]:
+    with only_the_largest_blocks(), tokens_at_the_same_experts():
+        yield
+
+
+@contextmanager
+def tokens_at_the_same_experts() -> Iterator[None]:
+    """Within, all tokens go to the first experts, which has the longest chunks that there can be, as a plan has them: a
+    choice of experts has no values here."""
+
+    def ends_of_first(ends: Tensor, of_tokens: torch.Size) -> list[int]:
+        tokens, of_each = of_tokens
+        return [min(expert, of_each) * tokens for expert in range(1, len(ends) + 1)]
+
+    with _replaced(experts, read_ends=ends_of_first):
+        yield
 
 
 @contextmanager

@@ -151,8 +151,12 @@ class _Run(NamedTuple):
     groups: Groups | None
 
 
-def read_ends(ends: Tensor) -> list[int]:
-    """Where each expert's rows end, (E,), for the host, which waits for the device here and nowhere else."""
+def read_ends(ends: Tensor, of_tokens: torch.Size) -> list[int]:
+    """Where each expert's rows end, (E,), for the host, which waits for the device here and nowhere else.
+
+    Args:
+        of_tokens: (T, k), the shape of what was counted: all that is known of it where tensors have no values.
+    """
     return ends.tolist()
 
 
@@ -164,7 +168,7 @@ def _runs(call: _ExpertsCall, expert_index: Tensor, parameters: _Parameters, x: 
     ends = torch.searchsorted(ordered, experts_in_order, right=True)
     del ordered
     if call.ends.known is None:
-        call.ends.known = read_ends(ends)
+        call.ends.known = read_ends(ends, expert_index.shape)
     known = call.ends.known
     starts = [0, *known[:-1]]
     sizes = [end - start for start, end in zip(starts, known, strict=True)]

@@ -28,6 +28,7 @@ class Family:
 
     gated_mlp: gate, up and down projections; False: up and down.
     fused_qkv: one projection gives queries, keys and values, and rotary embeddings make new queries and keys.
+    splits_rotary: queries and keys are rotated in part and put together again, where their projections' outputs stay.
     pre_norms: norms over the hidden size whose output a projection reads.
     post_norms: norms over the hidden size whose output is added to the residual.
     qk_norm: norms of queries and keys, over a head's dimension or over all heads together.
@@ -42,6 +43,7 @@ class Family:
     head_bias: Switch = False
     gated_mlp: bool = True
     fused_qkv: bool = False
+    splits_rotary: bool = False
     norm: NormKind = "rms"
     pre_norms: int = 2
     post_norms: int = 0
@@ -95,6 +97,7 @@ FAMILIES: Mapping[str, Family] = {
         output_bias=True,
         mlp_bias=True,
         head_bias=True,
+        splits_rotary=True,
         pre_norms=1,
         qk_norm="head",
         has_qk_norm="qk_layernorm",

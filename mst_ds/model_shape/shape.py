@@ -49,6 +49,7 @@ class ModelShape(Dimensions):
         has_logit_softcap: a tanh bounds the logits.
         has_attention_softcap: a tanh bounds the attention scores.
         has_fused_qkv: queries, keys and values are parts of one projection's output.
+        split_rotary_width: of a head, what is rotated apart from the rest; 0 where nothing is.
         rotary_tables: pairs of cosines and sines; more than one where kinds of layers have their own.
         has_sinks: each query head has a sink in its softmax's denominator.
         sliding_windows: the window of each layer that has one, in tokens.
@@ -75,6 +76,7 @@ class ModelShape(Dimensions):
     has_logit_softcap: bool
     has_attention_softcap: bool
     has_fused_qkv: bool
+    split_rotary_width: int
     rotary_tables: int
     has_sinks: bool
     sliding_windows: tuple[int, ...]
@@ -129,6 +131,7 @@ class ModelShape(Dimensions):
             has_logit_softcap=bool(getattr(config, "final_logit_softcapping", None)),
             has_attention_softcap=bool(getattr(config, "attn_logit_softcapping", None)),
             has_fused_qkv=family.fused_qkv,
+            split_rotary_width=_rotated_width(config, dimensions) if family.splits_rotary else 0,
             rotary_tables=_rotary_tables(config),
             has_sinks=family.sinks,
             sliding_windows=(window,) * len(window_layers),
@@ -246,6 +249,11 @@ def _sliding_windows(config: PreTrainedConfig, num_layers: int) -> tuple[int, tu
         return 0, ()
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * num_layers
     return window, tuple(layer for layer, kind in enumerate(kinds[:num_layers]) if kind == "sliding_attention")
+
+
+def _rotated_width(config: PreTrainedConfig, dimensions: Dimensions) -> int:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return int(dimensions.head_dim * parameters.get("partial_rotary_factor", 1.0))
 
 
 def _rotary_tables(config: PreTrainedConfig) -> int:

@@ -96,6 +96,7 @@ def attention_step(work: Workload, *, backward: bool, earlier: Terms | None = No
         return (*max(*moments, window_step(work), key=total_bytes), *local_gradients(work))
     # The output projection comes after it, while all that attention was given is still there.
     largest = max(*moments, (hidden_term(work, "attention_result", 1),), key=total_bytes)
+    largest = (*largest, *_split_query_key(work))
     if not work.settings.recompute:
         return largest
     # What is kept is among the kept.
@@ -104,6 +105,7 @@ def attention_step(work: Workload, *, backward: bool, earlier: Terms | None = No
         *(() if work.last_layer_keeps_attention else (local_term(work, "attention_output", output_width(work.shape)),)),
         hidden_term(work, "attention_input", 1),
         local_term(work, "query_key_value", query_key_value_width(work.shape)),
+        *_fused_query_key(work, 1),
     )
 
 
@@ -213,6 +215,14 @@ def _router_logits(work: Workload) -> Terms:
             ("bytes", work.zero.dtype_bytes),
         ),
     )
+
+
+def _split_query_key(work: Workload) -> Terms:
+    """Beside the projections' outputs, of which attention's forward has parts: what is rotated, and the whole."""
+    if not work.shape.split_rotary_width:
+        return ()
+    heads = work.shape.num_attention_heads + work.shape.num_key_value_heads
+    return (local_term(work, "split_query_key", heads * (work.shape.head_dim + work.shape.split_rotary_width)),)
 
 
 def _fused_query_key(work: Workload, layers: int) -> Terms:

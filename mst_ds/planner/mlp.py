@@ -201,5 +201,9 @@ def _trained_weights(work: Workload, matrices: Factor, intermediate_size: Factor
 
 
 def _held_in_forward(work: Workload) -> Terms:
-    """Without recompute these are counted among the kept activations."""
-    return (hidden_term(work, "residual", 1), hidden_term(work, "mlp_input", 1)) if work.settings.recompute else ()
+    """Without recompute the first two are counted among the kept activations. The layers of a decoder with learned
+    positions, GPT-2's, hold attention's result beside its sum with their input."""
+    held: Terms = (hidden_term(work, "attention_result", 1),) if work.shape.position_parameter_count else ()
+    if work.settings.recompute:
+        held += (hidden_term(work, "residual", 1), hidden_term(work, "mlp_input", 1))
+    return held

@@ -48,7 +48,7 @@ def layer_phase(work: Workload, mlp_chunks: int, *, backward: bool) -> Phase:
     name: Literal["forward", "backward"] = "backward" if backward else "forward"
     standing = _standing_computing(work, name) + kept_on_host(work)
     if backward:
-        standing += states.micro_batch_gradients(work)
+        standing += states.other_gradients(work)
     moments = (
         Phase(name, standing + _on_device(_of_layers(layers, backward=backward) + largest))
         for layers in _last_layers(work)
@@ -78,7 +78,7 @@ def _backward_making_gradients(work: Workload, mlp_chunks: int) -> Phase:
         for number, moment in enumerate(_moments(layers, mlp_chunks, backward=True))
     ]
     standing = _standing(work, has_gradients=False) + states.reduce_bucket(work) + kept_on_host(work)
-    standing += states.micro_batch_gradients(work)
+    standing += states.other_gradients(work)
     phases = (
         Phase(
             "backward",
@@ -96,15 +96,18 @@ def _backward_making_gradients(work: Workload, mlp_chunks: int) -> Phase:
 def _after_backward(work: Workload) -> Phase:
     """The gradients are averaged, and nothing that layers kept is left on the device."""
     standing = _standing(work, has_gradients=True) + states.gradient_reduction(work)
-    return Phase("backward", standing + states.micro_batch_gradients(work) + kept_on_host(work))
+    return Phase("backward", standing + states.other_gradients(work) + kept_on_host(work))
 
 
 def _of_layers(work: Workload, *, backward: bool) -> Terms:
     """What layers keep, and what goes from one to the next."""
     terms = activations.kept_between_layers(work, "backward" if backward else "forward")
     if backward:
-        terms += activations.output_gradient(work)
-    elif work.settings.offload_activations and work.shape.num_hidden_layers > (
+        return terms + activations.output_gradient(work)
+    if work.shape.position_parameter_count:
+        # The decoder's forward holds what is embedded of tokens and of positions, and not their sum.
+        return (*terms, activations.hidden_term(work, "embeddings", 2))
+    if work.settings.offload_activations and work.shape.num_hidden_layers > (
         PARTS_IN_FLIGHT if work.layer_chunks == 1 else 1
     ):
         # The first layer's input, which the decoder holds until all layers have run, though it is on the host.
@@ -193,6 +196,9 @@ def rest_of_layer_moment(work: Workload, *, backward: bool) -> Terms:
 def attention_moment(work: Workload, *, backward: bool) -> Terms:
     """Attention of a layer, or of a chunk of it."""
     saved = _saved(work, backward=backward, after_attention=False, of_mlp=False)
+    if backward and work.shape.norms.pre_norms == 1:
+        # The MLP stands beside attention, and has given their input a gradient.
+        saved += (activations.hidden_term(work.of_chunk, "mlp_input_gradient", 1),)
     if not work.settings.recompute:
         return activations.attention_step(work, backward=backward) + saved
     if not backward:

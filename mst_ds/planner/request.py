@@ -11,6 +11,7 @@ from mst_ds.config import AUTO, GIB, TrainConfig
 from mst_ds.flash_attn_package import flash_attn_2_version
 from mst_ds.gpus import DEFAULT_GPU, Gpu
 from mst_ds.model_shape import ModelShape, load_model_shape
+from mst_ds.planner import nvme
 from mst_ds.planner.search import can_fit
 from mst_ds.planner.workload import Workload
 from mst_ds.settings import MstConfig, Settings
@@ -175,6 +176,7 @@ def make_request(
         ranks_per_node=ranks_per_node or world_size,
         capability=capability,
     )
+    nvme.require_buffers(work)
     if mst.get("attention") == AUTO and _needs_flash_package(work):
         work = work.with_settings(attention="flash_attention_2")
     if work.tokens > _MOST_TOKENS:

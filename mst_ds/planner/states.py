@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from mst_ds.geometry import ceil_divide, pinned_block
 from mst_ds.optimizers import BLOCK_OF_8_BITS, LEAST_OF_8_BITS
+from mst_ds.planner import nvme
 from mst_ds.planner.persistent import persistent_counts
 from mst_ds.planner.pinned import pinned, rounding_term
-from mst_ds.planner.types import MemoryTerm, Place, product_term, total_bytes
+from mst_ds.planner.types import MemoryTerm, Place, product_term, state_term, total_bytes
 from mst_ds.planner.weights import ranges, rounding_of_shards, sub_groups, weights_of_ranges, weights_one_by_one
 from mst_ds.planner.workload import Workload
 from mst_ds.zero import OffloadDevice
@@ -25,18 +25,13 @@ _PASSES = 2
 _ALL_REDUCE_ELEMENTS = 5 * 10**8
 
 
-# All but the reserve.
-_state = functools.partial(product_term, kind="state")
-
-
 def reserve(work: Workload) -> Terms:
     """What CUDA's context and NCCL's buffers take, and what the allocator loses between blocks."""
     return (product_term("reserve", "device", ("bytes", work.reserve), kind="reserve"),) if work.reserve else ()
 
 
 def parameters(work: Workload) -> Terms:
-    """The parameters in the model's dtype: a shard at stage 3, else all of them. On NVMe there are the buffers, too,
-    through which they come (`AsyncPartitionedParameterSwapper`), and on the host those that need not go there.
+    """The parameters in the model's dtype: a shard at stage 3, else all of them.
 
     On the host what is trained is a pinned block for each group of the optimizer, and what is not, one for each weight
     (`DeepSpeedZeroOptimizer_Stage3._create_param_groups_fp16_flat_cpu_memory`, `Init.partition`).
@@ -45,26 +40,30 @@ def parameters(work: Workload) -> Terms:
     count = work.sharded(work.shape.parameter_count, from_stage=3)
     trained = work.sharded(work.shape.trained.all, from_stage=3)
     place = _OFFLOAD_PLACES[zero.param_offload]
-    term = _state("parameters", place, ("parameters of this rank", count), size)
+    term = state_term("parameters", place, ("parameters of this rank", count), size)
     if place == "device":
         return (term,)
     if place == "host":
-        more = sum(map(pinned_block, _blocks_of_ranges(work, zero.dtype_bytes))) - trained * zero.dtype_bytes
+        blocks = (pinned_block(size, zero.largest_rounded_block) for size in _blocks_of_ranges(work, zero.dtype_bytes))
+        more = sum(blocks) - trained * zero.dtype_bytes
         more += 0 if _trains_all(work) else _rounding_of_weights(work)
         return (term, *rounding_term("parameters", more))
-    buffers = ("buffer_count", zero.param_buffer_count), ("buffer_size", zero.param_buffer_size)
-    on_host = _state("parameters_on_host", "host", ("max_in_cpu", min(trained, zero.param_max_in_cpu)), size)
-    return (term, *pinned(on_host), _state("parameter_swap_buffers", "host", *buffers, size))
+    return (term, *nvme.parameters_on_the_way(work))
 
 
 def parameter_blocks(work: Workload) -> Terms:
     """While the engine is built: the shard of each weight in a pinned block, before all are put into one. torch keeps
-    such blocks until it is told to give them back."""
-    if work.zero.param_offload != "cpu" or not work.zero.pins_parameters or not _trains_all(work):
+    such blocks until it is told to give them back, which is before the optimizer makes its moments: where these are on
+    the host and take more, the host never needs both."""
+    zero = work.zero
+    if zero.param_offload != "cpu" or not zero.pins_parameters or not _trains_all(work):
         return ()
-    count = ("parameters of this rank", work.sharded(work.shape.parameter_count, from_stage=3))
-    blocks = product_term("parameter_blocks", "host", count, ("bytes", work.zero.dtype_bytes), kind="reserve")
-    return (blocks, *rounding_term(blocks.name, _rounding_of_weights(work)))
+    elements = work.sharded(work.shape.parameter_count, from_stage=3)
+    factors = ("parameters of this rank", elements), ("bytes", zero.dtype_bytes)
+    blocks = product_term("parameter_blocks", "host", *factors, kind="reserve")
+    terms = (blocks, *rounding_term(blocks.name, _rounding_of_weights(work)))
+    moments = zero.optimizer_moments * elements * _FP32_BYTES if zero.optimizer_offload == "cpu" else 0
+    return terms if total_bytes(terms) > moments else ()
 
 
 def _trains_all(work: Workload) -> bool:
@@ -74,7 +73,9 @@ def _trains_all(work: Workload) -> bool:
 def _rounding_of_weights(work: Workload) -> int:
     """Of the weights' shards, each in a pinned block of its own."""
     zero = work.zero
-    return rounding_of_shards(work.shape, zero.dp_world_size, zero.dtype_bytes) if zero.pins_parameters else 0
+    if not zero.pins_parameters:
+        return 0
+    return rounding_of_shards(work.shape, zero.dp_world_size, zero.dtype_bytes, zero.largest_rounded_block)
 
 
 def gathered_parameters(work: Workload, phase: Literal["forward", "loss", "backward"]) -> Terms:
@@ -107,7 +108,9 @@ def gathered_parameters(work: Workload, phase: Literal["forward", "loss", "backw
         "gathered_parameters": ("live parameters", min(shape.parameter_count - persistent.all, count)),
     }
     return tuple(
-        _state(name, "device", elements, ("bytes", zero.dtype_bytes)) for name, elements in live.items() if elements[1]
+        state_term(name, "device", elements, ("bytes", zero.dtype_bytes))
+        for name, elements in live.items()
+        if elements[1]
     )
 
 
@@ -148,12 +151,12 @@ def gradients(work: Workload, *, so_far: int | None = None) -> Terms:
     zero, count = work.zero, work.shape.trained.all
     if zero.stage < 2:
         count = min(count, so_far) if so_far is not None else count
-        return (_state("gradients", "device", ("gradients of this rank", count), ("bytes", _whole_bytes(work))),)
+        return (state_term("gradients", "device", ("gradients of this rank", count), ("bytes", _whole_bytes(work))),)
     if zero.stage == 2 and not _sums_in_fp32(work):
         return _gradients_of_weights(work)
     place: Place = "device" if zero.optimizer_offload == "none" or zero.stage == 2 else "host"
     of_rank = ("gradients of this rank", work.sharded(count, from_stage=2))
-    term = _state("gradients", place, of_rank, ("bytes", zero.grad_accum_dtype_bytes))
+    term = state_term("gradients", place, of_rank, ("bytes", zero.grad_accum_dtype_bytes))
     return _pinned_with_optimizer(work, term) if place == "host" else (term,)
 
 
@@ -161,17 +164,25 @@ def _gradients_of_weights(work: Workload) -> Terms:
     """At stage 2 a rank has whole weights' gradients, also of those that lie in its range in part
     (`copy_grads_in_partition`, `async_accumulate_grad_in_cpu_via_gpu`)."""
     zero = work.zero
-    elements, blocks = weights_of_ranges(work.shape, zero.dp_world_size, zero.dtype_bytes)
+    elements, blocks = weights_of_ranges(
+        work.shape, zero.dp_world_size, zero.dtype_bytes, largest_rounded=zero.largest_rounded_block
+    )
     factors = ("gradients of this rank's weights", elements), ("bytes", zero.dtype_bytes)
     if zero.optimizer_offload == "none":
-        return (_state("gradients", "device", *factors),)
+        return (state_term("gradients", "device", *factors),)
     if zero.gradient_accumulation_steps == 1:
         return ()
-    term = _state("gradients", "host", *factors)
+    term = state_term("gradients", "host", *factors)
     return (term, *rounding_term(term.name, blocks - term.bytes)) if zero.pins_optimizer else (term,)
 
 
-def micro_batch_gradients(work: Workload) -> Terms:
+def other_gradients(work: Workload) -> Terms:
+    """What is on the device in the backward beside the gradients that are kept for the step."""
+    on_nvme = work.zero.stage == 3 and work.zero.optimizer_offload == "nvme"
+    return nvme.gradients_on_device(work) if on_nvme else _micro_batch_gradients(work)
+
+
+def _micro_batch_gradients(work: Workload) -> Terms:
     """At stage 2 a micro-batch's own gradients, which are on the device until its backward has ended. Those of the only
     micro-batch are what is kept for the step, or go to the host one by one, and those of the last go there, too.
 
@@ -186,7 +197,7 @@ def micro_batch_gradients(work: Workload) -> Terms:
     in_bucket = 0 if on_device and not sums_in_fp32 else zero.reduce_bucket_size
     elements, _ = weights_of_ranges(work.shape, zero.dp_world_size, zero.dtype_bytes, larger_than=in_bucket)
     factors = ("gradients of this rank's weights", elements), ("bytes", zero.dtype_bytes)
-    return (_state("micro_batch_gradients", "device", *factors),) if elements else ()
+    return (state_term("micro_batch_gradients", "device", *factors),) if elements else ()
 
 
 def _sums_in_fp32(work: Workload) -> bool:
@@ -202,7 +213,7 @@ def gradient_reduction(work: Workload) -> Terms:
     if zero.stage > 1 or zero.dp_world_size == 1 or _has_fp32_gradient_on_host(work):
         return ()
     copied = min(count, _ALL_REDUCE_ELEMENTS) if zero.stage == 0 else work.sharded(count, from_stage=1)
-    return (_state("averaged_gradients", "device", ("gradients", copied), ("bytes", _whole_bytes(work))),)
+    return (state_term("averaged_gradients", "device", ("gradients", copied), ("bytes", _whole_bytes(work))),)
 
 
 def _whole_bytes(work: Workload) -> int:
@@ -217,7 +228,7 @@ def _has_fp32_gradient_on_host(work: Workload) -> bool:
 
 
 def _pinned_with_optimizer(work: Workload, term: MemoryTerm, blocks: Iterable[int] | None = None) -> Terms:
-    return pinned(term, blocks) if work.zero.pins_optimizer else (term,)
+    return pinned(term, work.zero, blocks, is_pinned=work.zero.pins_optimizer)
 
 
 def _blocks_of_ranges(work: Workload, element_bytes: int) -> list[int]:
@@ -234,7 +245,7 @@ def reduce_bucket(work: Workload) -> Terms:
         return ()
     buffers = 2 if work.zero.overlap_comm and work.zero.stage < 3 else 1
     return (
-        _state(
+        state_term(
             "reduce_bucket",
             "device",
             ("buffers", buffers),
@@ -249,39 +260,37 @@ def optimizer_states(work: Workload) -> Terms:
 
     On the host the fp32 gradient has its place from the start, and at stages 1 and 2 what the master parameters are
     copied through; there gradients go to the host by way of a buffer on either side, as large as the largest weight.
-    On NVMe the states come through buffers of a sub-group each (`OptimizerSwapper`). Pinned is what goes over the link:
-    gradients, at stage 3 a block for each sub-group; at stages 1 and 2 the master parameters and all buffers, too. What
-    torch has not allocated, as for NVMe, is not rounded.
+    Pinned is what goes over the link: gradients, at stage 3 a block for each sub-group; at stages 1 and 2 the master
+    parameters and all buffers, too. Of NVMe see `nvme.optimizer_states`.
     """
     zero = work.zero
     count = work.sharded(work.shape.trained.all, from_stage=1)
     place = _OFFLOAD_PLACES[zero.optimizer_offload]
+    if place == "nvme" and zero.stage == 3:
+        return nvme.optimizer_states(work)
     of_rank = ("trained parameters of this rank", count)
     moments = _moments_in_8_bits(work) if zero.moments_in_8_bits else _moments(work, place, count)
     # Every ZeRO stage has a master copy, of fp32 parameters too; only plain fp32 is updated in place.
     if zero.stage == 0 and zero.dtype == "fp32":
         return moments
-    master = _state("master_parameters", place, of_rank, ("bytes", _FP32_BYTES))
+    master = state_term("master_parameters", place, of_rank, ("bytes", _FP32_BYTES))
     if not _has_fp32_gradient_on_host(work):
         return (master, *moments)
-    gradient = _state("fp32_gradient", "host", of_rank, ("bytes", _FP32_BYTES))
+    gradient = state_term("fp32_gradient", "host", of_rank, ("bytes", _FP32_BYTES))
     if zero.stage == 3:
-        if place != "nvme":
-            blocks = (elements * _FP32_BYTES for elements in _sub_groups(work))
-            return (master, *moments, *_pinned_with_optimizer(work, gradient, blocks))
-        sub_group = ("trained parameters of the largest sub-group", max(_sub_groups(work)))
-        buffers = ("buffer_count", zero.optimizer_buffer_count), sub_group, ("bytes", _FP32_BYTES)
-        return (master, *moments, gradient, _state("optimizer_swap_buffers", "host", *buffers))
+        blocks = (elements * _FP32_BYTES for elements in _sub_groups(work))
+        return (master, *moments, *_pinned_with_optimizer(work, gradient, blocks))
     largest = ("largest weight", work.shape.trained.largest)
     in_fp32, staged = (_blocks_of_ranges(work, count) for count in (_FP32_BYTES, zero.dtype_bytes))
-    staging = _state("parameter_staging", "host", of_rank, ("bytes", zero.dtype_bytes))
+    size = ("bytes", zero.dtype_bytes)
+    staging = state_term("parameter_staging", "host", of_rank, size)
     return (
         *moments,
         *_pinned_with_optimizer(work, master, in_fp32),
         *_pinned_with_optimizer(work, gradient, in_fp32),
         *_pinned_with_optimizer(work, staging, staged),
-        *_pinned_with_optimizer(work, _state("gradient_staging_on_host", "host", largest, ("bytes", zero.dtype_bytes))),
-        _state("gradient_staging", "device", largest, ("bytes", zero.dtype_bytes)),
+        *_pinned_with_optimizer(work, state_term("gradient_staging_on_host", "host", largest, size)),
+        state_term("gradient_staging", "device", largest, size),
     )
 
 
@@ -295,19 +304,20 @@ def optimizer_step(work: Workload) -> Terms:
         return gradients(work)
     bucket = reduce_bucket(work) if zero.stage == 3 else ()
     if _has_fp32_gradient_on_host(work):
-        return (*bucket, *(gradients(work) if zero.stage > 1 else ()))
+        more = (*nvme.first_moments(work), *nvme.gradients_that_stay(work)) if zero.optimizer_offload == "nvme" else ()
+        return (*bucket, *(gradients(work) if zero.stage > 1 else ()), *more)
     count = work.sharded(work.shape.trained.all, from_stage=1)
     if zero.stage == 2 and _sums_in_fp32(work):
         return gradients(work)  # they are flat, and in fp32
     if zero.stage == 3:
         count = max(_sub_groups(work))
-    copy = _state("fp32_gradient", "device", ("trained parameters of this step", count), ("bytes", _FP32_BYTES))
+    copy = state_term("fp32_gradient", "device", ("trained parameters of this step", count), ("bytes", _FP32_BYTES))
     flat = _flat_gradient(work)
     if zero.stage == 1:
         # Those of the other ranks' parameters are freed before the copy is made.
         elements, _ = weights_of_ranges(work.shape, zero.dp_world_size, zero.dtype_bytes)
         factors = ("gradients of this rank's weights", elements), ("bytes", zero.dtype_bytes)
-        own = _state("gradients", "device", *factors)
+        own = state_term("gradients", "device", *factors)
         return max(gradients(work), (own, *flat, copy), key=total_bytes)
     return (*gradients(work), *flat, copy, *bucket)
 
@@ -317,7 +327,7 @@ def _moments(work: Workload, place: Place, count: int) -> Terms:
     if not number[1]:
         return ()
     of_rank = ("trained parameters of this rank", count)
-    return (_state("optimizer_moments", place, number, of_rank, ("bytes", _FP32_BYTES)),)
+    return (state_term("optimizer_moments", place, number, of_rank, ("bytes", _FP32_BYTES)),)
 
 
 def _moments_in_8_bits(work: Workload) -> Terms:
@@ -331,9 +341,9 @@ def _moments_in_8_bits(work: Workload) -> Terms:
     large = [elements for elements in tensors if elements >= LEAST_OF_8_BITS]
     blocks = sum(ceil_divide(elements, BLOCK_OF_8_BITS) for elements in large)
     terms = (
-        _state("optimizer_moments", "device", number, ("elements in 8 bits", sum(large)), ("bytes", 1)),
-        _state("optimizer_scales", "device", number, ("blocks", blocks), ("bytes", _FP32_BYTES)),
-        _state("small_moments", "device", number, ("others", sum(tensors) - sum(large)), ("bytes", _FP32_BYTES)),
+        state_term("optimizer_moments", "device", number, ("elements in 8 bits", sum(large)), ("bytes", 1)),
+        state_term("optimizer_scales", "device", number, ("blocks", blocks), ("bytes", _FP32_BYTES)),
+        state_term("small_moments", "device", number, ("others", sum(tensors) - sum(large)), ("bytes", _FP32_BYTES)),
     )
     return tuple(term for term in terms if term.bytes)
 
@@ -347,4 +357,4 @@ def _flat_gradient(work: Workload) -> Terms:
         return ()
     of_groups = _sub_groups(work) if zero.stage == 3 else ranges(work.shape, zero.dp_world_size)
     count = "trained parameters of the largest group", max(of_groups)
-    return (_state("flat_gradient", "device", count, ("bytes", element_bytes)),)
+    return (state_term("flat_gradient", "device", count, ("bytes", element_bytes)),)

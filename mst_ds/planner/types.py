@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -36,6 +37,10 @@ class MemoryTerm:
 def product_term(name: str, place: Place, *factors: tuple[str, int], kind: Kind = "activation") -> MemoryTerm:
     """A term that is the product of named factors, so that its formula cannot differ from its bytes."""
     return MemoryTerm(name, math.prod([value for _, value in factors]), place, factors, kind)
+
+
+# All but the reserve and activations.
+state_term = functools.partial(product_term, kind="state")
 
 
 def total_bytes(terms: Iterable[MemoryTerm]) -> int:

@@ -24,11 +24,14 @@ def ranges(shape: ModelShape, ranks: int) -> tuple[int, ...]:
 
 
 @cache
-def weights_of_ranges(shape: ModelShape, ranks: int, dtype_bytes: int, *, larger_than: int = 0) -> tuple[int, int]:
+def weights_of_ranges(
+    shape: ModelShape, ranks: int, dtype_bytes: int, *, larger_than: int = 0, largest_rounded: int = 0
+) -> tuple[int, int]:
     """The weights that stages 1 and 2 give to a rank: those that lie in its range, whole or in part.
 
     Args:
         larger_than: elements; weights of so many or fewer are left out.
+        largest_rounded: see `pinned_block`.
 
     Returns:
         Their elements, and the bytes of their blocks if each is pinned whole; both of the rank that has most.
@@ -40,33 +43,38 @@ def weights_of_ranges(shape: ModelShape, ranks: int, dtype_bytes: int, *, larger
             if size > larger_than:
                 for rank in range(start // length, ceil_divide(start + size, length)):
                     elements[rank] += size
-                    blocks[rank] += pinned_block(size * dtype_bytes)
+                    blocks[rank] += pinned_block(size * dtype_bytes, largest_rounded)
             start += size
     return max(elements), max(blocks)
 
 
 @cache
-def sub_groups(shape: ModelShape, ranks: int, least: int) -> tuple[int, ...]:
-    """The elements of a rank that stage 3 steps at a time: as many weights as make `sub_group_size` elements or more,
-    the last of a group fewer (`_create_fp16_sub_groups`)."""
-    found = []
+def weights_of_sub_groups(shape: ModelShape, ranks: int, least: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """By groups of the optimizer, what stage 3 steps at a time, and of that the shards of weights: as many weights as
+    make `sub_group_size` elements or more, the last of a group fewer (`_create_fp16_sub_groups`)."""
+    groups = []
     for group in _optimizer_groups(shape):
-        so_far = 0
+        found, shards = [], []
         for size in group:
-            so_far += ceil_divide(size, ranks)
-            if so_far >= least:
-                found.append(so_far)
-                so_far = 0
-        if so_far:
-            found.append(so_far)
-    return tuple(found)
+            shards.append(ceil_divide(size, ranks))
+            if sum(shards) >= least:
+                found.append(tuple(shards))
+                shards = []
+        groups.append((*found, *([tuple(shards)] if shards else [])))
+    return tuple(groups)
 
 
 @cache
-def rounding_of_shards(shape: ModelShape, ranks: int, dtype_bytes: int) -> int:
+def sub_groups(shape: ModelShape, ranks: int, least: int) -> tuple[int, ...]:
+    """The elements of a rank that stage 3 steps at a time."""
+    return tuple(sum(shards) for group in weights_of_sub_groups(shape, ranks, least) for shards in group)
+
+
+@cache
+def rounding_of_shards(shape: ModelShape, ranks: int, dtype_bytes: int, largest_rounded: int) -> int:
     """Bytes of the blocks of all weights' shards, each pinned by itself, beyond those of the shards."""
     shards = (ceil_divide(size, ranks) * dtype_bytes for size in (*_matrices(shape), *_norms(shape)))
-    return sum(pinned_block(count) - count for count in shards)
+    return sum(pinned_block(count, largest_rounded) - count for count in shards)
 
 
 def _range(group: list[int], ranks: int) -> int:

@@ -18,6 +18,7 @@ from mst_ds.settings import MstConfig
 from mst_ds.topology import choose_sp_size, divisors
 from mst_ds.zero.checks import ACCUMULATION, MICRO_BATCH, MST, TRAIN_BATCH, ZERO, block, check, stage
 from mst_ds.zero.owners import BATCH_FLAGS, require_agreement
+from mst_ds.zero.pinned_memory import largest_rounded_block
 
 OffloadDevice: TypeAlias = Literal["none", "cpu", "nvme"]
 DsConfig: TypeAlias = dict[str, Any]
@@ -47,7 +48,10 @@ class ZeroConfig:
     moments_in_8_bits: whether these are of 8 bits, with a scale for each block; else they are in fp32.
     pins_parameters, pins_optimizer: whether what is offloaded lies in pinned memory of the host.
     param_buffer_count, param_buffer_size, optimizer_buffer_count: of the buffers on the way to NVMe.
+    optimizer_swaps_at_once: sub-groups whose states are on their way together.
     param_max_in_cpu: parameters that stay on the host for good where the others go to NVMe.
+    largest_rounded_block: bytes of pinned memory; what is larger is not rounded up to a power of two.
+    nvme_least_bytes, nvme_alignment: what is smaller has no file there; of so many bytes are reads and writes.
     """
 
     stage: int
@@ -60,10 +64,14 @@ class ZeroConfig:
     moments_in_8_bits: bool
     pins_parameters: bool
     pins_optimizer: bool
+    largest_rounded_block: int
     param_buffer_count: int
     param_buffer_size: int
     param_max_in_cpu: int
     optimizer_buffer_count: int
+    optimizer_swaps_at_once: int
+    nvme_least_bytes: int
+    nvme_alignment: int
     overlap_comm: bool
     reduce_bucket_size: int
     allgather_bucket_size: int
@@ -219,7 +227,8 @@ def fill_steps(ds_config: Mapping[str, Any], train: TrainConfig) -> DsConfig:
 
 
 def read_zero(ds_config: Mapping[str, Any], *, dp_world_size: int, optim: str = ADAMW) -> ZeroConfig:
-    """Types a resolved config, with DeepSpeed's own defaults for the keys it leaves out.
+    """Types a resolved config, with DeepSpeed's own defaults for the keys it leaves out, and what this process'
+    environment says of pinned memory.
 
     Args:
         optim: the optimizer where the JSON has none, a name among `OPTIMIZERS`.
@@ -231,6 +240,7 @@ def read_zero(ds_config: Mapping[str, Any], *, dp_world_size: int, optim: str = 
     zero_stage = stage(ds_config)
     dtype = _dtype(ds_config)
     overlap_comm = zero.get("overlap_comm")
+    aio = block(ds_config, "aio")
     param, optimizer = (zero.get(key) or {} for key in ("offload_param", "offload_optimizer"))
     optimizer_offload = _offload(zero, "offload_optimizer", "cpu_offload") if zero_stage >= 1 else "none"
     own = None if has_block(ds_config, "optimizer") else OPTIMIZERS[optim]
@@ -250,10 +260,15 @@ def read_zero(ds_config: Mapping[str, Any], *, dp_world_size: int, optim: str = 
         moments_in_8_bits=own is not None and own.in_8_bits,
         pins_parameters=_pins(param, "offload_param"),
         pins_optimizer=_pins(optimizer, "offload_optimizer"),
+        largest_rounded_block=largest_rounded_block(),
         param_buffer_count=_elements(param, "buffer_count", 5),
         param_buffer_size=_elements(param, "buffer_size", 10**8),
         param_max_in_cpu=_elements(param, "max_in_cpu", 10**9),
         optimizer_buffer_count=_elements(optimizer, "buffer_count", 4),
+        optimizer_swaps_at_once=1 + sum(optimizer.get(f"pipeline_{way}") is True for way in ("read", "write")),
+        # `MIN_AIO_BYTES` and `AIO_ALIGNED_BYTES` in swap_tensor/utils.py.
+        nvme_least_bytes=max(2**20, _elements(aio, "block_size", 2**20, of="aio")),
+        nvme_alignment=2**10 * max(1, _elements(aio, "intra_op_parallelism", 1, of="aio")),
         overlap_comm=zero_stage == 3 if overlap_comm is None else bool(overlap_comm),
         reduce_bucket_size=_elements(zero, "reduce_bucket_size", 5 * 10**8),
         allgather_bucket_size=_elements(zero, "allgather_bucket_size", 5 * 10**8),
@@ -331,12 +346,12 @@ def _pins(offload: Mapping[str, Any], name: str) -> bool:
     return pins
 
 
-def _elements(zero: Mapping[str, Any], key: str, default: int) -> int:
-    value = zero.get(key, default)
+def _elements(found: Mapping[str, Any], key: str, default: int, *, of: str = ZERO) -> int:
+    value = found.get(key, default)
     # JSON has 5e8 for what DeepSpeed reads as a whole number.
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not 0 <= value <= sys.maxsize or value != int(value):
-        raise ValueError(f"{ZERO}.{key} is {value!r}; allowed: a whole number of elements from 0 to {sys.maxsize}")
+        raise ValueError(f"{of}.{key} is {value!r}; allowed: a whole number of elements from 0 to {sys.maxsize}")
     return int(value)
 
 

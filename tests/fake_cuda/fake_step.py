@@ -132,10 +132,7 @@ def measure(case: Case) -> dict[str, Any]:
         known = starts if case.documents > 1 else None
         stack.enter_context(patch.object(decoder, "find_document_starts", lambda *_: known))
         # Once for each layer with experts, all of which are equally popular here:
-        read_ends = functools.partial(
-            _ends_of_experts, found, case.length * getattr(model.config, "num_experts_per_tok", 0)
-        )
-        stack.enter_context(patch.object(experts, "read_ends", read_ends))
+        stack.enter_context(patch.object(experts, "read_ends", functools.partial(_ends_of_experts, found)))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(hopper())
         model = model.to_empty(device="cuda")
@@ -166,9 +163,9 @@ def measure(case: Case) -> dict[str, Any]:
     }
 
 
-def _ends_of_experts(found: Found, rows: int, ends: Tensor) -> list[int]:
+def _ends_of_experts(found: Found, ends: Tensor, of_tokens: torch.Size) -> list[int]:
     found.waits += 1
-    return [rows * (expert + 1) // len(ends) for expert in range(len(ends))]
+    return [of_tokens.numel() * (expert + 1) // len(ends) for expert in range(len(ends))]
 
 
 def _commit(fault: Callable[[Tensor], Any], module: nn.Module, args: Any) -> None:

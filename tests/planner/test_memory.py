@@ -104,27 +104,6 @@ def test_offloading_moves_states_off_the_device():
     assert before.device_bytes - after.device_bytes == moved == after.host_bytes - added
     assert on_device.host_bytes == 0
     assert offloaded.host_bytes == max(phase.host_bytes for phase in offloaded.phases) > moved
-    nvme = plan_of(3, zero={"offload_optimizer": {"device": "nvme"}})
-    assert terms_of(nvme, "backward")["optimizer_moments"].place == "nvme"
-    assert terms_of(nvme, "optimizer_step")["fp32_gradient"].place == "host"
-
-
-def test_what_comes_from_nvme_comes_through_buffers_of_the_host():
-    nvme = {"device": "nvme", "buffer_count": 6}
-    zero = {"offload_param": nvme | {"buffer_size": 10**6}, "offload_optimizer": nvme, "sub_group_size": 1000}
-    for phase in ("forward", "optimizer_step"):
-        terms = terms_of(plan_of(3, zero=zero), phase)
-        assert {terms[f"{name}_swap_buffers"].place for name in ("parameter", "optimizer")} == {"host"}
-        assert terms["parameter_swap_buffers"].bytes == 6 * 10**6 * 2
-        assert terms["optimizer_swap_buffers"].bytes == 6 * (VOCAB * HIDDEN // 4) * 4  # the embedding's shard
-    # DeepSpeed's own numbers, and a shard that is less than a sub-group.
-    terms = bytes_of(
-        plan_of(3, zero={name: {"device": "nvme"} for name in ("offload_param", "offload_optimizer")}), "loss"
-    )
-    assert terms["parameter_swap_buffers"] == 5 * 10**8 * 2
-    assert terms["optimizer_swap_buffers"] == 4 * (terms["master_parameters"] - NORMS)
-    on_host = terms_of(plan_of(3, zero={"offload_param": {"device": "cpu"}}), "loss")
-    assert not [name for name in on_host if name.endswith("swap_buffers")]
 
 
 def test_gradients_stand_before_the_backward_only_where_they_must():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -24,6 +25,7 @@ from mst_ds.planner.phases import step_phases
 from mst_ds.planner.workload import Workload
 from mst_ds.settings import Settings
 from mst_ds.zero import read_zero
+from mst_ds.zero.pinned_memory import largest_rounded_block
 
 # "Round up the allocation to the nearest power of two to improve reuse": PowerOf2Ceil(size), in all versions of
 # ATen/core/CachingHostAllocator.h from 2.9 on; an empty tensor has no block.
@@ -74,6 +76,42 @@ def test_a_block_is_the_next_power_of_two(count: int, block: int) -> None:
     assert pinned_block(count) == block
 
 
+MIB = 2**20
+# "size <= pinned_max_round_threshold() && size <= pinned_max_cached_size()": PowerOf2Ceil(size), from torch 2.13 on.
+LIMITS: dict[str, tuple[dict[str, str], int]] = {
+    "all": ({}, sys.maxsize),
+    "of other settings": ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, sys.maxsize),
+    "to a threshold": (
+        {"PYTORCH_ALLOC_CONF": "roundup_power2_divisions:[256:1,512:2],pinned_max_round_threshold_mb:32"},
+        32 * MIB,
+    ),
+    "to what is kept": (
+        {"PYTORCH_CUDA_ALLOC_CONF": "pinned_max_round_threshold_mb: 64, pinned_max_cached_size_mb: 16"},
+        16 * MIB,
+    ),
+    "the newer name": (
+        {"PYTORCH_ALLOC_CONF": "backend:native", "PYTORCH_CUDA_ALLOC_CONF": "pinned_max_round_threshold_mb:8"},
+        sys.maxsize,
+    ),
+    "none, by DeepSpeed itself": ({"DS_PIN_MEMORY_BACKEND": "Native"}, 0),
+}
+
+
+@pytest.mark.parametrize("case", LIMITS)
+def test_blocks_are_rounded_up_to_a_limit(case: str) -> None:
+    environment, limit = LIMITS[case]
+    assert largest_rounded_block(environment) == limit
+    assert pinned_block(3 * MIB, limit) == (4 if limit else 3) * MIB
+    assert pinned_block(33 * MIB, limit) == (64 if limit > 33 * MIB else 33) * MIB
+
+
+def test_a_plan_has_the_rounding_of_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_PIN_MEMORY_BACKEND", "native")
+    zero = {"offload_optimizer": CPU, "offload_param": CPU}
+    for phase in plan_of(3, zero=zero, world_size=2).phases:
+        assert not [term.name for term in phase.terms if term.name.endswith("_rounding")]
+
+
 def pinned_sizes(rank: int, stage: int, zero: dict[str, Any], micro_batches: int = 0) -> list[int]:
     """Bytes of each tensor that DeepSpeed pins until its engine is built, or in a step of several micro-batches; on a
     CPU it would leave them as they are."""
@@ -112,7 +150,8 @@ def pinned_sizes(rank: int, stage: int, zero: dict[str, Any], micro_batches: int
 @pytest.mark.parametrize("case", PINNED)
 def test_what_deepspeed_pins_is_planned_with_its_rounding(case: str) -> None:
     stage, zero, names = PINNED[case]
-    terms = bytes_of(plan_of(stage, zero=zero, world_size=2), "initialisation")
+    # An optimizer without moments, which would be more than blocks that are gone by then.
+    terms = bytes_of(plan_of(stage, zero=zero, world_size=2, optimizer={"type": "SGD"}), "initialisation")
     planned = sum(terms[name] + terms.get(f"{name}_rounding", 0) for name in names)
     for sizes in run_ranks(pinned_sizes, 2, stage, zero):
         assert sum(map(pinned_block, sizes)) == planned
@@ -137,6 +176,14 @@ def test_blocks_of_weights_are_given_back_before_activations_come() -> None:
     assert "parameter_blocks" in bytes_of(plan, "initialisation")
     for phase in ("forward", "backward", "optimizer_step"):
         assert "parameter_blocks" not in bytes_of(plan, phase)
+
+
+def test_blocks_of_weights_are_gone_when_moments_come() -> None:
+    """AdamW's take 8 bytes for each parameter, blocks in 16 bits at most 4: the host never has both."""
+    offloaded = {"offload_param": CPU, "offload_optimizer": CPU}
+    terms = bytes_of(plan_of(3, zero=offloaded), "initialisation")
+    assert "optimizer_moments" in terms
+    assert "parameter_blocks" not in terms
 
 
 def test_weights_below_adapters_stay_in_blocks_of_their_own() -> None:
@@ -166,12 +213,3 @@ def test_torch_gives_back_what_it_keeps(monkeypatch: pytest.MonkeyPatch, module:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     give_back_pinned_memory()
     assert calls == [name]
-
-
-def test_parameters_that_need_not_go_to_nvme_stay_on_the_host() -> None:
-    nvme = {"device": "nvme", "buffer_size": 1000}
-    terms = bytes_of(plan_of(3, zero={"offload_param": nvme}), "loss")
-    assert terms["parameters_on_host"] == terms["parameters"]
-    few = bytes_of(plan_of(3, zero={"offload_param": nvme | {"max_in_cpu": 1000}}), "loss")
-    assert (few["parameters_on_host"], few["parameters_on_host_rounding"]) == (2000, 48)
-    assert few["parameters"] == terms["parameters"]
