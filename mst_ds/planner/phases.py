@@ -19,7 +19,7 @@ from mst_ds.planner.stream import (
     stream_terms,
 )
 from mst_ds.planner.types import MemoryTerm, Phase, total_bytes
-from mst_ds.planner.workload import Workload
+from mst_ds.planner.workload import Workload, remembered
 
 Terms = tuple[MemoryTerm, ...]
 
@@ -99,6 +99,7 @@ def _after_backward(work: Workload) -> Phase:
     return Phase("backward", standing + states.micro_batch_gradients(work) + kept_on_host(work))
 
 
+@remembered
 def _of_layers(work: Workload, *, backward: bool) -> Terms:
     """What layers keep, and what goes from one to the next."""
     terms = activations.kept_between_layers(work, "backward" if backward else "forward")
@@ -121,6 +122,7 @@ def _moments(work: Workload, mlp_chunks: int, *, backward: bool) -> list[Terms]:
     return moments
 
 
+@remembered
 def _last_layers(work: Workload) -> list[Workload]:
     """The model, and where some of its layers have a window and others not, up to the last one of the other kind: what
     is there at that one may be more, though less is kept of those before it."""
@@ -129,6 +131,7 @@ def _last_layers(work: Workload) -> list[Workload]:
     return [work, *(_with_layers(work, layer + 1) for layer in others[-1:])]
 
 
+@remembered
 def _first_layers(work: Workload) -> list[Workload]:
     """The model as its activations are when the backward has come to the first layer, and to the first of the other
     kind."""
@@ -176,6 +179,7 @@ def _first_mlp_moments(work: Workload, mlp_chunks: int) -> tuple[MlpStep, ...]:
     return tuple(MlpStep(step.chunk, (*step.rest, *whole), saved) for step in steps)
 
 
+@remembered
 def rest_of_layer_moment(work: Workload, *, backward: bool) -> Terms:
     """The largest operator of a layer beside its MLP, with what the layer has saved by then."""
     norm = activations.norm_step(work, backward=backward)
@@ -251,6 +255,7 @@ def _input_projections(shape: ModelShape) -> int:
     return shape.hidden_size * query_key_value_width(shape)
 
 
+@remembered
 def _saved(
     work: Workload,
     *,
@@ -277,12 +282,14 @@ def _saved(
     return activations.layer_activations(work) + kept_gate_up(work)
 
 
+@remembered
 def _standing_computing(work: Workload, phase: Literal["forward", "loss", "backward"]) -> Terms:
     """The states of the model while it computes, at its last layer or the loss."""
     standing = _standing(work, has_gradients=states.has_gradients_from_start(work))
     return standing + states.gathered_parameters(work, phase)
 
 
+@remembered
 def _standing(work: Workload, *, has_gradients: bool) -> Terms:
     terms = states.reserve(work) + states.parameters(work) + states.optimizer_states(work)
     if has_gradients:

@@ -12,7 +12,7 @@ from mst_ds.geometry import shard_length
 from mst_ds.gpus import DEFAULT_GPU, Gpu
 from mst_ds.planner import activations
 from mst_ds.planner.cost import step_seconds
-from mst_ds.planner.kept import kept_gate_up
+from mst_ds.planner.kept import kept_gate_up, kept_on_host
 from mst_ds.planner.phases import (
     layer_phase,
     loss_phase,
@@ -44,8 +44,9 @@ def choose_settings(
     """`work` with the settings that fit and are predicted fastest; of equally fast ones those that `candidates` has
     first, with the fewest groups of heads.
 
-    Where nothing fits it is those with the lowest peak, of equal ones those with recompute. What the user set stays;
-    kept attention or offload that the user asks for means recompute.
+    Where nothing fits it is those that fit the device and lack least of the host, or else those with the lowest peak,
+    of equal ones those with recompute. What the user set stays; kept attention or offload that the user asks for means
+    recompute.
 
     Args:
         work: whose chunk counts, groups of heads and knobs with `choices` are not read.
@@ -57,22 +58,58 @@ def choose_settings(
             ranks would wait for each other if they differed in that. None: all are like this rank's.
     """
     least = device_memory if least_device_memory is None else least_device_memory
-    fitting: list[tuple[float, Workload]] = []
-    others: list[tuple[tuple[int, bool, bool], Workload]] = []
-    for unchunked in _unchunked_candidates(work, mst):
-        streamed = _with_layer_chunks(unchunked, mst, preferred_chunk_tokens, least)
+    unchunked = list(_unchunked_candidates(work, mst))
+    # More chunks only take longer: none is faster than it would be in one chunk of everything.
+    bounds = {
+        index: step_seconds(candidate.with_settings(layer_chunks=1, mlp_chunks=1, loss_chunks=1), gpu)
+        for index, candidate in enumerate(unchunked)
+        if _can_fit(candidate, mst, least, host_memory)
+    }
+    found: list[tuple[float, int, Workload]] = []
+    for index in sorted(bounds, key=bounds.__getitem__):
+        if found and bounds[index] > min(found)[0]:
+            break
+        streamed = _with_layer_chunks(unchunked[index], mst, preferred_chunk_tokens, least)
         candidate = _with_chunks(streamed, mst, least, preferred_chunk_tokens)
         phases = step_phases(candidate)
-        if not _may_offload(candidate, mst, phases, host_memory):
-            continue
-        peak, settings = max(phase.device_bytes for phase in phases), candidate.settings
-        if peak <= least and _host_has_room(phases, host_memory):
-            fitting.append((step_seconds(candidate, gpu), candidate))
-        else:
-            others.append(((peak, not settings.recompute, settings.keep_mlp), candidate))
-    # Python's min takes the first of equals. What is kept on the device is always a candidate.
-    best = min(fitting, key=itemgetter(0))[1] if fitting else min(others, key=itemgetter(0))[1]
+        if _fits(candidate, mst, phases, least, host_memory):
+            found.append((step_seconds(candidate, gpu), index, candidate))
+    # Of equally fast ones the first of `candidates`.
+    if found:
+        best = min(found)[2]
+    else:
+        nearest = _nearest(unchunked, mst, least, host_memory)
+        best = _with_layer_chunks(nearest, mst, preferred_chunk_tokens, least)
     return _with_chunks(best, mst, device_memory, preferred_chunk_tokens)
+
+
+def _nearest(unchunked: list[Workload], mst: MstConfig, device_memory: int, host_memory: int | None) -> Workload:
+    """Where nothing fits: what fits the device and lacks least of the host, else what the host has room for and has the
+    lowest peak on the device; in as many chunks as help most."""
+    others: list[tuple[tuple[bool, int, bool, bool], Workload]] = []
+    for work in unchunked:
+        most = max(1, shard_length(work.seq_len, work.sp_size) // MIN_CHUNK_TOKENS) if _may_stream(work) else 1
+        given = mst.get("layer_chunks")
+        counts = {1, most} if given == AUTO else {work.settings.layer_chunks}
+        tried = [step_phases(_with_most_chunks(work.with_settings(layer_chunks=count), mst)) for count in counts]
+        phases = min(tried, key=_peak)
+        lacks_host = host_memory is not None and _peak(phases) <= device_memory
+        if lacks_host or _may_offload(work, mst, phases, host_memory):
+            needed = max(phase.host_bytes for phase in phases) if lacks_host else _peak(phases)
+            others.append(((not lacks_host, needed, not work.settings.recompute, work.settings.keep_mlp), work))
+    # Python's min takes the first of equals. What is kept on the device is always a candidate.
+    return min(others, key=itemgetter(0))[1]
+
+
+def _peak(phases: tuple[Phase, ...]) -> int:
+    return max(phase.device_bytes for phase in phases)
+
+
+def _can_fit(work: Workload, mst: MstConfig, device_memory: int, host_memory: int | None) -> bool:
+    """False for what does not fit in any number of chunks, as far as is found without a search."""
+    if work.settings.offload_activations and mst.get("offload_activations") == AUTO and host_memory is None:
+        return False
+    return _host_can_have_room(work, host_memory) and _layers_can_fit(work, mst, device_memory)
 
 
 def _with_chunks(work: Workload, mst: MstConfig, device_memory: int, preferred_tokens: int) -> Workload:
@@ -135,17 +172,23 @@ def _may_stream(work: Workload) -> bool:
 def can_fit(work: Workload, mst: MstConfig, *, device_memory: int, host_memory: int | None) -> bool:
     """Whether `choose_settings` would find settings that fit: then they also do with the most chunks it may choose
     within a layer's chunks."""
-    for unchunked in _unchunked_candidates(work, mst):
-        if not _layers_can_fit(unchunked, mst, device_memory):
+    # The last ones keep least on the device.
+    for unchunked in reversed(list(_unchunked_candidates(work, mst))):
+        if not _can_fit(unchunked, mst, device_memory, host_memory):
             continue
         streamed = _with_layer_chunks(unchunked, mst, MIN_CHUNK_TOKENS, device_memory)
         candidate = _with_most_chunks(streamed, mst)
         phases = step_phases(candidate)
-        is_within = max(phase.device_bytes for phase in phases) <= device_memory
-        may_offload = _may_offload(candidate, mst, phases, host_memory)
-        if is_within and may_offload and _host_has_room(phases, host_memory):
+        if _fits(candidate, mst, phases, device_memory, host_memory):
             return True
     return False
+
+
+def _host_can_have_room(work: Workload, host_memory: int | None) -> bool:
+    """Whether what layers keep there fits in one chunk of them, without what pinned memory takes beyond it: more chunks
+    keep no less."""
+    kept = kept_on_host(work.with_settings(layer_chunks=1))
+    return host_memory is None or total_bytes(term for term in kept if term.kind == "activation") <= host_memory
 
 
 def _with_most_chunks(work: Workload, mst: MstConfig) -> Workload:
@@ -157,6 +200,13 @@ def _with_most_chunks(work: Workload, mst: MstConfig) -> Workload:
     return work.with_settings(
         **{name: most[name] if chunks == AUTO else min(chunks, work.tokens) for name, chunks in counts.items()}
     )
+
+
+def _fits(
+    work: Workload, mst: MstConfig, phases: tuple[Phase, ...], device_memory: int, host_memory: int | None
+) -> bool:
+    is_allowed = _may_offload(work, mst, phases, host_memory) and _host_has_room(phases, host_memory)
+    return is_allowed and _peak(phases) <= device_memory
 
 
 def _may_offload(work: Workload, mst: MstConfig, phases: tuple[Phase, ...], host_memory: int | None) -> bool:

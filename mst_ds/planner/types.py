@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from mst_ds.settings import Settings
 from mst_ds.topology import Topology
@@ -17,9 +16,11 @@ Place: TypeAlias = Literal["device", "host", "nvme"]
 Kind: TypeAlias = Literal["state", "activation", "workspace", "reserve"]
 
 
-@dataclass(frozen=True)
-class MemoryTerm:
-    """One thing that occupies memory: how many bytes, where, of what kind, and the named factors that gave them."""
+class MemoryTerm(NamedTuple):
+    """One thing that occupies memory: how many bytes, where, of what kind, and the named factors that gave them.
+
+    A tuple, because a search makes some hundred thousand of them.
+    """
 
     name: str
     bytes: int
@@ -35,11 +36,14 @@ class MemoryTerm:
 
 def product_term(name: str, place: Place, *factors: tuple[str, int], kind: Kind = "activation") -> MemoryTerm:
     """A term that is the product of named factors, so that its formula cannot differ from its bytes."""
-    return MemoryTerm(name, math.prod([value for _, value in factors]), place, factors, kind)
+    count = 1
+    for _, value in factors:
+        count *= value
+    return MemoryTerm(name, count, place, factors, kind)
 
 
 def total_bytes(terms: Iterable[MemoryTerm]) -> int:
-    return sum(term.bytes for term in terms)
+    return sum([term.bytes for term in terms])
 
 
 @dataclass(frozen=True)
