@@ -85,6 +85,10 @@ _DRIVERS: tuple[tuple[str, tuple[str, ...] | float], ...] = (
 DEFAULT_GPU = _GPUS["H100"]
 
 
+def known_gpus() -> tuple[Gpu, ...]:
+    return tuple(_GPUS.values())
+
+
 def gpu_by_name(name: str) -> Gpu:
     """The GPU of that name, which may be in small letters.
 

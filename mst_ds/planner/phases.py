@@ -50,11 +50,11 @@ def layer_phase(work: Workload, mlp_chunks: int, *, backward: bool) -> Phase:
     if backward:
         standing += states.micro_batch_gradients(work)
     moments = (
-        Phase(name, standing + _on_device(_of_layers(layers, backward=backward) + largest))
+        _on_device(_of_layers(layers, backward=backward) + largest)
         for layers in _last_layers(work)
         for largest in _moments(layers, mlp_chunks, backward=backward)
     )
-    return max(moments, key=lambda phase: phase.device_bytes)
+    return Phase(name, standing + max(moments, key=total_bytes))
 
 
 def _backward_making_gradients(work: Workload, mlp_chunks: int) -> Phase:
@@ -79,18 +79,11 @@ def _backward_making_gradients(work: Workload, mlp_chunks: int) -> Phase:
     ]
     standing = _standing(work, has_gradients=False) + states.reduce_bucket(work) + kept_on_host(work)
     standing += states.micro_batch_gradients(work)
-    phases = (
-        Phase(
-            "backward",
-            (
-                *standing,
-                *states.gradients(work, so_far=so_far),
-                *_on_device(_of_layers(layers, backward=True) + largest),
-            ),
-        )
+    terms = (
+        (*states.gradients(work, so_far=so_far), *_on_device(_of_layers(layers, backward=True) + largest))
         for layers, largest, so_far in moments
     )
-    return max(phases, key=lambda phase: phase.device_bytes)
+    return Phase("backward", standing + max(terms, key=_device_bytes))
 
 
 def _after_backward(work: Workload) -> Phase:
@@ -142,6 +135,10 @@ def _first_layers(work: Workload) -> list[Workload]:
 
 def _with_layers(work: Workload, count: int) -> Workload:
     return replace(work, shape=work.shape.first_layers(count))
+
+
+def _device_bytes(terms: Terms) -> int:
+    return sum([term.bytes for term in terms if term.place == "device"])
 
 
 def _on_device(terms: Terms) -> Terms:

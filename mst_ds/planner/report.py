@@ -1,13 +1,68 @@
-"""A plan as people read it."""
+"""A plan and an answer as people read them."""
 
 from __future__ import annotations
 
 from rich.table import Table
 
 from mst_ds.config import GIB
+from mst_ds.model_shape import ModelShape
+from mst_ds.planner.answer import Answer
+from mst_ds.planner.plan import LENGTH_STEP
 from mst_ds.planner.types import Plan
 
 _SHOWN_TERMS = 3
+
+
+def answer_lines(answer: Answer) -> list[str]:
+    """What is asked first: whether it fits and what limits it, and what it takes."""
+    plan, cost = answer.plan, answer.cost
+    if plan.fits:
+        first = f"fits; fullest is the {answer.limit}"
+    else:
+        first = f"does NOT fit; the limit is the {answer.limit}"
+    if cost is None or plan.predicted_step_seconds is None:
+        return [
+            first,
+            "no time is predicted: these GPUs' rates are not known; --gpu H100 ..., or --rates FILE, says them",
+        ]
+    pace = f"{cost.tokens_per_second:,.0f} tokens/s of all ranks, {plan.predicted_step_seconds:.3g} s a step; {cost}"
+    return [first, pace if plan.fits else f"if it fitted: {pace}"]
+
+
+def advice_lines(answer: Answer) -> list[str]:
+    """What to know beside the plan: the longest length, and what to change."""
+    plan, request = answer.plan, answer.request
+    lines = [] if answer.warning is None else [answer.warning]
+    lines.append(longest_line(request.work.shape, answer.longest) + _without_host(answer))
+    if not answer.changes:
+        return lines if plan.fits else [*lines, "to make it fit: no single change is enough"]
+    lines.append("faster or cheaper:" if plan.fits else "to make it fit, one of:")
+    return lines + [f"  {change}: {change.brings}" for change in answer.changes]
+
+
+def longest_line(shape: ModelShape, longest: int) -> str:
+    if not longest:
+        return "no sequence fits"
+    in_thousands = f" ({longest // LENGTH_STEP}K)" if longest % LENGTH_STEP == 0 else ""
+    return f"longest sequence that fits: {longest} tokens{in_thousands}{positions(shape, longest)}"
+
+
+def positions(shape: ModelShape, longest: int) -> str:
+    """What memory does not say of the longest sequence."""
+    if longest == shape.fixed_positions:
+        return "; the model has no more positions"
+    if shape.rotary_positions is not None and longest > shape.rotary_positions:
+        return f"; by memory alone, the model's config knows {shape.rotary_positions} positions"
+    return ""
+
+
+def _without_host(answer: Answer) -> str:
+    """What a host of which nothing is known could hold."""
+    request = answer.request
+    keeps_there = request.mst.get("offload_activations") is not False and request.mst.get("recompute") is not False
+    if request.host_memory is not None or not keeps_there:
+        return ""
+    return "; with --host_memory_gib, activations may lie on the host: longer, or faster"
 
 
 def plan_table(plan: Plan) -> Table:

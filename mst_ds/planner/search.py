@@ -60,15 +60,16 @@ def choose_settings(
     least = device_memory if least_device_memory is None else least_device_memory
     unchunked = list(_unchunked_candidates(work, mst))
     # More chunks only take longer: none is faster than it would be in one chunk of everything.
-    bounds = {
-        index: step_seconds(candidate.with_settings(layer_chunks=1, mlp_chunks=1, loss_chunks=1), gpu)
-        for index, candidate in enumerate(unchunked)
-        if _can_fit(candidate, mst, least, host_memory)
-    }
+    bounds = [
+        step_seconds(candidate.with_settings(layer_chunks=1, mlp_chunks=1, loss_chunks=1), gpu)
+        for candidate in unchunked
+    ]
     found: list[tuple[float, int, Workload]] = []
-    for index in sorted(bounds, key=bounds.__getitem__):
+    for index in sorted(range(len(unchunked)), key=bounds.__getitem__):
         if found and bounds[index] > min(found)[0]:
             break
+        if not _can_fit(unchunked[index], mst, least, host_memory):
+            continue
         streamed = _with_layer_chunks(unchunked[index], mst, preferred_chunk_tokens, least)
         candidate = _with_chunks(streamed, mst, least, preferred_chunk_tokens)
         phases = step_phases(candidate)
@@ -319,11 +320,18 @@ def _layer_bytes(work: Workload, mlp_chunks: int) -> int:
 
 
 def _fewest_within(device_memory: int, low: int, high: int, bytes_with: Callable[[int], int]) -> int:
+    if bytes_with(low) <= device_memory:
+        return low
     reachable = max(device_memory, bytes_with(max(low, high)))
     return _fewest(low, high, lambda n: bytes_with(n) <= reachable)
 
 
 def _fewest(low: int, high: int, enough: Callable[[int], bool]) -> int:
-    """The first count from `low` to `high` that is enough, else `high`; more chunks stay enough."""
-    counts = range(low, high + 1)
-    return counts[min(bisect_left(counts, True, key=enough), len(counts) - 1)]
+    """The first count from `low` to `high` that is enough, else `high`; more chunks stay enough.
+
+    Few are enough mostly, so it looks near `low` first.
+    """
+    reach, width = low, 1
+    while reach < high and not enough(reach):
+        low, reach, width = reach + 1, min(reach + width, high), 2 * width
+    return low + bisect_left(range(low, reach), True, key=enough)

@@ -65,7 +65,7 @@ class Phase:
         return total_bytes(term for term in self.terms if term.place == place and term.kind == kind)
 
     def _bytes(self, place: Place) -> int:
-        return total_bytes(term for term in self.terms if term.place == place)
+        return sum([term.bytes for term in self.terms if term.place == place])
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,12 @@ class Plan:
     @property
     def samples_per_step(self) -> int:
         return self.micro_batch_size * self.gradient_accumulation_steps * self.dp_size
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of all ranks, as predicted; None where `predicted_step_seconds` is."""
+        seconds = self.predicted_step_seconds
+        return None if seconds is None else self.samples_per_step * self.seq_len / seconds
 
     @property
     def dp_rank(self) -> int:
