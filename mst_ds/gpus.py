@@ -99,7 +99,7 @@ def gpu_by_name(name: str) -> Gpu:
     if found is None:
         raise ValueError(
             f"gpu is {name!r}{nearest(name.upper(), _GPUS)}; allowed: {', '.join(_GPUS)}, "
-            "or device_memory_gib for any other"
+            "or device_memory_gib for any other, and rates for its times"
         )
     return found
 

@@ -38,9 +38,11 @@ from mst_ds.planner import (
     mix_as_dict,
     mix_cost,
     parse_lengths,
+    plan_of_request,
     plan_table,
     plot_plan,
     positions,
+    require_states,
     why_nothing_fits,
     write_config,
 )
@@ -115,6 +117,8 @@ def _write_files(options: argparse.Namespace, answer: Answer) -> tuple[str, ...]
 def _print_comparison(options: argparse.Namespace, lengths: Lengths) -> int:
     request = _request(options, lengths.seq_lens[0])
     rows = compare(request, None if options.sp_size is None else [request.work.sp_size])
+    if not rows:
+        require_states(plan_of_request(request), ())
     if options.json:
         print(json.dumps([row.as_dict() for row in rows], indent=2))
     else:

@@ -192,18 +192,21 @@ def _machine(options: argparse.Namespace, num_nodes: int) -> _Machine:
     gpus = [gpu_of_file(options.rates)] if options.rates is not None else None
     if options.gpu is not None:
         gpus = [_gpu(name) for name in _of_nodes(options, "gpu", num_nodes)]
-    memory = _bytes(options, "device_memory_gib", num_nodes) or (gpus and [gpu.memory for gpu in gpus])
+    memory = _bytes(options, "device_memory_gib", num_nodes)
+    if memory is None and gpus is not None:
+        memory = [gpu.memory for gpu in gpus]
     if memory is None and split_mst(ds_config_of(options.ds_config))[1].device_memory_gib == AUTO:
         raise ValueError(
             "device_memory is not known; allowed: --gpu H100 or another's name, --gpu auto, --rates FILE, "
             "--device_memory_gib, or a number for device_memory_gib in the 'mst' block"
         )
-    of_ranks = memory and tuple(
-        memory[node % len(memory)] for node in range(num_nodes) for _ in range(options.num_gpus)
-    )
+    of_ranks: tuple[int, ...] | None = None
+    if memory is not None:
+        of_nodes = memory * num_nodes if len(memory) == 1 else memory
+        of_ranks = tuple(count for count in of_nodes for _ in range(options.num_gpus))
     hosts = _bytes(options, "host_memory_gib", num_nodes, ranks=options.num_gpus)
     slowest = None if gpus is None else min(gpus, key=lambda gpu: gpu.flops)
-    return _Machine(of_ranks or None, None if hosts is None else min(hosts), slowest)
+    return _Machine(of_ranks, None if hosts is None else min(hosts), slowest)
 
 
 def _of_nodes(options: argparse.Namespace, name: str, num_nodes: int) -> list[Any]:

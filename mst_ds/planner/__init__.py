@@ -2,7 +2,7 @@
 
 from mst_ds.gpus import Gpu, gpu_by_name, gpu_of_device
 from mst_ds.planner.advice import Change, changes_that_fit, changes_that_help
-from mst_ds.planner.answer import Answer, Run, answer_request, why_nothing_fits
+from mst_ds.planner.answer import Answer, Run, answer_request, require_states, why_nothing_fits
 from mst_ds.planner.compare import compare, comparison_table
 from mst_ds.planner.lengths import Lengths, lengths_table, mix_as_dict, mix_cost, parse_lengths
 from mst_ds.planner.markdown import markdown_report
@@ -63,6 +63,7 @@ __all__ = [
     "plot_plan",
     "positions",
     "read_request",
+    "require_states",
     "why_nothing_fits",
     "write_config",
     "written_config",

@@ -14,6 +14,7 @@ from mst_ds.planner import variants
 from mst_ds.planner.plan import longest_of_request, plan_of_request
 from mst_ds.planner.request import Request
 from mst_ds.planner.types import Plan
+from mst_ds.planner.verdict import seconds_text
 
 Value: TypeAlias = int | str | bool
 _Settings: TypeAlias = tuple[tuple[str, Value], ...]
@@ -43,7 +44,9 @@ class Change:
         if plan.host_bytes:
             words.append(f"{plan.host_bytes / GIB:.1f} GiB of the host a rank")
         if plan.predicted_step_seconds is not None:
-            words.append(f"{plan.predicted_step_seconds:.3g} s a step, {plan.tokens_per_second:,.0f} tokens/s")
+            words.append(
+                f"{seconds_text(plan.predicted_step_seconds)} s a step, {plan.tokens_per_second:,.0f} tokens/s"
+            )
         return ", ".join(words)
 
     def as_dict(self) -> dict[str, Any]:
@@ -90,24 +93,24 @@ def _larger_sp_size(request: Request) -> _Changes:
 
 
 def _offloaded_activations(request: Request) -> _Changes:
-    if _may_offload_activations(request) and request.mst.get("offload_activations") is not True:
+    mst = request.mst
+    if mst.get("offload_activations") is not True and mst.get("recompute") is not False:
         yield (("offload_activations", True),), variants.with_offloaded_activations(request)
 
 
 def _more_host_memory(request: Request) -> _Changes:
-    """As much as it takes, in whole GiB of a node."""
-    if request.host_memory is None and not _may_offload_activations(request):
-        return
-    endless = variants.with_endless_host(request)
-    if not endless.fits():
-        return
+    """The least that is enough, in whole GiB of a node."""
+    nearest = request if request.host_memory is not None else replace(request, host_memory=0)
+    plan = plan_of_request(nearest, has_choices=False)
+    if not plan.fits and plan.peak_bytes <= plan.device_memory:
+        yield _with_host(request, plan)
+
+
+def _with_host(request: Request, plan: Plan) -> tuple[_Settings, Request]:
+    """A host that holds the plan."""
     ranks = min(request.work.ranks_per_node, request.topology.world_size)
-    gib = ceil_divide(ranks * plan_of_request(endless, has_choices=False).host_bytes, GIB)
-    yield (("host_memory_gib", gib),), replace(request, host_memory=gib * GIB // ranks)
-
-
-def _may_offload_activations(request: Request) -> bool:
-    return request.mst.get("offload_activations") is not False and request.mst.get("recompute") is not False
+    gib = ceil_divide(ranks * plan.host_bytes, GIB)
+    return (("host_memory_gib", gib),), replace(request, host_memory=gib * GIB // ranks)
 
 
 def _higher_stage(request: Request) -> _Changes:
@@ -190,7 +193,9 @@ def changes_that_help(request: Request, plan: Plan) -> tuple[Change, ...]:
 
 
 def _most_economic(changes: _Changes, plan: Plan) -> Change | None:
-    planned = (Change(names, plan_of_request(changed, has_choices=False)) for names, changed in changes if changed.fits())
+    planned = (
+        Change(names, plan_of_request(changed, has_choices=False)) for names, changed in changes if changed.fits()
+    )
     better = [change for change in planned if _pace_of_a_gpu(change.plan) > _WORTH * _pace_of_a_gpu(plan)]
     return max(better, key=lambda change: _pace_of_a_gpu(change.plan), default=None)
 
@@ -222,8 +227,9 @@ def _lower_stages(request: Request) -> _Changes:
 
 
 def _known_host(request: Request) -> _Changes:
+    """With as much of a host as the fastest plan keeps there."""
     if request.host_memory is None:
-        yield from _more_host_memory(request)
+        yield _with_host(request, plan_of_request(variants.with_endless_host(request), has_choices=False))
 
 
 def _fewer_nodes(request: Request) -> _Changes:

@@ -10,9 +10,12 @@ from rich.table import Table
 
 from mst_ds.config import GIB
 from mst_ds.planner import variants
+from mst_ds.planner.lengths import narrow_table
+from mst_ds.planner.phases import states_phase
 from mst_ds.planner.plan import plan_of_request
 from mst_ds.planner.request import Request
 from mst_ds.planner.types import Plan
+from mst_ds.planner.verdict import seconds_text
 from mst_ds.zero import OffloadDevice
 
 # By what is offloaded: where the optimizer's states and the parameters lie.
@@ -48,7 +51,8 @@ class Row:
 
 
 def compare(request: Request, sp_sizes: Iterable[int] | None = None) -> list[Row]:
-    """What fits first, then by tokens/s, then by the device's memory.
+    """What fits first, then by tokens/s, then by the device's memory. Left out are plans of which the states alone do
+    not fit.
 
     Args:
         sp_sizes: those to try; None: all that the model and the ranks have.
@@ -61,6 +65,8 @@ def compare(request: Request, sp_sizes: Iterable[int] | None = None) -> list[Row
                 if (offload == "both" and stage < 3) or (offload != "none" and stage == 0):
                     continue
                 states = variants.with_states(request, stage=stage, optimizer=optimizer, parameters=parameters)
+                if states_phase(states.work).device_bytes > states.least_device_memory:
+                    continue
                 rows.append(Row(offload, plan_of_request(variants.with_sp_size(states, sp_size), has_choices=False)))
     return sorted(rows, key=_rank)
 
@@ -73,9 +79,8 @@ def _rank(row: Row) -> tuple[bool, float, int]:
 def comparison_table(rows: list[Row], *, ranks_per_node: int) -> Table:
     """A table for rich. Memory in GiB: of a device, and of a node's host."""
     plan = rows[0].plan
-    title = f"{plan.seq_len} tokens on {plan.topology.world_size} ranks"
-    columns = ("sp", "ZeRO", "offload", "layer chunks", "s a step", "tokens/s", "device", "host a node", "fits")
-    table = Table(*columns, title=title, title_justify="left")
+    columns = ("sp", "ZeRO", "offload", "layer chunks", "s/step", "tokens/s", "device", "host", "fits")
+    table = narrow_table(columns)
     ranks = min(ranks_per_node, plan.topology.world_size)
     for row in rows:
         plan = row.plan
@@ -85,7 +90,7 @@ def comparison_table(rows: list[Row], *, ranks_per_node: int) -> Table:
             str(plan.zero_stage),
             row.offload,
             str(plan.settings.layer_chunks),
-            "-" if seconds is None else f"{seconds:.3g}",
+            "-" if seconds is None else seconds_text(seconds),
             "-" if pace is None else f"{pace:,.0f}",
             f"{plan.peak_bytes / GIB:.1f}",
             f"{ranks * plan.host_bytes / GIB:.1f}",

@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from mst_ds.config import GIB, parse_seq_len
 from mst_ds.planner.answer import Answer
-from mst_ds.planner.verdict import Cost, cost_of_mix
+from mst_ds.planner.verdict import Cost, cost_of_mix, seconds_text
 
 _SHARES_WITHIN = 1e-6
+# So many columns fit into 80 of a terminal with no more than a space between them.
+_MANY = 10
 
 
 @dataclass(frozen=True)
@@ -59,22 +62,32 @@ def mix_cost(answers: Sequence[Answer], shares: Sequence[float]) -> Cost | None:
 
 
 def lengths_table(answers: Sequence[Answer], shares: Sequence[float] | None) -> Table:
-    """A table for rich: whether each length fits, its limit, and what a run of it takes."""
+    """A table for rich: whether each length fits and what limits it, and what a run of it takes. Memory in GiB: of a
+    device, and of a node's host."""
     has_price = answers[0].run.price_per_gpu_hour is not None
-    columns = ["tokens", *["share"] * (shares is not None), "fits", "device", "host a node", "s a step", "tokens/s"]
-    columns += ["hours", "GPU-hours", *["price"] * has_price, "limit"]
-    table = Table(*columns, title="memory in GiB", title_justify="left")
+    columns = ["tokens", *["share"] * (shares is not None), "fits", "limit", "device", "host", "s/step", "tokens/s"]
+    columns += ["hours", "GPU-h", *["price"] * has_price]
+    table = narrow_table(columns)
     for index, answer in enumerate(answers):
         plan, cost = answer.plan, answer.cost
         ranks = min(answer.request.work.ranks_per_node, plan.topology.world_size)
         row = [str(answer.seq_len), *([f"{shares[index]:g}"] if shares is not None else [])]
-        row += ["yes" if plan.fits else "no", f"{plan.peak_bytes / GIB:.1f}", f"{ranks * plan.host_bytes / GIB:.1f}"]
+        row += ["yes" if plan.fits else "no", answer.limit.place]
+        row += [f"{plan.peak_bytes / GIB:.1f}", f"{ranks * plan.host_bytes / GIB:.1f}"]
         if cost is None or plan.predicted_step_seconds is None:
             row += ["-"] * (4 + has_price)
         else:
-            row += [f"{plan.predicted_step_seconds:.3g}", f"{cost.tokens_per_second:,.0f}"]
+            row += [seconds_text(plan.predicted_step_seconds), f"{cost.tokens_per_second:,.0f}"]
             row += [f"{cost.hours:,.1f}", f"{cost.gpu_hours:,.1f}", *([f"{cost.price:,.2f}"] if has_price else [])]
-        table.add_row(*row, str(answer.limit))
+        table.add_row(*row)
+    return table
+
+
+def narrow_table(columns: Sequence[str]) -> Table:
+    """One whose rows stay on a line of 80 columns, or nearly."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, int(len(columns) < _MANY), 0, 0))
+    for name in columns:
+        table.add_column(name, no_wrap=True, justify="left" if name in ("fits", "limit", "offload") else "right")
     return table
 
 

@@ -28,7 +28,7 @@ def step_phases(work: Workload) -> tuple[Phase, ...]:
     """All phases, in the order in which they happen."""
     mlp_chunks, loss_chunks = work.settings.mlp_chunks, work.settings.loss_chunks
     return (
-        Phase("initialisation", _standing(work, has_gradients=work.zero.stage == 3) + states.parameter_blocks(work)),
+        states_phase(work),
         layer_phase(work, mlp_chunks, backward=False),
         loss_phase(work, loss_chunks),
         layer_phase(work, mlp_chunks, backward=True),
@@ -37,6 +37,11 @@ def step_phases(work: Workload) -> tuple[Phase, ...]:
             _standing(work, has_gradients=False) + states.optimizer_step(work) + kept_on_host(work),
         ),
     )
+
+
+def states_phase(work: Workload) -> Phase:
+    """While the engine is built: the states, and nothing of a sequence."""
+    return Phase("initialisation", _standing(work, has_gradients=work.zero.stage == 3) + states.parameter_blocks(work))
 
 
 def layer_phase(work: Workload, mlp_chunks: int, *, backward: bool) -> Phase:

@@ -9,6 +9,7 @@ from mst_ds.model_shape import ModelShape
 from mst_ds.planner.answer import Answer
 from mst_ds.planner.plan import LENGTH_STEP
 from mst_ds.planner.types import Plan
+from mst_ds.planner.verdict import seconds_text
 
 _SHOWN_TERMS = 3
 
@@ -21,11 +22,9 @@ def answer_lines(answer: Answer) -> list[str]:
     else:
         first = f"does NOT fit; the limit is the {answer.limit}"
     if cost is None or plan.predicted_step_seconds is None:
-        return [
-            first,
-            "no time is predicted: these GPUs' rates are not known; --gpu H100 ..., or --rates FILE, says them",
-        ]
-    pace = f"{cost.tokens_per_second:,.0f} tokens/s of all ranks, {plan.predicted_step_seconds:.3g} s a step; {cost}"
+        return [first, "no time is predicted, as rates are not known: --gpu H100 or another's name, or --rates FILE"]
+    seconds = seconds_text(plan.predicted_step_seconds)
+    pace = f"{cost.tokens_per_second:,.0f} tokens/s of all ranks, {seconds} s a step; {cost}"
     return [first, pace if plan.fits else f"if it fitted: {pace}"]
 
 
@@ -123,7 +122,7 @@ def _costs(plan: Plan) -> str:
 def _predicted(plan: Plan) -> str:
     if plan.predicted_step_seconds is None or plan.predicted_mfu is None:
         return ""
-    return f", predicted {plan.predicted_step_seconds:.3g} s a step, MFU {plan.predicted_mfu:.0%}"
+    return f", predicted {seconds_text(plan.predicted_step_seconds)} s a step, MFU {plan.predicted_mfu:.0%}"
 
 
 def _verdict(plan: Plan) -> str:

@@ -26,12 +26,15 @@ class Limit:
     needed: int
     there: int
 
+    @property
+    def name(self) -> str:
+        return f"device, {self.phase}" if self.place == "device" else "host"
+
     def __str__(self) -> str:
-        name = f"device, {self.phase}" if self.place == "device" else "host"
         of_what = " a node" if self.place == "host" else ""
         # One that lacks less than is shown must not read as if it had enough.
         digits = 1 if f"{self.needed / GIB:.1f}" != f"{self.there / GIB:.1f}" else 6
-        return f"{name}: needs {self.needed / GIB:.{digits}f} GiB{of_what}, {self.there / GIB:.{digits}f} there"
+        return f"{self.name}: needs {self.needed / GIB:.{digits}f} GiB{of_what}, {self.there / GIB:.{digits}f} there"
 
 
 def limit_of(plan: Plan, *, ranks_per_node: int) -> Limit:
@@ -102,3 +105,8 @@ def cost_of_mix(costs: list[Cost], shares: list[float], tokens: int) -> Cost:
     """Of a run whose tokens are of several lengths, in these shares, which sum to 1."""
     seconds = sum(share / cost.tokens_per_second for share, cost in zip(shares, costs, strict=True))
     return Cost(tokens, 1 / seconds, costs[0].gpus, costs[0].price_per_gpu_hour)
+
+
+def seconds_text(seconds: float) -> str:
+    """In three digits, or all before the point."""
+    return f"{seconds:,.0f}" if seconds >= 1000 else f"{seconds:.3g}"
