@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,17 +13,22 @@ from mst_ds.planner.types import MemoryTerm, Phase, Place, Plan
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_NAMED = 5  # activations that have a colour of their own, of a device or a host
-_STATES, _OTHERS = "states: parameters, gradients, optimizer", "other activations"
-# Of kinds that are shown as one, bottom up.
-_GROUPS: Mapping[str, str] = {"state": _STATES, "reserve": "reserve and rounding", "workspace": "kernels' workspace"}
-_COLOURS: Mapping[str, str] = {
-    _STATES: "#4c72b0",
-    "reserve and rounding": "#b0b0b0",
-    "kernels' workspace": "#937860",
-    _OTHERS: "#e0e0e0",
+# What is shown as one, bottom up: kinds of terms, then activations by a part of their names, in which the first that is
+# found decides; hidden states of layers, norms and residuals have no name of their own.
+_KINDS: Mapping[str, str] = {
+    "state": "states: parameters, gradients, optimizer",
+    "reserve": "reserve and rounding",
+    "workspace": "kernels' workspace",
 }
-_OF_ACTIVATIONS = ("#dd8452", "#55a868", "#c44e52", "#8172b3", "#ccb974", "#64b5cd", "#da8bc3", "#8c8c8c", "#2f7f7f")
+_PARTS: Mapping[str, str] = {
+    "kept for the backward": r"layer_inputs|kept_",
+    "LM head and loss": r"loss_|final_norm|hidden_gradient|head_gradient",
+    "gradients of a layer's weights": r"weight_gradients",
+    "MLPs": r"mlp|expert",
+    "attention": r"attention|query|key|gathered|kernel|merged|block|window|head|log_sum_exp|all_to_all|rotary|shared",
+}
+_HIDDEN = "hidden states and norms"
+_COLOURS = ("#4c72b0", "#b0b0b0", "#937860", "#64b5cd", "#dd8452", "#8172b3", "#55a868", "#ccb974", "#da8bc3")
 # A bar's part that is lower than this part of the picture has no room for its number.
 _LEAST_LABELLED = 0.035
 
@@ -52,19 +58,14 @@ def plot_plan(plan: Plan, path: Path, *, model: str = "", gpu: str | None = None
             f"plot is {str(path)!r}; allowed: a file with one of the suffixes .{', .'.join(sorted(formats))}"
         )
     figure.suptitle(_title(plan, model, gpu), fontsize=13)
-    colours = _colours(plan, [place for place, _ in places])
+    colours = dict(zip((*_KINDS.values(), *_PARTS, _HIDDEN), _COLOURS, strict=True))
     for axes, (place, there) in zip(figure.subplots(1, len(places), squeeze=False)[0], places, strict=True):
         _draw(axes, plan.phases, place, there, colours)
     handles = {
         label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     order = [name for name in colours if name in handles]
-    figure.legend(
-        [handles[name] for name in order],
-        [name.replace("_", " ") for name in order],
-        loc="outside lower center",
-        ncols=4,
-    )
+    figure.legend([handles[name] for name in order], order, loc="outside lower center", ncols=2 + len(places))
     try:
         figure.savefig(path, dpi=120)
     except OSError as error:
@@ -81,7 +82,7 @@ def _title(plan: Plan, model: str, gpu: str | None) -> str:
 
 def _draw(axes: Axes, phases: Sequence[Phase], place: Place, there: int | None, colours: Mapping[str, str]) -> None:
     names = [phase.name.replace("_", "\n") for phase in phases]
-    bars = [_bar(phase, place, colours) for phase in phases]
+    bars = [_bar(phase, place) for phase in phases]
     totals = [sum(bar.values()) for bar in bars]
     top = 1.12 * max(*totals, (there or 0) / GIB)
     bottoms = [0.0] * len(bars)
@@ -108,36 +109,16 @@ def _draw(axes: Axes, phases: Sequence[Phase], place: Place, there: int | None, 
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _bar(phase: Phase, place: Place, colours: Mapping[str, str]) -> dict[str, float]:
+def _bar(phase: Phase, place: Place) -> dict[str, float]:
     """GiB of each group."""
     bar: dict[str, float] = {}
     for term in phase.terms:
         if term.place == place:
-            name = _GROUPS.get(term.kind, term.name)
-            group = name if name in colours else _OTHERS
-            bar[group] = bar.get(group, 0.0) + term.bytes / GIB
+            bar[_group(term)] = bar.get(_group(term), 0.0) + term.bytes / GIB
     return bar
 
 
-def _colours(plan: Plan, places: Sequence[Place]) -> dict[str, str]:
-    """By what is drawn, bottom up: kinds, the largest activations of each place, and all others."""
-    largest = [name for place in places for name in _largest(plan.phases, place)]
-    named = dict(zip(dict.fromkeys(largest), _OF_ACTIVATIONS * 2, strict=False))
-    groups = {group: _COLOURS[group] for group in _GROUPS.values()}
-    return {**groups, **named, _OTHERS: _COLOURS[_OTHERS]}
-
-
-def _largest(phases: Sequence[Phase], place: Place) -> list[str]:
-    found: dict[str, int] = {}
-    for phase in phases:
-        of_phase: dict[str, int] = {}
-        for term in filter(_is_activation, phase.terms):
-            if term.place == place:
-                of_phase[term.name] = of_phase.get(term.name, 0) + term.bytes
-        for name, count in of_phase.items():
-            found[name] = max(found.get(name, 0), count)
-    return sorted(found, key=lambda name: (-found[name], name))[:_NAMED]
-
-
-def _is_activation(term: MemoryTerm) -> bool:
-    return term.kind not in _GROUPS
+def _group(term: MemoryTerm) -> str:
+    if term.kind in _KINDS:
+        return _KINDS[term.kind]
+    return next((group for group, words in _PARTS.items() if re.search(words, term.name)), _HIDDEN)
