@@ -31,8 +31,8 @@ def answer_lines(answer: Answer) -> list[str]:
 def advice_lines(answer: Answer) -> list[str]:
     """What to know beside the plan: the longest length, and what to change."""
     plan, request = answer.plan, answer.request
-    lines = [] if answer.warning is None else [answer.warning]
-    lines.append(longest_line(request.work.shape, answer.longest) + _without_host(answer))
+    lines = [*_of_host(answer), *([] if answer.warning is None else [answer.warning])]
+    lines.append(longest_line(request.work.shape, answer.longest))
     if not answer.changes:
         return lines if plan.fits else [*lines, "to make it fit: no single change is enough"]
     lines.append("faster or cheaper:" if plan.fits else "to make it fit, one of:")
@@ -55,13 +55,13 @@ def positions(shape: ModelShape, longest: int) -> str:
     return ""
 
 
-def _without_host(answer: Answer) -> str:
+def _of_host(answer: Answer) -> list[str]:
     """What a host of which nothing is known could hold."""
     request = answer.request
     keeps_there = request.mst.get("offload_activations") is not False and request.mst.get("recompute") is not False
-    if request.host_memory is not None or not keeps_there:
-        return ""
-    return "; with --host_memory_gib, activations may lie on the host: longer, or faster"
+    if request.host_memory is not None or not keeps_there or answer.longest == request.work.shape.fixed_positions:
+        return []
+    return ["nothing is known of the host: with --host_memory_gib activations may lie there, which is longer or faster"]
 
 
 def plan_table(plan: Plan) -> Table:
@@ -135,11 +135,11 @@ def _verdict(plan: Plan) -> str:
         caveat = f"; layers of type {', '.join(plan.other_layers)} planned as if they were attention, an estimate"
     return (
         f"{_gib(plan.peak_bytes)} GiB at the peak ({plan.peak_phase.name}) {verdict} "
-        f"{_gib(plan.device_memory)} GiB; host {_gib(plan.host_bytes)}{_of_host(plan)} GiB{host_verdict}{caveat}"
+        f"{_gib(plan.device_memory)} GiB; host {_gib(plan.host_bytes)}{_of_host_memory(plan)} GiB{host_verdict}{caveat}"
     )
 
 
-def _of_host(plan: Plan) -> str:
+def _of_host_memory(plan: Plan) -> str:
     return "" if plan.host_memory is None else f" of {_gib(plan.host_memory)}"
 
 
