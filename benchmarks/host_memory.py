@@ -27,7 +27,7 @@ from mst_ds import apply_plan, make_plan
 from mst_ds.config import TrainConfig
 from mst_ds.data import shard
 from mst_ds.engine.jit_build import build_shared_memory_collective, guard_builds
-from mst_ds.engine.optimizer import adamw
+from mst_ds.engine.optimizer import make_optimizer
 from mst_ds.memory.phases import planned_bytes
 from mst_ds.planner import Plan
 from mst_ds.training.loop import train_step
@@ -118,7 +118,7 @@ def _steps(
     at_stage_3 = HfDeepSpeedConfig(ds_config) if stage == 3 else None
     model: Any = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
     apply_plan(model.train(), plan)
-    optimizer = adamw(model, TrainConfig(), read_zero(ds_config, dp_world_size=2))
+    optimizer = make_optimizer(model, TrainConfig(), read_zero(ds_config, dp_world_size=2))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     built = resident_bytes()
     ids = torch.randint(2, config.vocab_size, (1, seq_len))

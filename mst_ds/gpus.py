@@ -90,6 +90,10 @@ CPU = Gpu("CPU", 0, 113e9, 113e9, 10e9, 5e9, 1e9, 10e9, (0, 0))
 DEFAULT_GPU = _GPUS["H100"]
 
 
+def known_gpus() -> tuple[Gpu, ...]:
+    return tuple(_GPUS.values())
+
+
 def gpu_by_name(name: str) -> Gpu:
     """The GPU of that name, which may be in small letters.
 
@@ -100,7 +104,7 @@ def gpu_by_name(name: str) -> Gpu:
     if found is None:
         raise ValueError(
             f"gpu is {name!r}{nearest(name.upper(), _GPUS)}; allowed: {', '.join(_GPUS)}, "
-            "or device_memory_gib for any other"
+            "or device_memory_gib for any other, and rates for its times"
         )
     return found
 

@@ -76,8 +76,7 @@ def test_the_longest_sequence_and_what_is_longer():
     just_the_states = str(states.device_bytes / GIB + 2.01)
     nothing = run("--model", "Qwen/Qwen3-8B", "--device_memory_gib", just_the_states, "--max_seq_len")
     assert nothing.returncode == 1
-    *_, longest_line, change_line = nothing.stdout.splitlines()
-    assert (longest_line, change_line[:16]) == ("no sequence fits", "to make it fit: ")
+    assert "\nno sequence fits\nto make it fit, one of:\n" in nothing.stdout
 
 
 def test_the_longest_sequences_on_more_nodes():
@@ -117,23 +116,60 @@ def test_a_dry_run_is_a_column_of_the_table():
     assert "dry run GiB" in run(*DRY_RUN).stdout
 
 
-def test_times_are_predicted_and_what_does_not_fit_is_mended():
-    found = json.loads(run(*LLAMA_8B, "--seq_len", "300K", "--sp_size", "1", "--json").stdout)
-    assert not found["fits"]
-    assert {"sp_size": 2} in found["changes_that_fit"]
+def test_times_are_predicted_by_the_rates_of_a_named_gpu_and_of_no_other(capsys):
+    flags = ("--model", LLAMA_8B[1], "--num_gpus", "8", "--device_memory_gib", "79", "--seq_len", "300K", "--sp_size")
+    assert plan_command.main([*flags, "1", "--gpu", "H100", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert {"sp_size": 2} in [change["settings"] for change in found["changes_that_fit"]]
     assert found["predicted_step_seconds"] > 0
     assert 0 < found["predicted_mfu"] < 1
-    done = run("--model", LLAMA_8B[1], "--num_gpus", "8", "--device_memory_gib", "80", "--seq_len", "128K")
-    assert "times are by the rates of a H100, as no --gpu is named" in done.stdout
-    assert "s a step, MFU" in done.stdout
+    assert plan_command.main([*flags, "8"]) == 0
+    text = capsys.readouterr().out
+    assert text.splitlines()[1] == (
+        "no time is predicted, as rates are not known: --gpu H100 or another's name, or --rates FILE"
+    )
+    assert "s a step" not in text
 
 
 REFUSED = {
     "no length": ([*LLAMA_8B], "one of the arguments --seq_len --max_seq_len --table is required"),
     "two lengths": ([*LLAMA_8B, "--seq_len", "1M", "--max_seq_len"], "--max_seq_len: not allowed with"),
     "states do not fit": (["--model", LLAMA_8B[1], "--gpu", "L4", "--seq_len", "4K"], "the model states of a rank"),
-    "no memory": (["--seq_len", "1M"], "device_memory is not known"),
+    "no memory": (["--seq_len", "1M"], "device_memory is not known; allowed: --gpu H100 or another's name, --gpu auto"),
     "unknown gpu": (["--seq_len", "1M", "--gpu", "H101"], "gpu is 'H101'; nearest: 'H100'"),
+    "gpu of another kind": (
+        ["--seq_len", "1M", "--gpu", "RTX4090"],
+        "H200-NVL, B200, or device_memory_gib for any other, and rates for its times",
+    ),
+    "no gpu here": (
+        ["--seq_len", "1M", "--gpu", "auto"],
+        "gpu is 'auto', but this machine has no GPU; allowed: a name",
+    ),
+    "gpus of other nodes": (
+        ["--seq_len", "1M", "--gpu", "H100", "H200", "--num_nodes", "3"],
+        "gpu has 2 values for 3 nodes; allowed: one, or one for each node",
+    ),
+    "two gpus": (["--seq_len", "1M", "--gpu", "H100", "--rates", "x"], "gpu and rates each say which GPU"),
+    "no rates": (["--seq_len", "1M", "--rates", "/none.json"], "rates is '/none.json'; allowed: a JSON file with"),
+    "no tokens": ([*LLAMA_8B, "--seq_len", "1M", "--tokens", "0"], "tokens is 0; allowed: a number >= 1"),
+    "negative price": (
+        [*LLAMA_8B, "--seq_len", "1M", "--price_per_gpu_hour", "-1"],
+        "price_per_gpu_hour is -1; allowed",
+    ),
+    "a mix of more than all": (
+        [*LLAMA_8B, "--seq_len", "8K:0.9", "128K:0.2"],
+        "seq_len is '8K:0.9 128K:0.2', whose shares sum to 1.1; allowed: shares > 0 that sum to 1",
+    ),
+    "a mix with a length alone": (
+        [*LLAMA_8B, "--seq_len", "8K:0.9", "128K"],
+        "seq_len is '8K:0.9 128K', of which one has no share of tokens; allowed: shares such as 8K:0.9 128K:0.1",
+    ),
+    "a comparison of lengths": ([*LLAMA_8B, "--compare", "--seq_len", "8K", "1M"], "compare shows plans of one length"),
+    "settings of lengths": ([*LLAMA_8B, "--write", "x.json", "--seq_len", "8K", "1M"], "write shows one plan, and"),
+    "settings over the given ones": (
+        [*LLAMA_8B, "--seq_len", "8K", "--write", DS_CONFIG],
+        "which is the ds_config that is planned; allowed: another file",
+    ),
     "no length in tokens": ([*LLAMA_8B, "--seq_len", "1X"], "seq_len is '1X'; allowed: a whole number of tokens"),
     "negative memory": (["--seq_len", "1M", "--device_memory_gib", "-3"], "device_memory_gib is -3.0; allowed"),
     "endless memory": (["--seq_len", "1M", "--device_memory_gib", "1e300"], "device_memory_gib is 1e+300; allowed"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import locale
 import os
@@ -51,7 +50,7 @@ def run_command(name: str, main: Callable[[Sequence[str]], int]) -> int:
     except OSError as error:
         # Of files `main` has spoken already: this is the stream.
         _write_nowhere(sys.stdout)
-        if error.errno != errno.EPIPE and code != EXIT_REFUSED:
+        if code != EXIT_REFUSED:
             refuse(name, error)
         return EXIT_REFUSED
     return code
@@ -63,7 +62,13 @@ def run_on_without_output() -> None:
 
 
 def refuse(name: str, error: BaseException) -> int:
-    """Say in one line on standard error what the command `name` cannot do; returns its exit code."""
+    """Say in one line on standard error what the command `name` cannot do; returns its exit code.
+
+    A reader of standard output that has seen enough, such as `head`, is no error to speak of.
+    """
+    if isinstance(error, BrokenPipeError):
+        _write_nowhere(sys.stdout)
+        return EXIT_REFUSED
     say(error_line(name, one_line(error)))
     return EXIT_REFUSED
 

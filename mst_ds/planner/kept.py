@@ -7,7 +7,7 @@ from typing import Literal
 from mst_ds.geometry import host_bytes, host_slabs
 from mst_ds.planner.pinned import rounding_term
 from mst_ds.planner.types import MemoryTerm, product_term, total_bytes
-from mst_ds.planner.workload import Workload
+from mst_ds.planner.workload import Workload, remembered
 
 Terms = tuple[MemoryTerm, ...]
 # Of a step: while layers run, or the loss.
@@ -98,6 +98,7 @@ def _gate_up(work: Workload, name: str, label: str, count: int, width: int) -> M
     return product_term(name, "device", (label, count), tokens, ("tensors", _gate_up_tensors(work)), *sizes)
 
 
+@remembered
 def kept_on_host(work: Workload) -> Terms:
     """The tensors, what the pieces of pinned memory are longer that they lie in, and what the slabs have more that
     these are cut from; a store has its slabs for good."""
@@ -182,6 +183,7 @@ def _kept_keys(work: Workload, tokens: int) -> list[Kept]:
     return [(_KEYS_VALUES, work.attention_keeping_layers, sizes)]
 
 
+@remembered
 def _inputs_and_attention(work: Workload) -> list[Kept]:
     shape, size = work.shape, ("bytes", work.zero.dtype_bytes)
     output_width = shape.num_attention_heads * shape.value_head_dim

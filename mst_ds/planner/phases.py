@@ -19,7 +19,7 @@ from mst_ds.planner.stream import (
     stream_terms,
 )
 from mst_ds.planner.types import MemoryTerm, Phase, total_bytes
-from mst_ds.planner.workload import Workload
+from mst_ds.planner.workload import Workload, remembered
 
 Terms = tuple[MemoryTerm, ...]
 
@@ -28,7 +28,7 @@ def step_phases(work: Workload) -> tuple[Phase, ...]:
     """All phases, in the order in which they happen."""
     mlp_chunks, loss_chunks = work.settings.mlp_chunks, work.settings.loss_chunks
     return (
-        Phase("initialisation", _standing(work, has_gradients=work.zero.stage == 3) + states.parameter_blocks(work)),
+        states_phase(work),
         layer_phase(work, mlp_chunks, backward=False),
         loss_phase(work, loss_chunks),
         layer_phase(work, mlp_chunks, backward=True),
@@ -37,6 +37,11 @@ def step_phases(work: Workload) -> tuple[Phase, ...]:
             _standing(work, has_gradients=False) + states.optimizer_step(work) + kept_on_host(work),
         ),
     )
+
+
+def states_phase(work: Workload) -> Phase:
+    """While the engine is built: the states, and nothing of a sequence."""
+    return Phase("initialisation", _standing(work, has_gradients=work.zero.stage == 3) + states.parameter_blocks(work))
 
 
 def layer_phase(work: Workload, mlp_chunks: int, *, backward: bool) -> Phase:
@@ -50,11 +55,11 @@ def layer_phase(work: Workload, mlp_chunks: int, *, backward: bool) -> Phase:
     if backward:
         standing += states.other_gradients(work)
     moments = (
-        Phase(name, standing + _on_device(_of_layers(layers, backward=backward) + largest))
+        _on_device(_of_layers(layers, backward=backward) + largest)
         for layers in _last_layers(work)
         for largest in _moments(layers, mlp_chunks, backward=backward)
     )
-    return max(moments, key=lambda phase: phase.device_bytes)
+    return Phase(name, standing + max(moments, key=total_bytes))
 
 
 def _backward_making_gradients(work: Workload, mlp_chunks: int) -> Phase:
@@ -79,18 +84,11 @@ def _backward_making_gradients(work: Workload, mlp_chunks: int) -> Phase:
     ]
     standing = _standing(work, has_gradients=False) + states.reduce_bucket(work) + kept_on_host(work)
     standing += states.other_gradients(work)
-    phases = (
-        Phase(
-            "backward",
-            (
-                *standing,
-                *states.gradients(work, so_far=so_far),
-                *_on_device(_of_layers(layers, backward=True) + largest),
-            ),
-        )
+    terms = (
+        (*states.gradients(work, so_far=so_far), *_on_device(_of_layers(layers, backward=True) + largest))
         for layers, largest, so_far in moments
     )
-    return max(phases, key=lambda phase: phase.device_bytes)
+    return Phase("backward", standing + max(terms, key=_device_bytes))
 
 
 def _after_backward(work: Workload) -> Phase:
@@ -99,6 +97,7 @@ def _after_backward(work: Workload) -> Phase:
     return Phase("backward", standing + states.other_gradients(work) + kept_on_host(work))
 
 
+@remembered
 def _of_layers(work: Workload, *, backward: bool) -> Terms:
     """What layers keep, and what goes from one to the next."""
     terms = activations.kept_between_layers(work, "backward" if backward else "forward")
@@ -124,6 +123,7 @@ def _moments(work: Workload, mlp_chunks: int, *, backward: bool) -> list[Terms]:
     return moments
 
 
+@remembered
 def _last_layers(work: Workload) -> list[Workload]:
     """The model, and where some of its layers have a window and others not, up to the last one of the other kind: what
     is there at that one may be more, though less is kept of those before it."""
@@ -132,6 +132,7 @@ def _last_layers(work: Workload) -> list[Workload]:
     return [work, *(_with_layers(work, layer + 1) for layer in others[-1:])]
 
 
+@remembered
 def _first_layers(work: Workload) -> list[Workload]:
     """The model as its activations are when the backward has come to the first layer, and to the first of the other
     kind."""
@@ -142,6 +143,10 @@ def _first_layers(work: Workload) -> list[Workload]:
 
 def _with_layers(work: Workload, count: int) -> Workload:
     return replace(work, shape=work.shape.first_layers(count))
+
+
+def _device_bytes(terms: Terms) -> int:
+    return sum([term.bytes for term in terms if term.place == "device"])
 
 
 def _on_device(terms: Terms) -> Terms:
@@ -179,6 +184,7 @@ def _first_mlp_moments(work: Workload, mlp_chunks: int) -> tuple[MlpStep, ...]:
     return tuple(MlpStep(step.chunk, (*step.rest, *whole), saved) for step in steps)
 
 
+@remembered
 def rest_of_layer_moment(work: Workload, *, backward: bool) -> Terms:
     """The largest operator of a layer beside its MLP, with what the layer has saved by then."""
     norm = activations.norm_step(work, backward=backward)
@@ -257,6 +263,7 @@ def _input_projections(shape: ModelShape) -> int:
     return shape.hidden_size * query_key_value_width(shape)
 
 
+@remembered
 def _saved(
     work: Workload,
     *,
@@ -283,12 +290,14 @@ def _saved(
     return activations.layer_activations(work) + kept_gate_up(work)
 
 
+@remembered
 def _standing_computing(work: Workload, phase: Literal["forward", "loss", "backward"]) -> Terms:
     """The states of the model while it computes, at its last layer or the loss."""
     standing = _standing(work, has_gradients=states.has_gradients_from_start(work))
     return standing + states.gathered_parameters(work, phase)
 
 
+@remembered
 def _standing(work: Workload, *, has_gradients: bool) -> Terms:
     terms = states.reserve(work) + states.parameters(work) + states.optimizer_states(work)
     if has_gradients:

@@ -86,8 +86,11 @@ def make_plan(
     return plan_of_request(request)
 
 
-def plan_of_request(request: Request) -> Plan:
+def plan_of_request(request: Request, *, has_choices: bool = True) -> Plan:
     """The plan of the request's rank, with the `sp_size` that `settle_sp_size` chooses.
+
+    Args:
+        has_choices: whether it says what each setting costs and saves, of which some plans are made without.
 
     Raises:
         ValueError: the model has fewer positions.
@@ -112,7 +115,7 @@ def plan_of_request(request: Request) -> Plan:
         phases=step_phases(work),
         counts_are_exact=work.shape.counts_are_exact,
         other_layers=work.shape.other_layers,
-        choices=describe_choices(work, gpu=gpu),
+        choices=describe_choices(work, gpu=gpu) if has_choices else (),
         flops=micro_batch_flops(work),
         predicted_step_seconds=seconds,
         predicted_mfu=None if seconds is None else model_flops_utilisation(work, request.rates, seconds),

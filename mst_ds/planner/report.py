@@ -1,13 +1,67 @@
-"""A plan as people read it."""
+"""A plan and an answer as people read them."""
 
 from __future__ import annotations
 
 from rich.table import Table
 
 from mst_ds.config import GIB
+from mst_ds.model_shape import ModelShape
+from mst_ds.planner.answer import Answer
+from mst_ds.planner.plan import LENGTH_STEP
 from mst_ds.planner.types import Plan
+from mst_ds.planner.verdict import seconds_text
 
 _SHOWN_TERMS = 3
+
+
+def answer_lines(answer: Answer) -> list[str]:
+    """What is asked first: whether it fits and what limits it, and what it takes."""
+    plan, cost = answer.plan, answer.cost
+    if plan.fits:
+        first = f"fits; fullest is the {answer.limit}"
+    else:
+        first = f"does NOT fit; the limit is the {answer.limit}"
+    if cost is None or plan.predicted_step_seconds is None:
+        return [first, "no time is predicted, as rates are not known: --gpu H100 or another's name, or --rates FILE"]
+    seconds = seconds_text(plan.predicted_step_seconds)
+    pace = f"{cost.tokens_per_second:,.0f} tokens/s of all ranks, {seconds} s a step; {cost}"
+    return [first, pace if plan.fits else f"if it fitted: {pace}"]
+
+
+def advice_lines(answer: Answer) -> list[str]:
+    """What to know beside the plan: the longest length, and what to change."""
+    plan, request = answer.plan, answer.request
+    lines = [*_of_host(answer), *([] if answer.warning is None else [answer.warning])]
+    lines.append(longest_line(request.work.shape, answer.longest))
+    if not answer.changes:
+        return lines if plan.fits else [*lines, "to make it fit: no single change is enough"]
+    lines.append("faster or cheaper:" if plan.fits else "to make it fit, one of:")
+    return lines + [f"  {change}: {change.brings}" for change in answer.changes]
+
+
+def longest_line(shape: ModelShape, longest: int) -> str:
+    if not longest:
+        return "no sequence fits"
+    in_thousands = f" ({longest // LENGTH_STEP}K)" if longest % LENGTH_STEP == 0 else ""
+    return f"longest sequence that fits: {longest} tokens{in_thousands}{positions(shape, longest)}"
+
+
+def positions(shape: ModelShape, longest: int) -> str:
+    """What memory does not say of the longest sequence."""
+    if longest == shape.fixed_positions:
+        return "; the model has no more positions"
+    if shape.rotary_positions is not None and longest > shape.rotary_positions:
+        return f"; by memory alone, the model's config knows {shape.rotary_positions} positions"
+    return ""
+
+
+def _of_host(answer: Answer) -> list[str]:
+    """What a host of which nothing is known could hold."""
+    request = answer.request
+    keeps_there = request.mst.get("offload_activations") is not False and request.mst.get("recompute") is not False
+    if request.host_memory is not None or not keeps_there or answer.longest == request.work.shape.fixed_positions:
+        return []
+    return ["nothing is known of the host: with --host_memory_gib activations may lie there, which is longer or faster"]
 
 
 def plan_table(plan: Plan) -> Table:
@@ -68,7 +122,7 @@ def _costs(plan: Plan) -> str:
 def _predicted(plan: Plan) -> str:
     if plan.predicted_step_seconds is None or plan.predicted_mfu is None:
         return ""
-    return f", predicted {plan.predicted_step_seconds:.3g} s a step, MFU {plan.predicted_mfu:.0%}"
+    return f", predicted {seconds_text(plan.predicted_step_seconds)} s a step, MFU {plan.predicted_mfu:.0%}"
 
 
 def _verdict(plan: Plan) -> str:
@@ -81,11 +135,11 @@ def _verdict(plan: Plan) -> str:
         caveat = f"; layers of type {', '.join(plan.other_layers)} planned as if they were attention, an estimate"
     return (
         f"{_gib(plan.peak_bytes)} GiB at the peak ({plan.peak_phase.name}) {verdict} "
-        f"{_gib(plan.device_memory)} GiB; host {_gib(plan.host_bytes)}{_of_host(plan)} GiB{host_verdict}{caveat}"
+        f"{_gib(plan.device_memory)} GiB; host {_gib(plan.host_bytes)}{_of_host_memory(plan)} GiB{host_verdict}{caveat}"
     )
 
 
-def _of_host(plan: Plan) -> str:
+def _of_host_memory(plan: Plan) -> str:
     return "" if plan.host_memory is None else f" of {_gib(plan.host_memory)}"
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from operator import itemgetter
 
 from mst_ds.config import AUTO, Auto
 from mst_ds.geometry import shard_length
 from mst_ds.gpus import DEFAULT_GPU, Gpu
 from mst_ds.planner import activations
 from mst_ds.planner.cost import step_seconds
-from mst_ds.planner.kept import kept_gate_up
+from mst_ds.planner.kept import kept_gate_up, kept_on_host
 from mst_ds.planner.phases import (
     layer_phase,
     loss_phase,
@@ -48,8 +49,9 @@ def choose_settings(
     """`work` with the settings that fit and are predicted fastest; of equally fast ones those that `candidates` has
     first, with the fewest groups of heads.
 
-    Where nothing fits it is those with the lowest peak, of equal ones those with recompute. What the user set stays;
-    kept attention or offload that the user asks for means recompute.
+    Where nothing fits it is those that fit the device and lack least of the host, or else those with the lowest peak,
+    of equal ones those with recompute. What the user set stays; kept attention or offload that the user asks for means
+    recompute.
 
     Args:
         work: whose chunk counts, groups of heads and knobs with `choices` are not read.
@@ -61,39 +63,59 @@ def choose_settings(
             ranks would wait for each other if they differed in that. None: all are like this rank's.
     """
     least = device_memory if least_device_memory is None else least_device_memory
-    unchunked_ones = list(_unchunked_candidates(work, mst))
-
-    def chunked(unchunked: Workload) -> Workload:
-        streamed = _with_layer_chunks(unchunked, mst, preferred_chunk_tokens, least)
-        return _with_chunks(streamed, mst, least, preferred_chunk_tokens)
-
-    best: tuple[float, int, Workload] | None = None
-    # In one chunk of everything none takes longer than in more, so that a search from the fastest on can end early.
-    at_least = sorted((step_seconds(each, gpu), rank) for rank, each in enumerate(unchunked_ones))
-    for least_seconds, rank in at_least:
-        if best is not None and least_seconds > best[0]:
+    unchunked = list(_unchunked_candidates(work, mst))
+    # More chunks only take longer: none is faster than it would be in one chunk of everything.
+    bounds = [
+        step_seconds(candidate.with_settings(layer_chunks=1, mlp_chunks=1, loss_chunks=1), gpu)
+        for candidate in unchunked
+    ]
+    found: list[tuple[float, int, Workload]] = []
+    for index in sorted(range(len(unchunked)), key=bounds.__getitem__):
+        if found and bounds[index] > min(found)[0]:
             break
-        if not _can_fit(unchunked_ones[rank], mst, least, host_memory):
+        if not _can_fit(unchunked[index], mst, least, host_memory):
             continue
-        candidate = chunked(unchunked_ones[rank])
+        streamed = _with_layer_chunks(unchunked[index], mst, preferred_chunk_tokens, least)
+        candidate = _with_chunks(streamed, mst, least, preferred_chunk_tokens)
         phases = step_phases(candidate)
-        if _is_within(phases, least) and _host_has_room(phases, host_memory):
-            # Of equally fast ones the first; no two have the same rank.
-            found = step_seconds(candidate, gpu), rank, candidate
-            best = found if best is None else min(best, found)
-    chosen = _lowest_peak(map(chunked, unchunked_ones), mst, host_memory) if best is None else best[-1]
-    return _with_chunks(chosen, mst, device_memory, preferred_chunk_tokens)
+        if _fits(candidate, mst, phases, least, host_memory):
+            found.append((step_seconds(candidate, gpu), index, candidate))
+    # Of equally fast ones the first of `candidates`.
+    if found:
+        best = min(found)[2]
+    else:
+        nearest = _nearest(unchunked, mst, least, host_memory)
+        best = _with_layer_chunks(nearest, mst, preferred_chunk_tokens, least)
+    return _with_chunks(best, mst, device_memory, preferred_chunk_tokens)
 
 
-def _lowest_peak(candidates: Iterable[Workload], mst: MstConfig, host_memory: int | None) -> Workload:
-    """Of equal ones those with recompute, without gate and up. What is kept on the device is always a candidate."""
-    found = []
-    for rank, candidate in enumerate(candidates):
-        phases, settings = step_phases(candidate), candidate.settings
-        if _may_offload(candidate, mst, phases, host_memory):
-            peak = max(phase.device_bytes for phase in phases)
-            found.append((peak, not settings.recompute, settings.keep_mlp, rank, candidate))
-    return min(found)[-1]
+def _nearest(unchunked: list[Workload], mst: MstConfig, device_memory: int, host_memory: int | None) -> Workload:
+    """Where nothing fits: what fits the device and lacks least of the host, else what the host has room for and has the
+    lowest peak on the device; in as many chunks as help most."""
+    others: list[tuple[tuple[bool, int, bool, bool], Workload]] = []
+    for work in unchunked:
+        most = max(1, shard_length(work.seq_len, work.sp_size) // MIN_CHUNK_TOKENS) if _may_stream(work) else 1
+        given = mst.get("layer_chunks")
+        counts = {1, most} if given == AUTO else {work.settings.layer_chunks}
+        tried = [step_phases(_with_most_chunks(work.with_settings(layer_chunks=count), mst)) for count in counts]
+        phases = min(tried, key=_peak)
+        lacks_host = host_memory is not None and _peak(phases) <= device_memory
+        if lacks_host or _may_offload(work, mst, phases, host_memory):
+            needed = max(phase.host_bytes for phase in phases) if lacks_host else _peak(phases)
+            others.append(((not lacks_host, needed, not work.settings.recompute, work.settings.keep_mlp), work))
+    # Python's min takes the first of equals. What is kept on the device is always a candidate.
+    return min(others, key=itemgetter(0))[1]
+
+
+def _peak(phases: tuple[Phase, ...]) -> int:
+    return max(phase.device_bytes for phase in phases)
+
+
+def _can_fit(work: Workload, mst: MstConfig, device_memory: int, host_memory: int | None) -> bool:
+    """False for what does not fit in any number of chunks, as far as is found without a search."""
+    if work.settings.offload_activations and mst.get("offload_activations") == AUTO and host_memory is None:
+        return False
+    return _host_can_have_room(work, host_memory) and _layers_can_fit(work, mst, device_memory)
 
 
 def _with_chunks(work: Workload, mst: MstConfig, device_memory: int, preferred_tokens: int) -> Workload:
@@ -154,24 +176,25 @@ def _may_stream(work: Workload) -> bool:
 
 
 def can_fit(work: Workload, mst: MstConfig, *, device_memory: int, host_memory: int | None) -> bool:
-    """Whether `choose_settings` would find settings that fit."""
-    candidates = _unchunked_candidates(work, mst)
-    return any(_can_fit(candidate, mst, device_memory, host_memory) for candidate in candidates)
+    """Whether `choose_settings` would find settings that fit: then they also do with the most chunks it may choose
+    within a layer's chunks."""
+    # The last ones keep least on the device.
+    for unchunked in reversed(list(_unchunked_candidates(work, mst))):
+        if not _can_fit(unchunked, mst, device_memory, host_memory):
+            continue
+        streamed = _with_layer_chunks(unchunked, mst, MIN_CHUNK_TOKENS, device_memory)
+        candidate = _with_most_chunks(streamed, mst)
+        phases = step_phases(candidate)
+        if _fits(candidate, mst, phases, device_memory, host_memory):
+            return True
+    return False
 
 
-def _can_fit(unchunked: Workload, mst: MstConfig, device_memory: int, host_memory: int | None) -> bool:
-    """Then it also does with the most chunks that may be chosen within a layer's chunks."""
-    if not _layers_can_fit(unchunked, mst, device_memory):
-        return False
-    streamed = _with_layer_chunks(unchunked, mst, MIN_CHUNK_TOKENS, device_memory)
-    candidate = _with_most_chunks(streamed, mst)
-    phases = step_phases(candidate)
-    may_offload = _may_offload(candidate, mst, phases, host_memory)
-    return _is_within(phases, device_memory) and may_offload and _host_has_room(phases, host_memory)
-
-
-def _is_within(phases: tuple[Phase, ...], device_memory: int) -> bool:
-    return max(phase.device_bytes for phase in phases) <= device_memory
+def _host_can_have_room(work: Workload, host_memory: int | None) -> bool:
+    """Whether what layers keep there fits in one chunk of them, without what pinned memory takes beyond it: more chunks
+    keep no less."""
+    kept = kept_on_host(work.with_settings(layer_chunks=1))
+    return host_memory is None or total_bytes(term for term in kept if term.kind == "activation") <= host_memory
 
 
 def _with_most_chunks(work: Workload, mst: MstConfig) -> Workload:
@@ -183,6 +206,13 @@ def _with_most_chunks(work: Workload, mst: MstConfig) -> Workload:
     return work.with_settings(
         **{name: most[name] if chunks == AUTO else min(chunks, work.tokens) for name, chunks in counts.items()}
     )
+
+
+def _fits(
+    work: Workload, mst: MstConfig, phases: tuple[Phase, ...], device_memory: int, host_memory: int | None
+) -> bool:
+    is_allowed = _may_offload(work, mst, phases, host_memory) and _host_has_room(phases, host_memory)
+    return is_allowed and _peak(phases) <= device_memory
 
 
 def _may_offload(work: Workload, mst: MstConfig, phases: tuple[Phase, ...], host_memory: int | None) -> bool:
@@ -295,11 +325,18 @@ def _layer_bytes(work: Workload, mlp_chunks: int) -> int:
 
 
 def _fewest_within(device_memory: int, low: int, high: int, bytes_with: Callable[[int], int]) -> int:
+    if bytes_with(low) <= device_memory:
+        return low
     reachable = max(device_memory, bytes_with(max(low, high)))
     return _fewest(low, high, lambda n: bytes_with(n) <= reachable)
 
 
 def _fewest(low: int, high: int, enough: Callable[[int], bool]) -> int:
-    """The first count from `low` to `high` that is enough, else `high`; more chunks stay enough."""
-    counts = range(low, high + 1)
-    return counts[min(bisect_left(counts, True, key=enough), len(counts) - 1)]
+    """The first count from `low` to `high` that is enough, else `high`; more chunks stay enough.
+
+    Few are enough mostly, so it looks near `low` first.
+    """
+    reach, width = low, 1
+    while reach < high and not enough(reach):
+        low, reach, width = reach + 1, min(reach + width, high), 2 * width
+    return low + bisect_left(range(low, reach), True, key=enough)

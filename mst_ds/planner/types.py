@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from mst_ds.settings import Settings
 from mst_ds.topology import Topology
@@ -18,9 +17,11 @@ Place: TypeAlias = Literal["device", "host", "nvme"]
 Kind: TypeAlias = Literal["state", "activation", "workspace", "reserve"]
 
 
-@dataclass(frozen=True)
-class MemoryTerm:
-    """One thing that occupies memory: how many bytes, where, of what kind, and the named factors that gave them."""
+class MemoryTerm(NamedTuple):
+    """One thing that occupies memory: how many bytes, where, of what kind, and the named factors that gave them.
+
+    A tuple, because a search makes some hundred thousand of them.
+    """
 
     name: str
     bytes: int
@@ -36,7 +37,10 @@ class MemoryTerm:
 
 def product_term(name: str, place: Place, *factors: tuple[str, int], kind: Kind = "activation") -> MemoryTerm:
     """A term that is the product of named factors, so that its formula cannot differ from its bytes."""
-    return MemoryTerm(name, math.prod([value for _, value in factors]), place, factors, kind)
+    count = 1
+    for _, value in factors:
+        count *= value
+    return MemoryTerm(name, count, place, factors, kind)
 
 
 # All but the reserve and activations.
@@ -44,7 +48,7 @@ state_term = functools.partial(product_term, kind="state")
 
 
 def total_bytes(terms: Iterable[MemoryTerm]) -> int:
-    return sum(term.bytes for term in terms)
+    return sum([term.bytes for term in terms])
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class Phase:
         return total_bytes(term for term in self.terms if term.place == place and term.kind == kind)
 
     def _bytes(self, place: Place) -> int:
-        return total_bytes(term for term in self.terms if term.place == place)
+        return sum([term.bytes for term in self.terms if term.place == place])
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,12 @@ class Plan:
     @property
     def samples_per_step(self) -> int:
         return self.micro_batch_size * self.gradient_accumulation_steps * self.dp_size
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of all ranks, as predicted; None where `predicted_step_seconds` is."""
+        seconds = self.predicted_step_seconds
+        return None if seconds is None else self.samples_per_step * self.seq_len / seconds
 
     @property
     def dp_rank(self) -> int:

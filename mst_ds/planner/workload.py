@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
+from functools import cached_property, wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from mst_ds.config import SOFTCAP_ATTENTION
 from mst_ds.geometry import (
@@ -19,6 +19,9 @@ from mst_ds.geometry import (
 from mst_ds.model_shape import ModelShape
 from mst_ds.settings import Settings
 from mst_ds.zero import ZeroConfig
+
+_Rest = ParamSpec("_Rest")
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
@@ -168,3 +171,23 @@ class Workload:
     def sharded(self, elements: int, from_stage: int) -> int:
         """The elements that a rank holds of something that ZeRO shards from `from_stage` on."""
         return ceil_divide(elements, self.zero.dp_world_size) if self.zero.stage >= from_stage else elements
+
+
+def remembered(
+    function: Callable[Concatenate[Workload, _Rest], _Found],
+) -> Callable[Concatenate[Workload, _Rest], _Found]:
+    """`function`, which is called again with the very same workload in a search, and then has its result at hand.
+
+    Results lie with the workload, and go with it.
+    """
+    name = f"_{function.__module__}.{function.__qualname__}"
+
+    @wraps(function)
+    def found(work: Workload, /, *arguments: _Rest.args, **keywords: _Rest.kwargs) -> _Found:
+        results = vars(work).setdefault(name, {})
+        key = (arguments, *keywords.items())
+        if key not in results:
+            results[key] = function(work, *arguments, **keywords)
+        return results[key]
+
+    return found

@@ -14,8 +14,10 @@ from .config import (
     resolve,
     split_mst,
 )
+from .owners import BATCH_FLAGS
 
 __all__ = [
+    "BATCH_FLAGS",
     "DsConfig",
     "OffloadDevice",
     "ResolvedConfig",

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from mst_ds.config import GIB
-from mst_ds.planner import changes_that_fit, plan_of_request, read_request
+from mst_ds.gpus import gpu_by_name
+from mst_ds.planner import changes_that_fit, changes_that_help, plan_of_request, read_request
 
 LLAMA_8B, LLAMA_70B = "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-70B"
 
@@ -49,7 +50,10 @@ def test_states_that_do_not_fit_are_sharded_or_put_on_the_host(stage):
     for change in changes:
         zero = {key: {"device": value} for key, value in change.items() if key.startswith("offload_")}
         wanted = case | {"stage": change.get("stage", stage)}
-        assert fits(**wanted, zero=zero, device_memory=40 * GIB, world_size=8 * change.get("num_nodes", 1))
+        memory = gpu_by_name(change["gpu"]).memory if "gpu" in change else 40 * GIB
+        world_size = 8 * change.get("num_nodes", 1)
+        # Adapters are counted on a model: test_trained has them.
+        assert "lora_r" in change or fits(**wanted, zero=zero, device_memory=memory, world_size=world_size)
 
 
 def test_parameters_go_to_the_host_where_the_optimizer_alone_is_not_enough():
@@ -65,8 +69,8 @@ def test_what_the_user_set_is_not_offered(mst):
     assert all("offload_activations" not in change for change in changes)
 
 
-def test_where_nothing_helps_nothing_is_offered():
-    assert offered(request(device_memory=1, seq_len=1024)) == []
+def test_where_nothing_of_the_run_helps_the_smallest_gpu_is_offered():
+    assert offered(request(device_memory=1, seq_len=1024)) == [{"gpu": "A10G"}]
 
 
 def test_more_ranks_to_a_sequence_are_not_offered_where_layers_are_not_attention():
@@ -82,3 +86,42 @@ def test_more_ranks_to_a_sequence_are_not_offered_where_layers_are_not_attention
 def test_changes_read_as_settings():
     (first, *_) = changes_that_fit(request(sp_size=2, seq_len=600 * 1024))
     assert str(first).startswith("sp_size ")
+
+
+def test_a_host_that_is_too_small_is_offered_as_large_as_it_must_be():
+    """Also one of which nothing is known; a GiB less is not enough."""
+    case = {"seq_len": 8_000 * 1024, "device_memory": 79 * GIB}
+    for known in (None, 100 * GIB):
+        by_kind = {next(iter(change)): change for change in offered(request(**case, host_memory=known))}
+        needed = by_kind["host_memory_gib"]["host_memory_gib"] * GIB // 8
+        assert fits(**case, host_memory=needed)
+        assert not fits(**case, host_memory=needed - GIB // 8)
+
+
+def test_a_smaller_micro_batch_is_offered_with_as_many_sequences_a_step():
+    ds_config = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 4}
+    arguments = {"world_size": 8, "seq_len": 600 * 1024, "device_memory": 77 * GIB, "ranks_per_node": 8}
+    changes = changes_that_fit(read_request(LLAMA_8B, ds_config, **arguments))
+    (change,) = (change for change in changes if change.settings[0][0] == "per_device_train_batch_size")
+    sequences, accumulation = change.plan.micro_batch_size, change.plan.gradient_accumulation_steps
+    assert change.settings[1] == ("gradient_accumulation_steps", accumulation)
+    assert sequences * accumulation == 4
+    assert plan_of_request(
+        read_request(LLAMA_8B, ds_config | {"train_micro_batch_size_per_gpu": 4}, **arguments)
+    ).fits < (change.plan.fits)
+
+
+def test_a_plan_that_fits_is_made_faster_or_cheaper():
+    """Each change has more tokens a second of each GPU, and fits; without rates there is none."""
+    known = {"gpu": gpu_by_name("H100"), "seq_len": 2**19, "host_memory": 200 * GIB}
+    slow = request(world_size=16, sp_size=16, zero={"offload_optimizer": {"device": "cpu"}}, **known)
+    plan = plan_of_request(slow)
+    assert plan.fits
+    changes = changes_that_help(slow, plan)
+    assert {name for change in changes for name, _ in change.settings} >= {"sp_size"}
+    for change in changes:
+        assert change.plan.fits
+        gpus = change.plan.topology.world_size
+        assert change.plan.tokens_per_second / gpus > 1.02 * plan.tokens_per_second / 16
+    unknown = request(world_size=16, sp_size=16, seq_len=2**19)
+    assert changes_that_help(unknown, plan_of_request(unknown)) == ()

@@ -314,6 +314,14 @@ def test_where_nothing_fits_the_lowest_peak_is_chosen():
     assert min(lowest, key=lowest.__getitem__) == (False, True)
 
 
+def test_where_the_host_alone_lacks_memory_that_is_the_nearest_plan():
+    """It fits the device and keeps least on the host."""
+    work = workload(seq_len=500_000)
+    device_memory = peaks_by_kept(work)[False, False] - 1
+    assert kept_in(settings_of(work, device_memory=device_memory, host_memory=GIB, layer_chunks=1)) == (False, True)
+    assert kept_in(settings_of(work, device_memory=device_memory, layer_chunks=1)) == (False, False)
+
+
 @pytest.mark.parametrize(("device_memory", "host_memory"), [(1, None), (1, HUGE), (HUGE, 1), (HUGE, HUGE)])
 def test_what_the_user_set_stays(device_memory, host_memory):
     memory = {"device_memory": device_memory, "host_memory": host_memory}

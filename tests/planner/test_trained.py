@@ -9,12 +9,13 @@ from peft import LoraConfig, PeftConfig
 from planned import bytes_of, plan_of
 from tiers import slow_but_for
 from torch import nn
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MixtralConfig
 
 from mst_ds.adapters import model_on_meta
 from mst_ds.memory.dry_run import dry_run, planned_activations
 from mst_ds.model_shape import ModelShape, TrainedCounts, load_config_of_shape
 from mst_ds.planner import make_plan
+from mst_ds.planner.variants import lora_shape
 from mst_ds.structure.trained import trained_shape
 
 HIDDEN, INTERMEDIATE, VOCAB, LAYERS, RANK = 64, 192, 1000, 3, 4
@@ -39,6 +40,13 @@ def shape_with(peft_config: PeftConfig | None, config: LlamaConfig = CONFIG) -> 
 
 def test_without_adapters_all_is_trained() -> None:
     assert shape_with(None) == ModelShape.from_config(CONFIG)
+
+
+def test_adapters_are_counted_by_the_config_alone_as_on_the_model() -> None:
+    """For the advice of mst-plan, which must not load torch; of experts the config does not say enough."""
+    assert lora_shape(ModelShape.from_config(CONFIG), RANK) == shape_with(lora([*ATTENTION, *MLP], lora_dropout=0.05))
+    assert lora_shape(shape_with(lora(ATTENTION)), RANK) is None
+    assert lora_shape(ModelShape.from_config(MixtralConfig()), RANK) is None
 
 
 def test_attention_is_asked_of_the_model() -> None:
