@@ -16,6 +16,7 @@ from mst_ds.config import AUTO, DEFAULT_DS_CONFIG, DEFAULT_MODEL, GIB, TrainConf
 from mst_ds.gpus import Gpu, gpu_by_name, gpu_of_device
 from mst_ds.model_shape import ModelShape, load_config_of_shape, load_model_shape
 from mst_ds.planner import DEFAULT_RESERVE, Request, gpu_of_file, read_request
+from mst_ds.planner.calibration import Calibration, read_calibration
 from mst_ds.zero import load_ds_config, split_mst
 
 _MOST_BYTES = 2**60
@@ -81,6 +82,11 @@ def _add_machine(found: argparse.ArgumentParser) -> None:
     )
     found.add_argument("--rates", help="JSON file with memory and rates of a GPU that has no such name.")
     found.add_argument(
+        "--calibrate",
+        type=os.path.expanduser,
+        help="Output folder of a run on such a machine, whose times and reserve are taken.",
+    )
+    found.add_argument(
         "--device_memory_gib",
         type=float,
         nargs="+",
@@ -129,8 +135,9 @@ def check(options: argparse.Namespace) -> None:
     price = options.price_per_gpu_hour
     if price is not None and not 0 <= price < _MOST_BYTES:
         raise ValueError(f"price_per_gpu_hour is {price:g}; allowed: a number >= 0")
-    if options.rates is not None and options.gpu is not None:
-        raise ValueError("gpu and rates each say which GPU is planned for; allowed: one of them")
+    named = [name for name in ("gpu", "rates", "calibrate") if getattr(options, name) is not None]
+    if len(named) > 1:
+        raise ValueError(f"{' and '.join(named)} each say which GPU is planned for; allowed: one of them")
     several = options.seq_len is not None and len(options.seq_len) > 1
     if options.compare and (several or options.seq_len is None):
         raise ValueError("compare shows plans of one length; allowed: --seq_len with one")
@@ -164,7 +171,7 @@ def request_of(options: argparse.Namespace, *, num_nodes: int, sp_size: int | No
         world_size=options.num_gpus * num_nodes,
         seq_len=seq_len,
         device_memory=memory,
-        reserve=DEFAULT_RESERVE,
+        reserve=machine.reserve,
         host_memory=machine.host_memory,
         sp_size=sp_size,
         rank=0 if memory is None else memory.index(min(memory)),
@@ -182,19 +189,26 @@ def ds_config_of(given: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Machine:
-    """Bytes of each rank's device, of the smallest host for a rank, and the GPU for which all wait; None: not known."""
+    """Bytes of each rank's device, of the smallest host for a rank, and the GPU for which all wait; None: not known.
+
+    reserve: bytes of a device that tensors cannot have.
+    """
 
     device_memory: tuple[int, ...] | None
     host_memory: int | None
     gpu: Gpu | None
+    reserve: int
 
 
 def _machine(options: argparse.Namespace, num_nodes: int) -> _Machine:
     gpus = [gpu_of_file(options.rates)] if options.rates is not None else None
+    calibrated = None if options.calibrate is None else calibration_of(options.calibrate)
+    if calibrated is not None:
+        gpus = [calibrated.gpu]
     if options.gpu is not None:
         gpus = [_gpu(name) for name in _of_nodes(options, "gpu", num_nodes)]
     memory = _bytes(options, "device_memory_gib", num_nodes)
-    if memory is None and gpus is not None:
+    if memory is None and gpus is not None and all(gpu.memory for gpu in gpus):
         memory = [gpu.memory for gpu in gpus]
     if memory is None and split_mst(ds_config_of(options.ds_config))[1].device_memory_gib == AUTO:
         raise ValueError(
@@ -207,7 +221,18 @@ def _machine(options: argparse.Namespace, num_nodes: int) -> _Machine:
         of_ranks = tuple(count for count in of_nodes for _ in range(options.num_gpus))
     hosts = _bytes(options, "host_memory_gib", num_nodes, ranks=options.num_gpus)
     slowest = None if gpus is None else min(gpus, key=lambda gpu: gpu.flops)
-    return _Machine(of_ranks, None if hosts is None else min(hosts), slowest)
+    host = None if hosts is None else min(hosts)
+    if calibrated is None:
+        return _Machine(of_ranks, host, slowest, DEFAULT_RESERVE)
+    # On a CPU the host is the device, and nothing stands beside the tensors.
+    beside = calibrated.process_bytes or 0
+    return _Machine(of_ranks, None if host is None else max(0, host - beside), slowest, calibrated.reserve or 0)
+
+
+@functools.cache
+def calibration_of(run: str) -> Calibration:
+    """What a run has measured."""
+    return read_calibration(run)
 
 
 def _of_nodes(options: argparse.Namespace, name: str, num_nodes: int) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 
 from mst_ds.config import GIB
+from mst_ds.gpus import Gpu
 from mst_ds.model_shape import ModelShape
 from mst_ds.planner.answer import Answer
 from mst_ds.planner.plan import LENGTH_STEP
@@ -25,7 +26,14 @@ def answer_lines(answer: Answer) -> list[str]:
         return [first, "no time is predicted, as rates are not known: --gpu H100 or another's name, or --rates FILE"]
     seconds = seconds_text(plan.predicted_step_seconds)
     pace = f"{cost.tokens_per_second:,.0f} tokens/s of all ranks, {seconds} s a step; {cost}"
-    return [first, pace if plan.fits else f"if it fitted: {pace}"]
+    return [first, pace if plan.fits else f"if it fitted: {pace}", _trust(answer.request.rates)]
+
+
+def _trust(gpu: Gpu) -> str:
+    """How far times are to be trusted: docs/planning.md has what they were held against."""
+    if gpu.attained == 1:
+        return "times are predicted, to about 30%; --calibrate RUN takes them from a run"
+    return f"times are by a run, which attained {gpu.attained:.3g} of what is predicted for its {gpu.name}"
 
 
 def advice_lines(answer: Answer) -> list[str]:
