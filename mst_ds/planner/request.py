@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mst_ds.config import AUTO, GIB, TrainConfig
 from mst_ds.flash_attn_package import flash_attn_2_version
-from mst_ds.gpus import DEFAULT_GPU, Gpu
+from mst_ds.gpus import CPU, DEFAULT_GPU, Gpu
 from mst_ds.model_shape import ModelShape, load_model_shape
 from mst_ds.planner import nvme
 from mst_ds.planner.search import can_fit
@@ -117,7 +117,8 @@ def read_request(
         num_attention_heads=shape.num_attention_heads,
         world_size=world_size,
         ranks_per_node=ranks_per_node,
-        has_accelerator=True,
+        # A run on a CPU, which calibrates, is no reason to plan for an accelerator.
+        has_accelerator=gpu is None or gpu.name != CPU.name,
         sp_size=sp_size,
     )
     return make_request(

@@ -43,6 +43,9 @@ def test_a_runs_time_is_predicted_from_it(tmp_path, name):
     assert of_other == pytest.approx(
         5.5 / found.predicted_seconds * step_seconds(request(gpu, 8192).work, gpu or CPU), rel=1e-9
     )
+    # What a CPU has calibrated is planned as a run there is: in fp32.
+    asked_there = read_request(MODEL, "zero3_mst.json", world_size=1, seq_len=512, device_memory=2**34, gpu=found.gpu)
+    assert asked_there.work.zero.dtype == ("fp32" if gpu is None else "bf16")
     # A run that was calibrated itself is no reason to count twice.
     again = calibration_record(replace(asked, rates=found.gpu), plan, reserve=None, process_bytes=0)
     assert again["predicted_step_seconds"] == pytest.approx(found.predicted_seconds, rel=1e-12)

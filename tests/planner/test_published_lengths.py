@@ -61,6 +61,19 @@ def test_what_is_planned_for_this_project_is_no_shorter(rung: tuple[int, bool, b
     assert longest >= longest_of_alst(sp_size, chunks_mlp=chunks_mlp, offloads=offloads)
 
 
+def test_the_base_without_tiling_is_predicted() -> None:
+    """32K tokens with transformers' own loss, which takes 14 bytes a logit at its peak: the logits in 16 bits, in fp32,
+    their log-softmax, and its gradient. All else is as planned."""
+    ds_config = ds_config_of(chunks_mlp=False, offloads=False)
+    ds_config["mst"] |= {"loss_chunks": 1, "layer_chunks": 1}
+    plan = make_plan(MODEL, ds_config, sp_size=1, seq_len=32 * 1024, **SETTINGS)
+    (loss,) = (phase for phase in plan.phases if phase.name == "loss")
+    of_loss = sum(term.bytes for term in loss.terms if term.name.startswith("loss_"))
+    of_tokens = (loss.kind_bytes("activation") - of_loss) / plan.seq_len + 14 * load_model_shape(MODEL).vocab_size
+    states = loss.device_bytes - loss.kind_bytes("activation")
+    assert (plan.device_memory - states) / of_tokens == pytest.approx(32 * 1024, rel=0.15)
+
+
 # Two contenders stand for all rungs, and each takes seconds to trace.
 traced_working_set = functools.cache(working_set)
 
