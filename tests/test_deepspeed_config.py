@@ -93,7 +93,7 @@ def test_what_deepspeed_knows_passes(ds_config: dict[str, Any], recwarn: pytest.
         ({"vocabulary_size": "x"}, "vocabulary_size of the DeepSpeed JSON is 'x'; allowed: int"),
         ({"checkpoint": {"tag_validation": 3}}, "checkpoint.tag_validation of the DeepSpeed JSON is 3; allowed: str"),
         ({"checkpoint": {"load_univ": True}}, "'checkpoint.load_univ', which DeepSpeed does not know; nearest: 'load"),
-        ({"aio": {"block_size": "x"}}, "aio.block_size of the DeepSpeed JSON is 'x'; allowed: int"),
+        ({"aio": {"queue_depth": "x"}}, "aio.queue_depth of the DeepSpeed JSON is 'x'; allowed: int"),
         ({"flops_profiler": 3}, "flops_profiler (3) of the DeepSpeed JSON is not what DeepSpeed takes; allowed"),
         ({"prescale_gradients": 1}, "prescale_gradients of the DeepSpeed JSON is 1; allowed: bool"),
         ({"amp": {"enabled": False}}, "DeepSpeed refuses amp ({'enabled': False}) of its JSON"),

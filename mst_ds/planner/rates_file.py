@@ -11,7 +11,7 @@ from mst_ds.files.read_file import existing_file, read_json
 from mst_ds.gpus import Gpu
 
 _MOST_BYTES = 2**60
-_FIELDS = tuple(field.name for field in dataclasses.fields(Gpu))
+_FIELDS = tuple(field.name for field in dataclasses.fields(Gpu) if field.default is dataclasses.MISSING)
 
 
 def gpu_of_file(given: str | os.PathLike[str]) -> Gpu:

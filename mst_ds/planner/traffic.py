@@ -10,8 +10,9 @@ _ROTARY = (14, 4)  # one way
 _ACTIVATION = (38, 18)  # of an MLP, both ways, its forward twice
 _LOGIT = (44, 6)  # both ways
 _ADDED = 12  # to the residual, both ways
-# Kernels, as counted on fake tensors of a GPU: of a layer's forward and backward, and of each chunk in it.
-_LAYER_KERNELS, _CHUNK_KERNELS, _LOSS_KERNELS = 80, 24, 16
+# Kernels, as counted on fake tensors of a GPU: of a layer's forward and backward, of its forward again, and of each
+# chunk in it.
+_LAYER_KERNELS, _AGAIN_KERNELS, _CHUNK_KERNELS, _LOSS_KERNELS = 64, 16, 24, 16
 
 
 def passed_bytes(work: Workload, *, fused: bool) -> int:
@@ -39,6 +40,8 @@ def launched_kernels(work: Workload) -> int:
     """By the CPU, in a micro-batch."""
     chunks = work.layer_chunks * work.settings.mlp_chunks
     of_layer = _LAYER_KERNELS * work.layer_chunks + _CHUNK_KERNELS * chunks
+    if work.settings.recompute:
+        of_layer += _AGAIN_KERNELS * work.layer_chunks
     experts = work.shape.experts
     if experts is not None:
         of_layer += _CHUNK_KERNELS * experts.num_experts * work.layer_chunks

@@ -277,7 +277,7 @@ def test_all_tokens_may_go_to_the_same_experts():
     planned, measured = plan_and_peaks(EXPERTS, seq_len=16_384, mlp_chunks=2, loss_chunks=64, **KEPT)
     assert max(measured.values()) == measured["backward"]
     for phase, count in measured.items():
-        assert 0.99 * count <= planned[phase] <= 1.3 * count, phase
+        assert 0.98 * count <= planned[phase] <= 1.3 * count, phase
 
 
 def test_what_depends_on_values_has_no_dry_run(monkeypatch):

@@ -300,7 +300,7 @@ def test_attention_is_what_can_run(monkeypatch):
             {"ds_config": {"mst": {"layer_chunks": 4096}, "train_micro_batch_size_per_gpu": 4}},
             "layer_chunks is 4096, more than the 2048 tokens of a shard; allowed: 'auto' or 1 to 2048",
         ),
-        ({"ds_config": {"train_batch_size": 2}}, "train_batch_size is 2; allowed: 1"),
+        ({"ds_config": {"train_batch_size": 3}}, "train_batch_size is 3; allowed: 1"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_in_one_line(overrides, message):
