@@ -29,18 +29,22 @@ def settle_sp_size(request: Request) -> Request:
 
 
 def _tokens_per_second(request: Request) -> float:
-    """Of all ranks."""
-    work, zero = chosen_work(request), request.work.zero
+    """Of all ranks. The slowest counts, so that ranks with unequal memory choose alike."""
+    work, zero = _chosen_for(request, request.least_device_memory), request.work.zero
     samples = zero.micro_batch_size * zero.gradient_accumulation_steps * request.topology.dp_size
     return samples * work.seq_len / step_seconds(work, request.rates)
 
 
 def chosen_work(request: Request) -> Workload:
     """The settings of this rank, for the `sp_size` that the request has."""
+    return _chosen_for(request, request.device_memory[request.topology.rank])
+
+
+def _chosen_for(request: Request, device_memory: int) -> Workload:
     return choose_settings(
         request.work,
         request.mst,
-        device_memory=request.device_memory[request.topology.rank],
+        device_memory=device_memory,
         least_device_memory=request.least_device_memory,
         host_memory=request.host_memory,
         gpu=request.rates,
