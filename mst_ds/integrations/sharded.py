@@ -90,9 +90,14 @@ def shard_of_batch(batch: Mapping[str, Any], topology: Topology, layer_chunks: i
         raise ValueError(
             "documents of a sharded batch are told apart by position_ids; allowed: a collator that makes them"
         )
-    whole = torch.stack([given["input_ids"], given["labels"]]).flatten()
-    digest = (whole * torch.arange(1, 2 * whole.numel(), 2)).sum()
+    digest = digest_of(given["input_ids"], given["labels"])
     return {**shard(given, topology, layer_chunks=layer_chunks), DIGEST: digest}
+
+
+def digest_of(*whole: Tensor) -> Tensor:
+    """Of (B, S) tensors of one device, in a collator's worker or in a forward, a number there: ()."""
+    values = torch.stack(whole).flatten()
+    return (values * torch.arange(1, 2 * values.numel(), 2, device=values.device)).sum()
 
 
 def count_items(accelerator: Accelerator, shards: Sequence[Batch], topology: Topology, device: torch.device) -> Tensor:

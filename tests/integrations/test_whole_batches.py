@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.modeling_outputs import CausalLMOutput
 
+from mst_ds.integrations.sharded import digest_of
 from mst_ds.integrations.whole_batches import ShardedForward
 from mst_ds.sequence_parallel import SequenceGroup, run_simulated
 from mst_ds.topology import Topology
@@ -50,3 +52,10 @@ def test_values_and_gradients_are_those_of_one_rank() -> None:
     assert all(found.equal(values) for found, _ in results)
     # As DDP and ZeRO average them.
     torch.testing.assert_close(torch.stack([gradient for _, gradient in results]).mean(dim=0), expected)
+
+
+def test_a_batch_on_a_device_is_compared_there() -> None:
+    """A collator has its batch on the CPU; a model's forward has it where the model is."""
+    with FakeTensorMode():
+        ids = torch.ones(2, 8, dtype=torch.int64, device="cuda")
+        assert digest_of(ids, ids).device.type == "cuda"
