@@ -45,6 +45,7 @@ from mst_ds.planner import (
     why_nothing_fits,
     write_config,
 )
+from mst_ds.zero import ds_config_file
 
 
 def main(argv: Sequence[str]) -> int:
@@ -105,7 +106,7 @@ def _write_files(options: argparse.Namespace, answer: Answer) -> tuple[str, ...]
     )
     if options.write is not None and plan.fits:
         path = expanded(options.write, "write")
-        if path.exists() and path.samefile(expanded(options.ds_config, "ds_config")):
+        if path.exists() and path.samefile(ds_config_file(options.ds_config)):
             raise ValueError(f"write is {str(path)!r}, which is the ds_config that is planned; allowed: another file")
         write_config(path, plan_flags.ds_config_of(options.ds_config), plan)
     if options.report is not None:

@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _LEAST_RATE_OF_LORA = 1e-4
+# What a checkpoint calls them.
+_SAMPLES = "samples of a step"
 
 
 def prepare(config: TrainConfig, launch: Launch) -> Run:
@@ -75,7 +77,7 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
     resolved = _resolved(config, launch, shape)
     peft_config = requested_config(config.adapters)
     model, adapted = model_on_meta(model_config, peft_config)
-    request = settle_sp_size(_request(config, launch, trained_shape(shape, model), resolved))
+    request = _settled(_request(config, launch, trained_shape(shape, model), resolved), checkpoint)
     plan = plan_of_request(request)
     _require_trainable(config, plan, model_config, peft_config, model, adapted)
     own_attention = _own_attention(config, plan, model)
@@ -161,6 +163,15 @@ def _request(config: TrainConfig, launch: Launch, shape: ModelShape, resolved: R
         capability=rank_capability(launch),
         sequences_per_sample=config.sequences_per_sample,
     )
+
+
+def _settled(request: Request, checkpoint: Checkpoint | None) -> Request:
+    """With the `sp_size` of the plan; of a run that goes on, the one that gives its steps as many samples as before."""
+    before = None if checkpoint is None else checkpoint.identity.training.get(_SAMPLES)
+    zero = request.work.zero
+    of_rank = zero.micro_batch_size * zero.gradient_accumulation_steps
+    same = (option for option in request.options() if of_rank * option.topology.dp_size == before)
+    return next(same, None) or settle_sp_size(request)
 
 
 def _require_trainable(
@@ -329,7 +340,7 @@ def _require_states_for(config: TrainConfig, launch: Launch, ds_config: DsConfig
 
 def _kept_settings(config: TrainConfig, plan: Plan, ds_config: DsConfig) -> dict[str, Any]:
     """Settings of the optimizer and of the data whose values come from a checkpoint, by who owns them."""
-    kept: dict[str, Any] = {"seed": config.seed, "samples of a step": plan.samples_per_step} | kept_blocks(ds_config)
+    kept: dict[str, Any] = {"seed": config.seed, _SAMPLES: plan.samples_per_step} | kept_blocks(ds_config)
     if config.has_answers:
         kept |= {flag.name: getattr(config, flag.name) for flag in dataclasses.fields(ObjectiveFlags)}
         kept["beta"] = config.beta_or_default

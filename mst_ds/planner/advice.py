@@ -4,13 +4,14 @@ fits faster or cheaper."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from mst_ds.config import GIB
 from mst_ds.geometry import ceil_divide
 from mst_ds.gpus import known_gpus
-from mst_ds.planner import variants
+from mst_ds.planner import nvme, variants
 from mst_ds.planner.plan import longest_of_request, plan_of_request
 from mst_ds.planner.request import Request
 from mst_ds.planner.types import Plan
@@ -120,7 +121,7 @@ def _higher_stage(request: Request) -> _Changes:
 
 def _offloaded_states(request: Request) -> _Changes:
     zero = request.work.zero
-    if zero.stage == 0:
+    if zero.stage == 0 or not zero.optimizer_may_leave:
         return
     if zero.optimizer_offload == "none":
         yield (("offload_optimizer", "cpu"),), variants.with_states(request, optimizer="cpu")
@@ -132,13 +133,20 @@ def _offloaded_states(request: Request) -> _Changes:
 def _states_on_nvme(request: Request) -> _Changes:
     """DeepSpeed has files for states that stage 3 shards alone."""
     zero = request.work.zero
-    if zero.stage != 3:
+    if zero.stage != 3 or not zero.optimizer_may_leave:
         return
     if zero.optimizer_offload != "nvme":
-        yield (("offload_optimizer", "nvme"),), variants.with_states(request, optimizer="nvme")
+        yield from _if_taken((("offload_optimizer", "nvme"),), variants.with_states(request, optimizer="nvme"))
     if zero.param_offload != "nvme":
         both = variants.with_states(request, optimizer="nvme", parameters="nvme")
-        yield (("offload_optimizer", "nvme"), ("offload_param", "nvme")), both
+        yield from _if_taken((("offload_optimizer", "nvme"), ("offload_param", "nvme")), both)
+
+
+def _if_taken(names: _Settings, changed: Request) -> _Changes:
+    """Nothing, where the JSON's buffers on the way to NVMe are refused."""
+    with suppress(ValueError):
+        nvme.require_buffers(changed.work)
+        yield names, changed
 
 
 def _smaller_micro_batch(request: Request) -> _Changes:
@@ -221,7 +229,7 @@ def _states_on_the_device(request: Request) -> _Changes:
 
 def _lower_stages(request: Request) -> _Changes:
     zero = request.work.zero
-    lowest = 0 if zero.optimizer_offload == "none" else 1
+    lowest = variants.lowest_stage(request) if zero.optimizer_offload == "none" else 1
     for stage in range(lowest, zero.stage if zero.param_offload == "none" else lowest):
         yield (("stage", stage),), variants.with_states(request, stage=stage)
 

@@ -53,7 +53,7 @@ def calibration_record(request: Request, plan: Plan, *, reserve: int | None, pro
         plan: what was made of the request.
         reserve, process_bytes: as measured, see `Calibration`. On a CPU the host is the device.
     """
-    gpu = request.rates if request.times_are_known else CPU
+    gpu = _rates_of_run(request)
     work = request.work.with_settings(**dataclasses.asdict(plan.settings))
     return {
         "gpu": dataclasses.asdict(gpu),
@@ -61,6 +61,17 @@ def calibration_record(request: Request, plan: Plan, *, reserve: int | None, pro
         "reserve_bytes": reserve,
         "process_bytes": None if reserve is None else process_bytes,
     }
+
+
+def _rates_of_run(request: Request) -> Gpu:
+    """Those of the run's GPU. One that has no name here counts as one of the same make as the default's, and its
+    attained share says how much slower it is."""
+    if request.times_are_known:
+        return request.rates
+    capability = request.work.capability
+    if capability is None:
+        return CPU
+    return replace(request.rates, name="GPU", memory=request.least_device_memory, capability=capability)
 
 
 def read_calibration(folder: str | os.PathLike[str]) -> Calibration:
@@ -71,19 +82,28 @@ def read_calibration(folder: str | os.PathLike[str]) -> Calibration:
     """
     run = Path(folder)
     try:
-        record = json.loads((run / "summary.json").read_text(encoding="utf-8")).get("calibration")
+        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
         lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        steps = [each["seconds"] for each in map(json.loads, lines) if "loss" in each and "seconds" in each]
     except OSError as error:
         raise ValueError(
             f"calibrate is {str(run)!r}, where {Path(error.filename).name} cannot be read ({error.strerror}); allowed: "
             "the output folder of a run that has ended"
         ) from None
     except ValueError:
-        raise ValueError(f"calibrate is {str(run)!r}, whose summary.json is no JSON; allowed: a run's folder") from None
-    steps = [each["seconds"] for each in map(json.loads, lines) if "loss" in each and "seconds" in each]
+        raise ValueError(
+            f"calibrate is {str(run)!r}, whose summary.json or metrics.jsonl is no JSON; allowed: a run's folder"
+        ) from None
+    record = summary.get("calibration") if isinstance(summary, dict) else None
     if record is None or len(steps) < _LEAST_STEPS:
         found = "no record for this" if record is None else f"{len(steps)} steps"
         raise ValueError(f"calibrate is {str(run)!r}, a run with {found}; allowed: one of {_LEAST_STEPS} steps or more")
-    predicted, measured = record["predicted_step_seconds"], median(steps[_STEPS_BEFORE:])
-    gpu = Gpu(**{**record["gpu"], "capability": tuple(record["gpu"]["capability"]), "attained": predicted / measured})
-    return Calibration(run, gpu, predicted, measured, record["reserve_bytes"], record["process_bytes"])
+    measured = median(steps[_STEPS_BEFORE:])
+    try:
+        predicted, of_gpu = record["predicted_step_seconds"], record["gpu"]
+        gpu = Gpu(**{**of_gpu, "capability": tuple(of_gpu["capability"]), "attained": predicted / measured})
+        return Calibration(run, gpu, predicted, measured, record["reserve_bytes"], record["process_bytes"])
+    except (KeyError, TypeError):
+        raise ValueError(
+            f"calibrate is {str(run)!r}, whose record is of another version; allowed: a run of this one"
+        ) from None

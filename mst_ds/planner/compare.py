@@ -59,10 +59,12 @@ def compare(request: Request, sp_sizes: Iterable[int] | None = None) -> list[Row
     """
     rows = []
     for sp_size in sp_sizes or variants.sp_sizes(request, request.topology.world_size):
-        for stage in range(4):
+        for stage in range(variants.lowest_stage(request), 4):
             for offload, (optimizer, parameters) in _OFFLOADS.items():
                 # Parameters that every rank has whole do not leave the device, nor does anything without ZeRO.
                 if (offload == "both" and stage < 3) or (offload != "none" and stage == 0):
+                    continue
+                if offload != "none" and not request.work.zero.optimizer_may_leave:
                     continue
                 states = variants.with_states(request, stage=stage, optimizer=optimizer, parameters=parameters)
                 if states_phase(states.work).device_bytes > states.least_device_memory:

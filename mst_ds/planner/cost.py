@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from mst_ds.geometry import ceil_divide
 from mst_ds.gpus import Gpu
 from mst_ds.model_shape import flops_per_token
@@ -36,7 +38,8 @@ def step_seconds(work: Workload, gpu: Gpu, *, fused: bool | None = None) -> floa
     reducing = _collective_seconds(work, rates, _reduced_bytes(work))
     beside = [_collective_seconds(work, rates, _gathered_bytes(work)), copied_bytes(work) / gpu.host_rate]
     if work.zero.param_offload != "none":
-        beside[1] += 2 * _bytes_of_shard(work, from_stage=3) / gpu.host_rate
+        rate = gpu.host_rate if work.zero.param_offload == "cpu" else min(gpu.host_rate, _NVME_RATE)
+        beside[1] += 2 * _bytes_of_shard(work, from_stage=3) / rate
     if work.zero.overlap_comm:
         beside[0] += reducing
     else:
@@ -76,8 +79,10 @@ def all_to_all_seconds(work: Workload, rates: Rates) -> float:
         # Attention again; its keys and values are then there for the backward.
         width += (layers - work.attention_keeping_layers) * (inputs + output - key_value_width(work.shape))
     sent = work.tokens * width * work.zero.dtype_bytes
-    # Ranks of a sequence group are neighbours: those of one node first.
-    inside = min(work.sp_size, work.ranks_per_node)
+    # Ranks of a sequence group are neighbours; where nodes are no whole groups, the rank with fewest in its node waits
+    # longest.
+    is_one_node = work.zero.dp_world_size <= work.ranks_per_node
+    inside = work.sp_size if is_one_node else math.gcd(work.sp_size, work.ranks_per_node)
     to_neighbours = sent * (inside - 1) / work.sp_size / rates.node
     to_others = sent * (work.sp_size - inside) / work.sp_size / rates.network
     exchanges = 5 * layers * work.layer_chunks * work.settings.head_groups

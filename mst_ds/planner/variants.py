@@ -51,6 +51,11 @@ def with_nodes(request: Request, num_nodes: int, sp_size: int) -> Request:
     )
 
 
+def lowest_stage(request: Request) -> int:
+    """Of ZeRO: a run refuses stage 0 in 16 bits, which DeepSpeed trains wrong."""
+    return 0 if request.work.zero.dtype == "fp32" else 1
+
+
 def with_states(
     request: Request,
     *,

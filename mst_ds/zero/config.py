@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
 from mst_ds.config import AUTO, TrainConfig
@@ -46,6 +47,7 @@ class ZeroConfig:
     world size, also under sequence parallelism.
     optimizer_moments: values that the optimizer keeps for each trained parameter beside its master copy.
     moments_in_8_bits: whether these are of 8 bits, with a scale for each block; else they are in fp32.
+    optimizer_may_leave: whether DeepSpeed has this optimizer for states that are not on the device.
     pins_parameters, pins_optimizer: whether what is offloaded lies in pinned memory of the host.
     param_buffer_count, param_buffer_size, optimizer_buffer_count: of the buffers on the way to NVMe.
     optimizer_swaps_at_once: sub-groups whose states are on their way together.
@@ -62,6 +64,7 @@ class ZeroConfig:
     optimizer_offload: OffloadDevice
     optimizer_moments: int
     moments_in_8_bits: bool
+    optimizer_may_leave: bool
     pins_parameters: bool
     pins_optimizer: bool
     largest_rounded_block: int
@@ -121,11 +124,20 @@ def load_ds_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> DsConf
     if isinstance(source, Mapping):
         config: Any = copy.deepcopy(dict(source))
     else:
-        config = read_json(existing_or_shipped_file(source, "ds_config", "ds_configs", "DeepSpeed JSON file"))
+        config = read_json(ds_config_file(source))
     if not isinstance(config, dict):
         raise ValueError(f"the DeepSpeed config is a {type(config).__name__}; allowed: an object with DeepSpeed's keys")
     check(config)
     return config
+
+
+def ds_config_file(given: str | os.PathLike[str]) -> Path:
+    """The file of a DeepSpeed JSON, or the shipped one that is called so.
+
+    Raises:
+        ValueError: there is none.
+    """
+    return existing_or_shipped_file(given, "ds_config", "ds_configs", "DeepSpeed JSON file")
 
 
 def split_mst(ds_config: Mapping[str, Any]) -> tuple[DsConfig, MstConfig]:
@@ -244,7 +256,8 @@ def read_zero(ds_config: Mapping[str, Any], *, dp_world_size: int, optim: str = 
     param, optimizer = (zero.get(key) or {} for key in ("offload_param", "offload_optimizer"))
     optimizer_offload = _offload(zero, "offload_optimizer", "cpu_offload") if zero_stage >= 1 else "none"
     own = None if has_block(ds_config, "optimizer") else OPTIMIZERS[optim]
-    if own is not None and optimizer_offload != "none" and own != OPTIMIZERS[ADAMW]:
+    may_leave = own is None or own == OPTIMIZERS[ADAMW]
+    if optimizer_offload != "none" and not may_leave:
         raise ValueError(
             f"optim is {optim!r} and {ZERO}.offload_optimizer.device is {optimizer_offload!r}, where DeepSpeed steps "
             f"by its own AdamW; allowed: {ADAMW}, or no offload_optimizer"
@@ -258,6 +271,7 @@ def read_zero(ds_config: Mapping[str, Any], *, dp_world_size: int, optim: str = 
         optimizer_offload=optimizer_offload,
         optimizer_moments=_optimizer_moments(ds_config) if own is None else own.moments,
         moments_in_8_bits=own is not None and own.in_8_bits,
+        optimizer_may_leave=may_leave,
         pins_parameters=_pins(param, "offload_param"),
         pins_optimizer=_pins(optimizer, "offload_optimizer"),
         largest_rounded_block=largest_rounded_block(),

@@ -63,5 +63,20 @@ def test_what_cannot_calibrate_is_refused(tmp_path):
     with pytest.raises(ValueError, match="a run with 2 steps; allowed"):
         read_calibration(tmp_path)
     (tmp_path / "summary.json").write_text("{")
-    with pytest.raises(ValueError, match=r"whose summary\.json is no JSON"):
+    with pytest.raises(ValueError, match=r"whose summary\.json or metrics\.jsonl is no JSON"):
         read_calibration(tmp_path)
+    for summary, message in (("null", "no record for this"), ('{"calibration": {}}', "of another version")):
+        write_run(tmp_path, record, [1.0] * 3)
+        (tmp_path / "summary.json").write_text(summary)
+        with pytest.raises(ValueError, match=message):
+            read_calibration(tmp_path)
+
+
+def test_a_gpu_without_a_name_is_no_cpu(tmp_path):
+    asked = request(None)
+    asked = replace(asked, work=replace(asked.work, capability=(8, 9)))
+    write_run(tmp_path, calibration_record(asked, plan_of_request(asked), reserve=0, process_bytes=0), [1.0] * 3)
+    found = read_calibration(tmp_path).gpu
+    assert (found.capability, found.memory) == ((8, 9), 2**34)
+    there = read_request(MODEL, "zero3_mst.json", world_size=1, seq_len=512, device_memory=2**34, gpu=found)
+    assert there.work.zero.dtype == "bf16"
