@@ -43,6 +43,9 @@ def parse_train_config(argv: Sequence[str]) -> TrainConfig:
         return cast(TrainConfig, parsed)
 
     flags = list(argv)
+    for name in _OF_SEVERAL_WORDS:
+        if [flag.partition("=")[0].replace("-", "_") for flag in flags].count(f"__{name}") > 1:
+            raise ValueError(f"{name} is given twice; allowed: once, with all its words after it")
     config = parse_flags(flags)
     if config.config is not None:
         # argparse keeps the last of repeated flags: the file's values go first, so that the user's flags win.

@@ -107,6 +107,10 @@ def test_adapters_that_leave_the_rows_untrained_are_refused(tmp_path: Path) -> N
         (["--add_tokens", "a", "a"], "the added token 'a' is there twice; allowed: words, each once"),
         (["--add_tokens", "a", "--add_special_tokens", "a"], "the added token 'a' is there twice"),
         (["--add_tokens", " "], "the added token ' ' is white space"),
+        (
+            ["--add_tokens", "a", "--add-tokens=b"],
+            "add_tokens is given twice; allowed: once, with all its words after it",
+        ),
     ],
 )
 def test_tokens_that_are_refused(given: list[str], says: str) -> None:
@@ -121,3 +125,14 @@ def test_tokens_are_words_of_the_command_line_or_a_list_of_the_file(tmp_path: Pa
     assert config.added_tokens == ("a b", "c", "<|x|>")
     assert parse_train_config(["--add_tokens", "a b", "c"]).add_tokens == ["a b", "c"]
     assert parse_train_config([]).added_tokens == ()
+
+
+def test_a_control_token_stays_one(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<x>"], special_tokens=True)
+    tokenizer.save_pretrained(tmp_path / "own")
+    given = [*flags(tmp_path), "--tokenizer", str(tmp_path / "own"), "--add_tokens", "<x>"]
+    with pytest.raises(
+        ValueError, match="the added token '<x>' is a control token of the tokenizer; allowed: --add_sp"
+    ):
+        prepare(parse_train_config(given), Launch.from_environment({}))

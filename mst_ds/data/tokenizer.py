@@ -77,7 +77,16 @@ def rows_for(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _add(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str] | None, *, is_special: bool) -> None:
-    # One that is there already keeps its id.
+    """One that is there already keeps its id.
+
+    Raises:
+        ValueError: a word is a control token of the tokenizer, which it would make a word in every text.
+    """
+    control = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    if not is_special and (taken := [token for token in tokens or () if token in control]):
+        raise ValueError(
+            f"the added token {taken[0]!r} is a control token of the tokenizer; allowed: --add_special_tokens, or none"
+        )
     tokenizer.add_tokens(list(tokens or ()), special_tokens=is_special)
 
 

@@ -81,7 +81,8 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
     plan = plan_of_request(request)
     _require_trainable(config, plan, model_config, peft_config, model, adapted)
     own_attention = _own_attention(config, plan, model)
-    _require_trained_rows(config, peft_config, model)
+    if model_config is not stored_config:
+        _require_trained_rows(config, peft_config, model)
     weights, notes = _weights(config, model, DTYPES[plan.dtype], stored_config)
     adapter = _adapter(config, adapted)
     more_notes = (

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from mst_ds.planner.cost import step_seconds
 from mst_ds.planner.request import Request
 from mst_ds.planner.search import choose_settings, preferred_chunk_tokens
@@ -23,9 +21,7 @@ def settle_sp_size(request: Request) -> Request:
         return request
     fitting = {option.work.sp_size: option for option in request.options() if option.fits()}
     if request.times_are_known:
-        # All ranks choose alike, though chunk counts are each one's own.
-        memory = (request.least_device_memory,) * request.topology.world_size
-        rates = {size: _tokens_per_second(replace(option, device_memory=memory)) for size, option in fitting.items()}
+        rates = {size: _tokens_per_second(option) for size, option in fitting.items()}
         fitting = {size: fitting[size] for size, rate in rates.items() if rate >= _ABOUT * max(rates.values())}
     in_node = request.work.sp_size
     chosen = max((size for size in fitting if size <= in_node), default=min(fitting, default=in_node))
