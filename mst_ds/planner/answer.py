@@ -11,6 +11,7 @@ from mst_ds.model_shape import unknown_positions
 from mst_ds.planner.advice import Change, changes_that_fit, changes_that_help
 from mst_ds.planner.plan import LENGTH_STEP, longest_of_request, plan_of_request
 from mst_ds.planner.request import Request
+from mst_ds.planner.sequence_ranks import settle_sp_size
 from mst_ds.planner.types import Plan
 from mst_ds.planner.verdict import DEFAULT_TOKENS, Cost, Limit, cost_of, limit_of
 
@@ -97,10 +98,12 @@ def answer_request(
     longest = longest_of_request(request) if longest is None else longest
     if is_longest and longest:
         request = request.with_length(longest)
+    asked, request = request, settle_sp_size(request)
     plan = plan_of_request(request)
     changes: tuple[Change, ...] = ()
     if has_changes:
-        changes = changes_that_help(request, plan) if plan.fits else changes_that_fit(request)
+        # What makes it fit may be another length, with any ranks to a sequence.
+        changes = changes_that_help(request, plan) if plan.fits else changes_that_fit(asked)
     per_sample = request.sequences_per_sample
     changes = tuple(_per_sequence(change, per_sample) for change in changes)
     require_states(plan, changes)
