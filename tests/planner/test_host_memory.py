@@ -16,6 +16,8 @@ TOLERANCE = 0.1
 MOMENTS = ("engine built", "between steps", "end of the forward")
 
 
+# A first build of async_io takes minutes.
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("case", slow_but_for(["stage 3, parameters too"], CASES))
 def test_a_process_grows_by_what_is_planned(case: str, tmp_path: Path) -> None:
     on_nvme = case.startswith("NVMe")
@@ -24,7 +26,6 @@ def test_a_process_grows_by_what_is_planned(case: str, tmp_path: Path) -> None:
 
         if not AsyncIOBuilder().is_compatible(verbose=False):
             pytest.skip("DeepSpeed's async_io needs libaio-dev")
-    # A first build of async_io takes minutes.
     for results in run_ranks(measure, 2, case, str(tmp_path), fresh=True, limit=1200 if on_nvme else 200):
         # Where activations stay on the device, the forward ends below its highest point.
         for moment in MOMENTS if "activations" in case else MOMENTS[:2]:
