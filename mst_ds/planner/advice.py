@@ -90,7 +90,7 @@ def changes_that_fit(request: Request) -> tuple[Change, ...]:
 def _larger_sp_size(request: Request) -> _Changes:
     for sp_size in variants.sp_sizes(request, request.topology.world_size):
         if sp_size > request.work.sp_size:
-            yield (("sp_size", sp_size),), variants.with_sp_size(request, sp_size)
+            yield (("sp_size", sp_size),), request.with_sp_size(sp_size)
 
 
 def _offloaded_activations(request: Request) -> _Changes:
@@ -215,7 +215,7 @@ def _pace_of_a_gpu(plan: Plan) -> float:
 def _other_sp_sizes(request: Request) -> _Changes:
     for sp_size in variants.sp_sizes(request, request.topology.world_size):
         if sp_size != request.work.sp_size:
-            yield (("sp_size", sp_size),), variants.with_sp_size(request, sp_size)
+            yield (("sp_size", sp_size),), request.with_sp_size(sp_size)
 
 
 def _states_on_the_device(request: Request) -> _Changes:

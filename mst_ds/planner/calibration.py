@@ -39,12 +39,6 @@ class Calibration:
     reserve: int | None
     process_bytes: int | None
 
-    def __str__(self) -> str:
-        return (
-            f"{self.run}: steps of {self.measured_seconds:.3g} s, {self.predicted_seconds:.3g} s by the rates of "
-            f"{self.gpu.name}, of which {self.gpu.attained:.2f} are attained"
-        )
-
 
 def calibration_record(request: Request, plan: Plan, *, reserve: int | None, process_bytes: int) -> dict[str, Any]:
     """What a run's summary keeps for `read_calibration`.

@@ -69,7 +69,7 @@ def compare(request: Request, sp_sizes: Iterable[int] | None = None) -> list[Row
                 states = variants.with_states(request, stage=stage, optimizer=optimizer, parameters=parameters)
                 if states_phase(states.work).device_bytes > states.least_device_memory:
                     continue
-                rows.append(Row(offload, plan_of_request(variants.with_sp_size(states, sp_size), has_choices=False)))
+                rows.append(Row(offload, plan_of_request(states.with_sp_size(sp_size), has_choices=False)))
     return sorted(rows, key=_rank)
 
 

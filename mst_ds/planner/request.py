@@ -65,15 +65,12 @@ class Request:
 
     def options(self) -> tuple[Request, ...]:
         """This with each `sp_size` that may be chosen, and no other to choose, from the smallest on."""
-        return tuple(
-            replace(
-                self,
-                topology=replace(self.topology, sp_size=sp_size),
-                work=self.work.with_settings(sp_size=sp_size),
-                other_sp_sizes=(),
-            )
-            for sp_size in sorted((self.work.sp_size, *self.other_sp_sizes))
-        )
+        return tuple(self.with_sp_size(size) for size in sorted((self.work.sp_size, *self.other_sp_sizes)))
+
+    def with_sp_size(self, sp_size: int) -> Request:
+        """This with so many ranks to a sequence, and no other number to choose."""
+        topology, work = replace(self.topology, sp_size=sp_size), self.work.with_settings(sp_size=sp_size)
+        return replace(self, topology=topology, work=work, other_sp_sizes=())
 
     def fits(self, *, seq_len: int | None = None, zero: ZeroConfig | None = None, sp_size: int | None = None) -> bool:
         """Whether there are settings that fit, with these in place of those of `work`."""

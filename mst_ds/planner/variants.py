@@ -11,7 +11,7 @@ from mst_ds.gpus import Gpu
 from mst_ds.model_shape import ModelShape, TrainedCounts
 from mst_ds.planner.attention import output_width
 from mst_ds.planner.request import Request
-from mst_ds.topology import Topology
+from mst_ds.topology import Topology, divisors
 from mst_ds.zero import OffloadDevice
 
 # Of the host of a rank, where it may be as large as it takes.
@@ -20,22 +20,11 @@ ENDLESS = 2**62
 
 def sp_sizes(request: Request, world_size: int) -> list[int]:
     """The numbers of ranks that can share a sequence, from 1 on."""
-    most = request.work.shape.max_sp_size
-    return [size for size in range(1, min(most, world_size) + 1) if world_size % size == 0]
+    return [size for size in divisors(world_size) if size <= request.work.shape.max_sp_size]
 
 
 def nodes_of(request: Request) -> int:
     return ceil_divide(request.topology.world_size, request.work.ranks_per_node)
-
-
-def with_sp_size(request: Request, sp_size: int) -> Request:
-    topology = request.topology
-    return replace(
-        request,
-        work=request.work.with_settings(sp_size=sp_size),
-        topology=Topology(topology.rank, topology.world_size, sp_size),
-        other_sp_sizes=(),
-    )
 
 
 def with_nodes(request: Request, num_nodes: int, sp_size: int) -> Request:
