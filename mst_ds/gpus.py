@@ -3,9 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from mst_ds.config import GIB, nearest
+
+
+@dataclass(frozen=True)
+class Attained:
+    """Of the speed that is predicted, for each kind of work, the share that a run has measured.
+
+    Attributes:
+        others: launches, collectives, copies to and from the host.
+        optimizer: its step.
+    """
+
+    matrices: float = 1.0
+    attention: float = 1.0
+    passes: float = 1.0
+    others: float = 1.0
+    optimizer: float = 1.0
+
+    def __str__(self) -> str:
+        shares = asdict(self)
+        if len(set(shares.values())) == 1:
+            return f"{self.matrices:.3g}"
+        return ", ".join(f"{share:.3g} ({kind})" for kind, share in shares.items())
+
+
+AS_PREDICTED = Attained()
 
 
 @dataclass(frozen=True)
@@ -22,7 +47,7 @@ class Gpu:
         network_rate: bytes/s to other nodes, one way, of the network card that is its own.
         host_rate: bytes/s to the host's memory, one way.
         capability: of CUDA.
-        attained: of the speed that is predicted for such a GPU the share that a run has measured (`--calibrate`).
+        attained: shares of the speed that is predicted for such a GPU (`--calibrate`).
     """
 
     name: str
@@ -34,7 +59,7 @@ class Gpu:
     network_rate: float
     host_rate: float
     capability: tuple[int, int]
-    attained: float = 1.0
+    attained: Attained = AS_PREDICTED
 
 
 _PCIE_4, _PCIE_5 = 25e9, 50e9  # of 32 and 64 GB/s what copies attain

@@ -26,7 +26,10 @@ class ResultFlags:
     load_best_model_at_end: bool = flag(
         False, "The model that a run leaves is that of the checkpoint with the lowest evaluation loss; it is kept, too."
     )
-
+    profile: bool = flag(
+        False,
+        "Time the third step by kind of work, for mst-plan --calibrate, and write its trace into the folder profile.",
+    )
     push_to_hub: bool = flag(False, "At the end upload the model to the Hugging Face hub; hf auth login comes first.")
     hub_model_id: str | None = flag(
         None, "Repository of the hub to upload to, owner/name or your name; default: the name of output_dir."

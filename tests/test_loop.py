@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -120,7 +121,7 @@ def test_a_gradient_that_is_not_a_number_changes_no_weight(stage: int) -> None:
         assert result == [[True, False, True], [True, False, True], True, False, 1]
 
 
-@pytest.mark.parametrize(("device", "expected"), [("cuda", [900, 900, 950]), ("cpu", [100, 200, 950])])
+@pytest.mark.parametrize(("device", "expected"), [("cuda", [900, 900, 900, 950]), ("cpu", [100, 200, 400, 950])])
 def test_the_first_step_is_measured_and_the_peak_over_the_run_outlives_the_reset(
     monkeypatch: pytest.MonkeyPatch, device: str, expected: list[int]
 ) -> None:
@@ -129,19 +130,22 @@ def test_the_first_step_is_measured_and_the_peak_over_the_run_outlives_the_reset
     def train_step(engine: Any, micro_batches: Any, meter: PhaseMeter | None = None, *, objective: Any) -> StepResult:
         meters.append(meter)
         assert objective is CROSS_ENTROPY
-        if meter is not None:
+        if isinstance(meter, PhaseMeter):
             meter.peaks = dict(peaks)
         return StepResult(1.0, 1.0, 1.0, True)
 
     # After a reset the allocator reports what came since.
-    reported = iter([100, 200, 950])
+    reported = iter([100, 200, 400, 950])
     monkeypatch.setattr(loop, "train_step", train_step)
     monkeypatch.setattr(loop, "compare", lambda plan, peaks, device: peaks)
     monkeypatch.setattr(loop, "peak_memory_bytes", lambda device: next(reported))
     monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda device: 0)
     monkeypatch.setattr(torch.accelerator, "reset_peak_memory_stats", lambda device: None)
-    logged = take_steps(3, device=device)
-    assert [meter is not None for meter in meters] == [True, False, False]
+    profile: Any = nullcontext()
+    logged = take_steps(4, device=device, profile=profile)
+    # The third is profiled, where it is asked for.
+    assert isinstance(meters[0], PhaseMeter)
+    assert meters[1:] == [None, profile, None]
     assert logged.memory == [(1, peaks)]
     assert logged.memory_of_steps == expected
 

@@ -196,6 +196,7 @@ def _take_steps(job: _Job, interruption: Interruption) -> bool:
     from mst_ds.sequence_parallel import new_sequence_group
     from mst_ds.training.loop import train
     from mst_ds.training.objective import objective_of
+    from mst_ds.training.step_profile import StepProfile
 
     run, folder = job.run, job.folder
     config, plan = run.config, run.plan
@@ -215,6 +216,7 @@ def _take_steps(job: _Job, interruption: Interruption) -> bool:
     if run.checkpoint is not None:
         load_checkpoint(engine, run.checkpoint, seed=config.seed)
     saver = _saver(job, engine, interruption)
+    profile = StepProfile(engine.device, folder / "profile") if config.profile and is_first else None
     with _metrics(run, folder, engine.device, trackers) as metrics:
         is_done = train(
             engine,
@@ -228,6 +230,7 @@ def _take_steps(job: _Job, interruption: Interruption) -> bool:
             objective=objective,
             non_finite=config.non_finite,
             after_step=saver.after_step,
+            profile=profile,
         )
         if is_done:
             best = _load_best(job, engine)
@@ -238,7 +241,11 @@ def _take_steps(job: _Job, interruption: Interruption) -> bool:
                 "plan": plan.as_dict(),
                 "ds_config": run.ds_config,
                 "calibration": calibration_record(
-                    run.request, plan, reserve=reserved_bytes(engine.device), process_bytes=before
+                    run.request,
+                    plan,
+                    profile=None if profile is None else profile.seconds,
+                    reserve=reserved_bytes(engine.device),
+                    process_bytes=before,
                 ),
                 **best,
             }

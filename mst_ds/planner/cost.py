@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from mst_ds.geometry import ceil_divide
-from mst_ds.gpus import Gpu
+from mst_ds.gpus import AS_PREDICTED, CPU, Attained, Gpu
 from mst_ds.model_shape import flops_per_token
 from mst_ds.planner.attention import key_value_width, output_width, query_key_value_width
 from mst_ds.planner.flops import attention_flops, matrix_flops
@@ -18,44 +19,109 @@ from mst_ds.planner.workload import Workload
 # Bytes/s of the host's memory for each rank of a node where its optimizer step runs, and of NVMe drives (assumptions).
 _HOST_MEMORY_RATE = 50e9
 _NVME_RATE = 1.5e9
+# Queries of a block of torch's attention on a CPU.
+_CPU_BLOCK = 256
 _COLLECTIVE_SECONDS = 3e-5
 _FP32_BYTES = 4
 
 
-def step_seconds(work: Workload, gpu: Gpu, *, fused: bool | None = None) -> float:
-    """Predicted seconds of an optimizer step of this rank.
+@dataclass(frozen=True)
+class StepTimes:
+    """Seconds of a step of this rank, by kind of work; all but the optimizer's are of one micro-batch.
 
-    A micro-batch takes what it computes, with the sums of chunks and the all-to-alls, which wait for each other. ZeRO's
-    collectives and copies to and from the host run beside that, and so does the CPU, which launches kernels: they only
-    count where they take longer.
+    What the device computes is worked through one after another, with what it waits for. The rest runs beside that, and
+    only counts where it takes longer.
+
+    Attributes:
+        matrices, attention, passes: computed.
+        waits: for all-to-alls, for the reduction of gradients where it does not overlap, and on a CPU for each launch.
+        collectives, host_copies, launches: beside it.
+    """
+
+    micro_batches: int
+    matrices: float
+    attention: float
+    passes: float
+    waits: float
+    collectives: float
+    host_copies: float
+    launches: float
+    optimizer: float
+
+    @property
+    def computing(self) -> float:
+        return self.matrices + self.attention + self.passes
+
+    @property
+    def of_micro_batch(self) -> float:
+        return max(self.computing + self.waits, self.collectives, self.host_copies, self.launches)
+
+    @property
+    def of_step(self) -> float:
+        return self.micro_batches * self.of_micro_batch + self.optimizer
+
+    def at(self, attained: Attained) -> StepTimes:
+        """With these shares of the speed."""
+        if attained == AS_PREDICTED:
+            return self
+        return StepTimes(
+            self.micro_batches,
+            matrices=self.matrices / attained.matrices,
+            attention=self.attention / attained.attention,
+            passes=self.passes / attained.passes,
+            waits=self.waits / attained.others,
+            collectives=self.collectives / attained.others,
+            host_copies=self.host_copies / attained.others,
+            launches=self.launches / attained.others,
+            optimizer=self.optimizer / attained.optimizer,
+        )
+
+
+def step_seconds(work: Workload, gpu: Gpu, *, fused: bool | None = None) -> float:
+    """Predicted seconds of an optimizer step of this rank, see `step_times`."""
+    return step_times(work, gpu, fused=fused).of_step
+
+
+def step_times(work: Workload, gpu: Gpu, *, fused: bool | None = None) -> StepTimes:
+    """Predicted.
 
     Args:
         fused: see `passed_bytes`; None: in 16 bits on a GPU.
     """
     rates = rates_of(work, gpu)
     fused = work.zero.dtype != "fp32" and gpu.capability >= (8, 0) if fused is None else fused
-    computing = computing_seconds(work, rates, fused=fused) + all_to_all_seconds(work, rates)
-    reducing = _collective_seconds(work, rates, _reduced_bytes(work))
-    beside = [_collective_seconds(work, rates, _gathered_bytes(work)), copied_bytes(work) / gpu.host_rate]
-    if work.zero.param_offload != "none":
-        rate = gpu.host_rate if work.zero.param_offload == "cpu" else min(gpu.host_rate, _NVME_RATE)
-        beside[1] += 2 * _bytes_of_shard(work, from_stage=3) / rate
-    if work.zero.overlap_comm:
-        beside[0] += reducing
-    else:
-        computing += reducing
-    beside.append(launched_kernels(work) * rates.launch_seconds)
-    seconds = work.zero.gradient_accumulation_steps * max(computing, *beside) + _optimizer_seconds(work, gpu, rates)
-    return seconds / gpu.attained
-
-
-def computing_seconds(work: Workload, rates: Rates, *, fused: bool) -> float:
-    """Of a micro-batch: products, attention, and what passes over memory, one after another."""
     forward, backward = attention_flops(work)
-    seconds = matrix_flops(work) / rates.matrices
-    seconds += forward / rates.attention_forward + backward / rates.attention_backward
-    passed = passed_bytes(work, fused=fused) + _summed_bytes(work) + _merged_bytes(work)
-    return seconds + passed / rates.passes
+    reducing = _collective_seconds(work, rates, _reduced_bytes(work))
+    collectives = _collective_seconds(work, rates, _gathered_bytes(work))
+    waits, launches = all_to_all_seconds(work, rates), launched_kernels(work) * rates.launch_seconds
+    if work.zero.overlap_comm:
+        collectives += reducing
+    else:
+        waits += reducing
+    more = 1.0
+    if gpu.name == CPU.name:
+        # It runs ahead of no device. Of a block's queries all attend to what the last one does.
+        waits, launches = waits + launches, 0.0
+        more += _CPU_BLOCK / work.seq_len
+    return StepTimes(
+        work.zero.gradient_accumulation_steps,
+        matrices=matrix_flops(work) / rates.matrices,
+        attention=more * (forward / rates.attention_forward + backward / rates.attention_backward),
+        passes=(passed_bytes(work, fused=fused) + _summed_bytes(work) + _merged_bytes(work)) / rates.passes,
+        waits=waits,
+        collectives=collectives,
+        host_copies=copied_bytes(work) / gpu.host_rate + _parameter_seconds(work, gpu),
+        launches=launches,
+        optimizer=_optimizer_seconds(work, gpu, rates),
+    ).at(gpu.attained)
+
+
+def _parameter_seconds(work: Workload, gpu: Gpu) -> float:
+    """Of a micro-batch: offloaded parameters come to the device twice."""
+    if work.zero.param_offload == "none":
+        return 0.0
+    rate = gpu.host_rate if work.zero.param_offload == "cpu" else min(gpu.host_rate, _NVME_RATE)
+    return 2 * _bytes_of_shard(work, from_stage=3) / rate
 
 
 def model_flops_utilisation(work: Workload, gpu: Gpu, seconds: float) -> float:

@@ -33,7 +33,9 @@ def gpu_of_file(given: str | os.PathLike[str]) -> Gpu:
         problem = _problem(name, values[name])
         if problem is not None:
             raise ValueError(f"{name} in {path} is {values[name]!r}; allowed: {problem}")
-    numbers = {name: float(values[name]) for name in _FIELDS if name not in ("name", "memory", "capability")}
+    numbers: dict[str, Any] = {
+        name: float(values[name]) for name in _FIELDS if name not in ("name", "memory", "capability")
+    }
     major, minor = values["capability"]
     return Gpu(name=values["name"], memory=values["memory"], capability=(major, minor), **numbers)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 
 from mst_ds.config import GIB
-from mst_ds.gpus import Gpu
+from mst_ds.gpus import AS_PREDICTED, Gpu
 from mst_ds.model_shape import ModelShape
 from mst_ds.planner.answer import Answer
 from mst_ds.planner.plan import LENGTH_STEP
@@ -31,9 +31,9 @@ def answer_lines(answer: Answer) -> list[str]:
 
 def _trust(gpu: Gpu) -> str:
     """How far times are to be trusted: docs/planning.md has what they were held against."""
-    if gpu.attained == 1:
+    if gpu.attained == AS_PREDICTED:
         return "times are predicted, to about 30%; --calibrate RUN takes them from a run"
-    return f"times are by a run, which attained {gpu.attained:.3g} of what is predicted for its {gpu.name}"
+    return f"times are by a run, which attained {gpu.attained} of what is predicted for its {gpu.name}"
 
 
 def advice_lines(answer: Answer) -> list[str]:

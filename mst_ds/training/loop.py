@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from mst_ds.memory.phases import PhaseMeter, compare
 from mst_ds.metrics import MetricsWriter, peak_memory_bytes
 from mst_ds.objectives import CROSS_ENTROPY, Objective
 from mst_ds.planner import Plan
+from mst_ds.training.step_profile import StepProfile
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -37,6 +39,7 @@ def train(
     objective: Objective = CROSS_ENTROPY,
     non_finite: NonFinite = "stop",
     after_step: Callable[[int, float | None], bool] = lambda step, eval_loss: False,
+    profile: StepProfile | None = None,
 ) -> bool:
     """Take the optimizer steps from `steps_done` to `max_steps`, logging each; evaluate every `eval_steps` of them, and
     at the end.
@@ -52,6 +55,7 @@ def train(
             be counted.
         after_step: is told the number of a step that is done, and its loss on `held_out`, None without an evaluation;
             whether to stop there, the same on every rank.
+        profile: of the third step, or the last of two; the first one's kernels are compiled, and are measured.
 
     Returns:
         Whether the last step was reached.
@@ -63,7 +67,12 @@ def train(
     tokens = plan.seq_len * plan.micro_batch_size * plan.dp_size * plan.gradient_accumulation_steps
     measured_peak = 0
     for step in range(steps_done + 1, max_steps + 1):
-        taken = _take_step(engine, plan, batches, objective, is_measured=step == steps_done + 1)
+        meter: PhaseMeter | StepProfile | None = None
+        if step == steps_done + 1:
+            meter = PhaseMeter(engine.module, engine.device)
+        elif step == max(steps_done + 2, min(steps_done + 3, max_steps)):
+            meter = profile
+        taken = _take_step(engine, plan, batches, objective, meter)
         if taken.peaks:
             metrics.log_memory(step, compare(plan, taken.peaks, engine.device))
             # The meter has reset the allocator's peak; the CPU has none.
@@ -116,25 +125,31 @@ class _TakenStep:
 
 
 def _take_step(
-    engine: DeepSpeedEngine, plan: Plan, batches: Iterator[Batch], objective: Objective, *, is_measured: bool
+    engine: DeepSpeedEngine,
+    plan: Plan,
+    batches: Iterator[Batch],
+    objective: Objective,
+    meter: PhaseMeter | StepProfile | None,
 ) -> _TakenStep:
     start = time.perf_counter()
     learning_rate = engine.get_lr()[0]
     micro_batches = [next(batches) for _ in range(plan.gradient_accumulation_steps)]
-    peaks: Mapping[str, int] = {}
-    if is_measured:
-        with PhaseMeter(engine.module, engine.device) as meter:
-            result = train_step(engine, micro_batches, meter, objective=objective)
-        peaks = meter.peaks
-    else:
-        result = train_step(engine, micro_batches, objective=objective)
+    with meter or nullcontext():
+        result = train_step(engine, micro_batches, meter, objective=objective)
+    peaks = meter.peaks if isinstance(meter, PhaseMeter) else {}
     return _TakenStep(result, learning_rate, time.perf_counter() - start, peaks)
+
+
+class StepMeter(Protocol):
+    """Is told when a phase of a step is over: the loss, the backward, the optimizer's step."""
+
+    def end(self, phase: str) -> None: ...
 
 
 def train_step(
     engine: DeepSpeedEngine,
     micro_batches: list[Batch],
-    meter: PhaseMeter | None = None,
+    meter: StepMeter | None = None,
     *,
     objective: Objective = CROSS_ENTROPY,
 ) -> StepResult:

@@ -6,10 +6,10 @@ from dataclasses import asdict, replace
 import pytest
 from planned import MODEL
 
-from mst_ds.gpus import CPU, gpu_by_name
+from mst_ds.gpus import CPU, Attained, gpu_by_name
 from mst_ds.planner import plan_of_request, read_request
-from mst_ds.planner.calibration import calibration_record, read_calibration
-from mst_ds.planner.cost import step_seconds
+from mst_ds.planner.calibration import attained_of, calibration_record, read_calibration
+from mst_ds.planner.cost import StepTimes, step_seconds
 
 DS_CONFIG = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}
 
@@ -30,7 +30,7 @@ def test_a_runs_time_is_predicted_from_it(tmp_path, name):
     gpu = None if name is None else gpu_by_name(name)
     asked = request(gpu)
     plan = plan_of_request(asked)
-    record = calibration_record(asked, plan, reserve=3 * 2**30 if gpu else None, process_bytes=2**32)
+    record = calibration_record(asked, plan, profile=None, reserve=3 * 2**30 if gpu else None, process_bytes=2**32)
     write_run(tmp_path, record, [90.0, 7.0, 5.0, 5.5])
     found = read_calibration(tmp_path)
     assert found.measured_seconds == 5.5
@@ -47,8 +47,40 @@ def test_a_runs_time_is_predicted_from_it(tmp_path, name):
     asked_there = read_request(MODEL, "zero3_mst.json", world_size=1, seq_len=512, device_memory=2**34, gpu=found.gpu)
     assert asked_there.work.zero.dtype == ("fp32" if gpu is None else "bf16")
     # A run that was calibrated itself is no reason to count twice.
-    again = calibration_record(replace(asked, rates=found.gpu), plan, reserve=None, process_bytes=0)
-    assert again["predicted_step_seconds"] == pytest.approx(found.predicted_seconds, rel=1e-12)
+    again = calibration_record(replace(asked, rates=found.gpu), plan, profile=None, reserve=None, process_bytes=0)
+    assert StepTimes(**again["predicted_seconds"]).of_step == pytest.approx(found.predicted_seconds, rel=1e-12)
+
+
+ON_A_GPU = StepTimes(2, 4.0, 3.0, 1.0, waits=1.0, collectives=2.0, host_copies=0.5, launches=0.3, optimizer=2.0)
+
+
+def profile_of(truth, slowed=1.0):
+    seconds = {name: getattr(truth, name) for name in ("matrices", "attention", "passes", "optimizer")}
+    return {name: slowed * value for name, value in (seconds | {"micro-batch": truth.of_micro_batch}).items()}
+
+
+@pytest.mark.parametrize("slower", [Attained(0.5, 0.8, 0.4, 0.5, 0.25), Attained(2.0, 1.6, 1.2, 1.5, 3.0)])
+@pytest.mark.parametrize("waits", [1.0, 0.0])
+def test_a_profiled_run_gives_a_rate_for_each_kind_of_work(slower, waits):
+    predicted = replace(ON_A_GPU, waits=waits)
+    truth = predicted.at(slower)
+    # The profiled step was slower than others.
+    found = attained_of(predicted, truth.of_step, profile_of(truth, slowed=1.1))
+    # What no time was lost to cannot be seen.
+    expected = slower if waits else replace(slower, others=1.0)
+    assert asdict(found) == pytest.approx(asdict(expected), rel=1e-9)
+    # Another length, with other shares of the kinds.
+    other = StepTimes(1, 8.0, 12.0, 2.0, waits=2 * waits, collectives=2.0, host_copies=1.0, launches=0.6, optimizer=2.0)
+    assert other.at(found).of_step == pytest.approx(other.at(slower).of_step, rel=1e-9)
+
+
+def test_a_step_that_waits_for_what_runs_beside_it_is_predicted_from_it():
+    predicted = replace(ON_A_GPU, waits=0.0)
+    truth = predicted.at(Attained(others=0.1))
+    assert truth.of_micro_batch == truth.collectives
+    found = attained_of(predicted, truth.of_step, profile_of(truth))
+    assert found.others == pytest.approx(0.1)
+    assert predicted.at(found).of_step == pytest.approx(truth.of_step)
 
 
 def test_what_cannot_calibrate_is_refused(tmp_path):
@@ -58,7 +90,7 @@ def test_what_cannot_calibrate_is_refused(tmp_path):
     with pytest.raises(ValueError, match="a run with no record for this; allowed: one of 3 steps or more"):
         read_calibration(tmp_path)
     asked = request(None)
-    record = calibration_record(asked, plan_of_request(asked), reserve=None, process_bytes=0)
+    record = calibration_record(asked, plan_of_request(asked), profile=None, reserve=None, process_bytes=0)
     write_run(tmp_path, record, [1.0, 1.0])
     with pytest.raises(ValueError, match="a run with 2 steps; allowed"):
         read_calibration(tmp_path)
@@ -75,7 +107,9 @@ def test_what_cannot_calibrate_is_refused(tmp_path):
 def test_a_gpu_without_a_name_is_no_cpu(tmp_path):
     asked = request(None)
     asked = replace(asked, work=replace(asked.work, capability=(8, 9)))
-    write_run(tmp_path, calibration_record(asked, plan_of_request(asked), reserve=0, process_bytes=0), [1.0] * 3)
+    write_run(
+        tmp_path, calibration_record(asked, plan_of_request(asked), profile=None, reserve=0, process_bytes=0), [1.0] * 3
+    )
     found = read_calibration(tmp_path).gpu
     assert (found.capability, found.memory) == ((8, 9), 2**34)
     there = read_request(MODEL, "zero3_mst.json", world_size=1, seq_len=512, device_memory=2**34, gpu=found)
