@@ -1,4 +1,4 @@
-"""The architectures of docs/models.md."""
+"""The architectures of docs/models.md: some by name, with shapes of published models, and all others by their type."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from transformers import AutoConfig, PreTrainedConfig
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model family, and of the config of one of its published models what decides the architecture, not the sizes."""
+    """A model family, and of the config of one of its published models what decides the architecture, not the sizes.
+
+    example: None where the config is transformers' own, as it is without a published model.
+    """
 
     name: str
-    example: str
+    example: str | None
     model_type: str
     values: Mapping[str, Any] = field(default_factory=dict)
 
@@ -261,3 +264,31 @@ ARCHITECTURES = (
     Architecture("Qwen 3 Next", "Qwen/Qwen3-Next-80B-A3B-Instruct", "qwen3_next", {"num_local_experts": 512}),
     Architecture("Llama 4 (text)", "meta-llama/Llama-4-Scout-17B-16E", "llama4_text"),
 )
+
+# Types whose config as transformers makes it is not that of any model, or fits itself nowhere.
+PUBLISHED: Mapping[str, tuple[str, Mapping[str, Any]]] = {}
+
+
+def registered_types() -> list[str]:
+    """The model types that transformers registers for causal language modelling."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) & set(CONFIG_MAPPING_NAMES))
+
+
+def all_architectures() -> list[Architecture]:
+    """Those of the table, and one for each registered type that is not in it."""
+    named = {architecture.model_type for architecture in ARCHITECTURES}
+    others = [
+        Architecture(model_type, *of_published(model_type))
+        for model_type in registered_types()
+        if model_type not in named
+    ]
+    return [*ARCHITECTURES, *others]
+
+
+def of_published(model_type: str) -> tuple[str | None, str, Mapping[str, Any]]:
+    """Example, type and values of a type that has no name in the table."""
+    example, values = PUBLISHED.get(model_type, (None, {}))
+    return example, model_type, values

@@ -15,7 +15,7 @@ from mst_ds.model_shape.sizes import optional_size, size
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-_ATTENTION_LAYERS = frozenset({"full_attention", "attention", "sliding_attention"})
+_ATTENTION_LAYERS = frozenset({"full_attention", "attention", "sliding_attention", "chunked_attention"})
 _INTERMEDIATE_NAMES = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 _ACTIVATION_NAMES = ("hidden_activation", "hidden_act", "activation_function", "activation")
 

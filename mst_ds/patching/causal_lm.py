@@ -164,7 +164,8 @@ def _loss_forward(
     if structure.router is not None:
         kwargs["output_router_logits"] = routes
     outputs = structure.decoder(**kwargs)
-    result = structure.head(outputs.last_hidden_state, labels=labels, ignore_index=ignore_index, **of_head)
+    hidden_states = structure.head_input(outputs.last_hidden_state)
+    result = structure.head(hidden_states, labels=labels, ignore_index=ignore_index, **of_head)
     is_loss = "temperature" not in of_head
     aux_loss = None
     if routes:
@@ -184,7 +185,7 @@ def _loss_forward(
     )
     if not is_loss:
         output["log_probs"] = result
-    return output, outputs.last_hidden_state
+    return output, hidden_states
 
 
 def _wants_router_loss(patched: PatchedModel, given: bool | None) -> bool:

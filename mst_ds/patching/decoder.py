@@ -50,9 +50,11 @@ def decoder_forward(original: Callable[..., Any], patched: PatchedModel, *args: 
     check_known(patched, kwargs)
     patched.stream.begin_forward()
     kwargs |= {**_planned_arguments(patched, kwargs), "use_cache": False}
+    patched.stream.context = kwargs.get("ulysses")
     try:
         return original(**kwargs)
     finally:
+        patched.stream.context = None
         if patched.document_lengths is not None:
             patched.document_lengths.of_tokens = None
 

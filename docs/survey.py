@@ -1,0 +1,142 @@
+"""What the preflight says of an architecture, found in a process of its own."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from architectures import Architecture
+from transformers import PreTrainedConfig
+
+from mst_ds.preflight import Case, Check, cases_to_try, check_model
+from mst_ds.settings import MstConfig, Settings
+
+# Probing cases are small: what is refused does not depend on numbers above 1.
+SEVERAL = 4
+# What a refusal begins with: left out, so that models that are refused alike are so with the same words.
+_CLASS = re.compile(r"^\w+(ForCausalLM|LMHeadModel|ModelWithLMHead|WithLMHeadModel)\b")
+_NOT_A_DECODER = re.compile("is not a decoder;|is multimodal;")
+_RANKS = (1, 2)
+
+
+class Kind(Enum):
+    """What becomes of an architecture, in the order of the page."""
+
+    EXACT = "exact: chunked, packed, sharded"
+    IN_PART = "exact in part"
+    REFUSED = "refused"
+    NOT_A_DECODER = "not a decoder of text alone"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the preflight says of an architecture. None where it is done, else why not, in the project's words."""
+
+    architecture: Architecture
+    mlp: str | None = None
+    loss: str | None = None
+    packing: str | None = None
+    sharding: str | None = None
+
+    @classmethod
+    def refused(cls, architecture: Architecture, reason: str) -> Row:
+        return cls(architecture, reason, reason, reason, reason)
+
+    @property
+    def trains(self) -> bool:
+        """Whether it trains in any way."""
+        return self.loss is None
+
+    @property
+    def kind(self) -> Kind:
+        if self.loss is not None:
+            return Kind.NOT_A_DECODER if _NOT_A_DECODER.search(self.loss) else Kind.REFUSED
+        done = (self.mlp, self.packing, self.sharding) == (None, None, None)
+        return Kind.EXACT if done else Kind.IN_PART
+
+    def cases(self) -> list[Case]:
+        """Of a preflight's those that it trains with."""
+        settled = {"sp_size": self.sharding, "mlp_chunks": self.mlp}
+        mst = MstConfig({name: 1 for name, reason in settled.items() if reason is not None})
+        return cases_to_try(mst, packed=self.packing is None) if self.trains else []
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A row with its errors: by the number of ranks, as a power of ten; none where nothing was compared."""
+
+    row: Row
+    errors: Mapping[int, str]
+
+
+def find(architecture: Architecture) -> Finding:
+    """Survey an architecture, and compare it in every case that it trains with.
+
+    What is neither exact nor refused is refused here, with the words of the defect.
+    """
+    try:
+        row = survey(architecture)
+        checks = checks_of(architecture.config(), row.cases()) if row.trains else ()
+    except RuntimeError as error:
+        return Finding(Row.refused(architecture, f"not exact: {_CLASS.sub('the model', str(error))}"), {})
+    errors = {sp_size: worst_error(checks, sp_size) for sp_size in _RANKS}
+    return Finding(row, {sp_size: power_of_ten(error) for sp_size, error in errors.items() if error is not None})
+
+
+def survey(architecture: Architecture) -> Row:
+    """Find out what is refused of an architecture: first all of it at once, then one by one.
+
+    Raises:
+        RuntimeError: something is neither exact nor refused.
+    """
+    try:
+        config = architecture.config()
+        if _refusals(config, _case(2, SEVERAL, SEVERAL, True)) == [None]:
+            return Row(architecture)
+        packing, loss = _refusals(config, _case(1, 1, 1, True), _case(1, 1, 1, False))
+        if loss is not None:
+            return Row.refused(architecture, loss)
+        packed = packing is None
+        mlp, sharding = _refusals(config, _case(1, SEVERAL, 1, packed), _case(2, 1, 1, packed))
+    except ValueError as error:
+        return Row.refused(architecture, _CLASS.sub("The model", " ".join(str(error).split())))
+    return Row(architecture, mlp=mlp, packing=packing, sharding=sharding)
+
+
+def checks_of(config: PreTrainedConfig, cases: Sequence[Case]) -> Sequence[Check]:
+    """Raises:
+    RuntimeError: something is neither exact nor refused.
+    """
+    report = check_model(config, cases)
+    if any(check.defect is not None for check in report.checks):
+        raise RuntimeError(report.verdict)
+    return report.checks
+
+
+def worst_error(checks: Sequence[Check], sp_size: int) -> float | None:
+    """The largest error of the loss or a gradient at a number of ranks; None where nothing was compared."""
+    errors = [
+        error
+        for check in checks
+        if check.case.settings.sp_size == sp_size
+        for error in (check.loss_error, check.gradient_error)
+        if error is not None
+    ]
+    return max(errors, default=None)
+
+
+def power_of_ten(error: float) -> str:
+    """The next one above, which is the same on another machine."""
+    return f"1e{math.ceil(math.log10(max(error, 1e-16)))}"
+
+
+def _case(sp_size: int, mlp_chunks: int, loss_chunks: int, packed: bool) -> Case:
+    settings = Settings(sp_size=sp_size, mlp_chunks=mlp_chunks, loss_chunks=loss_chunks, recompute=True)
+    return Case(settings, packed)
+
+
+def _refusals(config: PreTrainedConfig, *cases: Case) -> list[str | None]:
+    return [check.refusal and _CLASS.sub("The model", check.refusal) for check in checks_of(config, cases)]
