@@ -21,6 +21,11 @@ class Architecture:
     model_type: str
     values: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def has_name(self) -> bool:
+        """Whether it is one of the table."""
+        return self.name != self.model_type
+
     def config(self) -> PreTrainedConfig:
         return AutoConfig.for_model(self.model_type, **self.values)
 
@@ -266,7 +271,40 @@ ARCHITECTURES = (
 )
 
 # Types whose config as transformers makes it is not that of any model, or fits itself nowhere.
-PUBLISHED: Mapping[str, tuple[str, Mapping[str, Any]]] = {}
+PUBLISHED: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "deepseek_v2": (
+        "deepseek-ai/DeepSeek-V2-Lite",
+        {
+            "hidden_size": 2048,
+            **heads(16, 16),
+            "q_lora_rank": None,
+            "n_routed_experts": 64,
+            "n_shared_experts": 2,
+            "num_experts_per_tok": 6,
+            "moe_intermediate_size": 1408,
+            "first_k_dense_replace": 1,
+        },
+    ),
+    "dots1": (
+        "rednote-hilab/dots.llm1.base",
+        {
+            **heads(32, 32),
+            "n_routed_experts": 128,
+            "n_shared_experts": 2,
+            "num_experts_per_tok": 6,
+            "moe_intermediate_size": 1408,
+            "first_k_dense_replace": 1,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
+        },
+    ),
+    "hunyuan_v1_dense": ("tencent/Hunyuan-7B-Instruct", heads(32, 8, 128)),
+    "hunyuan_v1_moe": (
+        "tencent/Hunyuan-A13B-Instruct",
+        {**heads(32, 8, 128), "num_experts": 64, "moe_topk": 8, "moe_intermediate_size": 3072},
+    ),
+    "ministral": ("mistralai/Ministral-8B-Instruct-2410", {**heads(32, 8, 128), "sliding_window": 32768}),
+}
 
 
 def registered_types() -> list[str]:

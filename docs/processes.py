@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -36,6 +37,7 @@ class _Running(Generic[Item]):
     process: BaseProcess
     connection: Connection
     start: float
+    is_again: bool
 
 
 def in_processes(
@@ -43,7 +45,8 @@ def in_processes(
 ) -> Iterator[Outcome[Item, Result]]:
     """Results as they come, of `count` processes at a time.
 
-    A process that fails, ends by itself or takes longer than `limit_s` gives a failure, and harms no other.
+    A process that fails or takes longer than `limit_s` gives a failure, and harms no other. One that ends without an
+    answer, such as by a crash of the interpreter, is started once more, and then gives a failure.
     """
     waiting = iter(items)
     running: dict[Connection, _Running[Item]] = {}
@@ -59,28 +62,35 @@ def in_processes(
             for connection, each in list(running.items()):
                 if connection in ready or time.monotonic() - each.start >= limit_s:
                     del running[connection]
-                    yield _outcome(each, limit_s, has_answered=connection in ready)
+                    outcome = _outcome(each, limit_s, has_answered=connection in ready)
+                    if outcome is None:
+                        again = _start(function, each.item, is_again=True)
+                        running[again.connection] = again
+                    else:
+                        yield outcome
     finally:
         for each in running.values():
             _end(each)
 
 
-def _start(function: Callable[[Item], Result], item: Item) -> _Running[Item]:
+def _start(function: Callable[[Item], Result], item: Item, *, is_again: bool = False) -> _Running[Item]:
     ours, theirs = _CONTEXT.Pipe(duplex=False)
     process = _CONTEXT.Process(target=_answer, args=(theirs, function, item))
     process.start()
     theirs.close()
-    return _Running(item, process, ours, time.monotonic())
+    return _Running(item, process, ours, time.monotonic(), is_again)
 
 
 def _answer(connection: Connection, function: Callable[[Item], Result], item: Item) -> None:
+    faulthandler.enable()
     try:
         connection.send((function(item), None))
     except Exception as error:
         connection.send((None, f"{type(error).__name__}: {' '.join(str(error).split())}"))
 
 
-def _outcome(each: _Running[Item], limit_s: float, *, has_answered: bool) -> Outcome[Item, Result]:
+def _outcome(each: _Running[Item], limit_s: float, *, has_answered: bool) -> Outcome[Item, Result] | None:
+    """None: to be started once more."""
     result, failure = None, f"it takes longer than {limit_s:.0f} s"
     if has_answered:
         try:
@@ -88,6 +98,9 @@ def _outcome(each: _Running[Item], limit_s: float, *, has_answered: bool) -> Out
         except EOFError:
             each.process.join()
             failure = f"its process ends with exit code {each.process.exitcode}"
+            if not each.is_again:
+                each.connection.close()
+                return None
     _end(each)
     return Outcome(each.item, result, failure, time.monotonic() - each.start)
 

@@ -63,6 +63,10 @@ class Row:
         mst = MstConfig({name: 1 for name, reason in settled.items() if reason is not None})
         return cases_to_try(mst, packed=self.packing is None) if self.trains else []
 
+    def few_cases(self) -> list[Case]:
+        """Those of them with few chunks, of which many cost most of a preflight's time."""
+        return [case for case in self.cases() if case.settings.layer_chunks <= SEVERAL]
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -73,13 +77,14 @@ class Finding:
 
 
 def find(architecture: Architecture) -> Finding:
-    """Survey an architecture, and compare it in every case that it trains with.
+    """Survey an architecture, and compare it in the cases that it trains with: all of them where it has a name.
 
     What is neither exact nor refused is refused here, with the words of the defect.
     """
     try:
         row = survey(architecture)
-        checks = checks_of(architecture.config(), row.cases()) if row.trains else ()
+        cases = row.cases() if architecture.has_name else row.few_cases()
+        checks = checks_of(architecture.config(), cases) if row.trains else ()
     except RuntimeError as error:
         return Finding(Row.refused(architecture, f"not exact: {_CLASS.sub('the model', str(error))}"), {})
     errors = {sp_size: worst_error(checks, sp_size) for sp_size in _RANKS}
