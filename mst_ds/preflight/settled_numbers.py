@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from mst_ds.structure.probe import DispatchMode
 
 # Of each element by itself, so that chunks and shards draw what they would of the whole.
 _VALUES: Mapping[Any, Callable[..., float]] = {
@@ -16,7 +17,7 @@ _VALUES: Mapping[Any, Callable[..., float]] = {
 }
 
 
-class SettledNumbers(TorchDispatchMode):
+class SettledNumbers(DispatchMode):
     """Inside this context each number of these distributions is the mean of its distribution, and none is drawn.
 
     Two runs of a model draw different numbers, so that they could not be compared. What is left to draw, such as a

@@ -36,6 +36,8 @@ _WIDTHS: Mapping[str, int] = {
     "qk_nope_head_dim": 6,
     "qk_rope_head_dim": 4,
     "v_head_dim": 6,
+    "o_lora_rank": 12,
+    "index_head_dim": 8,
     # State-space and linear-attention layers.
     "mamba_d_state": 8,
     "mamba_dt_rank": 3,
@@ -58,6 +60,9 @@ _COUNTS: Mapping[str, int] = {
     "n_shared_experts": 2,
     "num_shared_experts": 2,
     "moe_num_shared_experts": 2,
+    "o_groups": 2,
+    "index_n_heads": 2,
+    "index_topk": _WINDOW,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "mamba_n_groups": 1,
