@@ -272,6 +272,15 @@ ARCHITECTURES = (
 
 # Types whose config as transformers makes it is not that of any model, or fits itself nowhere.
 PUBLISHED: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "dbrx": (
+        "databricks/dbrx-base",
+        {
+            "d_model": 6144,
+            "n_heads": 48,
+            "attn_config": {"kv_n_heads": 8, "clip_qkv": 8, "rope_theta": 500_000},
+            "ffn_config": {"ffn_hidden_size": 10752, "moe_num_experts": 16, "moe_top_k": 4},
+        },
+    ),
     "deepseek_v2": (
         "deepseek-ai/DeepSeek-V2-Lite",
         {
@@ -302,6 +311,13 @@ PUBLISHED: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "hunyuan_v1_moe": (
         "tencent/Hunyuan-A13B-Instruct",
         {**heads(32, 8, 128), "num_experts": 64, "moe_topk": 8, "moe_intermediate_size": 3072},
+    ),
+    "lfm2_moe": (
+        "LiquidAI/LFM2-8B-A1B",
+        {
+            "num_hidden_layers": 24,
+            "layer_types": ["full_attention" if index in (2, 6, 10, 14, 18, 21) else "conv" for index in range(24)],
+        },
     ),
     "ministral": ("mistralai/Ministral-8B-Instruct-2410", {**heads(32, 8, 128), "sliding_window": 32768}),
 }

@@ -7,12 +7,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from architectures import Architecture
 from transformers import PreTrainedConfig
 
 from mst_ds.preflight import Case, Check, cases_to_try, check_model
-from mst_ds.settings import MstConfig, Settings
+from mst_ds.settings import KNOBS, MstConfig, Settings
 
 # Probing cases are small: what is refused does not depend on numbers above 1.
 SEVERAL = 4
@@ -25,7 +26,7 @@ _RANKS = (1, 2)
 class Kind(Enum):
     """What becomes of an architecture, in the order of the page."""
 
-    EXACT = "exact: chunked, packed, sharded"
+    EXACT = "exact, packed and sharded"
     IN_PART = "exact in part"
     REFUSED = "refused"
     NOT_A_DECODER = "not a decoder of text alone"
@@ -40,10 +41,11 @@ class Row:
     loss: str | None = None
     packing: str | None = None
     sharding: str | None = None
+    recompute: str | None = None
 
     @classmethod
     def refused(cls, architecture: Architecture, reason: str) -> Row:
-        return cls(architecture, reason, reason, reason, reason)
+        return cls(architecture, reason, reason, reason, reason, reason)
 
     @property
     def trains(self) -> bool:
@@ -54,13 +56,12 @@ class Row:
     def kind(self) -> Kind:
         if self.loss is not None:
             return Kind.NOT_A_DECODER if _NOT_A_DECODER.search(self.loss) else Kind.REFUSED
-        done = (self.mlp, self.packing, self.sharding) == (None, None, None)
-        return Kind.EXACT if done else Kind.IN_PART
+        return Kind.EXACT if (self.packing, self.sharding) == (None, None) else Kind.IN_PART
 
     def cases(self) -> list[Case]:
         """Of a preflight's those that it trains with."""
-        settled = {"sp_size": self.sharding, "mlp_chunks": self.mlp}
-        mst = MstConfig({name: 1 for name, reason in settled.items() if reason is not None})
+        reasons = {"sp_size": self.sharding, "mlp_chunks": self.mlp, "recompute": self.recompute}
+        mst = MstConfig({name: KNOBS[name].off for name, reason in reasons.items() if reason is not None})
         return cases_to_try(mst, packed=self.packing is None) if self.trains else []
 
     def few_cases(self) -> list[Case]:
@@ -99,16 +100,24 @@ def survey(architecture: Architecture) -> Row:
     """
     try:
         config = architecture.config()
-        if _refusals(config, _case(2, SEVERAL, SEVERAL, True)) == [None]:
+    except Exception as error:  # whatever a config's class raises
+        return Row.refused(architecture, f"transformers cannot build its config: {' '.join(str(error).split())}")
+    try:
+        if _refusals(config, _case(2, SEVERAL, SEVERAL, packed=True)) == [None]:
             return Row(architecture)
-        packing, loss = _refusals(config, _case(1, 1, 1, True), _case(1, 1, 1, False))
+        packing, loss = _refusals(config, _case(1, 1, 1, packed=True), _case(1, 1, 1, packed=False))
+        recompute = None
+        if loss is not None:
+            recompute = loss
+            cases = (_case(1, 1, 1, packed=packed, recompute=False) for packed in (True, False))
+            packing, loss = _refusals(config, *cases)
         if loss is not None:
             return Row.refused(architecture, loss)
-        packed = packing is None
-        mlp, sharding = _refusals(config, _case(1, SEVERAL, 1, packed), _case(2, 1, 1, packed))
+        settled: dict[str, Any] = {"packed": packing is None, "recompute": recompute is None}
+        mlp, sharding = _refusals(config, _case(1, SEVERAL, 1, **settled), _case(2, 1, 1, **settled))
     except ValueError as error:
         return Row.refused(architecture, _CLASS.sub("The model", " ".join(str(error).split())))
-    return Row(architecture, mlp=mlp, packing=packing, sharding=sharding)
+    return Row(architecture, mlp, None, packing, sharding, recompute)
 
 
 def checks_of(config: PreTrainedConfig, cases: Sequence[Case]) -> Sequence[Check]:
@@ -138,8 +147,8 @@ def power_of_ten(error: float) -> str:
     return f"1e{math.ceil(math.log10(max(error, 1e-16)))}"
 
 
-def _case(sp_size: int, mlp_chunks: int, loss_chunks: int, packed: bool) -> Case:
-    settings = Settings(sp_size=sp_size, mlp_chunks=mlp_chunks, loss_chunks=loss_chunks, recompute=True)
+def _case(sp_size: int, mlp_chunks: int, loss_chunks: int, *, packed: bool, recompute: bool = True) -> Case:
+    settings = Settings(sp_size=sp_size, mlp_chunks=mlp_chunks, loss_chunks=loss_chunks, recompute=recompute)
     return Case(settings, packed)
 
 

@@ -20,7 +20,7 @@ from processes import Outcome, in_processes
 from survey import Finding, Kind, Row, find
 
 PAGE = Path(__file__).with_name("models.md")
-_REASONS = ("mlp", "loss", "packing", "sharding")
+_REASONS = ("mlp", "loss", "packing", "sharding", "recompute")
 
 
 def page(findings: Sequence[Finding]) -> str:
@@ -85,6 +85,7 @@ def _table(findings: Iterable[Finding]) -> tuple[list[str], dict[str, int]]:
             row.architecture.name,
             _example(row.architecture),
             cell("chunked", row.mlp),
+            cell("yes", row.recompute),
             cell("yes", row.packing),
             cell("yes", row.sharding),
             *(finding.errors.get(sp_size, "") for sp_size in (1, 2)),
@@ -120,6 +121,7 @@ _TRAINED = """\
 
 - MLP: worked through in chunks, experts included, as head and loss are in all of them. A router's loss is part of the
   comparison.
+- recompute: layers are computed again in the backward.
 - packed: several documents in a sequence, each as if it were alone, also across the border of two shards. A model that
   has this has its layers worked through in chunks, too: both need this project's attention. Layers of others are one
   chunk.
@@ -129,8 +131,8 @@ _TRAINED = """\
   on the host too, or computed again, packed where that is done. Of architectures that stand here by their type alone,
   without a name, with 1 and 4 chunks of each.
 
-| architecture | for example | MLP | packed | sharded | worst error, sp 1 | worst error, sp 2 |
-|---|---|---|---|---|---|---|"""
+| architecture | for example | MLP | recompute | packed | sharded | worst error, sp 1 | worst error, sp 2 |
+|---|---|---|---|---|---|---|---|"""
 _REFUSED = """\
 ## Refused
 

@@ -273,6 +273,11 @@ def _check_is_decoder(config: PreTrainedConfig) -> None:
             f"model type {config.model_type!r} is not a decoder; allowed: decoder-only causal language "
             "models such as llama, qwen3, mistral, gemma2"
         )
+    others = [name for name in type(config).sub_configs if name.startswith(("vision", "audio"))]
+    if others and config.get_text_config() is config:
+        raise ValueError(
+            f"model type {config.model_type!r} is multimodal, with a {others[0]}; allowed: decoders of text alone"
+        )
     if (text := config.get_text_config()) is not config:
         raise ValueError(
             f"model type {config.model_type!r} is multimodal; allowed: decoders of text alone, such as its part "

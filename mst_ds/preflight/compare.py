@@ -95,7 +95,7 @@ def _each_alone(
 ) -> Any:
     """What a decoder gives for documents in the rows of a batch, each computed by a decoder of its own."""
     arguments = dict(zip(signature.parameters, args, strict=False)) | kwargs
-    ids, _ = arguments.pop("input_ids"), arguments.pop("attention_mask")
+    ids, _ = arguments.pop("input_ids"), arguments.pop("attention_mask", None)
     outputs = [
         decoder(input_ids=ids[row : row + 1, :length], **arguments)
         for row, (decoder, length) in enumerate(zip(decoders, lengths, strict=True))
@@ -109,7 +109,7 @@ def _each_alone(
 
 def _in_rows(of_documents: Iterable[Tensor]) -> Tensor:
     """(length, C) of each document -> (documents, longest, C)."""
-    return pad_sequence(list(of_documents), batch_first=True)
+    return pad_sequence(list(of_documents), batch_first=True).contiguous()  # as a decoder's own, which may be viewed
 
 
 def run_planned(model: PreTrainedModel, documents: Documents, case: Case, *, traced: bool = False) -> Outcome:

@@ -226,10 +226,12 @@ def _call(
     **kwargs: Any,
 ) -> _Called:
     """`_run`; decoder: the one that is replaced, None for the model's."""
-    name, stand_in, head = type(model).__name__, _StandInDecoder(router_logits), _StandInHead(output)
     decoder = find_decoder(model) if decoder is None else decoder
     if decoder is None:
         return _Called(None)
+    name, stand_in, head = type(model).__name__, _StandInDecoder(router_logits), _StandInHead(output)
+    # Some models scale their logits by a number of their decoder.
+    stand_in.__dict__ |= {key: value for key, value in decoder.__dict__.items() if type(value) in (int, float)}
     probed = _with_parts(model, {decoder: stand_in, model.get_output_embeddings(): head})
     if probed is None:
         return _Called(None)
