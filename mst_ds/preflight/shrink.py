@@ -58,6 +58,7 @@ _COUNTS: Mapping[str, int] = {
     "num_local_experts": 4,
     "n_routed_experts": 4,
     "moe_num_experts": 4,
+    "zero_expert_num": 2,
     "num_experts_per_tok": 2,
     "num_experts_per_token": 2,
     "top_k_experts": 2,
