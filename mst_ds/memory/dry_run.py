@@ -128,7 +128,7 @@ class KernelWorkspace(TorchDispatchMode):
         kwargs = kwargs or {}
         workspace: tuple[Tensor, ...] = ()
         if func in _FLASH_BACKWARDS and args[0].itemsize == 2:
-            query, key = args[1:3]
+            query, key = (x if x.dim() == 4 else x.unsqueeze(0) for x in args[1:3])  # documents lie in one row
             if func is _FLASH_BACKWARDS[0]:  # it takes tokens before heads
                 query, key = query.transpose(1, 2), key.transpose(1, 2)
             of_sequence = flash_query_gradient(query.shape[2], query.shape[3])
