@@ -16,7 +16,7 @@ from typing import Any
 
 import transformers
 from architectures import Architecture, all_architectures
-from processes import Outcome, in_processes
+from forked import Outcome, in_processes
 from survey import Finding, Kind, Row, find
 
 PAGE = Path(__file__).with_name("models.md")

@@ -36,7 +36,7 @@ QUICK = ("Llama 3.1", "Qwen 3 MoE")
 
 sys.path.insert(0, str(DOCS))
 import architectures  # noqa: E402 - from the folder above
-import processes  # noqa: E402
+import forked  # noqa: E402
 import survey  # noqa: E402
 import write_models as writer  # noqa: E402
 
@@ -136,7 +136,7 @@ def answer(item: str) -> str:
 
 
 def test_what_fails_crashes_or_hangs_harms_no_other() -> None:
-    outcomes = processes.in_processes(answer, ["fails", "one", "crashes", "hangs", "two"], count=2, limit_s=3.0)
+    outcomes = forked.in_processes(answer, ["fails", "one", "crashes", "hangs", "two"], count=2, limit_s=3.0)
     assert {outcome.item: outcome.result or outcome.failure for outcome in outcomes} == {
         "one": "ONE",
         "two": "TWO",
@@ -148,5 +148,5 @@ def test_what_fails_crashes_or_hangs_harms_no_other() -> None:
 
 def test_a_finding_is_read_as_it_was_written() -> None:
     row = survey.Row(ARCHITECTURES["GPT-J"], mlp="a", packing="b", sharding="c", recompute="d")
-    outcome = processes.Outcome(row.architecture, survey.Finding(row, {1: "1e-14"}), None, 1.0)
+    outcome = forked.Outcome(row.architecture, survey.Finding(row, {1: "1e-14"}), None, 1.0)
     assert writer.as_finding(row.architecture, writer.as_record(outcome)) == survey.Finding(row, {1: "1e-14"})
