@@ -1,4 +1,4 @@
-"""The architectures of docs/models.md."""
+"""The architectures of docs/models.md: some by name, with shapes of published models, and all others by their type."""
 
 from __future__ import annotations
 
@@ -11,12 +11,20 @@ from transformers import AutoConfig, PreTrainedConfig
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model family, and of the config of one of its published models what decides the architecture, not the sizes."""
+    """A model family, and of the config of one of its published models what decides the architecture, not the sizes.
+
+    example: None where the config is transformers' own, as it is without a published model.
+    """
 
     name: str
-    example: str
+    example: str | None
     model_type: str
     values: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def has_name(self) -> bool:
+        """Whether it is one of the table."""
+        return self.name != self.model_type
 
     def config(self) -> PreTrainedConfig:
         return AutoConfig.for_model(self.model_type, **self.values)
@@ -261,3 +269,80 @@ ARCHITECTURES = (
     Architecture("Qwen 3 Next", "Qwen/Qwen3-Next-80B-A3B-Instruct", "qwen3_next", {"num_local_experts": 512}),
     Architecture("Llama 4 (text)", "meta-llama/Llama-4-Scout-17B-16E", "llama4_text"),
 )
+
+# Types whose config as transformers makes it is not that of any model, or fits itself nowhere.
+PUBLISHED: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "dbrx": (
+        "databricks/dbrx-base",
+        {
+            "d_model": 6144,
+            "n_heads": 48,
+            "attn_config": {"kv_n_heads": 8, "clip_qkv": 8, "rope_theta": 500_000},
+            "ffn_config": {"ffn_hidden_size": 10752, "moe_num_experts": 16, "moe_top_k": 4},
+        },
+    ),
+    "deepseek_v2": (
+        "deepseek-ai/DeepSeek-V2-Lite",
+        {
+            "hidden_size": 2048,
+            **heads(16, 16),
+            "q_lora_rank": None,
+            "n_routed_experts": 64,
+            "n_shared_experts": 2,
+            "num_experts_per_tok": 6,
+            "moe_intermediate_size": 1408,
+            "first_k_dense_replace": 1,
+        },
+    ),
+    "dots1": (
+        "rednote-hilab/dots.llm1.base",
+        {
+            **heads(32, 32),
+            "n_routed_experts": 128,
+            "n_shared_experts": 2,
+            "num_experts_per_tok": 6,
+            "moe_intermediate_size": 1408,
+            "first_k_dense_replace": 1,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
+        },
+    ),
+    "hunyuan_v1_dense": ("tencent/Hunyuan-7B-Instruct", heads(32, 8, 128)),
+    "hunyuan_v1_moe": (
+        "tencent/Hunyuan-A13B-Instruct",
+        {**heads(32, 8, 128), "num_experts": 64, "moe_topk": 8, "moe_intermediate_size": 3072},
+    ),
+    "lfm2_moe": (
+        "LiquidAI/LFM2-8B-A1B",
+        {
+            "num_hidden_layers": 24,
+            "layer_types": ["full_attention" if index in (2, 6, 10, 14, 18, 21) else "conv" for index in range(24)],
+        },
+    ),
+    "ministral": ("mistralai/Ministral-8B-Instruct-2410", {**heads(32, 8, 128), "sliding_window": 32768}),
+}
+
+
+def registered_types() -> list[str]:
+    """The model types that transformers registers for causal language modelling."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) & set(CONFIG_MAPPING_NAMES))
+
+
+def all_architectures() -> list[Architecture]:
+    """Those of the table, and one for each registered type that is not in it."""
+    named = {architecture.model_type for architecture in ARCHITECTURES}
+    others = [
+        Architecture(model_type, *of_published(model_type))
+        for model_type in registered_types()
+        if model_type not in named
+    ]
+    return [*ARCHITECTURES, *others]
+
+
+def of_published(model_type: str) -> tuple[str | None, str, Mapping[str, Any]]:
+    """Example, type and values of a type that has no name in the table."""
+    example, values = PUBLISHED.get(model_type, (None, {}))
+    return example, model_type, values

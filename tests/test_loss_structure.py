@@ -2,12 +2,11 @@
 
 import pytest
 import torch
+from plain_model import assert_close, loss_and_gradients, make_batch
 from tiny import tiny_settings
 from tiny_models import ARCHITECTURES, EXPERTS, GQA, build, tiny_model
 from torch import nn
 from transformers import (
-    BartConfig,
-    BartForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GraniteConfig,
@@ -123,7 +122,45 @@ class ScalesHiddenStates(Changed):
     """As MiniCPM and tied T5 heads do."""
 
     def between(self, hidden_states):
-        return hidden_states * 0.5
+        return hidden_states * 0.375
+
+
+class ScalesSomeHiddenStates(Changed):
+    def between(self, hidden_states):
+        return torch.cat([hidden_states[..., :-1] * 0.5, hidden_states[..., -1:]], dim=-1)
+
+
+class PassesBy(LlamaModel):
+    """As OPT does: it calls a model inside, and so does the causal language model around it."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.decoder = LlamaModel(config)
+        del self.layers, self.embed_tokens, self.norm, self.rotary_emb
+
+    def get_input_embeddings(self):
+        return self.decoder.embed_tokens
+
+    def forward(self, *args, **kwargs):
+        return self.decoder(*args, **kwargs)
+
+
+class CallsTheDecoderInside(Changed):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = PassesBy(config)
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+        outputs = self.model.decoder(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        logits = self.lm_head(outputs.last_hidden_state)
+        loss = None if labels is None else self.loss_of(logits, labels, outputs, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+class NamesNoDecoder(Changed):
+    """As Llama 4's does, whose prefix names nothing."""
+
+    base_model_prefix = "language_model"
 
 
 class StopsTheGradient(Changed):
@@ -188,7 +225,7 @@ class CutsTheGradientOfItsLoss(Changed):
 
 CHANGES = {
     ShiftsItsInput: "changes its input before its decoder",
-    ScalesHiddenStates: "changes its decoder's hidden states before its LM head",
+    ScalesSomeHiddenStates: "changes its decoder's hidden states before its LM head",
     StopsTheGradient: "changes its decoder's hidden states before its LM head",
     ReversesTokens: "changes its decoder's hidden states before its LM head",
     ShiftsLogits: "does more to its logits",
@@ -212,6 +249,21 @@ def test_a_forward_that_does_more_is_refused(model_class, message):
         apply_settings(model, tiny_settings())
 
 
+def test_a_decoder_is_the_one_that_the_forward_calls():
+    inside, unnamed = (build(LlamaConfig, change, **GQA) for change in (CallsTheDecoderInside, NamesNoDecoder))
+    assert loss_structure(inside).decoder is inside.model.decoder
+    assert loss_structure(unnamed).decoder is unnamed.model
+
+
+@pytest.mark.parametrize("model_class", [ScalesHiddenStates, CallsTheDecoderInside, NamesNoDecoder])
+def test_another_way_to_the_head_is_exact(model_class):
+    model = build(LlamaConfig, model_class, **GQA)
+    batch = make_batch()
+    plain = loss_and_gradients(model, **batch)
+    apply_settings(model, tiny_settings())
+    assert_close(loss_and_gradients(model, **batch), plain)
+
+
 def test_the_refusal_is_of_the_computation_not_of_the_class():
     assert loss_structure(build(LlamaConfig, Changed, **GQA)).is_linear
 
@@ -221,9 +273,8 @@ def test_the_refusal_is_of_the_computation_not_of_the_class():
     [
         (LlamaConfig, LlamaModel, {}, "is no causal language model with an LM head"),
         (LlamaConfig, LlamaForSequenceClassification, {}, "is no causal language model with an LM head"),
-        (BartConfig, BartForCausalLM, {"d_model": 32, "decoder_ffn_dim": 48, "decoder_layers": 1}, "cannot be checked"),
     ],
-    ids=["llama-body", "llama-classifier", "bart"],
+    ids=["llama-body", "llama-classifier"],
 )
 def test_refuses_what_is_no_causal_language_model_of_a_known_form(config_class, model_class, settings, message):
     with pytest.raises(ValueError, match=f"^{model_class.__name__} {message}"):

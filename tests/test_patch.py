@@ -18,8 +18,6 @@ from transformers import (
     JetMoeForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
 )
 
 import mst_ds.patching.operators
@@ -214,7 +212,6 @@ JET_MOE = {"num_local_experts": 4, "kv_channels": 8, "num_key_value_heads": 2}
 REFUSED = {
     "mlp": (JetMoeConfig, JetMoeForCausalLM, JET_MOE, {}, 'set "mlp_chunks": 1'),
     "loss": (MixtralConfig, WithAnotherLoss, {**GQA, **EXPERTS}, {}, "has a loss other than the cross-entropy"),
-    "forward": (OPTConfig, OPTForCausalLM, {"ffn_dim": 48}, {"mlp_chunks": 1}, "cannot be checked"),
     "attention": (FalconConfig, FalconForCausalLM, {}, {"sp_size": 2}, "attention interface"),
 }
 

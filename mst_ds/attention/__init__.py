@@ -4,16 +4,18 @@ from .attend import CausalAttention, prepare_attention
 from .chunk import KeyBlock
 from .documents import Documents, DocumentStarts
 from .kernel import Attended
-from .masks import SlidingWindow, describe_mask
+from .masks import AttentionBlocks, Mask, SlidingWindow, describe_mask
 from .spec import AttentionSpec
 
 __all__ = [
     "Attended",
+    "AttentionBlocks",
     "AttentionSpec",
     "CausalAttention",
     "DocumentStarts",
     "Documents",
     "KeyBlock",
+    "Mask",
     "SlidingWindow",
     "describe_mask",
     "prepare_attention",

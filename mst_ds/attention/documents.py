@@ -62,6 +62,20 @@ class Documents:
         """Whether every row is one document."""
         return self.starts is None or all(len(row) == 1 for row in self.starts)
 
+    def in_blocks(self, size: int, length: int) -> Documents:
+        """Each block of `size` tokens of a document, counted from its first, as a document of its own.
+
+        Args:
+            length: of a row.
+        """
+        rows = [[0]] if self.starts is None else self.starts
+        return Documents(
+            [
+                [block for start, stop in pairwise([*starts, length]) for block in range(start, stop, size)]
+                for starts in rows
+            ]
+        )
+
     def parts(self, batch: int, queries: int, keys: int) -> Iterator[tuple[slice, slice, slice]]:
         """Rows, queries and keys of each document that has queries; rows with the same documents come together."""
         for rows, starts in self._rows(batch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 
 @dataclass(frozen=True)
@@ -18,27 +18,42 @@ class SlidingWindow:
     size: int
 
 
-def describe_mask(*, mask_function: Callable[..., Any], **kwargs: Any) -> SlidingWindow | None:
+@dataclass(frozen=True)
+class AttentionBlocks:
+    """The same for blocks of so many tokens (Llama 4), counted from a document's first: none sees another block."""
+
+    size: int
+
+
+Mask: TypeAlias = SlidingWindow | AttentionBlocks
+
+
+def describe_mask(*, mask_function: Callable[..., Any], **kwargs: Any) -> Mask | None:
     """A mask function for transformers' `AttentionMaskInterface`: None for a causal mask.
 
     Raises:
-        ValueError: the mask is neither causal nor a causal sliding window; borders of packed documents may be in it.
+        ValueError: the mask is neither causal, nor a causal sliding window, nor causal in blocks; borders of packed
+            documents may be in it.
     """
-    size = _window(mask_function)
-    return None if size is None else SlidingWindow(size)
+    masks = _masks(mask_function)
+    if len({type(mask) for mask in masks}) > 1:
+        raise ValueError("the model asks for a sliding window within blocks: mst_ds knows the one or the other")
+    return min(masks, key=lambda mask: mask.size, default=None)
 
 
-def _window(mask_function: Callable[..., Any]) -> int | None:
+def _masks(mask_function: Callable[..., Any]) -> list[Mask]:
     # transformers builds mask functions out of the functions named here; the parts are in their closures.
     maker = getattr(mask_function, "__qualname__", repr(mask_function)).split(".")[0]
     if maker in ("causal_mask_function", "packed_sequence_mask_function"):
-        return None
-    if maker not in ("sliding_window_overlay", "and_masks", "remap_positions_for_packed_sequence"):
+        return []
+    if maker not in ("sliding_window_overlay", "chunked_overlay", "and_masks", "remap_positions_for_packed_sequence"):
         raise ValueError(
-            f"the model asks for a mask by {maker}: mst_ds knows causal attention and sliding windows only"
+            f"the model asks for a mask by {maker}: mst_ds knows causal attention, sliding windows and blocks only"
         )
     made_of = inspect.getclosurevars(mask_function).nonlocals
     if maker == "sliding_window_overlay":
-        return made_of["sliding_window"]
+        return [SlidingWindow(made_of["sliding_window"])]
+    if maker == "chunked_overlay":
+        return [AttentionBlocks(made_of["chunk_size"])]
     parts = made_of["mask_functions"] if maker == "and_masks" else [made_of["mask_function"]]
-    return min((size for part in parts if (size := _window(part)) is not None), default=None)
+    return [mask for part in parts for mask in _masks(part)]

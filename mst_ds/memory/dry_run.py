@@ -29,8 +29,7 @@ from mst_ds.dtypes import DTYPES
 from mst_ds.geometry import ELEMENTS_THAT_KEEP_BUSY, flash_query_gradient, has_flash_attention
 from mst_ds.memory.live import LiveMemory
 from mst_ds.minisequence import chunks, experts
-from mst_ds.patching import apply_plan, decoder
-from mst_ds.patching.adapters import base_model
+from mst_ds.patching import apply_plan, decoder, decoder_of
 from mst_ds.planner import Plan
 from mst_ds.recompute import stores
 from mst_ds.sequence_parallel import sequence_attention
@@ -106,7 +105,7 @@ def dry_run(
             # The loss ends in the backward, where its gradients are scaled.
             outputs.last_hidden_state.register_hook(lambda _: end("loss"))
 
-        base_model(model).base_model.register_forward_hook(begin_loss)
+        decoder_of(model).register_forward_hook(begin_loss)
         try:
             with memory, host_left_out(memory), _largest_pieces(), KernelWorkspace():
                 inputs = {"input_ids": tokens, "position_ids": tokens, "shift_labels": tokens}
@@ -129,7 +128,7 @@ class KernelWorkspace(TorchDispatchMode):
         kwargs = kwargs or {}
         workspace: tuple[Tensor, ...] = ()
         if func in _FLASH_BACKWARDS and args[0].itemsize == 2:
-            query, key = args[1:3]
+            query, key = (x if x.dim() == 4 else x.unsqueeze(0) for x in args[1:3])  # documents lie in one row
             if func is _FLASH_BACKWARDS[0]:  # it takes tokens before heads
                 query, key = query.transpose(1, 2), key.transpose(1, 2)
             of_sequence = flash_query_gradient(query.shape[2], query.shape[3])

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mst_ds.config import GIB
 from mst_ds.memory.live import LiveMemory
+from mst_ds.patching import decoder_of
 from mst_ds.planner import Phase, Plan
 
 # An excess above the plan divided by this is worth a warning.
@@ -61,7 +62,7 @@ class PhaseMeter:
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self._decoder = _decoder(model)
+        self._decoder = decoder_of(model)
         self._meter: _Meter = _CpuMeter() if device.type == "cpu" else _AcceleratorMeter(device)
         self._stack = ExitStack()
         self.peaks: dict[str, int] = {}
@@ -126,13 +127,6 @@ def _standing_bytes() -> int:
     # Not the tensor's device: a fake tensor says cpu, and only its storage says that there is none.
     storages = (each.untyped_storage() for each in tensors if each.layout == torch.strided)
     return sum({each._cdata: each.nbytes() for each in storages if each.device.type == "cpu"}.values())
-
-
-def _decoder(model: Any) -> nn.Module:
-    """What returns the hidden states, below adapters of peft."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder: nn.Module = base.base_model
-    return decoder
 
 
 def planned_bytes(phase: Phase, device: torch.device) -> int:

@@ -112,4 +112,4 @@ FAMILIES: Mapping[str, Family] = {
     "starcoder2": replace(_PLAIN_MLP, qkv_bias="use_bias", output_bias="use_bias", mlp_bias="use_bias"),
 }
 # Decoders without transformers' attention interface; `mst_ds.structure.why_own_attention` asks the model itself.
-OWN_ATTENTION = frozenset({"bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt", "stablelm"})
+OWN_ATTENTION = frozenset({"bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt"})

@@ -15,7 +15,7 @@ from mst_ds.model_shape.sizes import optional_size, size
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-_ATTENTION_LAYERS = frozenset({"full_attention", "attention", "sliding_attention"})
+_ATTENTION_LAYERS = frozenset({"full_attention", "attention", "sliding_attention", "chunked_attention"})
 _INTERMEDIATE_NAMES = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 _ACTIVATION_NAMES = ("hidden_activation", "hidden_act", "activation_function", "activation")
 
@@ -272,6 +272,11 @@ def _check_is_decoder(config: PreTrainedConfig) -> None:
         raise ValueError(
             f"model type {config.model_type!r} is not a decoder; allowed: decoder-only causal language "
             "models such as llama, qwen3, mistral, gemma2"
+        )
+    others = [name for name in type(config).sub_configs if name.startswith(("vision", "audio"))]
+    if others and config.get_text_config() is config:
+        raise ValueError(
+            f"model type {config.model_type!r} is multimodal, with a {others[0]}; allowed: decoders of text alone"
         )
     if (text := config.get_text_config()) is not config:
         raise ValueError(

@@ -30,6 +30,7 @@ from mst_ds.planner import Plan
 from mst_ds.recompute import DeviceStore, HostStore
 from mst_ds.sequence_parallel import (
     ATTENTION_NAME,
+    STREAM_OF_MODULE,
     ProcessSequenceGroup,
     SequenceGroup,
     new_sequence_group,
@@ -157,7 +158,7 @@ def apply_settings(
     stream = _replace_parts(parts, settings, layer_chunks, undo)
     if zero_stage == 3:
         _gather_leaves(parts, settings, undo)
-    configs = _use_attention(base, undo) if reason is None else []
+    configs = _use_attention(base, stream, undo) if reason is None else []
     lengths = DocumentLengths()
     for of_documents in parts.document_rotary:
         by_document = functools.partial(of_documents.forward, lengths, of_documents.module.forward)
@@ -192,6 +193,14 @@ def _require_own_keys(base: PreTrainedModel, settings: Settings) -> None:
             f"{type(base).__name__} has {sharing} layers that read other layers' keys and values, whose gradients "
             'recompute would lose: set "recompute": false in the "mst" block'
         )
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The module that returns the last hidden states, below adapters of peft: with a plan the one that it has found."""
+    base = base_model(model)
+    undo: Undo | None = base.__dict__.get(_UNDO)
+    decoder: nn.Module = base.base_model if undo is None else undo.outermost[0][0]
+    return decoder
 
 
 def remove_plan(model: Model) -> Model:
@@ -272,7 +281,7 @@ def _require_agreement(settings: Settings, group: ProcessSequenceGroup) -> None:
                 )
 
 
-def _use_attention(model: PreTrainedModel, undo: Undo) -> list[OwnConfig]:
+def _use_attention(model: PreTrainedModel, stream: LayerStream, undo: Undo) -> list[OwnConfig]:
     """Name this project's attention in this instance's configs, and return these."""
     register_attention()
     # Configs are shared between a model's modules, and often between models: each is copied once for this instance.
@@ -287,5 +296,6 @@ def _use_attention(model: PreTrainedModel, undo: Undo) -> list[OwnConfig]:
             copies[id(config)]._attn_implementation_internal = ATTENTION_NAME
         own = OwnConfig(module, copies[id(config)], config._attn_implementation_internal)
         undo.set_attribute(module, "config", own.config)
+        undo.set_attribute(module, STREAM_OF_MODULE, stream)
         own_configs.append(own)
     return own_configs

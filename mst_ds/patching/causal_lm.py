@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mst_ds.config import IGNORE_INDEX
 from mst_ds.minisequence.router_loss import router_loss
-from mst_ds.patching.decoder import check_known, named_arguments, padding_mask, uses_cache
+from mst_ds.patching.decoder import check_known, named_arguments, padding_mask, uses_cache, without_cache
 from mst_ds.patching.document_arguments import TABLE
 from mst_ds.patching.guards import CHANGED
 from mst_ds.patching.logits import LogitsLeftOutByThePlan, compute_logits, take_logits_wanted, warn_of_logits
@@ -52,7 +52,8 @@ def causal_lm_forward(original: Callable[..., Any], patched: PatchedModel, *args
     if patched.group is not None:
         _check_targets_of_a_shard(**targets, needs_count=temperature is None)
     mask = padding_mask(kwargs["attention_mask"])
-    kwargs["use_cache"] = False
+    kwargs.pop("use_cache", None)
+    kwargs |= without_cache(patched)
     if not wants_loss:
         warn_of_logits(patched, kwargs)
         return original(return_dict=return_dict, **kwargs)
@@ -164,7 +165,8 @@ def _loss_forward(
     if structure.router is not None:
         kwargs["output_router_logits"] = routes
     outputs = structure.decoder(**kwargs)
-    result = structure.head(outputs.last_hidden_state, labels=labels, ignore_index=ignore_index, **of_head)
+    hidden_states = structure.head_input(outputs.last_hidden_state)
+    result = structure.head(hidden_states, labels=labels, ignore_index=ignore_index, **of_head)
     is_loss = "temperature" not in of_head
     aux_loss = None
     if routes:
@@ -184,7 +186,7 @@ def _loss_forward(
     )
     if not is_loss:
         output["log_probs"] = result
-    return output, outputs.last_hidden_state
+    return output, hidden_states
 
 
 def _wants_router_loss(patched: PatchedModel, given: bool | None) -> bool:

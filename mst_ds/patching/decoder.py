@@ -49,10 +49,12 @@ def decoder_forward(original: Callable[..., Any], patched: PatchedModel, *args: 
             return original(**kwargs)
     check_known(patched, kwargs)
     patched.stream.begin_forward()
-    kwargs |= {**_planned_arguments(patched, kwargs), "use_cache": False}
+    kwargs |= {**_planned_arguments(patched, kwargs), **without_cache(patched)}
+    patched.stream.context = kwargs.get("ulysses")
     try:
         return original(**kwargs)
     finally:
+        patched.stream.context = None
         if patched.document_lengths is not None:
             patched.document_lengths.of_tokens = None
 
@@ -66,6 +68,11 @@ def named_arguments(original: Callable[..., Any], args: tuple[Any, ...], kwargs:
 def uses_cache(kwargs: Mapping[str, Any]) -> bool:
     """Whether a forward is a step of generation, which transformers' attention does."""
     return bool(kwargs.get("use_cache")) or kwargs.get("past_key_values") is not None
+
+
+def without_cache(patched: PatchedModel) -> dict[str, bool]:
+    """What a decoder is told, so that it keeps no cache; nothing where it knows of none."""
+    return {"use_cache": False} if "use_cache" in patched.decoder_arguments else {}
 
 
 def padding_mask(attention_mask: Any) -> Tensor | None:

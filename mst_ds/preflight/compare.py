@@ -21,10 +21,11 @@ from mst_ds.preflight.cases import Case
 from mst_ds.preflight.errors import relative_error
 from mst_ds.preflight.float64 import Float64
 from mst_ds.preflight.sequences import Documents
+from mst_ds.preflight.settled_numbers import SettledNumbers
 from mst_ds.preflight.trace import Trace, Tracer, join_traces
 from mst_ds.sequence_parallel import SequenceGroup
 from mst_ds.sequence_parallel.simulated import run_simulated
-from mst_ds.structure import Chunkable, MlpStructure
+from mst_ds.structure import Chunkable, MlpStructure, find_decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,13 +67,15 @@ def run_plain(model: PreTrainedModel, documents: Documents, *, traced: bool = Fa
     # Of each document a copy with the same parameters: a module may remember what it has seen.
     shared: list[object] = [*whole.parameters(), whole.config]
     alone = [copy.deepcopy(whole, {id(value): value for value in shared}) for _ in documents.lengths]
-    decoder, of_documents = whole.base_model, [replica.base_model for replica in alone]
-    if decoder is not whole:  # else no plan can be applied to it
+    decoder = find_decoder(whole)
+    if decoder is not None:  # else no plan can be applied to it
+        (name,) = (name for name, module in whole.named_modules() if module is decoder)
+        of_documents = [replica.get_submodule(name) for replica in alone]
         forward = functools.partial(_each_alone, inspect.signature(decoder.forward), of_documents, documents.lengths)
         decoder.__dict__["forward"] = forward
     tracers = [Tracer(replica, 1, length) for replica, length in zip(alone, documents.lengths, strict=True) if traced]
     around = Tracer(whole, *rows["input_ids"].shape) if traced else None
-    with Float64():
+    with Float64(), SettledNumbers():
         output = whole(**rows)
         output.loss.backward()
         outcome = Outcome(output.loss.detach(), _gradients([whole]))
@@ -92,7 +95,7 @@ def _each_alone(
 ) -> Any:
     """What a decoder gives for documents in the rows of a batch, each computed by a decoder of its own."""
     arguments = dict(zip(signature.parameters, args, strict=False)) | kwargs
-    ids, _ = arguments.pop("input_ids"), arguments.pop("attention_mask")
+    ids, _ = arguments.pop("input_ids"), arguments.pop("attention_mask", None)
     outputs = [
         decoder(input_ids=ids[row : row + 1, :length], **arguments)
         for row, (decoder, length) in enumerate(zip(decoders, lengths, strict=True))
@@ -106,7 +109,7 @@ def _each_alone(
 
 def _in_rows(of_documents: Iterable[Tensor]) -> Tensor:
     """(length, C) of each document -> (documents, longest, C)."""
-    return pad_sequence(list(of_documents), batch_first=True)
+    return pad_sequence(list(of_documents), batch_first=True).contiguous()  # as a decoder's own, which may be viewed
 
 
 def run_planned(model: PreTrainedModel, documents: Documents, case: Case, *, traced: bool = False) -> Outcome:
@@ -130,7 +133,7 @@ def run_planned(model: PreTrainedModel, documents: Documents, case: Case, *, tra
             stream = stream_of(replica)
             tracer = Tracer(replica, documents.batch_size, length, without=without, stream=stream)
         shard = documents.shard(0 if group is None else group.rank, layout)
-        with Float64():
+        with Float64(), SettledNumbers():
             loss = replica(**shard, num_items_in_batch=documents.num_items).loss
             loss.backward()
         return replica, loss.detach(), tracer

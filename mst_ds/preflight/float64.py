@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from mst_ds.structure.probe import DispatchMode
 
 
-class Float64(TorchDispatchMode):
+class Float64(DispatchMode):
     """Inside this context every operation that asks for float32 computes in float64.
 
     transformers computes norms, rotary embeddings, softmax and the loss in float32 in any model, also in a float64

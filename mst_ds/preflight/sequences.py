@@ -85,7 +85,7 @@ class Documents:
         longest = max(len(ids) for ids, _ in texts)
         return {
             "input_ids": pad_sequence([ids for ids, _ in texts], batch_first=True),
-            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)[:, :longest],
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)[:, :longest].contiguous(),
             "attention_mask": pad_sequence([torch.ones_like(ids) for ids, _ in texts], batch_first=True),
         }
 

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ _WIDTHS: Mapping[str, int] = {
     "n_inner": 40,
     "ffn_dim": 40,
     "ffn_hidden_size": 40,
+    "dff": 40,
+    "dim_ff": 40,
     "intermediate_size_mlp": 44,
     "dense_intermediate_size": 44,
     "moe_intermediate_size": 10,
@@ -35,14 +37,20 @@ _WIDTHS: Mapping[str, int] = {
     "kv_lora_rank": 8,
     "qk_nope_head_dim": 6,
     "qk_rope_head_dim": 4,
+    "qk_head_dim": 10,
     "v_head_dim": 6,
+    "o_lora_rank": 12,
+    "index_head_dim": 8,
     # State-space and linear-attention layers.
     "mamba_d_state": 8,
+    "mamba_head_dim": 4,
+    "ssm_state_size": 8,
     "mamba_dt_rank": 3,
     "state_size": 8,
     "time_step_rank": 3,
     "linear_key_head_dim": 4,
     "linear_value_head_dim": 4,
+    "linear_head_dim": 4,
 }
 # At most so many; a model that has fewer keeps them.
 _COUNTS: Mapping[str, int] = {
@@ -50,17 +58,26 @@ _COUNTS: Mapping[str, int] = {
     "num_local_experts": 4,
     "n_routed_experts": 4,
     "moe_num_experts": 4,
+    "zero_expert_num": 2,
     "num_experts_per_tok": 2,
     "num_experts_per_token": 2,
     "top_k_experts": 2,
     "moe_topk": 2,
+    "moe_top_k": 2,
     "moe_k": 2,
     "n_shared_experts": 2,
     "num_shared_experts": 2,
     "moe_num_shared_experts": 2,
+    "kv_n_heads": 2,
+    "o_groups": 2,
+    "index_n_heads": 2,
+    "index_topk": _WINDOW,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
+    "linear_num_heads": 4,
     "mamba_n_groups": 1,
+    "mamba_num_heads": 4,
+    "n_groups": 2,
     "mamba_chunk_size": 8,
     "sliding_window": _WINDOW,
     "sliding_window_size": _WINDOW,
@@ -72,6 +89,8 @@ _COUNTS: Mapping[str, int] = {
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _EXPERT_GROUPS = ("n_group", "num_expert_group")
 _KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads")
+# Where a layer counts as several, the second counts layers.
+LAYER_COUNTS = ("num_hidden_layers", "num_layers")
 _POSITIONS = ("max_position_embeddings", "max_seq_len")
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 _RANDOM = re.compile("dropout|pdrop|layerdrop|jitter_noise")
@@ -84,6 +103,7 @@ class _Fields:
 
     def __init__(self, config: PreTrainedConfig) -> None:
         self.values = {name: copy.deepcopy(getattr(config, name)) for name in _constructor_names(type(config), config)}
+        self._config = config
         self._own_names: Mapping[str, str] = config.attribute_map
 
     def get(self, name: str) -> Any:
@@ -93,6 +113,19 @@ class _Fields:
         """The value where it is a size, None where the field is missing, None or something else."""
         value = self.get(name)
         return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+    def needed_size(self, name: str) -> int:
+        """The same of a size that every decoder has, which may follow from other fields.
+
+        Raises:
+            ValueError: there is none.
+        """
+        value = self.size(name)
+        if value is None:
+            value = getattr(self._config, name, None)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"its {name} is {value!r}")
+        return value
 
     def put(self, name: str, value: Any) -> None:
         self.values[self._own_name(name)] = value
@@ -122,19 +155,16 @@ def shrink_config(config: PreTrainedConfig, *, layers: Sequence[int], seq_len: i
     """
     fields = _Fields(config)
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
-        if fields.size(name) is None:
-            raise ValueError(f"its {name} is {fields.get(name)!r}")
+        fields.needed_size(name)
     _shrink_layers(fields, layers)
     _shrink_vocabulary(fields)
     _shrink_heads(fields)
     _shrink_positions(fields, seq_len)
-    for name, width in _WIDTHS.items():
-        if fields.size(name) is not None:
-            fields.put(name, width)
-    for name, count in _COUNTS.items():
-        size = fields.size(name)
-        if size is not None:
-            fields.put(name, min(size, count))
+    for name, size in _small_sizes(fields.size).items():
+        fields.put(name, size)
+    for part in fields.values.values():
+        if hasattr(part, "to_dict"):  # the config of a part, such as DBRX's of its attention
+            vars(part).update(_small_sizes(vars(part).get))
     _shrink_expert_groups(fields)
     _shrink_state_space_heads(fields)
     for name in random_fields(config):
@@ -142,6 +172,13 @@ def shrink_config(config: PreTrainedConfig, *, layers: Sequence[int], seq_len: i
     fields.values |= {"use_cache": False} if "use_cache" in fields.values else {}
     fields.values.pop("dtype", None)
     return type(config)(**fields.values)
+
+
+def _small_sizes(size_of: Callable[[str], Any]) -> dict[str, int]:
+    """Of the widths and counts that a config has."""
+    widths = {name: width for name, width in _WIDTHS.items() if size_of(name) is not None}
+    counts = {name: min(size, count) for name, count in _COUNTS.items() if (size := size_of(name)) is not None}
+    return widths | counts
 
 
 def random_fields(config: PreTrainedConfig) -> tuple[str, ...]:
@@ -164,11 +201,23 @@ def _constructor_names(config_class: type, config: PreTrainedConfig) -> list[str
 
 
 def _shrink_layers(fields: _Fields, layers: Sequence[int]) -> None:
-    count = fields.size("num_hidden_layers")
+    count = fields.needed_size(LAYER_COUNTS[0])
     for name, value in fields.values.items():
         if isinstance(value, list | tuple) and len(value) == count:
             fields.values[name] = [value[layer] for layer in layers]
-    fields.put("num_hidden_layers", len(layers))
+        elif (kinds := _repeated(value)) is not None and len(kinds) == count:
+            fields.values[name] = [[[kinds[layer] for layer in layers], 1]]
+    for name in LAYER_COUNTS:
+        if fields.size(name) is not None:
+            fields.put(name, len(layers))
+
+
+def _repeated(value: Any) -> list[Any] | None:
+    """What a list of pairs, values and how often they are repeated, stands for (GPT-Neo); None of anything else."""
+    try:
+        return [kind for kinds, repeats in value for _ in range(repeats) for kind in kinds]
+    except (TypeError, ValueError):
+        return None
 
 
 def _shrink_vocabulary(fields: _Fields) -> None:
@@ -186,9 +235,7 @@ def _shrink_vocabulary(fields: _Fields) -> None:
 
 def _shrink_heads(fields: _Fields) -> None:
     """Hidden size and heads: as many query heads for each key/value head as before, up to 4."""
-    hidden, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
-    assert hidden is not None
-    assert heads is not None
+    hidden, heads = (fields.needed_size(name) for name in ("hidden_size", "num_attention_heads"))
     key_value = next((size for name in _KEY_VALUE_HEADS if (size := fields.size(name))), heads)
     new_key_value = min(key_value, 4 if key_value == heads else 2)
     new_heads = new_key_value * min(heads // key_value, 4)
@@ -207,10 +254,22 @@ def _shrink_heads(fields: _Fields) -> None:
         if _WIDTH.search(name) and value == hidden:  # of something else that is as wide
             fields.values[name] = new_hidden
     fields.put("hidden_size", new_hidden)
-    fields.put("num_attention_heads", new_heads)
-    for name in _KEY_VALUE_HEADS:
+    for name, size in {"num_attention_heads": new_heads, **dict.fromkeys(_KEY_VALUE_HEADS, new_key_value)}.items():
         if fields.size(name) is not None:
-            fields.put(name, new_key_value)
+            fields.put(name, size)
+    _shrink_window_heads(fields, head_dim)
+
+
+def _shrink_window_heads(fields: _Fields, head_dim: int) -> None:
+    """Of layers with a window, where they have heads of their own: as many queries for each key as before, up to 4."""
+    heads, key_value = (fields.size(f"swa_num_{name}_heads") for name in ("attention", "key_value"))
+    if heads is None or key_value is None:
+        return
+    fields.put("swa_num_key_value_heads", 2)
+    fields.put("swa_num_attention_heads", 2 * min(heads // key_value, 4))
+    for name in ("swa_head_dim", "swa_v_head_dim"):
+        if fields.size(name) is not None:
+            fields.put(name, head_dim)
 
 
 def _head_dim(fields: _Fields, old: int) -> int:

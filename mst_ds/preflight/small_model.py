@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mst_ds.preflight.float64 import Float64
-from mst_ds.preflight.shrink import shrink_config
+from mst_ds.preflight.shrink import LAYER_COUNTS, shrink_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -108,10 +108,11 @@ def _build(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def _layer_kinds(model: PreTrainedModel) -> list[_LayerKind]:
-    count = getattr(model.config, "num_hidden_layers", None)
-    layers = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count), None)
+    counts = [count for name in LAYER_COUNTS if (count := getattr(model.config, name, None)) is not None]
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    layers = next((layers for count in counts for layers in lists if len(layers) == count), None)
     if layers is None:
-        raise ValueError(f"{type(model).__name__} cannot be shrunk: it has no list of {count} decoder layers")
+        raise ValueError(f"{type(model).__name__} cannot be shrunk: it has no list of {counts[0]} decoder layers")
     return [_LayerKind.of(layer) for layer in layers]
 
 

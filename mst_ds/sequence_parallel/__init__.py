@@ -1,6 +1,6 @@
 """Ulysses sequence parallelism (arXiv 2309.14509): sequence shards outside attention, head shards inside it."""
 
-from .attention_function import ATTENTION_NAME, UlyssesContext, register_attention, ulysses_attention
+from .attention_function import ATTENTION_NAME, STREAM_OF_MODULE, UlyssesContext, register_attention, ulysses_attention
 from .document_lengths import document_lengths, lengths_of_tokens, positions_in_documents
 from .document_starts import find_document_starts
 from .groups import ProcessSequenceGroup, SequenceGroup, new_sequence_group
@@ -8,6 +8,7 @@ from .simulated import run_simulated
 
 __all__ = [
     "ATTENTION_NAME",
+    "STREAM_OF_MODULE",
     "ProcessSequenceGroup",
     "SequenceGroup",
     "UlyssesContext",

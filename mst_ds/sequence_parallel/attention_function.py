@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from mst_ds.attention import (
+    AttentionBlocks,
     AttentionSpec,
     CausalAttention,
     Documents,
     DocumentStarts,
+    Mask,
     SlidingWindow,
     describe_mask,
 )
@@ -26,13 +28,17 @@ from .sequence_attention import SequenceAttention
 
 ATTENTION_NAME = "mst_ulysses"
 
+# Of a module of a patched model: the stream of its layers, which knows the context where a layer does not hand it on.
+STREAM_OF_MODULE = "_mst_stream"
+
 # Tensors that models hand to every attention function, and that change nothing in what is computed here.
 _HARMLESS = frozenset({"position_ids", "cache_position"})
 
 
 @dataclass(frozen=True)
 class UlyssesContext:
-    """What attention needs to know of a forward pass beyond its tensors; travels to every layer as a keyword argument.
+    """What attention needs to know of a forward pass beyond its tensors; travels to every layer as a keyword argument,
+    or else with the stream of the layers.
 
     Args:
         group: the sequence group; None where the sequence is not sharded.
@@ -48,10 +54,20 @@ class UlyssesContext:
     head_groups: int = 1
     stream: LayerStream | None = None
 
+    _in_blocks: dict[tuple[int, int], CausalAttention] = field(default_factory=dict, repr=False, compare=False)
+
     @cached_property
     def attention(self) -> CausalAttention:
         """One for all layers, which share a window's mask and the borders of documents."""
         return CausalAttention(self.backend, Documents(self.document_starts))
+
+    def attention_in_blocks(self, size: int, length: int) -> CausalAttention:
+        """One for all layers with blocks of `size` tokens, of sequences of `length`."""
+        kind = size, length
+        if kind not in self._in_blocks:
+            documents = Documents(self.document_starts).in_blocks(size, length)
+            self._in_blocks[kind] = CausalAttention(self.backend, documents)
+        return self._in_blocks[kind]
 
 
 def register_attention() -> None:
@@ -68,7 +84,7 @@ def ulysses_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: SlidingWindow | None,
+    attention_mask: Mask | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     ulysses: UlyssesContext | None = None,
@@ -88,11 +104,7 @@ def ulysses_attention(
     Raises:
         ValueError: the model asks for something that this attention does not do, so its result would be wrong.
     """
-    if ulysses is None:
-        raise ValueError(
-            f"{type(module).__name__} does not hand keyword arguments on to its attention function, which this plan "
-            "needs: the model is not supported, or the forward of its decoder was replaced after mst_ds.apply_plan"
-        )
+    ulysses = _context_of(module) if ulysses is None else ulysses
     _check_request(module, query, key, attention_mask, kwargs)
     query, key, value = _one_dtype(module, query, key, value)
     group, call = ulysses.group, None if ulysses.stream is None else ulysses.stream.call
@@ -101,20 +113,42 @@ def ulysses_attention(
     spec = AttentionSpec(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         dropout=dropout,
-        window=attention_mask.size if attention_mask is not None else kwargs.get("sliding_window") or None,
+        window=attention_mask.size
+        if isinstance(attention_mask, SlidingWindow)
+        else kwargs.get("sliding_window") or None,
         softcap=kwargs.get("softcap"),
     ).within(sp_size * length)
     layout = HeadLayout(query.shape[1], key.shape[1], sp_size, head_groups)
-    attention = SequenceAttention(ulysses.attention, spec, HeadExchange(group, layout))
+    causal = ulysses.attention
+    if isinstance(attention_mask, AttentionBlocks) and attention_mask.size < sp_size * length:
+        causal = ulysses.attention_in_blocks(attention_mask.size, sp_size * length)
+    attention = SequenceAttention(causal, spec, HeadExchange(group, layout))
     return attention(query, key, value, kwargs.get("s_aux"), stream=ulysses.stream), None
 
 
+def _context_of(module: nn.Module) -> UlyssesContext:
+    """The context where a model's layers do not hand keyword arguments on to their attention.
+
+    Raises:
+        ValueError: no forward of a patched decoder runs.
+    """
+    stream: LayerStream | None = module.__dict__.get(STREAM_OF_MODULE)
+    holder = stream if stream is None or stream.call is None else stream.call
+    context: UlyssesContext | None = getattr(holder, "context", None)
+    if context is None:
+        raise ValueError(
+            f"{type(module).__name__} calls the attention of mst_ds outside the forward of a patched decoder: the "
+            "forward of its decoder was replaced after mst_ds.apply_plan"
+        )
+    return context
+
+
 def _check_request(
-    module: nn.Module, query: Tensor, key: Tensor, attention_mask: SlidingWindow | None, kwargs: dict[str, Any]
+    module: nn.Module, query: Tensor, key: Tensor, attention_mask: Mask | None, kwargs: dict[str, Any]
 ) -> None:
     """Refuse what would not be causal self-attention over whole documents."""
     name = type(module).__name__
-    if attention_mask is not None and not isinstance(attention_mask, SlidingWindow):
+    if attention_mask is not None and not isinstance(attention_mask, Mask):
         raise ValueError(
             f"{name} hands its attention function an attention_mask of its own, which mst_ds's attention cannot take: "
             "pass position_ids that restart with each document, and a mask of 1 and 0 for padding"
@@ -126,7 +160,8 @@ def _check_request(
     window = kwargs.get("sliding_window") or None
     size = window if attention_mask is None else attention_mask.size
     if size is not None and size < 1:
-        raise ValueError(f"{name} has a sliding window of {size}; allowed: 1 token or more")
+        kind = "blocks" if isinstance(attention_mask, AttentionBlocks) else "a sliding window"
+        raise ValueError(f"{name} has {kind} of {size}; allowed: 1 token or more")
     if window is not None and size != window:
         raise ValueError(f"{name} asks for sliding_window={window}, but its mask has a window of {size}")
     if key.shape[2] != query.shape[2]:

@@ -2,7 +2,7 @@
 
 from mst_ds.structure.document_rotary import DocumentLengths, DocumentRotary, find_document_rotary
 from mst_ds.structure.layers import decoder_layers
-from mst_ds.structure.loss import LossStructure, RouterLoss, loss_structure
+from mst_ds.structure.loss import LossStructure, RouterLoss, find_decoder, loss_structure
 from mst_ds.structure.mlps import Chunkable, ExpertsStructure, MlpStructure, TokenwiseStructure, find_mlps
 from mst_ds.structure.norms import NormStructure, find_norms
 from mst_ds.structure.positions import position_table
@@ -21,6 +21,7 @@ __all__ = [
     "RouterLoss",
     "TokenwiseStructure",
     "decoder_layers",
+    "find_decoder",
     "find_document_rotary",
     "find_mlps",
     "find_norms",

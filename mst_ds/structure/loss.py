@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mst_ds.config import IGNORE_INDEX
 from mst_ds.minisequence.router_loss import router_loss
 from mst_ds.structure import probe
+from mst_ds.structure.layers import decoder_layers
 from mst_ds.structure.mlps import is_tokenwise
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ class RouterLoss:
 
 @dataclass(frozen=True)
 class LossStructure:
-    """A model whose logits are `softcap * tanh(scale * head(decoder(...)) / softcap)`, or without a softcap linear.
+    """A model whose logits are `softcap * tanh(scale * head(hidden_scale * decoder(...)) / softcap)`, or without a
+    softcap linear.
 
     is_linear: the head is a weight and a bias and nothing else, such as an adapter.
     router: None where the model has no router loss, or one that could not be confirmed.
@@ -39,10 +41,15 @@ class LossStructure:
     decoder: nn.Module
     head: nn.Module
     is_linear: bool
+    hidden_scale: float
     logit_scale: float
     logit_softcap: float | None
     router: RouterLoss | None
     router_is_on: bool
+
+    def head_input(self, hidden_states: Tensor) -> Tensor:
+        """What the head gets of the decoder's last hidden states, (B, L, H) both."""
+        return hidden_states if self.hidden_scale == 1 else self.hidden_scale * hidden_states
 
     def logits(self, output: Tensor) -> Tensor:
         """Of the head's output."""
@@ -58,8 +65,8 @@ def loss_structure(model: PreTrainedModel) -> LossStructure:
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     name = type(model).__name__
-    decoder, head = model.base_model, model.get_output_embeddings()
-    if decoder is model or head is None:
+    decoder, head = find_decoder(model), model.get_output_embeddings()
+    if decoder is None or head is None:
         raise ValueError(f"{name} is no causal language model with an LM head: mst_ds cannot chunk its loss")
     if model.loss_function is not ForCausalLMLoss:
         raise ValueError(f"{name} has a loss_function of its own, which mst_ds cannot chunk: only cross-entropy")
@@ -68,6 +75,7 @@ def loss_structure(model: PreTrainedModel) -> LossStructure:
         hidden_size = model.config.get_text_config().hidden_size
         if probe.is_changed_by_user(head) or not (is_linear or is_tokenwise(head, hidden_size)):
             raise ValueError(f"{name} has an LM head that mst_ds cannot chunk: it has hooks, or mixes tokens")
+        hidden_scale = _measure_hidden_scale(model)
         scale, softcap = _measure_logits(model)
         router = _measure_router_loss(model)
         is_on = bool(getattr(model.config, "output_router_logits", False))
@@ -75,7 +83,42 @@ def loss_structure(model: PreTrainedModel) -> LossStructure:
         if not _is_cross_entropy(model, scale, softcap, **settings):
             router_advice = ": set output_router_logits to false in the model's config" if is_on else ""
             raise ValueError(f"{name} has a loss other than the cross-entropy of each next token{router_advice}")
-    return LossStructure(decoder, head, is_linear, scale, softcap, router, is_on and router is not None)
+    return LossStructure(decoder, head, is_linear, hidden_scale, scale, softcap, router, is_on and router is not None)
+
+
+def find_decoder(model: PreTrainedModel) -> nn.Module | None:
+    """The module that the model's own forward calls for its last hidden states; None where it calls none.
+
+    Mostly it is `base_model`. Some models pass that by and call the decoder inside it, and some name none.
+    """
+    candidates = _possible_decoders(model)
+    if len(candidates) < 2 or model.get_output_embeddings() is None:
+        return candidates[0] if candidates else None
+    with probe.isolated_rng():
+        output = probe.random_tensor(probe.ROWS, probe.LENGTH, probe.VOCAB)
+        called = (decoder for decoder in candidates if _call(model, output, decoder=decoder).result is not None)
+        return next(called, candidates[0])
+
+
+def _possible_decoders(model: PreTrainedModel) -> list[nn.Module]:
+    """`base_model`, and models inside that have all layers, from the outside in."""
+    from transformers import PreTrainedModel
+
+    layers = {*decoder_layers(model)}
+    inside = [module for module in model.modules() if isinstance(module, PreTrainedModel) and module is not model]
+    found = [module for module in inside if layers and layers.issubset(module.modules())]
+    first = [] if model.base_model is model else [model.base_model]
+    return list(dict.fromkeys([*first, *found]))
+
+
+def _measure_hidden_scale(model: PreTrainedModel) -> float:
+    """By what the decoder's hidden states are multiplied before the head gets them.
+
+    Raises:
+        ValueError: something else is done to them.
+    """
+    output = probe.random_tensor(probe.ROWS, probe.LENGTH, probe.VOCAB)
+    return _call(model, output).hidden_scale
 
 
 def _measure_logits(model: PreTrainedModel) -> tuple[float, float | None]:
@@ -155,6 +198,14 @@ def _measure_router_loss(model: PreTrainedModel) -> RouterLoss | None:
     return RouterLoss(float(coefficient), top_k)
 
 
+@dataclass(frozen=True)
+class _Called:
+    """What a model gives with stand-ins, None where it fails, and by what it multiplied the hidden states."""
+
+    result: Any
+    hidden_scale: float = 1.0
+
+
 def _run(model: PreTrainedModel, output: Tensor, router_logits: tuple[Tensor, ...] | None = None, **kwargs: Any) -> Any:
     """What the model gives where its head gives `output` (B, L, V) and its routers `router_logits`; None if it fails.
 
@@ -163,23 +214,55 @@ def _run(model: PreTrainedModel, output: Tensor, router_logits: tuple[Tensor, ..
     Raises:
         ValueError: the model hands its decoder other tokens than it got, or its head other hidden states.
     """
-    name, decoder, head = type(model).__name__, _StandInDecoder(router_logits), _StandInHead(output)
-    stand_ins = {model.base_model: decoder, model.get_output_embeddings(): head}
-    named = {child_name: stand_ins[child] for child_name, child in model.named_children() if child in stand_ins}
-    if len(named) != len(stand_ins):
-        return None
-    probed = probe.with_stand_ins(model, named)
+    return _call(model, output, router_logits, **kwargs).result
+
+
+def _call(
+    model: PreTrainedModel,
+    output: Tensor,
+    router_logits: tuple[Tensor, ...] | None = None,
+    *,
+    decoder: nn.Module | None = None,
+    **kwargs: Any,
+) -> _Called:
+    """`_run`; decoder: the one that is replaced, None for the model's."""
+    decoder = find_decoder(model) if decoder is None else decoder
+    if decoder is None:
+        return _Called(None)
+    name, stand_in, head = type(model).__name__, _StandInDecoder(router_logits), _StandInHead(output)
+    # Some models scale their logits by a number of their decoder.
+    stand_in.__dict__ |= {key: value for key, value in decoder.__dict__.items() if type(value) in (int, float)}
+    probed = _with_parts(model, {decoder: stand_in, model.get_output_embeddings(): head})
+    if probed is None:
+        return _Called(None)
     config = copy.deepcopy(model.config)
     config.vocab_size = config.get_text_config().vocab_size = probe.VOCAB
     probed.__dict__ |= {"config": config, "vocab_size": probe.VOCAB, "router_aux_loss_coef": 1.0}
     ids = torch.randint(probe.VOCAB, output.shape[:-1], device="cpu")
     with torch.enable_grad():
         result = probe.attempt(functools.partial(type(probed).forward, probed), ids, **kwargs)
-    if result is not None and not any(given is ids for given in decoder.given):
+    if result is None:
+        return _Called(None)
+    if not any(given is ids for given in stand_in.given):
         raise ValueError(f"{name} changes its input before its decoder: not supported yet")
-    if result is not None and not head.got(decoder.hidden_states):
+    scale = head.scale_of(stand_in.hidden_states)
+    if scale is None:
         raise ValueError(f"{name} changes its decoder's hidden states before its LM head: not supported yet")
-    return result
+    return _Called(result, scale)
+
+
+def _with_parts(module: nn.Module, stand_ins: dict[nn.Module, nn.Module]) -> nn.Module | None:
+    """A shallow copy with modules replaced, and all that lie around them; None where one of them is not there."""
+    children: dict[str, nn.Module] = {}
+    for name, child in module.named_children():
+        if child in stand_ins:
+            children[name] = stand_ins[child]
+        elif inside := {part: stand_in for part, stand_in in stand_ins.items() if part in child.modules()}:
+            replaced = _with_parts(child, inside)
+            assert replaced is not None
+            children[name] = replaced
+    found = [part for part in stand_ins if any(part in child.modules() for child in module.children())]
+    return probe.with_stand_ins(module, children) if len(found) == len(stand_ins) else None
 
 
 class _StandInDecoder(nn.Module):
@@ -206,9 +289,15 @@ class _StandInHead(nn.Linear):
         self.given = hidden_states
         return self.output
 
-    def got(self, hidden_states: Tensor) -> bool:
+    def scale_of(self, hidden_states: Tensor) -> float | None:
+        """By what they were multiplied; None where something else was done to them."""
         given = self.given
-        return given is not None and given.requires_grad and torch.equal(given, hidden_states)
+        if given is None or not given.requires_grad or given.shape != hidden_states.shape:
+            return None
+        if torch.equal(given, hidden_states):
+            return 1.0
+        scale = (given / hidden_states).median().item()
+        return scale if torch.allclose(given, scale * hidden_states, rtol=1e-12, atol=0.0) else None
 
 
 class _StandInOutput:

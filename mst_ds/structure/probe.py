@@ -94,7 +94,19 @@ def _is_close(actual: Tensor, expected: Tensor, *, tolerance: float) -> bool:
     return bool((error <= tolerance * (size + 0.1)).all())
 
 
-class _WithoutRandomNumbers(TorchDispatchMode):
+class DispatchMode(TorchDispatchMode):
+    """A dispatch mode for several threads at once, such as the ranks of a simulated group.
+
+    Around each operation torch's own switches the compiler's frame evaluation off and on, for all threads together:
+    with several of them the interpreter now and then crashes (seen with Python 3.11).
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class _WithoutRandomNumbers(DispatchMode):
     """Within, this thread cannot draw random numbers."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+import types
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from mst_ds.model_shape import other_layers
+from mst_ds.structure.layers import decoder_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,7 +23,7 @@ def require_shardable(model: PreTrainedModel) -> None:
             tokens in another way, such as linear attention, state spaces and convolutions.
     """
     name, advice = type(model).__name__, "use sp_size 1 for this model"
-    if not model._supports_attention_backend:
+    if not _uses_interface(model):
         raise ValueError(
             f"{name} does not use transformers' attention interface, which sequence parallelism needs: {advice}"
         )
@@ -36,10 +39,25 @@ def why_own_attention(model: PreTrainedModel) -> str | None:
 
     None where this project's attention keeps documents apart and hides padding, because tokens meet nowhere else.
     """
-    if not model._supports_attention_backend:
+    if not _uses_interface(model):
         return "does not use transformers' attention interface, which packed documents need"
     reason = _other_mixing(model)
     return None if reason is None else f"has {reason}, which run on from one packed document into the next"
+
+
+def _uses_interface(model: PreTrainedModel) -> bool:
+    """Whether attention is called through transformers' interface: the model says so, or each of its layers does it."""
+    layers = decoder_layers(model)
+    return model._supports_attention_backend or (bool(layers) and all(map(_calls_interface, layers)))
+
+
+def _calls_interface(layer: nn.Module) -> bool:
+    forwards = (inspect.unwrap(type(module).forward) for module in layer.modules())
+    return any(
+        "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names
+        for forward in forwards
+        if isinstance(forward, types.FunctionType)
+    )
 
 
 def _other_mixing(model: PreTrainedModel) -> str | None:

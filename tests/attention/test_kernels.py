@@ -293,7 +293,7 @@ def test_under_autocast_all_is_in_its_dtype(asked: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"ulysses": None}, "does not hand keyword arguments on"),
+        ({"ulysses": None}, "outside the forward of a patched decoder"),
         ({"attention_mask": torch.ones(1, 1, 4, 4)}, "attention_mask of its own"),
         ({"is_causal": False}, "is not causal"),
         ({"position_bias": torch.zeros(1, 2, 4, 4)}, "hands position_bias to its attention function"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, masking_utils
 
-from mst_ds.attention import SlidingWindow
+from mst_ds.attention import AttentionBlocks, SlidingWindow
 from mst_ds.sequence_parallel import (
     ATTENTION_NAME,
     SequenceGroup,
@@ -38,12 +38,17 @@ def made_by(make: str, **arguments: Any) -> Any:
 def test_no_mask_is_built(positions: Tensor) -> None:
     assert made_by("create_causal_mask", position_ids=positions) is None
     assert made_by("create_sliding_window_causal_mask", position_ids=positions) == SlidingWindow(5)
+    assert made_by("create_chunked_causal_mask", position_ids=positions) == AttentionBlocks(4)
 
 
 @pytest.mark.parametrize(
     ("make", "arguments", "says"),
     [
-        ("create_chunked_causal_mask", {}, "chunked_overlay"),
+        (
+            "create_chunked_causal_mask",
+            {"and_mask_function": masking_utils.sliding_window_overlay(3)},
+            "a sliding window within blocks",
+        ),
         ("create_causal_mask", {"or_mask_function": lambda b, h, q, k: q == k}, "or_masks"),
         ("create_causal_mask", {"and_mask_function": lambda b, h, q, k: q == k}, "<lambda>"),
         ("create_causal_mask", {"block_sequence_ids": torch.zeros(1, LENGTH, dtype=torch.long)}, "or_masks"),
@@ -69,11 +74,12 @@ LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope
 MODELS = {
     "mistral": {"sliding_window": 5, "head_dim": 8},
     # A window in the mask alone; scores with a softcap; sinks, every second layer with a window; values narrower than
-    # keys.
+    # keys; blocks within which tokens see each other.
     "qwen2_moe": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2, **EXPERTS},
     "gemma2": {"sliding_window": 5, "head_dim": 8, "attn_logit_softcapping": 2.0},
     "gpt_oss": {"sliding_window": 5, "head_dim": 8, **EXPERTS},
     "deepseek_v3": {**LATENT, "num_key_value_heads": 4, "first_k_dense_replace": 2},
+    "llama4_text": {"attention_chunk_size": 4, "head_dim": 8, "intermediate_size_mlp": 48, **EXPERTS},
 }
 
 

@@ -245,6 +245,11 @@ EXACT: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2-with-dropout": ("gpt2", {"attn_pdrop": 0.1}),
     "qwen3-moe": ("qwen3_moe", {"output_router_logits": True}),
     "deepseek-v3": ("deepseek_v3", {}),
+    "nemotron-whose-layers-drop-keyword-arguments": (
+        "nemotron",
+        {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
+    ),
+    "phimoe-whose-router-draws-random-numbers": ("phimoe", {}),
 }
 
 

@@ -82,3 +82,8 @@ def test_what_asks_for_no_dtype() -> None:
         assert (torch.tensor(3) / 7).dtype == torch.float64
         raise KeyError
     assert (torch.tensor(3) / 7).dtype == torch.float32
+
+
+def test_operations_leave_the_compiler_alone() -> None:
+    """Its switching for all threads, around every operation of each, crashes the interpreter now and then."""
+    assert not hasattr(Float64.__torch_dispatch__, "__wrapped__")

@@ -132,6 +132,19 @@ KEPT: dict[str, tuple[str, dict[str, Any], Any]] = {
         lambda c, m: m.model.rotary_emb.inv_freq.shape == (3,),
     ),
     "rotary-dim": ("gptj", {}, lambda c, m: 4 * c.rotary_dim == c.n_embd // c.n_head),
+    "config-of-a-part": (
+        "dbrx",
+        {"n_heads": 48, "attn_config": {"kv_n_heads": 8, "rope_theta": 500_000}},
+        lambda c, m: (c.attn_config.rope_theta, c.attn_config.kv_n_heads, c.ffn_config.ffn_hidden_size) == (5e5, 2, 40),
+    ),
+    "pattern-of-layers": ("gpt_neo", {}, lambda c, m: c.attention_types == [[["global", "local"], 1]]),
+    "heads-that-follow-from-others": ("jetmoe", {}, lambda c, m: c.num_attention_heads == 2 * c.num_key_value_heads),
+    "two-sublayers-a-layer": ("longcat_flash", {}, lambda c, m: (c.num_layers, c.num_hidden_layers) == (2, 4)),
+    "heads-of-a-window": (
+        "inkling_text",
+        {},
+        lambda c, m: (c.swa_num_attention_heads, c.swa_num_key_value_heads) == (8, 2),
+    ),
     "softcaps": ("gemma2", {}, lambda c, m: (c.attn_logit_softcapping, c.final_logit_softcapping) == (50.0, 30.0)),
     "scale-of-the-query": (
         "gemma2",
@@ -224,9 +237,9 @@ def refusal(config: PreTrainedConfig) -> str:
 @pytest.mark.parametrize(
     ("model_type", "says"),
     [
-        ("gpt_neo", "cannot be shrunk"),  # its layers are described by a list of another kind
+        ("hrm_text", "cannot be shrunk: it has no list of 128 decoder layers"),  # it runs few layers often
         ("mamba", "its num_attention_heads is None"),
-        ("cpmant", "still has"),  # an embedding whose size no known field gives
+        ("git", "still has"),  # another tower, whose config is a part
     ],
 )
 def test_what_cannot_be_shrunk(model_type: str, says: str) -> None:

@@ -138,7 +138,7 @@ def test_dataset(file: str, content: str, says: list[str], refused: Callable[...
     [
         ({"model_type": "bert"}, 1, ["'bert' is not a decoder"]),
         ({"model_type": "t5"}, 1, ["'t5' is not a decoder"]),
-        ({"model_type": "stablelm", **TINY}, 1, ["packing is 'documents'", "StableLmForCausalLM", "allowed: 'none'"]),
+        ({"model_type": "falcon", **TINY}, 1, ["packing is 'documents'", "FalconForCausalLM", "allowed: 'none'"]),
         ({"model_type": "bloom", **TINY}, 2, ["BloomForCausalLM", "attention interface", "use sp_size 1"]),
         (
             {"model_type": "minimax", **TINY, "layer_types": ["linear_attention"]},
