@@ -48,6 +48,7 @@ class LayerCall:
         chunks: the tokens of each, (start, stop) of the L of this shard.
         last_output: of the layer.
         is_kept: whether a backward will follow, for which operators keep what they are asked to.
+        of_forward: see `LayerStream`.
 
     Attributes:
         chunk: the number of the one that runs.
@@ -56,8 +57,16 @@ class LayerCall:
         sums: to which operators add their weights' gradients; None in a forward.
     """
 
-    def __init__(self, chunks: Sequence[slice], store: Store, last_output: LastOutput, *, is_kept: bool) -> None:
-        self.chunks, self.is_kept, self.last_output = chunks, is_kept, last_output
+    def __init__(
+        self,
+        chunks: Sequence[slice],
+        store: Store,
+        last_output: LastOutput,
+        *,
+        is_kept: bool,
+        of_forward: Any = None,
+    ) -> None:
+        self.chunks, self.is_kept, self.last_output, self.of_forward = chunks, is_kept, last_output, of_forward
         self.chunk = 0
         self.runs_for = Pass.FORWARD
         self.parts: list[PartStore] = []

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import inspect
+import types
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from mst_ds.model_shape import other_layers
+from mst_ds.model_shape import layer_kinds, other_layers
+from mst_ds.structure.layers import decoder_layers
+from mst_ds.structure.mixers import find_mixers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 def require_shardable(model: PreTrainedModel) -> None:
-    """Refuse what is not exact on a shard: tokens may meet in causal attention over all positions, nowhere else.
+    """Refuse what is not exact on a shard: tokens may meet in causal attention over all positions, and in what
+    `find_mixers` finds, nowhere else.
 
     Raises:
         ValueError: a model without transformers' attention interface, attention that is not causal, or layers that mix
-            tokens in another way, such as linear attention, state spaces and convolutions.
+            tokens in another way, such as a linear attention or a recurrence of a model's own.
     """
     name, advice = type(model).__name__, "use sp_size 1 for this model"
-    if not model._supports_attention_backend:
+    if not _uses_interface(model):
         raise ValueError(
             f"{name} does not use transformers' attention interface, which sequence parallelism needs: {advice}"
         )
@@ -36,16 +41,34 @@ def why_own_attention(model: PreTrainedModel) -> str | None:
 
     None where this project's attention keeps documents apart and hides padding, because tokens meet nowhere else.
     """
-    if not model._supports_attention_backend:
+    if not _uses_interface(model):
         return "does not use transformers' attention interface, which packed documents need"
     reason = _other_mixing(model)
     return None if reason is None else f"has {reason}, which run on from one packed document into the next"
 
 
+def _uses_interface(model: PreTrainedModel) -> bool:
+    """Whether attention is where this project's can take its place."""
+    if model._supports_attention_backend:
+        return True
+    # Models with layers of several kinds do not say so of themselves.
+    forwards = (inspect.unwrap(type(module).forward) for module in model.modules())
+    return bool(find_mixers(model)) and any("ALL_ATTENTION_FUNCTIONS" in _names_of(forward) for forward in forwards)
+
+
+def _names_of(forward: Any) -> tuple[str, ...]:
+    return forward.__code__.co_names if isinstance(forward, types.FunctionType) else ()
+
+
 def _other_mixing(model: PreTrainedModel) -> str | None:
-    """What besides attention lets tokens meet; None where there is nothing."""
-    if others := other_layers(model.config.get_text_config()):
-        return f"layers of type {', '.join(others)}"
-    if any(isinstance(module, nn.Conv1d) for module in model.modules()):
+    """What besides attention and known mixers lets tokens meet; None where there is nothing."""
+    mixers = [mixer.module for mixer in find_mixers(model)]
+    inside = {module for mixer in mixers for module in mixer.modules()}
+    config = model.config.get_text_config()
+    others = [kind for kind in layer_kinds(config) if kind in other_layers(config)]
+    layers = [layer for layer in decoder_layers(model) if any(module in mixers for module in layer.modules())]
+    if len(layers) < len(others):
+        return f"layers of type {', '.join(other_layers(config))}"
+    if any(isinstance(module, nn.Conv1d) and module not in inside for module in model.modules()):
         return "convolutions over the sequence"
     return None
