@@ -48,7 +48,7 @@ class LayerCall:
         chunks: the tokens of each, (start, stop) of the L of this shard.
         last_output: of the layer.
         is_kept: whether a backward will follow, for which operators keep what they are asked to.
-        of_forward: see `LayerStream`.
+        context: of the forward, see `LayerStream`.
 
     Attributes:
         chunk: the number of the one that runs.
@@ -64,9 +64,9 @@ class LayerCall:
         last_output: LastOutput,
         *,
         is_kept: bool,
-        of_forward: Any = None,
+        context: Any = None,
     ) -> None:
-        self.chunks, self.is_kept, self.last_output, self.of_forward = chunks, is_kept, last_output, of_forward
+        self.chunks, self.is_kept, self.last_output, self.context = chunks, is_kept, last_output, context
         self.chunk = 0
         self.runs_for = Pass.FORWARD
         self.parts: list[PartStore] = []

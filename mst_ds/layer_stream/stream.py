@@ -45,7 +45,8 @@ class LayerStream:
         store: where what is kept lies.
         call: of the layer that runs, None outside one.
         is_paused: whether layers run as they are.
-        of_forward: what operators have to know of the forward that runs, which a layer remembers for its backward.
+        context: what the forward that runs tells its operators, None between forwards. A call keeps it for its
+            backward.
     """
 
     def __init__(self, *, chunks: int = 1, keep_attention: bool = False, store: Store | None = None) -> None:
@@ -53,7 +54,7 @@ class LayerStream:
         self.call: LayerCall | None = None
         self.store = DeviceStore() if store is None else store
         self.is_paused = False
-        self.of_forward: Any = None
+        self.context: Any = None
         holders_of_handed_over()
 
     def begin_forward(self) -> None:
@@ -63,11 +64,6 @@ class LayerStream:
     def cut(self, length: int) -> list[slice]:
         """The chunks of so many tokens."""
         return list(chunk_slices(length, self.chunks))
-
-    @property
-    def known(self) -> Any:
-        """What is known of the forward of the layer that runs, also when it is computed again."""
-        return self.of_forward if self.call is None else self.call.of_forward
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -116,8 +112,9 @@ class StreamedLayer:
         parameters = [parameter for parameter in all_parameters if parameter.requires_grad]
         is_kept = torch.is_grad_enabled() and (any(is_trained) or any(tensor.requires_grad for tensor in inputs))
         last_output = self._last_outputs.setdefault(is_trained, LastOutput())
-        chunks = stream.cut(arguments.length)
-        call = LayerCall(chunks, stream.store, last_output, is_kept=is_kept, of_forward=stream.of_forward)
+        call = LayerCall(
+            stream.cut(arguments.length), stream.store, last_output, is_kept=is_kept, context=stream.context
+        )
         run = _LayerRun(stream, call, self._forward, arguments, parameters, references_of_hooks(self._layer))
         tensors = _Streamed.apply(run, *inputs, *parameters) if is_kept else run.forward(inputs)
         return run.given(tensors)

@@ -98,10 +98,8 @@ class Scan:
         outputs = []
         for _, lengths in rows:
             parts = [next(of_rows[name]).split(lengths, dim=dim) for name, dim in dims.items()]
-            documents = [
-                run(given | dict(zip(dims, of_document, strict=True))) for of_document in zip(*parts, strict=True)
-            ]
-            outputs.append(torch.cat(documents, dim=self._token_dim))
+            of_documents = (dict(zip(dims, of_document, strict=True)) for of_document in zip(*parts, strict=True))
+            outputs.append(torch.cat([run(given | each) for each in of_documents], dim=self._token_dim))
         return torch.cat(outputs)
 
     def _layout(self, given: Given, name: str, group: SequenceGroup) -> HeadLayout:
@@ -116,16 +114,16 @@ class Scan:
     def _gathered(self, given: Given, layout: HeadLayout, group: SequenceGroup) -> Given:
         """The arguments of this rank's heads over the whole sequence."""
         dims = self._with_tokens(given)
-        tensors = [self._heads_first(given[name], name) for name in dims]
+        tensors = [self._heads_first(given[name]) for name in dims]
         ranges = [[self._range(name, given[name], layout, rank) for name in dims] for rank in range(group.size)]
         found = gather_heads(tensors, ranges, group)
         gathered = dict(given)
         index = layout.key_value_index(group.rank)
         for name, tensor in zip(dims, found, strict=True):
-            if name in self.by_group and index is not None:
-                # Plain groups do not say which one a head reads.
-                tensor = tensor[:, torch.tensor(index, device=tensor.device)]
-            gathered[name] = self._as_given(tensor, given[name], name)
+            # Where plain groups do not say which one a head reads.
+            is_copied = name in self.by_group and index is not None
+            of_heads = tensor[:, torch.tensor(index, device=tensor.device)] if is_copied else tensor
+            gathered[name] = self._as_given(of_heads, given[name])
         mine = layout.query_heads(group.rank)
         for name in self.of_heads:
             if given.get(name) is not None:
@@ -137,19 +135,19 @@ class Scan:
             return range(tensor.shape[1])
         return layout.key_value_heads(rank) if name in self.by_group else layout.query_heads(rank)
 
-    def _heads_first(self, tensor: Tensor, name: str) -> Tensor:
+    def _heads_first(self, tensor: Tensor) -> Tensor:
         """(B, N, L, D), D of one element where it has none."""
         by_heads = tensor if self.has_heads_first else tensor.transpose(1, 2)
         return by_heads.flatten(3) if by_heads.dim() > 3 else by_heads.unsqueeze(3)
 
-    def _as_given(self, tensor: Tensor, given: Tensor, name: str) -> Tensor:
+    def _as_given(self, tensor: Tensor, given: Tensor) -> Tensor:
         by_heads = tensor.unflatten(3, given.shape[3:]) if given.dim() > 3 else tensor.squeeze(3)
         return by_heads if self.has_heads_first else by_heads.transpose(1, 2)
 
     def _scattered(self, output: Tensor, layout: HeadLayout, group: SequenceGroup) -> Tensor:
         heads = [layout.query_heads(rank) for rank in range(group.size)]
-        of_shard = scatter_heads(self._heads_first(output, ""), heads, group)
-        return self._as_given(of_shard, output, "").contiguous()
+        of_shard = scatter_heads(self._heads_first(output), heads, group)
+        return self._as_given(of_shard, output).contiguous()
 
 
 _DELTA_RULE = Scan(

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from mst_ds.attention import DocumentStarts
 from mst_ds.config import nearest
-from mst_ds.mixers import MixedSequence
 from mst_ds.patching.document_arguments import TABLE, ToldDocuments, take_document_starts
 from mst_ds.patching.guards import check_unchanged
 from mst_ds.patching.patched import PatchedModel, own_attention
@@ -51,13 +50,11 @@ def decoder_forward(original: Callable[..., Any], patched: PatchedModel, *args: 
     check_known(patched, kwargs)
     patched.stream.begin_forward()
     kwargs |= {**_planned_arguments(patched, kwargs), "use_cache": False}
-    context: UlyssesContext | None = kwargs.get("ulysses")
-    if context is not None:
-        patched.stream.of_forward = MixedSequence(patched.group, context.attention.documents)
+    patched.stream.context = kwargs.get("ulysses")
     try:
         return original(**kwargs)
     finally:
-        patched.stream.of_forward = None
+        patched.stream.context = None
         if patched.document_lengths is not None:
             patched.document_lengths.of_tokens = None
 

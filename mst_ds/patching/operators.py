@@ -22,6 +22,7 @@ from mst_ds.minisequence import (
 )
 from mst_ds.mixers import MixedSequence
 from mst_ds.patching.undo import UNSET, Undo
+from mst_ds.sequence_parallel import UlyssesContext
 from mst_ds.settings import Settings
 from mst_ds.structure import (
     Chunkable,
@@ -133,8 +134,10 @@ def _norm_forward(
 def _mixer_forward(
     mixer: MixerStructure, stream: LayerStream, original: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
-    sequence: MixedSequence | None = None if stream.is_paused else stream.known
-    return original(*args, **kwargs) if sequence is None else mixer.run(sequence, *args, **kwargs)
+    context: UlyssesContext | None = stream.context if stream.call is None else stream.call.context
+    if stream.is_paused or context is None:
+        return original(*args, **kwargs)
+    return mixer.run(MixedSequence(context.group, context.attention.documents), *args, **kwargs)
 
 
 def _tokenwise_forward(

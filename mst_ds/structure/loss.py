@@ -171,6 +171,7 @@ def _run(model: PreTrainedModel, output: Tensor, router_logits: tuple[Tensor, ..
     probed = probe.with_stand_ins(model, named)
     config = copy.deepcopy(model.config)
     config.vocab_size = config.get_text_config().vocab_size = probe.VOCAB
+    decoder.__dict__ |= _numbers(model.base_model)
     probed.__dict__ |= {"config": config, "vocab_size": probe.VOCAB, "router_aux_loss_coef": 1.0}
     ids = torch.randint(probe.VOCAB, output.shape[:-1], device="cpu")
     with torch.enable_grad():
@@ -180,6 +181,11 @@ def _run(model: PreTrainedModel, output: Tensor, router_logits: tuple[Tensor, ..
     if result is not None and not head.got(decoder.hidden_states):
         raise ValueError(f"{name} changes its decoder's hidden states before its LM head: not supported yet")
     return result
+
+
+def _numbers(decoder: nn.Module) -> dict[str, float]:
+    """What a model may read of its decoder, such as a multiplier of its logits."""
+    return {name: value for name, value in decoder.__dict__.items() if isinstance(value, int | float)}
 
 
 class _StandInDecoder(nn.Module):

@@ -52,8 +52,10 @@ def _uses_interface(model: PreTrainedModel) -> bool:
     if model._supports_attention_backend:
         return True
     # Models with layers of several kinds do not say so of themselves.
+    layers, with_mixer = decoder_layers(model), _layers_with_mixer(model)
     forwards = (inspect.unwrap(type(module).forward) for module in model.modules())
-    return bool(find_mixers(model)) and any("ALL_ATTENTION_FUNCTIONS" in _names_of(forward) for forward in forwards)
+    uses_interface = any("ALL_ATTENTION_FUNCTIONS" in _names_of(forward) for forward in forwards)
+    return bool(with_mixer) and (uses_interface or len(with_mixer) == len(layers))
 
 
 def _names_of(forward: Any) -> tuple[str, ...]:
@@ -62,13 +64,16 @@ def _names_of(forward: Any) -> tuple[str, ...]:
 
 def _other_mixing(model: PreTrainedModel) -> str | None:
     """What besides attention and known mixers lets tokens meet; None where there is nothing."""
-    mixers = [mixer.module for mixer in find_mixers(model)]
-    inside = {module for mixer in mixers for module in mixer.modules()}
     config = model.config.get_text_config()
     others = [kind for kind in layer_kinds(config) if kind in other_layers(config)]
-    layers = [layer for layer in decoder_layers(model) if any(module in mixers for module in layer.modules())]
-    if len(layers) < len(others):
+    if len(_layers_with_mixer(model)) < len(others):
         return f"layers of type {', '.join(other_layers(config))}"
+    inside = {module for mixer in find_mixers(model) for module in mixer.module.modules()}
     if any(isinstance(module, nn.Conv1d) and module not in inside for module in model.modules()):
         return "convolutions over the sequence"
     return None
+
+
+def _layers_with_mixer(model: PreTrainedModel) -> list[nn.Module]:
+    mixers = {mixer.module for mixer in find_mixers(model)}
+    return [layer for layer in decoder_layers(model) if not mixers.isdisjoint(layer.modules())]
