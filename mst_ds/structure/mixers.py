@@ -28,21 +28,19 @@ class MixerStructure:
 
 def find_mixers(model: PreTrainedModel) -> list[MixerStructure]:
     """The modules whose own forward calls such functions, and no other of its file that is not known."""
-    return [
-        MixerStructure(module)
-        for module in model.modules()
-        if "forward" not in module.__dict__ and _is_mixer(_plain_forward(module))
-    ]
+    return [MixerStructure(module) for module in model.modules() if is_mixer(module)]
+
+
+def is_mixer(module: nn.Module) -> bool:
+    """Whether the module's own forward does."""
+    forward = _plain_forward(module)
+    if "forward" in module.__dict__ or not isinstance(forward, types.FunctionType):
+        return False
+    names = set(forward.__code__.co_names)
+    called = {name for name in names if isinstance(forward.__globals__.get(name), types.FunctionType)}
+    return not called.isdisjoint(OPERATORS) and called <= KNOWN
 
 
 def _plain_forward(module: nn.Module) -> Any:
     # Without the decorators of transformers, which look after offloading by accelerate.
     return inspect.unwrap(type(module).forward)
-
-
-def _is_mixer(forward: Any) -> bool:
-    if not isinstance(forward, types.FunctionType):
-        return False
-    names = set(forward.__code__.co_names)
-    called = {name for name in names if isinstance(forward.__globals__.get(name), types.FunctionType)}
-    return not called.isdisjoint(OPERATORS) and called <= KNOWN

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mst_ds.minisequence import ExpertEnds, KeptProjections, ParameterSums, chunked_experts, chunked_mlp
 from mst_ds.structure import probe
 from mst_ds.structure.layers import decoder_layers
+from mst_ds.structure.mixers import is_mixer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -228,7 +229,7 @@ def _find_in(parent: nn.Module, hidden_size: int) -> list[Chunkable] | None:
             found += inside
         elif (mlp := _as_mlp(child)) is not None:
             found.append(mlp)
-        elif _has_two_projections(child) and is_tokenwise(child, hidden_size):
+        elif _has_two_projections(child) and not is_mixer(child) and is_tokenwise(child, hidden_size):
             found.append(TokenwiseStructure(child, 1))
     return found
 
