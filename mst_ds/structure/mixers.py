@@ -41,6 +41,12 @@ def is_mixer(module: nn.Module) -> bool:
     return not called.isdisjoint(OPERATORS) and called <= KNOWN
 
 
+def is_attention(module: nn.Module) -> bool:
+    """Whether the module's own forward looks up its attention function where this project's is registered."""
+    forward = _plain_forward(module)
+    return isinstance(forward, types.FunctionType) and "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names
+
+
 def _plain_forward(module: nn.Module) -> Any:
     # Without the decorators of transformers, which look after offloading by accelerate.
     return inspect.unwrap(type(module).forward)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-import types
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from mst_ds.model_shape import layer_kinds, other_layers
 from mst_ds.structure.layers import decoder_layers
-from mst_ds.structure.mixers import find_mixers
+from mst_ds.structure.mixers import find_mixers, is_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,13 +51,8 @@ def _uses_interface(model: PreTrainedModel) -> bool:
         return True
     # Models with layers of several kinds do not say so of themselves.
     layers, with_mixer = decoder_layers(model), _layers_with_mixer(model)
-    forwards = (inspect.unwrap(type(module).forward) for module in model.modules())
-    uses_interface = any("ALL_ATTENTION_FUNCTIONS" in _names_of(forward) for forward in forwards)
+    uses_interface = any(map(is_attention, model.modules()))
     return bool(with_mixer) and (uses_interface or len(with_mixer) == len(layers))
-
-
-def _names_of(forward: Any) -> tuple[str, ...]:
-    return forward.__code__.co_names if isinstance(forward, types.FunctionType) else ()
 
 
 def _other_mixing(model: PreTrainedModel) -> str | None:
