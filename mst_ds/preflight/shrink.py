@@ -128,10 +128,11 @@ def shrink_config(config: PreTrainedConfig, *, layers: Sequence[int], seq_len: i
         Exception: whatever the config's class raises where it does not accept the small values.
     """
     fields = _Fields(config)
+    count = getattr(config, "num_hidden_layers", None)  # where it follows from other fields it is none of its own
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
-        if fields.size(name) is None:
+        if fields.size(name) is None and not (name == "num_hidden_layers" and count):
             raise ValueError(f"its {name} is {fields.get(name)!r}")
-    _shrink_layers(fields, layers)
+    _shrink_layers(fields, layers, count)
     _shrink_vocabulary(fields)
     _shrink_heads(fields)
     _shrink_positions(fields, seq_len)
@@ -170,12 +171,12 @@ def _constructor_names(config_class: type, config: PreTrainedConfig) -> list[str
     return sorted(name for name in names if hasattr(config, name))
 
 
-def _shrink_layers(fields: _Fields, layers: Sequence[int]) -> None:
-    count = fields.size("num_hidden_layers")
+def _shrink_layers(fields: _Fields, layers: Sequence[int], count: int | None) -> None:
     for name, value in fields.values.items():
         if isinstance(value, list | tuple) and len(value) == count:
             fields.values[name] = [value[layer] for layer in layers]
-    fields.put("num_hidden_layers", len(layers))
+    if fields.size("num_hidden_layers") is not None:
+        fields.put("num_hidden_layers", len(layers))
 
 
 def _shrink_vocabulary(fields: _Fields) -> None:
