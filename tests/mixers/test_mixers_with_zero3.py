@@ -1,4 +1,4 @@
-"""Hybrid models under ZeRO-3 on two ranks that share packed sequences: the steps of the plain model on each document."""
+"""Hybrid models under ZeRO-3 on two ranks that share packed sequences: steps of the plain model on each document."""
 
 from __future__ import annotations
 
