@@ -30,6 +30,7 @@ LAYERS = [
     {"planner", "minisequence", "metrics", "data"},
     {"layer_stream"},
     {"sequence_parallel"},
+    {"mixers"},
     {"structure", "model_folder", "objectives"},
     {"patching", "checkpoint"},
     {"preflight", "memory", "scaling"},

@@ -14,7 +14,7 @@ from mst_ds.model_shape.known_models import known_model_names, load_config_of_sh
 from mst_ds.model_shape.model_flops import attended_pairs, flops_per_token
 from mst_ds.model_shape.positions import require_positions, unknown_positions
 from mst_ds.model_shape.rope_scaling import parse_rope_scaling, scale_rope
-from mst_ds.model_shape.shape import ModelShape, NormShape, other_layers
+from mst_ds.model_shape.shape import ModelShape, NormShape, layer_kinds, other_layers
 
 __all__ = [
     "ExpertShape",
@@ -25,6 +25,7 @@ __all__ = [
     "attended_pairs",
     "flops_per_token",
     "known_model_names",
+    "layer_kinds",
     "load_config_of_shape",
     "load_model_config",
     "load_model_shape",

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _ATTENTION_LAYERS = frozenset({"full_attention", "attention", "sliding_attention", "chunked_attention"})
+_TOKENWISE_LAYERS = frozenset({"mlp", "moe"})
+# Heads of layers that are not attention, which ranks share as they do those of attention.
+_MIXER_HEADS = ("linear_num_value_heads", "linear_num_heads", "mamba_n_heads", "mamba_num_heads", "n_mamba_heads")
 _INTERMEDIATE_NAMES = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 _ACTIVATION_NAMES = ("hidden_activation", "hidden_act", "activation_function", "activation")
 
@@ -55,6 +58,7 @@ class ModelShape(Dimensions):
         sliding_windows: the window of each layer that has one, in tokens.
         window_layers: which layers these are, from 0 on.
         other_layers: kinds of layers that are not attention; counted as if they were.
+        mixer_heads: of these, 0 where they have none that are known.
         has_own_attention: its attention is not this project's, which alone is kept and works through a layer in chunks.
         layer_parameter_count: of the largest layer.
         position_parameter_count: of learned position embeddings, 0 without.
@@ -82,6 +86,7 @@ class ModelShape(Dimensions):
     sliding_windows: tuple[int, ...]
     window_layers: tuple[int, ...]
     other_layers: tuple[str, ...]
+    mixer_heads: int
     has_own_attention: bool
     embedding_parameter_count: int
     position_parameter_count: int
@@ -137,6 +142,7 @@ class ModelShape(Dimensions):
             sliding_windows=(window,) * len(window_layers),
             window_layers=window_layers,
             other_layers=other_layers(config),
+            mixer_heads=_mixer_heads(config, dimensions),
             has_own_attention=config.model_type in OWN_ATTENTION or bool(other_layers(config)),
             embedding_parameter_count=counts.embedding,
             position_parameter_count=counts.positions,
@@ -158,8 +164,11 @@ class ModelShape(Dimensions):
 
     @property
     def max_sp_size(self) -> int:
-        """The most ranks that can share a sequence: each needs a query head, and other layers need all tokens."""
-        return 1 if self.other_layers else self.num_attention_heads
+        """The most ranks that can share a sequence: each needs a query head, and one of the layers that are not
+        attention, without which these need all tokens."""
+        return (
+            max(1, min(self.num_attention_heads, self.mixer_heads)) if self.other_layers else self.num_attention_heads
+        )
 
     @property
     def is_trained_whole(self) -> bool:
@@ -195,8 +204,12 @@ class ModelShape(Dimensions):
 
 def other_layers(config: Any) -> tuple[str, ...]:
     """The kinds of layers that are not attention, such as linear attention, state spaces and convolutions."""
-    kinds = {*(getattr(config, "layer_types", None) or ()), *(getattr(config, "layers_block_type", None) or ())}
-    return tuple(sorted(kinds - _ATTENTION_LAYERS))
+    return tuple(sorted(set(layer_kinds(config)) - _ATTENTION_LAYERS - _TOKENWISE_LAYERS))
+
+
+def layer_kinds(config: Any) -> list[str]:
+    """The kind of each layer, in transformers' words; none where a config does not say."""
+    return list(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
 
 
 def _dimensions(config: PreTrainedConfig) -> Dimensions:
@@ -218,6 +231,16 @@ def _dimensions(config: PreTrainedConfig) -> Dimensions:
         value_head_dim=optional_size(config, "v_head_dim") or head_dim,
         vocab_size=size(config, "vocab_size"),
     )
+
+
+def _mixer_heads(config: PreTrainedConfig, dimensions: Dimensions) -> int:
+    heads = optional_size(config, *_MIXER_HEADS)
+    if heads is None and other_layers(config) == ("conv",):
+        # A short convolution has none to divide: ranks hand on a few tokens.
+        return dimensions.num_attention_heads
+    if heads is None and (expand := optional_size(config, "mamba_expand")):
+        return expand * dimensions.hidden_size  # channels, each its own
+    return heads or 0
 
 
 def _activation(config: PreTrainedConfig) -> str:

@@ -21,6 +21,7 @@ from mst_ds.patching.operators import (
     chunk_mlp,
     chunk_norm,
     mark_as_leaf,
+    mix_documents,
     require_input_gradient,
     stream_layer,
 )
@@ -42,10 +43,12 @@ from mst_ds.structure import (
     DocumentLengths,
     DocumentRotary,
     LossStructure,
+    MixerStructure,
     NormStructure,
     RotaryStructure,
     decoder_layers,
     find_document_rotary,
+    find_mixers,
     find_mlps,
     find_norms,
     find_rotary,
@@ -64,11 +67,12 @@ _UNDO = "_mst_undo"
 
 @dataclass(frozen=True)
 class ModelParts:
-    """What of a model a plan replaces; `mlps` is empty where the model keeps its own."""
+    """What of a model a plan replaces; `mlps` and `mixers` are empty where the model keeps its own."""
 
     layers: list[nn.Module]
     mlps: list[Chunkable]
     norms: list[NormStructure]
+    mixers: list[MixerStructure]
     rotary: list[RotaryStructure]
     document_rotary: list[DocumentRotary]
     loss: LossStructure
@@ -96,7 +100,10 @@ def find_parts(model: nn.Module, settings: Settings) -> ModelParts:
     # What is in an MLP is chunked with it.
     inside = {module for mlp in mlps for module in mlp.module.modules()}
     norms = [norm for norm in find_norms(model) if norm.module not in inside]
-    return ModelParts(layers, mlps, norms, find_rotary(model), find_document_rotary(model), loss_structure(model))
+    mixers = find_mixers(model) if why_own_attention(model) is None else []
+    _require_one_chunk(model, mixers, settings)
+    rotary, document_rotary = find_rotary(model), find_document_rotary(model)
+    return ModelParts(layers, mlps, norms, mixers, rotary, document_rotary, loss_structure(model))
 
 
 def apply_plan(model: Model, plan: Plan, *, sequence_group: dist.ProcessGroup | SequenceGroup | None = None) -> Model:
@@ -154,7 +161,7 @@ def apply_settings(
     base.__dict__[_UNDO] = undo
     reason = why_own_attention(base)
     # A layer whose tokens meet elsewhere than in this project's attention is a stream of one chunk.
-    layer_chunks = settings.layer_chunks if reason is None else 1
+    layer_chunks = settings.layer_chunks if reason is None and not parts.mixers else 1
     stream = _replace_parts(parts, settings, layer_chunks, undo)
     if zero_stage == 3:
         _gather_leaves(parts, settings, undo)
@@ -183,6 +190,15 @@ def apply_settings(
     )
     _replace_model(patched, undo)
     return model
+
+
+def _require_one_chunk(model: PreTrainedModel, mixers: list[MixerStructure], settings: Settings) -> None:
+    """A mixer works on consecutive tokens of a shard."""
+    if mixers and settings.sp_size > 1 and settings.layer_chunks > 1:
+        raise ValueError(
+            f"layer_chunks is {settings.layer_chunks}, and {type(model).__name__} has layers that are not attention, "
+            f'which work on a shard whole; allowed: "layer_chunks": 1 in the "mst" block'
+        )
 
 
 def _require_own_keys(base: PreTrainedModel, settings: Settings) -> None:
@@ -230,6 +246,8 @@ def _replace_parts(parts: ModelParts, settings: Settings, layer_chunks: int, und
     if settings.recompute:
         for layer in parts.layers:
             stream_layer(layer, stream, undo)
+    for mixer in parts.mixers:
+        mix_documents(mixer, stream, undo)
     for rotary in parts.rotary:
         undo.set_attribute(rotary.module, "forward", rotary.forward())
     chunk_head(parts.loss, settings, undo)

@@ -20,12 +20,15 @@ from mst_ds.minisequence import (
     chunked_loss_of_head,
     chunked_tokenwise,
 )
+from mst_ds.mixers import MixedSequence
 from mst_ds.patching.undo import UNSET, Undo
+from mst_ds.sequence_parallel import UlyssesContext
 from mst_ds.settings import Settings
 from mst_ds.structure import (
     Chunkable,
     ExpertsStructure,
     LossStructure,
+    MixerStructure,
     MlpStructure,
     NormStructure,
     TokenwiseStructure,
@@ -44,6 +47,10 @@ def chunk_mlp(mlp: Chunkable, settings: Settings, stream: LayerStream, undo: Und
 
 def chunk_norm(norm: NormStructure, stream: LayerStream, undo: Undo) -> None:
     undo.set_attribute(norm.module, "forward", functools.partial(_norm_forward, norm, stream, norm.module.forward))
+
+
+def mix_documents(mixer: MixerStructure, stream: LayerStream, undo: Undo) -> None:
+    undo.set_attribute(mixer.module, "forward", functools.partial(_mixer_forward, mixer, stream, mixer.module.forward))
 
 
 def stream_layer(layer: nn.Module, stream: LayerStream, undo: Undo) -> None:
@@ -122,6 +129,15 @@ def _norm_forward(
     if len(args) != 1 or kwargs:
         return original(*args, **kwargs)
     return norm.run(*args, sums=None if stream.call is None else stream.call.sums)
+
+
+def _mixer_forward(
+    mixer: MixerStructure, stream: LayerStream, original: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    context: UlyssesContext | None = stream.context if stream.call is None else stream.call.context
+    if stream.is_paused or context is None:
+        return original(*args, **kwargs)
+    return mixer.run(MixedSequence(context.group, context.attention.documents), *args, **kwargs)
 
 
 def _tokenwise_forward(

@@ -158,10 +158,13 @@ def make_request(
         ValueError: a setting that cannot be planned, in one line with what is allowed.
     """
     zero, mst, sp_size, world_size = config.zero, config.mst, config.sp_size, config.zero.dp_world_size
-    if shape.other_layers and sp_size > 1:
+    if shape.other_layers and sp_size > shape.max_sp_size:
+        others = f"the model has layers of type {', '.join(shape.other_layers)}"
+        if not shape.mixer_heads:
+            raise ValueError(f"{others}, which sequence parallelism does not support: use sp_size 1 for this model")
         raise ValueError(
-            f"the model has layers of type {', '.join(shape.other_layers)}, which sequence parallelism does not "
-            "support: use sp_size 1 for this model"
+            f"sp_size is {sp_size}, but {others} with {shape.mixer_heads} heads to divide; allowed: at most "
+            f"{shape.max_sp_size}"
         )
     # What no search chooses is as the user settled it, or the default.
     settled = {**mst.given, "sp_size": sp_size, "attention": _attention(mst.get("attention"), zero.dtype)}

@@ -29,6 +29,10 @@ class Case:
         of_layers = settings.layer_chunks * min(settings.mlp_chunks, KNOBS["mlp_chunks"].several)
         return LEAST_CHUNK_TOKENS * max(of_layers, settings.mlp_chunks, settings.loss_chunks)
 
+    def with_whole_layers(self) -> Case:
+        """This of a model whose layers are one chunk whatever the settings say."""
+        return dataclasses.replace(self, settings=dataclasses.replace(self.settings, layer_chunks=1))
+
     @property
     def token_layout(self) -> TokenLayout:
         """Which tokens a rank holds."""

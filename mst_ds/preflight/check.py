@@ -19,6 +19,7 @@ from mst_ds.preflight.float64 import default_float64
 from mst_ds.preflight.sequences import Documents
 from mst_ds.preflight.shrink import random_fields
 from mst_ds.preflight.small_model import build_small_model
+from mst_ds.structure import find_mixers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -93,15 +94,19 @@ def check_model(config: PreTrainedConfig, cases: Sequence[Case]) -> Report:
 
     Args:
         config: the user's Hugging Face config.
-        cases: what to compare; each is a check of the report, in this order.
+        cases: what to compare; each is a check of the report, in this order. Where layers are one chunk whatever the
+            settings say, those that differ in nothing else are one.
 
     Raises:
         ValueError: not a config of a decoder, or one that cannot be shrunk; the text says why.
     """
     ModelShape.from_config(config)
-    sequences = {case: (case.packed, _seq_len(case)) for case in cases}
+    sequences = {case.with_whole_layers(): (case.packed, _seq_len(case)) for case in cases}
+    sequences |= {case: (case.packed, _seq_len(case)) for case in cases}
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), default_float64(), _one_thread(), _no_warnings():
         model = build_small_model(config, seq_len=max(seq_len for _, seq_len in sequences.values()))
+        if find_mixers(model):
+            cases = list(dict.fromkeys(case.with_whole_layers() for case in cases))
         truths = {
             (packed, seq_len): _Truth.of(model, packed=packed, seq_len=seq_len)
             for packed, seq_len in dict.fromkeys(sequences.values())

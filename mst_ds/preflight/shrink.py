@@ -79,6 +79,7 @@ _COUNTS: Mapping[str, int] = {
     "mamba_num_heads": 4,
     "n_groups": 2,
     "mamba_chunk_size": 8,
+    "chunk_size": 8,
     "sliding_window": _WINDOW,
     "sliding_window_size": _WINDOW,
     "attention_window_size": _WINDOW,

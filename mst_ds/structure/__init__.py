@@ -3,6 +3,7 @@
 from mst_ds.structure.document_rotary import DocumentLengths, DocumentRotary, find_document_rotary
 from mst_ds.structure.layers import decoder_layers
 from mst_ds.structure.loss import LossStructure, RouterLoss, find_decoder, loss_structure
+from mst_ds.structure.mixers import MixerStructure, find_mixers
 from mst_ds.structure.mlps import Chunkable, ExpertsStructure, MlpStructure, TokenwiseStructure, find_mlps
 from mst_ds.structure.norms import NormStructure, find_norms
 from mst_ds.structure.positions import position_table
@@ -15,6 +16,7 @@ __all__ = [
     "DocumentRotary",
     "ExpertsStructure",
     "LossStructure",
+    "MixerStructure",
     "MlpStructure",
     "NormStructure",
     "RotaryStructure",
@@ -23,6 +25,7 @@ __all__ = [
     "decoder_layers",
     "find_decoder",
     "find_document_rotary",
+    "find_mixers",
     "find_mlps",
     "find_norms",
     "find_rotary",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mst_ds.minisequence import ExpertEnds, KeptProjections, ParameterSums, chunked_experts, chunked_mlp
 from mst_ds.structure import probe
 from mst_ds.structure.layers import decoder_layers
+from mst_ds.structure.mixers import is_attention, is_mixer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -192,6 +193,8 @@ def find_mlps(model: PreTrainedModel, *, required: bool) -> list[Chunkable]:
             chunkable = _find_in(layer, hidden_size)
             if chunkable:
                 found += chunkable
+            elif chunkable is not None and _only_mixes(layer):
+                continue
             elif required:
                 raise ValueError(
                     f"{type(model).__name__}: {names[layer]} has no MLP that can be chunked exactly (linear layers and "
@@ -204,6 +207,12 @@ def find_mlps(model: PreTrainedModel, *, required: bool) -> list[Chunkable]:
             f'{type(model).__name__} has no decoder layers with an MLP; set "mlp_chunks": 1 in the "mst" block'
         )
     return found
+
+
+def _only_mixes(layer: nn.Module) -> bool:
+    """Whether all that could be an MLP in it is attention or another mixer."""
+    inside = [child for child in layer.children() if _has_two_projections(child)]
+    return bool(inside) and all(is_mixer(child) or is_attention(child) for child in inside)
 
 
 def is_tokenwise(module: nn.Module, hidden_size: int) -> bool:
@@ -228,7 +237,7 @@ def _find_in(parent: nn.Module, hidden_size: int) -> list[Chunkable] | None:
             found += inside
         elif (mlp := _as_mlp(child)) is not None:
             found.append(mlp)
-        elif _has_two_projections(child) and is_tokenwise(child, hidden_size):
+        elif _has_two_projections(child) and not is_mixer(child) and is_tokenwise(child, hidden_size):
             found.append(TokenwiseStructure(child, 1))
     return found
 

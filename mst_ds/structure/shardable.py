@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import inspect
-import types
 from typing import TYPE_CHECKING
 
 from torch import nn
 
-from mst_ds.model_shape import other_layers
+from mst_ds.model_shape import layer_kinds, other_layers
 from mst_ds.structure.layers import decoder_layers
+from mst_ds.structure.mixers import find_mixers, is_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 def require_shardable(model: PreTrainedModel) -> None:
-    """Refuse what is not exact on a shard: tokens may meet in causal attention over all positions, nowhere else.
+    """Refuse what is not exact on a shard: tokens may meet in causal attention over all positions, and in what
+    `find_mixers` finds, nowhere else.
 
     Raises:
         ValueError: a model without transformers' attention interface, attention that is not causal, or layers that mix
-            tokens in another way, such as linear attention, state spaces and convolutions.
+            tokens in another way, such as a linear attention or a recurrence of a model's own.
     """
     name, advice = type(model).__name__, "use sp_size 1 for this model"
     if not _uses_interface(model):
@@ -46,24 +46,29 @@ def why_own_attention(model: PreTrainedModel) -> str | None:
 
 
 def _uses_interface(model: PreTrainedModel) -> bool:
-    """Whether attention is called through transformers' interface: the model says so, or each of its layers does it."""
-    layers = decoder_layers(model)
-    return model._supports_attention_backend or (bool(layers) and all(map(_calls_interface, layers)))
-
-
-def _calls_interface(layer: nn.Module) -> bool:
-    forwards = (inspect.unwrap(type(module).forward) for module in layer.modules())
-    return any(
-        "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names
-        for forward in forwards
-        if isinstance(forward, types.FunctionType)
-    )
+    """Whether this project's attention can take the place of the model's: it says so, or each of its layers calls it."""
+    if model._supports_attention_backend:
+        return True
+    layers, with_mixer = decoder_layers(model), _layers_with_mixer(model)
+    with_attention = [layer for layer in layers if any(map(is_attention, layer.modules()))]
+    if with_mixer:
+        # Layers of several kinds: some may have neither.
+        return bool(with_attention) or len(with_mixer) == len(layers)
+    return bool(layers) and len(with_attention) == len(layers)
 
 
 def _other_mixing(model: PreTrainedModel) -> str | None:
-    """What besides attention lets tokens meet; None where there is nothing."""
-    if others := other_layers(model.config.get_text_config()):
-        return f"layers of type {', '.join(others)}"
-    if any(isinstance(module, nn.Conv1d) for module in model.modules()):
+    """What besides attention and known mixers lets tokens meet; None where there is nothing."""
+    config = model.config.get_text_config()
+    others = [kind for kind in layer_kinds(config) if kind in other_layers(config)]
+    if len(_layers_with_mixer(model)) < len(others):
+        return f"layers of type {', '.join(other_layers(config))}"
+    inside = {module for mixer in find_mixers(model) for module in mixer.module.modules()}
+    if any(isinstance(module, nn.Conv1d) and module not in inside for module in model.modules()):
         return "convolutions over the sequence"
     return None
+
+
+def _layers_with_mixer(model: PreTrainedModel) -> list[nn.Module]:
+    mixers = {mixer.module for mixer in find_mixers(model)}
+    return [layer for layer in decoder_layers(model) if not mixers.isdisjoint(layer.modules())]

@@ -6,7 +6,7 @@ import re
 import pytest
 from rich.console import Console
 from test_plan import ATTENTION, choices_of, llama_8b_plan, small_plan
-from transformers import LlamaConfig, StableLmConfig
+from transformers import LlamaConfig, Qwen3NextConfig, StableLmConfig
 
 from mst_ds.config import GIB
 from mst_ds.planner import gpu_by_name, make_plan, plan_table
@@ -79,6 +79,22 @@ def test_layers_that_are_not_attention_are_planned_on_one_rank_and_said_to_be_an
         ValueError, match="layers of type linear_attention, which sequence parallelism does not support"
     ):
         make_plan(**arguments, sp_size=2)
+
+
+def test_ranks_share_the_heads_that_a_config_names_for_other_layers():
+    hybrid = Qwen3NextConfig(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        linear_num_value_heads=4,
+        linear_num_key_heads=2,
+        layer_types=["linear_attention", "full_attention"],
+    )
+    arguments = {"model_config": hybrid, "ds_config": {}, "seq_len": 4096, "device_memory": GIB}
+    plan = make_plan(**arguments, world_size=8, sp_size=4)
+    assert (plan.sp_size, plan.settings.layer_chunks) == (4, 1)
+    with pytest.raises(ValueError, match=r"sp_size is 8, but .* with 4 heads to divide; allowed: at most 4"):
+        make_plan(**arguments, world_size=8, sp_size=8)
 
 
 def rendered(plan):

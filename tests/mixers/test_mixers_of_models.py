@@ -1,0 +1,64 @@
+"""Models with layers that are not attention train exactly, packed and sharded; what is lost of a state is found."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiers import slow_but_for
+from torch import Tensor
+from transformers import AutoConfig
+
+import mst_ds.mixers.convolution
+from mst_ds.mixers.scan import Scan
+from mst_ds.preflight import Case, Check, check_model
+from mst_ds.settings import Settings
+
+ONE_RANK = Case(Settings(recompute=True, mlp_chunks=3, loss_chunks=3), packed=True)
+SHARDED = Case(Settings(sp_size=2, recompute=True, mlp_chunks=3, loss_chunks=3), packed=True)
+KEPT = Case(Settings(sp_size=2), packed=False)
+# Each kind of layer once; with this number of layers the kinds follow as the models' own rules have them.
+LAYERS = ["linear_attention", "full_attention"]
+MODELS: dict[str, dict[str, Any]] = {
+    "lfm2": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
+    "qwen3_5_text": {"num_hidden_layers": 2, "layer_types": LAYERS},
+    "qwen3_next": {"num_hidden_layers": 2, "layer_types": LAYERS},
+    "olmo_hybrid": {"num_hidden_layers": 2, "layer_types": LAYERS},
+    "kimi_linear": {"num_hidden_layers": 2, "layer_types": LAYERS},
+    "granitemoehybrid": {"num_hidden_layers": 2, "layer_types": LAYERS},
+    "bamba": {"num_hidden_layers": 2, "attn_layer_indices": [1]},
+    "falcon_h1": {"num_hidden_layers": 2},
+    "jamba": {},
+}
+QUICK = ("lfm2", "granitemoehybrid")
+
+
+def check(model_type: str, *cases: Case) -> tuple[Check, ...]:
+    return check_model(AutoConfig.for_model(model_type, **MODELS[model_type]), cases).checks
+
+
+@pytest.mark.parametrize("model_type", slow_but_for(QUICK, MODELS))
+def test_models_with_other_layers_are_exact(model_type: str) -> None:
+    for each in check(model_type, ONE_RANK, SHARDED, KEPT):
+        assert each.is_exact, (each.refusal, each.defect)
+
+
+def test_a_foreign_documents_state_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scan, "_by_document", lambda self, sequence, given, run: run(given))
+    for each in check("granitemoehybrid", ONE_RANK, SHARDED):
+        assert each.defect is not None
+        assert each.defect.startswith("model.layers.0.mamba: ")
+
+
+def test_a_lost_token_of_a_convolutions_tail_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = mst_ds.mixers.convolution.tokens_before
+
+    def without_the_first(*args: Any) -> Tensor:
+        before = original(*args)
+        return torch.cat([torch.zeros_like(before[:, :, :1]), before[:, :, 1:]], dim=2)
+
+    monkeypatch.setattr(mst_ds.mixers.convolution, "tokens_before", without_the_first)
+    (sharded,) = check("lfm2", SHARDED)
+    assert sharded.defect is not None
+    assert sharded.defect.startswith("model.layers.0.conv: ")
