@@ -11,19 +11,10 @@ import contextlib
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
 
-from mst_ds.command_line.entry_point import REQUEST_ERRORS, console, refuse, run_command
-from mst_ds.commands import plan_flags
-from mst_ds.config import GIB
-from mst_ds.files.read_file import expanded
-from mst_ds.files.whole_file import replace_file
-from mst_ds.model_shape import ModelShape, load_config_of_shape, load_model_shape
-from mst_ds.planner import (
-    LENGTH_STEP,
+from mst_ds.answers import (
     Answer,
     Lengths,
-    Request,
     Run,
     advice_lines,
     answer_lines,
@@ -32,19 +23,26 @@ from mst_ds.planner import (
     comparison_table,
     launch_lines,
     lengths_table,
-    longest_of_request,
+    longest_of_ranks,
+    longest_table,
     markdown_report,
     mix_as_dict,
     mix_cost,
     parse_lengths,
-    plan_of_request,
     plan_table,
     plot_plan,
     positions,
     require_states,
-    why_nothing_fits,
     write_config,
 )
+from mst_ds.command_line.entry_point import REQUEST_ERRORS, console, refuse, run_command
+from mst_ds.commands import plan_flags
+from mst_ds.config import GIB
+from mst_ds.files.read_file import expanded
+from mst_ds.files.whole_file import replace_file
+from mst_ds.model_shape import load_config_of_shape, load_model_shape
+from mst_ds.planner import LENGTH_STEP, Request, longest_of_request, plan_of_request
+from mst_ds.topology import divisors
 from mst_ds.zero import ds_config_file
 
 
@@ -185,46 +183,23 @@ def _print_table(options: argparse.Namespace) -> int:
     """The longest length for 1, 2, 4 ... nodes and each sp_size; returns the exit code."""
     shape = load_model_shape(options.model)
     counts = sorted({2**power for power in range(options.num_nodes.bit_length())} | {options.num_nodes})
-    found: list[dict[str, Any]] = []
-    for num_nodes in counts:
-        world_size = options.num_gpus * num_nodes
-        for sp_size in range(1, min(shape.max_sp_size, world_size) + 1):
-            if world_size % sp_size == 0 and options.sp_size in (None, sp_size):
-                request = plan_flags.request_of(options, num_nodes=num_nodes, sp_size=sp_size, seq_len=LENGTH_STEP)
-                longest = longest_of_request(request) // request.sequences_per_sample
-                found.append({"num_nodes": num_nodes, "sp_size": sp_size, "max_seq_len": longest})
-                if not longest:
-                    found[-1]["reason"] = why_nothing_fits(request)
-    if not found:
-        raise ValueError(
-            f"sp_size is {options.sp_size}; allowed: a divisor of the ranks of 1, 2, 4 ... nodes, and at most "
-            f"{_most_ranks(shape)}"
-        )
+    ranks = [(nodes, size) for nodes in counts for size in divisors(nodes * options.num_gpus)]
+    if options.sp_size is not None:
+        ranks = [(nodes, options.sp_size) for nodes in counts]
+
+    def request_of(num_nodes: int, sp_size: int) -> Request:
+        return plan_flags.request_of(options, num_nodes=num_nodes, sp_size=sp_size, seq_len=LENGTH_STEP)
+
+    found = longest_of_ranks(request_of, ranks)
     if options.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps([each.as_dict() for each in found], indent=2))
     else:
-        _show_table(found)
-        if reasons := [point["reason"] for point in found if "reason" in point]:
+        console().print(longest_table(found))
+        if reasons := [each.reason for each in found if each.reason is not None]:
             print(f"0: {reasons[-1]}")
-        if known := positions(shape, max(point["max_seq_len"] for point in found)):
+        if known := positions(shape, max(each.seq_len for each in found)):
             print(f"the longest of them{known}")
-    return 0 if any(point["max_seq_len"] for point in found) else 1
-
-
-def _most_ranks(shape: ModelShape) -> str:
-    others = ", ".join(shape.other_layers)
-    return f"1, for layers of type {others}" if others else f"{shape.num_attention_heads}, the number of query heads"
-
-
-def _show_table(found: list[dict[str, Any]]) -> None:
-    from rich.table import Table
-
-    sp_sizes = sorted({point["sp_size"] for point in found})
-    table = Table("nodes", *(f"sp {sp_size}" for sp_size in sp_sizes), title="longest sequence that fits, in K tokens")
-    lengths = {(point["num_nodes"], point["sp_size"]): f"{point['max_seq_len'] // LENGTH_STEP}" for point in found}
-    for num_nodes in sorted({point["num_nodes"] for point in found}):
-        table.add_row(str(num_nodes), *(lengths.get((num_nodes, sp_size), "-") for sp_size in sp_sizes))
-    console().print(table)
+    return 0 if any(each.seq_len for each in found) else 1
 
 
 def cli() -> int:

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from mst_ds.adapter_flags import AdapterRequest
+from mst_ds.answers import gpu_of_file
 from mst_ds.command_line.flags import OneLineParser
 from mst_ds.config import AUTO, DEFAULT_DS_CONFIG, DEFAULT_MODEL, GIB, TrainConfig
 from mst_ds.gpus import Gpu, gpu_by_name, gpu_of_device
 from mst_ds.model_shape import ModelShape, load_config_of_shape, load_model_shape
-from mst_ds.planner import DEFAULT_RESERVE, Request, gpu_of_file, read_request
+from mst_ds.planner import DEFAULT_RESERVE, Request, read_request
 from mst_ds.planner.calibration import Calibration, read_calibration
 from mst_ds.zero import load_ds_config, split_mst
 

@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 
+from mst_ds.answers import changes_that_fit, changes_that_help
 from mst_ds.config import GIB
 from mst_ds.gpus import gpu_by_name
-from mst_ds.planner import changes_that_fit, changes_that_help, plan_of_request, read_request
+from mst_ds.planner import plan_of_request, read_request
 
 LLAMA_8B, LLAMA_70B = "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-70B"
 

@@ -6,14 +6,14 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from mst_ds.answers.advice import Change, changes_that_fit, changes_that_help
+from mst_ds.answers.verdict import DEFAULT_TOKENS, Cost, Limit, cost_of, limit_of
 from mst_ds.config import GIB
 from mst_ds.model_shape import unknown_positions
-from mst_ds.planner.advice import Change, changes_that_fit, changes_that_help
 from mst_ds.planner.plan import LENGTH_STEP, longest_of_request, plan_of_request
 from mst_ds.planner.request import Request
 from mst_ds.planner.sequence_ranks import settle_sp_size
 from mst_ds.planner.types import Plan
-from mst_ds.planner.verdict import DEFAULT_TOKENS, Cost, Limit, cost_of, limit_of
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from rich.table import Table
 
+from mst_ds.answers.answer import Answer
+from mst_ds.answers.verdict import seconds_text
 from mst_ds.config import GIB
 from mst_ds.gpus import Gpu
 from mst_ds.model_shape import ModelShape
-from mst_ds.planner.answer import Answer
 from mst_ds.planner.plan import LENGTH_STEP
 from mst_ds.planner.types import Plan
-from mst_ds.planner.verdict import seconds_text
 
 _SHOWN_TERMS = 3
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from processes import ROOT, free_port, run
 
+from mst_ds.answers import Cost, Limit
+from mst_ds.answers.verdict import cost_of_mix
 from mst_ds.commands import plan as plan_command
 from mst_ds.config import GIB
 from mst_ds.gpus import gpu_by_name
-from mst_ds.planner import Limit
-from mst_ds.planner.verdict import Cost, cost_of_mix
 
 LLAMA_8B = ("--model", "meta-llama/Llama-3.1-8B", "--num_gpus", "8", "--gpu", "H100")
 HOST = ("--host_memory_gib", "1900")

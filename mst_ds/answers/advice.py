@@ -8,14 +8,15 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
+from mst_ds.answers import variants
+from mst_ds.answers.verdict import seconds_text
 from mst_ds.config import GIB
 from mst_ds.geometry import ceil_divide
 from mst_ds.gpus import known_gpus
-from mst_ds.planner import nvme, variants
+from mst_ds.planner import nvme
 from mst_ds.planner.plan import longest_of_request, plan_of_request
 from mst_ds.planner.request import Request
 from mst_ds.planner.types import Plan
-from mst_ds.planner.verdict import seconds_text
 
 Value: TypeAlias = int | str | bool
 _Settings: TypeAlias = tuple[tuple[str, Value], ...]
