@@ -27,6 +27,8 @@ Terms = tuple[MemoryTerm, ...]
 def step_phases(work: Workload) -> tuple[Phase, ...]:
     """All phases, in the order in which they happen."""
     mlp_chunks, loss_chunks = work.settings.mlp_chunks, work.settings.loss_chunks
+    # Terms get these counts as arguments: what is remembered is of any.
+    work = work.with_settings(mlp_chunks=1, loss_chunks=1)
     return (
         states_phase(work),
         layer_phase(work, mlp_chunks, backward=False),
@@ -44,6 +46,7 @@ def states_phase(work: Workload) -> Phase:
     return Phase("initialisation", _standing(work, has_gradients=work.zero.stage == 3) + states.parameter_blocks(work))
 
 
+@remembered
 def layer_phase(work: Workload, mlp_chunks: int, *, backward: bool) -> Phase:
     """The forward or the backward at its highest point: the last layer's largest operator, when all that layers keep is
     there; or in the backward the first layer's, when nearly all gradients are."""
@@ -153,6 +156,7 @@ def _on_device(terms: Terms) -> Terms:
     return tuple(term for term in terms if term.place == "device")
 
 
+@remembered
 def loss_phase(work: Workload, loss_chunks: int) -> Phase:
     """The loss, which computes its gradients in the forward and scales them at the start of the backward."""
     terms = _standing_computing(work, "loss") + activations.kept_between_layers(work, "loss")
@@ -164,6 +168,7 @@ def loss_phase(work: Workload, loss_chunks: int) -> Phase:
     return Phase("loss", terms + largest)
 
 
+@remembered
 def mlp_moments(work: Workload, mlp_chunks: int, *, backward: bool) -> tuple[MlpStep, ...]:
     """The MLPs of a layer, each with what the layer's other operators have saved by then."""
     saved, whole = _saved(work, backward=backward), stream_terms(work, backward=backward)

@@ -16,7 +16,7 @@ from mst_ds.planner.search import can_fit
 from mst_ds.planner.workload import Workload
 from mst_ds.settings import MstConfig, Settings
 from mst_ds.topology import Topology
-from mst_ds.zero import ResolvedConfig, ZeroConfig, read_resolved
+from mst_ds.zero import ResolvedConfig, read_resolved
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -72,11 +72,9 @@ class Request:
         topology, work = replace(self.topology, sp_size=sp_size), self.work.with_settings(sp_size=sp_size)
         return replace(self, topology=topology, work=work, other_sp_sizes=())
 
-    def fits(self, *, seq_len: int | None = None, zero: ZeroConfig | None = None, sp_size: int | None = None) -> bool:
-        """Whether there are settings that fit, with these in place of those of `work`."""
-        work = replace(self.work, seq_len=seq_len or self.work.seq_len, zero=zero or self.work.zero)
-        if sp_size is not None:
-            work = work.with_settings(sp_size=sp_size)
+    def fits(self, *, seq_len: int | None = None) -> bool:
+        """Whether there are settings that fit, with this length in place of that of `work`."""
+        work = self.work if seq_len is None else replace(self.work, seq_len=seq_len)
         return can_fit(work, self.mst, device_memory=self.least_device_memory, host_memory=self.host_memory)
 
 
