@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import sys
 from collections.abc import Sequence
@@ -204,6 +205,9 @@ def _print_table(options: argparse.Namespace) -> int:
 
 def cli() -> int:
     """The command of a process; returns its exit code."""
+    # A search makes some hundred thousand tuples that stay: looking through them for garbage again and again takes a
+    # quarter of its time.
+    gc.set_threshold(100_000)
     return run_command("mst-plan", main)
 
 

@@ -159,13 +159,16 @@ def _on_device(terms: Terms) -> Terms:
 @remembered
 def loss_phase(work: Workload, loss_chunks: int) -> Phase:
     """The loss, which computes its gradients in the forward and scales them at the start of the backward."""
-    terms = _standing_computing(work, "loss") + activations.kept_between_layers(work, "loss")
-    terms += activations.loss_unchunked(work)
-    terms += _saved(work, backward=False)
     # What the loss is computed from is free before its gradients are scaled.
     logits = (activations.hidden_term(work, "final_norm_output", 1), *activations.loss_logits(work, loss_chunks))
     largest = max(logits, activations.loss_scaling(work), key=total_bytes)
-    return Phase("loss", terms + largest)
+    return Phase("loss", _beside_logits(work) + largest)
+
+
+@remembered
+def _beside_logits(work: Workload) -> Terms:
+    terms = _standing_computing(work, "loss") + activations.kept_between_layers(work, "loss")
+    return terms + activations.loss_unchunked(work) + _saved(work, backward=False)
 
 
 @remembered
