@@ -153,6 +153,8 @@ def _if_taken(names: _Settings, changed: Request) -> _Changes:
 def _smaller_micro_batch(request: Request) -> _Changes:
     for sequences in range(request.work.zero.micro_batch_size - 1, 0, -1):
         changed = variants.with_micro_batch(request, sequences)
+        if changed is None:
+            continue
         accumulation = changed.work.zero.gradient_accumulation_steps
         names = ("per_device_train_batch_size", sequences), ("gradient_accumulation_steps", accumulation)
         yield names, changed

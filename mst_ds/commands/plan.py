@@ -95,7 +95,8 @@ def _write_files(options: argparse.Namespace, answer: Answer) -> tuple[str, ...]
     plan, gpu = answer.plan, answer.request.rates.name if answer.request.times_are_known else None
     if options.plot is not None:
         plot_plan(plan, expanded(options.plot, "plot"), model=options.model, gpu=gpu)
-    ds_config = options.ds_config if options.write is None else str(options.write)
+    is_written = options.write is not None and plan.fits
+    ds_config = str(options.write) if is_written else options.ds_config
     lines = launch_lines(
         answer.request,
         plan,
@@ -103,7 +104,7 @@ def _write_files(options: argparse.Namespace, answer: Answer) -> tuple[str, ...]
         ds_config=ds_config,
         train=plan_flags.train_config(options),
     )
-    if options.write is not None and plan.fits:
+    if is_written:
         path = expanded(options.write, "write")
         if path.exists() and path.samefile(ds_config_file(options.ds_config)):
             raise ValueError(f"write is {str(path)!r}, which is the ds_config that is planned; allowed: another file")
@@ -111,7 +112,7 @@ def _write_files(options: argparse.Namespace, answer: Answer) -> tuple[str, ...]
     if options.report is not None:
         page = markdown_report(answer, model=options.model, lines=lines)
         replace_file(expanded(options.report, "report"), page)
-    return lines if options.write is not None and plan.fits else ()
+    return lines if is_written else ()
 
 
 def _print_comparison(options: argparse.Namespace, lengths: Lengths) -> int:
@@ -150,7 +151,8 @@ def _request(options: argparse.Namespace, seq_len: int) -> Request:
 
 
 def _run(options: argparse.Namespace) -> Run:
-    return Run(int(options.tokens), options.price_per_gpu_hour)
+    has_reference = plan_flags.train_config(options).has_reference
+    return Run(int(options.tokens), options.price_per_gpu_hour, has_reference)
 
 
 def _trace(options: argparse.Namespace, answer: Answer) -> dict[str, dict[str, int]]:

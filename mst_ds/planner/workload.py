@@ -30,7 +30,8 @@ class Workload:
     """A model under a ZeRO setting, on one shard of `seq_len` tokens, with the settings of a rank or some to try.
 
     reserve: bytes of the device that are left to others than tensors. ranks_per_node: neighbours in rank order.
-    capability: of CUDA, the device's; None: not known.
+    capability: of CUDA, the device's; None: not known. sequences_per_sample: `seq_len` is of so many sequences, none of
+    which attends to another.
     """
 
     shape: ModelShape
@@ -40,6 +41,7 @@ class Workload:
     reserve: int = 0
     ranks_per_node: int = 1
     capability: tuple[int, int] | None = None
+    sequences_per_sample: int = 1
 
     def with_settings(self, **changes: Any) -> Workload:
         """This with other values of some knobs: of the same values it is the same object, with what is `remembered`."""
