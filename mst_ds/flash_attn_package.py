@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 
@@ -12,6 +11,9 @@ def flash_attn_2_version() -> str | None:
     FlashAttention 4 (flash-attn-4) installs `flash_attn.cute`: then a namespace `flash_attn` is found, with nothing of
     FlashAttention 2 in it.
     """
+    # Slow to import, and few models ask for it.
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         installed = version("flash-attn")
     except PackageNotFoundError:

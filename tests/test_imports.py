@@ -28,7 +28,7 @@ LAYERS = [
     {"dataset_files", "gpus", "model_shape", "settings", "topology"},
     {"zero"},
     {"planner", "minisequence", "metrics", "data"},
-    {"layer_stream"},
+    {"answers", "layer_stream"},
     {"sequence_parallel"},
     {"mixers"},
     {"structure", "model_folder", "objectives"},
@@ -42,6 +42,7 @@ LAYERS = [
 PURE = {"command_line", "config", "dataset_files", "files", "geometry", "gpus", "model_shape", "planner", "settings"}
 PURE |= {
     "adapter_flags",
+    "answers",
     "config_parser",
     "flash_attn_package",
     "objective_flags",
@@ -116,7 +117,7 @@ def test_flags_and_files_load_no_library_and_planning_neither_deepspeed_nor_a_pr
 import sys
 import mst_ds.command_line.entry_point, mst_ds.dataset_files
 assert not {"torch", "transformers", "deepspeed", "datasets"} & set(sys.modules)
-import mst_ds.planner
+import mst_ds.answers
 assert "deepspeed" not in sys.modules
 mst_ds.planner.make_plan("small_llama", {}, world_size=2, seq_len=4096, device_memory=2**33)
 assert "deepspeed" not in sys.modules

@@ -24,7 +24,8 @@ from mst_ds.command_line.exit_protocol import EXIT_STOPPED
 from mst_ds.config import TrainConfig
 from mst_ds.config_parser import parse_train_config
 from mst_ds.engine import Launch, prepare
-from mst_ds.engine.preparation import _kept_settings
+from mst_ds.engine.preparation import _kept_settings, _settled
+from mst_ds.planner import read_request, settle_sp_size
 
 GO_ON = ("--resume", "auto")
 
@@ -234,6 +235,16 @@ def test_an_objective_goes_on_as_it_began(tmp_path: Path, objective: str, name: 
     before, now = (Identity({}, None, "", "fp32", 3, settings) for settings in (before, now))
     with pytest.raises(ValueError, match=rf"training\.{name} .*, but this run has {value}"):
         now.require_same(before, tmp_path)
+
+
+def test_a_step_keeps_its_samples() -> None:
+    """Ranks to a sequence that are left to the planner are those of before; where none give as many, a fresh choice."""
+    ds_config = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}
+    asked = read_request("small_llama", ds_config, world_size=8, seq_len=4096, device_memory=2**34)
+    fresh = settle_sp_size(asked).topology.dp_size
+    for samples, expected in ((2, 2), (4, 4), (8, 8), (3, fresh)):
+        identity = SimpleNamespace(training={"samples of a step": samples})
+        assert _settled(asked, SimpleNamespace(identity=identity)).topology.dp_size == expected
 
 
 MESH_FLAGS = ("--lr_scheduler_type", "constant", "--save_total_limit", "4")

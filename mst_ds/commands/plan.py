@@ -8,22 +8,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
 
-from mst_ds.command_line.entry_point import REQUEST_ERRORS, console, refuse, run_command
-from mst_ds.commands import plan_flags
-from mst_ds.config import GIB
-from mst_ds.files.read_file import expanded
-from mst_ds.files.whole_file import replace_file
-from mst_ds.model_shape import ModelShape, load_config_of_shape, load_model_shape
-from mst_ds.planner import (
-    LENGTH_STEP,
+from mst_ds.answers import (
     Answer,
     Lengths,
-    Request,
     Run,
     advice_lines,
     answer_lines,
@@ -32,19 +24,26 @@ from mst_ds.planner import (
     comparison_table,
     launch_lines,
     lengths_table,
-    longest_of_request,
+    longest_of_ranks,
+    longest_table,
     markdown_report,
     mix_as_dict,
     mix_cost,
     parse_lengths,
-    plan_of_request,
     plan_table,
     plot_plan,
     positions,
     require_states,
-    why_nothing_fits,
     write_config,
 )
+from mst_ds.command_line.entry_point import REQUEST_ERRORS, console, refuse, run_command
+from mst_ds.commands import plan_flags
+from mst_ds.config import GIB
+from mst_ds.files.read_file import expanded
+from mst_ds.files.whole_file import replace_file
+from mst_ds.model_shape import load_config_of_shape, load_model_shape
+from mst_ds.planner import LENGTH_STEP, Request, longest_of_request, plan_of_request
+from mst_ds.topology import divisors
 from mst_ds.zero import ds_config_file
 
 
@@ -96,7 +95,8 @@ def _write_files(options: argparse.Namespace, answer: Answer) -> tuple[str, ...]
     plan, gpu = answer.plan, answer.request.rates.name if answer.request.times_are_known else None
     if options.plot is not None:
         plot_plan(plan, expanded(options.plot, "plot"), model=options.model, gpu=gpu)
-    ds_config = options.ds_config if options.write is None else str(options.write)
+    is_written = options.write is not None and plan.fits
+    ds_config = str(options.write) if is_written else options.ds_config
     lines = launch_lines(
         answer.request,
         plan,
@@ -104,7 +104,7 @@ def _write_files(options: argparse.Namespace, answer: Answer) -> tuple[str, ...]
         ds_config=ds_config,
         train=plan_flags.train_config(options),
     )
-    if options.write is not None and plan.fits:
+    if is_written:
         path = expanded(options.write, "write")
         if path.exists() and path.samefile(ds_config_file(options.ds_config)):
             raise ValueError(f"write is {str(path)!r}, which is the ds_config that is planned; allowed: another file")
@@ -112,7 +112,7 @@ def _write_files(options: argparse.Namespace, answer: Answer) -> tuple[str, ...]
     if options.report is not None:
         page = markdown_report(answer, model=options.model, lines=lines)
         replace_file(expanded(options.report, "report"), page)
-    return lines if options.write is not None and plan.fits else ()
+    return lines if is_written else ()
 
 
 def _print_comparison(options: argparse.Namespace, lengths: Lengths) -> int:
@@ -151,7 +151,8 @@ def _request(options: argparse.Namespace, seq_len: int) -> Request:
 
 
 def _run(options: argparse.Namespace) -> Run:
-    return Run(int(options.tokens), options.price_per_gpu_hour)
+    has_reference = plan_flags.train_config(options).has_reference
+    return Run(int(options.tokens), options.price_per_gpu_hour, has_reference)
 
 
 def _trace(options: argparse.Namespace, answer: Answer) -> dict[str, dict[str, int]]:
@@ -185,50 +186,30 @@ def _print_table(options: argparse.Namespace) -> int:
     """The longest length for 1, 2, 4 ... nodes and each sp_size; returns the exit code."""
     shape = load_model_shape(options.model)
     counts = sorted({2**power for power in range(options.num_nodes.bit_length())} | {options.num_nodes})
-    found: list[dict[str, Any]] = []
-    for num_nodes in counts:
-        world_size = options.num_gpus * num_nodes
-        for sp_size in range(1, min(shape.max_sp_size, world_size) + 1):
-            if world_size % sp_size == 0 and options.sp_size in (None, sp_size):
-                request = plan_flags.request_of(options, num_nodes=num_nodes, sp_size=sp_size, seq_len=LENGTH_STEP)
-                longest = longest_of_request(request) // request.sequences_per_sample
-                found.append({"num_nodes": num_nodes, "sp_size": sp_size, "max_seq_len": longest})
-                if not longest:
-                    found[-1]["reason"] = why_nothing_fits(request)
-    if not found:
-        raise ValueError(
-            f"sp_size is {options.sp_size}; allowed: a divisor of the ranks of 1, 2, 4 ... nodes, and at most "
-            f"{_most_ranks(shape)}"
-        )
+    ranks = [(nodes, size) for nodes in counts for size in divisors(nodes * options.num_gpus)]
+    if options.sp_size is not None:
+        ranks = [(nodes, options.sp_size) for nodes in counts]
+
+    def request_of(num_nodes: int, sp_size: int) -> Request:
+        return plan_flags.request_of(options, num_nodes=num_nodes, sp_size=sp_size, seq_len=LENGTH_STEP)
+
+    found = longest_of_ranks(request_of, ranks)
     if options.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps([each.as_dict() for each in found], indent=2))
     else:
-        _show_table(found)
-        if reasons := [point["reason"] for point in found if "reason" in point]:
+        console().print(longest_table(found))
+        if reasons := [each.reason for each in found if each.reason is not None]:
             print(f"0: {reasons[-1]}")
-        if known := positions(shape, max(point["max_seq_len"] for point in found)):
+        if known := positions(shape, max(each.seq_len for each in found)):
             print(f"the longest of them{known}")
-    return 0 if any(point["max_seq_len"] for point in found) else 1
-
-
-def _most_ranks(shape: ModelShape) -> str:
-    others = ", ".join(shape.other_layers)
-    return f"1, for layers of type {others}" if others else f"{shape.num_attention_heads}, the number of query heads"
-
-
-def _show_table(found: list[dict[str, Any]]) -> None:
-    from rich.table import Table
-
-    sp_sizes = sorted({point["sp_size"] for point in found})
-    table = Table("nodes", *(f"sp {sp_size}" for sp_size in sp_sizes), title="longest sequence that fits, in K tokens")
-    lengths = {(point["num_nodes"], point["sp_size"]): f"{point['max_seq_len'] // LENGTH_STEP}" for point in found}
-    for num_nodes in sorted({point["num_nodes"] for point in found}):
-        table.add_row(str(num_nodes), *(lengths.get((num_nodes, sp_size), "-") for sp_size in sp_sizes))
-    console().print(table)
+    return 0 if any(each.seq_len for each in found) else 1
 
 
 def cli() -> int:
     """The command of a process; returns its exit code."""
+    # A search makes some hundred thousand tuples that stay: looking through them for garbage again and again takes a
+    # quarter of its time.
+    gc.set_threshold(100_000)
     return run_command("mst-plan", main)
 
 

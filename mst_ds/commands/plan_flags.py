@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from mst_ds.adapter_flags import AdapterRequest
+from mst_ds.answers import gpu_of_file
 from mst_ds.command_line.flags import OneLineParser
 from mst_ds.config import AUTO, DEFAULT_DS_CONFIG, DEFAULT_MODEL, GIB, TrainConfig
+from mst_ds.files.read_file import expanded
 from mst_ds.gpus import Gpu, gpu_by_name, gpu_of_device
 from mst_ds.model_shape import ModelShape, load_config_of_shape, load_model_shape
-from mst_ds.planner import DEFAULT_RESERVE, Request, gpu_of_file, read_request
+from mst_ds.planner import DEFAULT_RESERVE, Request, read_request
 from mst_ds.planner.calibration import Calibration, read_calibration
 from mst_ds.zero import load_ds_config, split_mst
 
 _MOST_BYTES = 2**60
+_MOST_TOKENS = 1e18
 _MOST_RANKS = 2**17
 # Flags of a run on which its memory depends, and how their text is read.
 _OF_RUN: Mapping[str, Callable[[str], Any]] = {
@@ -130,11 +133,16 @@ def check(options: argparse.Namespace) -> None:
             raise ValueError(f"{name} is {getattr(options, name)}; allowed: a whole number >= 1")
     if (ranks := options.num_gpus * options.num_nodes) > _MOST_RANKS:
         raise ValueError(f"num_gpus x num_nodes is {ranks}; allowed: at most {_MOST_RANKS} ranks")
-    if not 1 <= options.tokens < _MOST_BYTES:
-        raise ValueError(f"tokens is {options.tokens:g}; allowed: a number >= 1, such as 1e9")
+    if not 1 <= options.tokens <= _MOST_TOKENS:
+        raise ValueError(f"tokens is {options.tokens:g}; allowed: 1 to {_MOST_TOKENS:g}, such as 1e9")
     price = options.price_per_gpu_hour
     if price is not None and not 0 <= price < _MOST_BYTES:
         raise ValueError(f"price_per_gpu_hour is {price:g}; allowed: a number >= 0")
+    for name in ("write", "report", "plot"):
+        path = getattr(options, name)
+        # A path of no letters is this folder.
+        if path is not None and expanded(path, name).is_dir():
+            raise ValueError(f"{name} is {str(path)!r}, a folder; allowed: the path of a file")
     named = [name for name in ("gpu", "rates", "calibrate") if getattr(options, name) is not None]
     if len(named) > 1:
         raise ValueError(f"{' and '.join(named)} each say which GPU is planned for; allowed: one of them")

@@ -261,8 +261,8 @@ def _take_steps(job: _Job, interruption: Interruption) -> bool:
 
 def _announce(job: _Job, amounts: Mapping[str, int | float]) -> None:
     """What a user should know before the first step."""
+    from mst_ds.answers import plan_table
     from mst_ds.data import describe, shown_samples
-    from mst_ds.planner import plan_table
 
     run = job.run
     print(describe(amounts, run.config.max_steps))

@@ -20,7 +20,7 @@ from mst_ds.planner.attention import (
 from mst_ds.planner.kept import Moment, kept_by_recompute
 from mst_ds.planner.types import MemoryTerm, product_term, total_bytes
 from mst_ds.planner.windows import window_mask
-from mst_ds.planner.workload import Workload
+from mst_ds.planner.workload import Workload, remembered
 
 Terms = tuple[MemoryTerm, ...]
 
@@ -155,6 +155,7 @@ def loss_logits(work: Workload, chunks: int) -> Terms:
     return tuple(terms)
 
 
+@remembered
 def loss_scaling(work: Workload) -> Terms:
     """What the loss returns in its backward: its two gradients, scaled, in the model's dtype."""
     return (
@@ -163,6 +164,7 @@ def loss_scaling(work: Workload) -> Terms:
     )
 
 
+@remembered
 def loss_unchunked(work: Workload) -> Terms:
     """The final norm's input, and the two gradients that the loss computes in the forward and keeps."""
     return (

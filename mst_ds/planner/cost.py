@@ -129,7 +129,7 @@ def model_flops_utilisation(work: Workload, gpu: Gpu, seconds: float) -> float:
     dense = gpu.fp32_flops if work.zero.dtype == "fp32" else gpu.flops
     # A sequence is worked on by sp_size ranks.
     tokens = work.seq_len * work.zero.micro_batch_size * work.zero.gradient_accumulation_steps / work.sp_size
-    return flops_per_token(work.shape, work.seq_len) * tokens / (dense * seconds)
+    return flops_per_token(work.shape, work.seq_len // work.sequences_per_sample) * tokens / (dense * seconds)
 
 
 def all_to_all_seconds(work: Workload, rates: Rates) -> float:

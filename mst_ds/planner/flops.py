@@ -7,8 +7,8 @@ from mst_ds.planner.workload import Workload
 
 
 def attention_forward_flops(work: Workload) -> int:
-    """Of all layers, each over the whole sequence with this rank's heads, under a causal mask or a sliding window."""
-    return _full_attention_flops(work) + _windowed_attention_flops(work)
+    """Of all layers, each over the whole sequences with this rank's heads, under a causal mask or a sliding window."""
+    return _full_attention_flops(work) + windowed_attention_flops(work)
 
 
 def attention_flops(work: Workload) -> tuple[int, int]:
@@ -17,24 +17,26 @@ def attention_flops(work: Workload) -> tuple[int, int]:
     first = attention_forward_flops(work)
     again = 0
     if work.settings.recompute:
-        again = _windowed_attention_flops(work)
+        again = windowed_attention_flops(work)
         again += 0 if work.settings.keep_attention else _full_attention_flops(work)
     return first + again, 5 * first // 2
 
 
 def _full_attention_flops(work: Workload) -> int:
     layers = work.shape.num_hidden_layers - len(work.shape.sliding_windows)
-    return layers * _flops_of_pairs(work, attended_pairs(work.seq_len, work.seq_len))
+    return layers * _flops_of_window(work, work.seq_len)
 
 
-def _windowed_attention_flops(work: Workload) -> int:
-    return sum(_flops_of_pairs(work, attended_pairs(window, work.seq_len)) for window in work.shape.sliding_windows)
+def windowed_attention_flops(work: Workload) -> int:
+    """Of a forward of the layers with a sliding window."""
+    return sum(_flops_of_window(work, window) for window in work.shape.sliding_windows)
 
 
-def _flops_of_pairs(work: Workload, pairs: int) -> int:
-    """Of one layer, for so many pairs of a query and a key."""
+def _flops_of_window(work: Workload, window: int) -> int:
+    """Of one layer in which a token sees the last `window` tokens of its sequence."""
+    sequences = work.zero.micro_batch_size * work.sequences_per_sample
     width = work.query_heads * (work.shape.head_dim + work.shape.value_head_dim)
-    return 2 * work.zero.micro_batch_size * pairs * width
+    return 2 * sequences * attended_pairs(window, work.seq_len // work.sequences_per_sample) * width
 
 
 def flops_computed_again(work: Workload) -> int:
@@ -58,12 +60,16 @@ def micro_batch_flops(work: Workload) -> int:
     return matrix_flops(work) + sum(attention_flops(work))
 
 
+def forward_matrix_flops(work: Workload) -> int:
+    """Of a forward alone, outside attention."""
+    head = 2 * work.tokens * work.shape.hidden_size * work.shape.vocab_size
+    return _projection_flops(work) + _mlp_flops(work) + head
+
+
 def matrix_flops(work: Workload) -> int:
     """Of all matrix products outside attention in a micro-batch. A backward is twice the forward, less the gradients of
     weights that are not trained."""
-    shape = work.shape
-    head = 2 * work.tokens * shape.hidden_size * shape.vocab_size
-    forward = _projection_flops(work) + _mlp_flops(work) + head
+    shape, forward = work.shape, forward_matrix_flops(work)
     of_weights = forward if shape.is_trained_whole else 2 * work.tokens * (shape.trained.all - shape.trained.embedding)
     attention_again = attention_flops(work)[0] - attention_forward_flops(work)
     return 2 * forward + of_weights + flops_computed_again(work) - attention_again

@@ -68,6 +68,7 @@ def _parts_in_flight(work: Workload, layers: int) -> int:
     return min(PARTS_IN_FLIGHT, layers * work.layer_chunks)
 
 
+@remembered
 def kept_gate_up(work: Workload, *, of_last_part: bool = True) -> Terms:
     """Gate and up of the layers' MLPs, of an MLP without a gate what stands before its activation; with experts that of
     the MLP beside them. On the host, those of two layers, or chunks, which are in flight.

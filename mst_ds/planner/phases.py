@@ -27,6 +27,8 @@ Terms = tuple[MemoryTerm, ...]
 def step_phases(work: Workload) -> tuple[Phase, ...]:
     """All phases, in the order in which they happen."""
     mlp_chunks, loss_chunks = work.settings.mlp_chunks, work.settings.loss_chunks
+    # Terms get these counts as arguments: what is remembered is of any.
+    work = work.with_settings(mlp_chunks=1, loss_chunks=1)
     return (
         states_phase(work),
         layer_phase(work, mlp_chunks, backward=False),
@@ -44,6 +46,7 @@ def states_phase(work: Workload) -> Phase:
     return Phase("initialisation", _standing(work, has_gradients=work.zero.stage == 3) + states.parameter_blocks(work))
 
 
+@remembered
 def layer_phase(work: Workload, mlp_chunks: int, *, backward: bool) -> Phase:
     """The forward or the backward at its highest point: the last layer's largest operator, when all that layers keep is
     there; or in the backward the first layer's, when nearly all gradients are."""
@@ -153,17 +156,22 @@ def _on_device(terms: Terms) -> Terms:
     return tuple(term for term in terms if term.place == "device")
 
 
+@remembered
 def loss_phase(work: Workload, loss_chunks: int) -> Phase:
     """The loss, which computes its gradients in the forward and scales them at the start of the backward."""
-    terms = _standing_computing(work, "loss") + activations.kept_between_layers(work, "loss")
-    terms += activations.loss_unchunked(work)
-    terms += _saved(work, backward=False)
     # What the loss is computed from is free before its gradients are scaled.
     logits = (activations.hidden_term(work, "final_norm_output", 1), *activations.loss_logits(work, loss_chunks))
     largest = max(logits, activations.loss_scaling(work), key=total_bytes)
-    return Phase("loss", terms + largest)
+    return Phase("loss", _beside_logits(work) + largest)
 
 
+@remembered
+def _beside_logits(work: Workload) -> Terms:
+    terms = _standing_computing(work, "loss") + activations.kept_between_layers(work, "loss")
+    return terms + activations.loss_unchunked(work) + _saved(work, backward=False)
+
+
+@remembered
 def mlp_moments(work: Workload, mlp_chunks: int, *, backward: bool) -> tuple[MlpStep, ...]:
     """The MLPs of a layer, each with what the layer's other operators have saved by then."""
     saved, whole = _saved(work, backward=backward), stream_terms(work, backward=backward)

@@ -18,6 +18,7 @@ from mst_ds.planner.phases import step_phases
 from mst_ds.planner.request import Request, read_request
 from mst_ds.planner.sequence_ranks import chosen_work, settle_sp_size
 from mst_ds.planner.types import Plan
+from mst_ds.planner.workload import remembered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -155,6 +156,7 @@ def longest_seq_len(
     return longest_of_request(request)
 
 
+@remembered
 def longest_of_request(request: Request) -> int:
     """See `longest_seq_len`; the request's own length is not read. Where `sp_size` is "auto", the longest with any."""
     longest = 0

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from mst_ds.gpus import CPU, Gpu
+from mst_ds.planner.flops import attention_forward_flops, windowed_attention_flops
 from mst_ds.planner.workload import Workload
 
 # Kernels of attention. blocks: none, products and a softmax of plain operators.
@@ -76,14 +77,16 @@ def rates_of(work: Workload, gpu: Gpu) -> Rates:
 
 
 def attention_kernel(work: Workload, gpu: Gpu) -> Kernel:
-    """The kernel that `mst_ds.attention.choice` takes for one document without a window."""
+    """The kernel that `mst_ds.attention.choice` takes for one document, or the several of a sample, where most of what
+    attention computes is, with a window or without."""
     if work.is_blockwise or not work.has_flash:
         return "blocks"
     if work.settings.attention != "sdpa":
         of_package: dict[str, Kernel] = {"flash_attention_3": "flash 3", "flash_attention_4": "flash 4"}
         return of_package.get(work.settings.attention, "flash 2")
-    is_narrow = work.kernel_head_dim <= 128
-    return "cudnn" if gpu.capability[0] in (9, 10) and is_narrow else "flash 2"
+    is_plain = work.sequences_per_sample == 1 and 2 * windowed_attention_flops(work) <= attention_forward_flops(work)
+    takes_cudnn = gpu.capability[0] in (9, 10) and work.kernel_head_dim <= 128 and is_plain
+    return "cudnn" if takes_cudnn else "flash 2"
 
 
 def _matrix_share(work: Workload, gpu: Gpu) -> float:

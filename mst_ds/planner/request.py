@@ -16,7 +16,7 @@ from mst_ds.planner.search import can_fit
 from mst_ds.planner.workload import Workload
 from mst_ds.settings import MstConfig, Settings
 from mst_ds.topology import Topology
-from mst_ds.zero import ResolvedConfig, ZeroConfig, read_resolved
+from mst_ds.zero import ResolvedConfig, read_resolved
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -35,7 +35,7 @@ class Request:
         host_memory: bytes of the host for a rank, None where not known.
         rates: what a device does in a second.
         times_are_known: whether the rates are those of the devices that are planned for.
-        sequences_per_sample: the sequence of `work` is so many, each with positions from 0.
+        samples_per_step: what the JSON fixes them to, None where they follow from the other settings.
         other_sp_sizes: where `sp_size` is "auto", what it may be in place of that of `work`; `settle_sp_size` chooses.
     """
 
@@ -46,8 +46,13 @@ class Request:
     host_memory: int | None
     rates: Gpu
     times_are_known: bool
-    sequences_per_sample: int = 1
+    samples_per_step: int | None = None
     other_sp_sizes: tuple[int, ...] = ()
+
+    @property
+    def sequences_per_sample(self) -> int:
+        """The sequence of `work` is so many, each with positions from 0."""
+        return self.work.sequences_per_sample
 
     @property
     def most_tokens(self) -> int | None:
@@ -72,11 +77,9 @@ class Request:
         topology, work = replace(self.topology, sp_size=sp_size), self.work.with_settings(sp_size=sp_size)
         return replace(self, topology=topology, work=work, other_sp_sizes=())
 
-    def fits(self, *, seq_len: int | None = None, zero: ZeroConfig | None = None, sp_size: int | None = None) -> bool:
-        """Whether there are settings that fit, with these in place of those of `work`."""
-        work = replace(self.work, seq_len=seq_len or self.work.seq_len, zero=zero or self.work.zero)
-        if sp_size is not None:
-            work = work.with_settings(sp_size=sp_size)
+    def fits(self, *, seq_len: int | None = None) -> bool:
+        """Whether there are settings that fit, with this length in place of that of `work`."""
+        work = self.work if seq_len is None else replace(self.work, seq_len=seq_len)
         return can_fit(work, self.mst, device_memory=self.least_device_memory, host_memory=self.host_memory)
 
 
@@ -176,6 +179,7 @@ def make_request(
         reserve=_reserve(reserve, mst),
         ranks_per_node=ranks_per_node or world_size,
         capability=capability,
+        sequences_per_sample=sequences_per_sample,
     )
     nvme.require_buffers(work)
     if mst.get("attention") == AUTO and _needs_flash_package(work):
@@ -195,7 +199,7 @@ def make_request(
         host_memory,
         gpu or DEFAULT_GPU,
         times_are_known=gpu is not None,
-        sequences_per_sample=sequences_per_sample,
+        samples_per_step=config.samples_per_step,
         other_sp_sizes=tuple(size for size in config.other_sp_sizes if size <= shape.max_sp_size),
     )
 

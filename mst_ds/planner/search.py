@@ -94,7 +94,7 @@ def _nearest(unchunked: list[Workload], mst: MstConfig, device_memory: int, host
     lowest peak on the device; in as many chunks as help most."""
     others: list[tuple[tuple[bool, int, bool, bool], Workload]] = []
     for work in unchunked:
-        most = max(1, shard_length(work.seq_len, work.sp_size) // MIN_CHUNK_TOKENS) if _may_stream(work) else 1
+        most = _most_layer_chunks(work) if _may_stream(work) else 1
         given = mst.get("layer_chunks")
         counts = {1, most} if given == AUTO else {work.settings.layer_chunks}
         tried = [step_phases(_with_most_chunks(work.with_settings(layer_chunks=count), mst)) for count in counts]
@@ -142,7 +142,9 @@ def _with_layer_chunks(work: Workload, mst: MstConfig, preferred_tokens: int, de
     if given is not None:
         return work.with_settings(layer_chunks=given)
 
-    bytes_with = functools.cache(functools.partial(_bytes_with_layer_chunks, work, mst))
+    def bytes_with(chunks: int) -> int:
+        return max(_bytes_with_layer_chunks(work, mst, chunks))
+
     most, some = (max(1, length // tokens) for tokens in (MIN_CHUNK_TOKENS, preferred_tokens))
     if bytes_with(1) <= device_memory or most == 1:
         return work.with_settings(layer_chunks=1)
@@ -155,19 +157,27 @@ def _with_layer_chunks(work: Workload, mst: MstConfig, preferred_tokens: int, de
     return work.with_settings(layer_chunks=count)
 
 
-def _bytes_with_layer_chunks(work: Workload, mst: MstConfig, chunks: int) -> int:
-    """Of layers and loss, in the most chunks that they may have then."""
-    settings = _with_most_chunks(work.with_settings(layer_chunks=chunks), mst)
-    of_loss = loss_phase(settings, settings.settings.loss_chunks).device_bytes
-    return max(of_loss, _layer_bytes(settings, settings.settings.mlp_chunks))
+def _bytes_with_layer_chunks(work: Workload, mst: MstConfig, chunks: int) -> Iterator[int]:
+    """Of the loss and of layers, in the most chunks that they may have then; what is cheap to know first."""
+    work = work.with_settings(layer_chunks=chunks)
+    mlp_chunks, loss_chunks = _most_chunks(work, mst)
+    yield loss_phase(work, loss_chunks).device_bytes
+    for backward in (True, False):
+        yield layer_phase(work, mlp_chunks, backward=backward).device_bytes
 
 
 def _layers_can_fit(work: Workload, mst: MstConfig, device_memory: int) -> bool:
     """Whether some count of a layer's chunks that may be chosen fits: one, or the most; found without the search."""
     if not _may_stream(work) or mst.get("layer_chunks") != AUTO:
         return True  # nothing is searched
-    most = max(1, shard_length(work.seq_len, work.sp_size) // MIN_CHUNK_TOKENS)
-    return any(_bytes_with_layer_chunks(work, mst, chunks) <= device_memory for chunks in (most, 1))
+    return any(
+        all(needed <= device_memory for needed in _bytes_with_layer_chunks(work, mst, chunks))
+        for chunks in (_most_layer_chunks(work), 1)
+    )
+
+
+def _most_layer_chunks(work: Workload) -> int:
+    return max(1, shard_length(work.seq_len, work.sp_size) // MIN_CHUNK_TOKENS)
 
 
 def _may_stream(work: Workload) -> bool:
@@ -179,15 +189,23 @@ def can_fit(work: Workload, mst: MstConfig, *, device_memory: int, host_memory: 
     """Whether `choose_settings` would find settings that fit: then they also do with the most chunks it may choose
     within a layer's chunks."""
     # The last ones keep least on the device.
-    for unchunked in reversed(list(_unchunked_candidates(work, mst))):
+    for unchunked in _unchunked_candidates(work, mst, reverse=True):
         if not _can_fit(unchunked, mst, device_memory, host_memory):
             continue
-        streamed = _with_layer_chunks(unchunked, mst, MIN_CHUNK_TOKENS, device_memory)
-        candidate = _with_most_chunks(streamed, mst)
-        phases = step_phases(candidate)
-        if _fits(candidate, mst, phases, device_memory, host_memory):
-            return True
+        for streamed in _streamed(unchunked, mst, device_memory):
+            candidate = _with_most_chunks(streamed, mst)
+            phases = step_phases(candidate)
+            if _fits(candidate, mst, phases, device_memory, host_memory):
+                return True
     return False
+
+
+def _streamed(work: Workload, mst: MstConfig, device_memory: int) -> Iterator[Workload]:
+    """In the fewest chunks of a layer that fit the device; where layers keep nothing on the host, of which pieces that
+    are longer may need more, first in the most, which need no search."""
+    if _may_stream(work) and mst.get("layer_chunks") == AUTO and not work.settings.offload_activations:
+        yield work.with_settings(layer_chunks=_most_layer_chunks(work))
+    yield _with_layer_chunks(work, mst, MIN_CHUNK_TOKENS, device_memory)
 
 
 def _host_can_have_room(work: Workload, host_memory: int | None) -> bool:
@@ -198,14 +216,19 @@ def _host_can_have_room(work: Workload, host_memory: int | None) -> bool:
 
 
 def _with_most_chunks(work: Workload, mst: MstConfig) -> Workload:
-    most = {
-        "mlp_chunks": max(1, work.of_chunk.tokens // MIN_CHUNK_TOKENS),
-        "loss_chunks": max(1, work.tokens // MIN_CHUNK_TOKENS),
-    }
-    counts = {name: mst.get(name) for name in most}
-    return work.with_settings(
-        **{name: most[name] if chunks == AUTO else min(chunks, work.tokens) for name, chunks in counts.items()}
+    mlp_chunks, loss_chunks = _most_chunks(work, mst)
+    return work.with_settings(mlp_chunks=mlp_chunks, loss_chunks=loss_chunks)
+
+
+def _most_chunks(work: Workload, mst: MstConfig) -> tuple[int, int]:
+    """Of the MLP in a chunk of the layer, and of the loss."""
+    given = mst.get("mlp_chunks"), mst.get("loss_chunks")
+    tokens = work.of_chunk.tokens, work.tokens
+    mlp, loss = (
+        max(1, most // MIN_CHUNK_TOKENS) if chunks == AUTO else min(chunks, work.tokens)
+        for chunks, most in zip(given, tokens, strict=True)
     )
+    return mlp, loss
 
 
 def _fits(
@@ -226,14 +249,16 @@ def _host_has_room(phases: tuple[Phase, ...], host_memory: int | None) -> bool:
     return host_memory is None or max(phase.host_bytes for phase in phases) <= host_memory
 
 
-def _unchunked_candidates(work: Workload, mst: MstConfig) -> Iterator[Workload]:
-    work = work.without_idle_windows()
+def _unchunked_candidates(work: Workload, mst: MstConfig, *, reverse: bool = False) -> Iterator[Workload]:
+    work = work.without_idle_windows.with_settings(mlp_chunks=1, loss_chunks=1)
     given = {"layer_chunks": 1, **mst.given, **work.without_effect}
-    for chosen in candidates(given):
+    in_order = list(candidates(given))
+    for chosen in reversed(in_order) if reverse else in_order:
         if chosen["offload_activations"] and chosen["keep_mlp"] and mst.get("keep_mlp") == AUTO:
             continue  # several times the host's memory for little time: for the user to decide
         kept = work.with_settings(**chosen, layer_chunks=given["layer_chunks"])
-        for count in _head_groups(kept, mst.get("head_groups")):
+        counts = _head_groups(kept, mst.get("head_groups"))
+        for count in reversed(counts) if reverse else counts:
             yield kept.with_settings(head_groups=count)
 
 

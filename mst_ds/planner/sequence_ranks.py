@@ -5,12 +5,13 @@ from __future__ import annotations
 from mst_ds.planner.cost import step_seconds
 from mst_ds.planner.request import Request
 from mst_ds.planner.search import choose_settings, preferred_chunk_tokens
-from mst_ds.planner.workload import Workload
+from mst_ds.planner.workload import Workload, remembered
 
 # Of the best rate: a prediction knows no smaller difference.
 _ABOUT = 0.98
 
 
+@remembered
 def settle_sp_size(request: Request) -> Request:
     """The request with the size of those that fit that is predicted to work through most tokens a second.
 
@@ -40,6 +41,7 @@ def chosen_work(request: Request) -> Workload:
     return _chosen_for(request, request.device_memory[request.topology.rank])
 
 
+@remembered
 def _chosen_for(request: Request, device_memory: int) -> Workload:
     return choose_settings(
         request.work,

@@ -20,6 +20,7 @@ from mst_ds.model_shape import ModelShape
 from mst_ds.settings import Settings
 from mst_ds.zero import ZeroConfig
 
+_Of = TypeVar("_Of")
 _Rest = ParamSpec("_Rest")
 _Found = TypeVar("_Found")
 
@@ -29,7 +30,8 @@ class Workload:
     """A model under a ZeRO setting, on one shard of `seq_len` tokens, with the settings of a rank or some to try.
 
     reserve: bytes of the device that are left to others than tensors. ranks_per_node: neighbours in rank order.
-    capability: of CUDA, the device's; None: not known.
+    capability: of CUDA, the device's; None: not known. sequences_per_sample: `seq_len` is of so many sequences, none of
+    which attends to another.
     """
 
     shape: ModelShape
@@ -39,14 +41,27 @@ class Workload:
     reserve: int = 0
     ranks_per_node: int = 1
     capability: tuple[int, int] | None = None
+    sequences_per_sample: int = 1
 
     def with_settings(self, **changes: Any) -> Workload:
-        """This with other values of some knobs."""
-        return replace(self, settings=replace(self.settings, **changes))
+        """This with other values of some knobs: of the same values it is the same object, with what is `remembered`."""
+        settings = replace(self.settings, **changes)
+        if settings not in self._of_settings:
+            other = replace(self, settings=settings)
+            vars(other)["_of_settings"] = self._of_settings
+            self._of_settings[settings] = other
+        return self._of_settings[settings]
 
+    @cached_property
+    def _of_settings(self) -> dict[Settings, Workload]:
+        """What differs from this in nothing but its settings, as far as it has been made."""
+        return {self.settings: self}
+
+    @cached_property
     def without_idle_windows(self) -> Workload:
         """This, of whole sequences, without windows that hide no token."""
-        return replace(self, shape=self.shape.within(self.attention_length))
+        shape = self.shape.within(self.attention_length)
+        return self if shape is self.shape else replace(self, shape=shape)
 
     @property
     def sp_size(self) -> int:
@@ -174,20 +189,21 @@ class Workload:
 
 
 def remembered(
-    function: Callable[Concatenate[Workload, _Rest], _Found],
-) -> Callable[Concatenate[Workload, _Rest], _Found]:
-    """`function`, which is called again with the very same workload in a search, and then has its result at hand.
+    function: Callable[Concatenate[_Of, _Rest], _Found],
+) -> Callable[Concatenate[_Of, _Rest], _Found]:
+    """`function`, which is called again with the very same workload, or request, in a search, and then has its result
+    at hand.
 
-    Results lie with the workload, and go with it.
+    Results lie with the first argument, which is frozen, and go with it.
     """
     name = f"_{function.__module__}.{function.__qualname__}"
 
     @wraps(function)
-    def found(work: Workload, /, *arguments: _Rest.args, **keywords: _Rest.kwargs) -> _Found:
-        results = vars(work).setdefault(name, {})
+    def found(of: _Of, /, *arguments: _Rest.args, **keywords: _Rest.kwargs) -> _Found:
+        results = vars(of).setdefault(name, {})
         key = (arguments, *keywords.items())
         if key not in results:
-            results[key] = function(work, *arguments, **keywords)
+            results[key] = function(of, *arguments, **keywords)
         return results[key]
 
     return found

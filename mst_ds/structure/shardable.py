@@ -46,7 +46,7 @@ def why_own_attention(model: PreTrainedModel) -> str | None:
 
 
 def _uses_interface(model: PreTrainedModel) -> bool:
-    """Whether this project's attention can take the place of the model's: it says so, or each of its layers calls it."""
+    """Whether this project's attention can take the model's place: the model says so, or each layer calls it."""
     if model._supports_attention_backend:
         return True
     layers, with_mixer = decoder_layers(model), _layers_with_mixer(model)

@@ -102,7 +102,8 @@ class ResolvedConfig:
     """A DeepSpeed JSON as one model in one world is trained with it: every "auto" of DeepSpeed's filled in.
 
     ds_config: what DeepSpeed gets, without the "mst" block. sp_size: that of the "mst" block, or the first of those
-    that "auto" may be; other_sp_sizes: the rest of these.
+    that "auto" may be; other_sp_sizes: the rest of these. samples_per_step: `train_batch_size`, None where it is not
+    given.
     """
 
     ds_config: DsConfig
@@ -110,6 +111,7 @@ class ResolvedConfig:
     mst: MstConfig
     sp_size: int
     other_sp_sizes: tuple[int, ...] = ()
+    samples_per_step: int | None = None
 
 
 def load_ds_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> DsConfig:
@@ -172,18 +174,19 @@ def read_resolved(
         requested, world_size=world_size, num_attention_heads=num_attention_heads, ranks_per_node=ranks_per_node
     )
     others: list[int] = []
+    samples = raw.get(TRAIN_BATCH, AUTO)
     if requested == AUTO:
         others = [size for size in divisors(world_size) if size <= num_attention_heads and size != first]
-        if raw.get(TRAIN_BATCH, AUTO) != AUTO:
+        if samples != AUTO:
             # The samples of a step say how many ranks there are to each.
             of_rank = math.prod(_batch_sizes(raw, train).values())
-            fitting = [size for size in (first, *others) if of_rank * world_size // size == raw[TRAIN_BATCH]]
+            fitting = [size for size in (first, *others) if of_rank * world_size // size == samples]
             first, others = fitting[0] if fitting else first, []
     ds_config = resolve(
         raw, train=train, hidden_size=hidden_size, has_accelerator=has_accelerator, dp_size=world_size // first
     )
     zero = read_zero(ds_config, dp_world_size=world_size, optim=train.optim)
-    return ResolvedConfig(ds_config, zero, mst, first, tuple(others))
+    return ResolvedConfig(ds_config, zero, mst, first, tuple(others), None if samples == AUTO else samples)
 
 
 def _batch_sizes(ds_config: Mapping[str, Any], train: TrainConfig) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from planned import EXPERTS, MODEL
+from planned import EXPERTS, GEMMA2, MODEL
 
 from mst_ds.model_shape import ModelShape, flops_per_token, load_model_shape
 from mst_ds.planner import gpu_by_name, gpu_of_device, make_plan, rates
@@ -82,6 +82,16 @@ def test_attention_takes_the_rate_of_its_kernel():
         assert found.attention_backward == pytest.approx(share_back * gpu.flops, rel=1e-12)
 
 
+def test_cudnn_takes_one_document_without_a_window():
+    """The rate is that of the kernel of most of attention: of half its layers with a window none of a long sequence."""
+    work, gpu = workload(stage=0, ranks=1, model=LLAMA_8B_SHAPE), gpu_by_name("H100")
+    layers = work.shape.num_hidden_layers
+    for windowed, kernel in ((layers, "flash 2"), (layers // 2, "cudnn")):
+        shape = replace(work.shape, sliding_windows=(1024,) * windowed, window_layers=tuple(range(windowed)))
+        assert attention_kernel(replace(work, shape=shape), gpu) == kernel
+    assert attention_kernel(replace(work, sequences_per_sample=2), gpu) == "flash 2"
+
+
 def test_passes_over_tensors_take_their_bytes():
     """Of Llama's layer by hand: two norms, the rotary embedding of queries and keys, two sums, the MLP, the loss."""
     work = workload(stage=0, ranks=1, model=LLAMA_8B_SHAPE)
@@ -155,6 +165,10 @@ def test_all_to_alls_stay_in_the_node_if_they_can():
     apart = replace(work, ranks_per_node=2)
     assert all_to_all_seconds(apart, of_gpu) == pytest.approx(sent * 2 / 4 / 40e9 + launches, rel=1e-12)
     assert all_to_all_seconds(work.with_settings(sp_size=1), of_gpu) == 0
+    # Of twelve ranks on nodes of four, the second six are two and four: the two wait for four of others.
+    uneven = workload(sp_size=6, ranks=12, ranks_per_node=4)
+    sent_by_six = sent // work.tokens * uneven.tokens
+    assert all_to_all_seconds(uneven, of_gpu) == pytest.approx(sent_by_six * 4 / 6 / 40e9 + launches, rel=1e-12)
     # Attention again: its inputs and outputs, but keys and values are there for the backward, in any number of chunks.
     heads = 2 * shape.num_attention_heads
     for chunks in (1, 4):
@@ -213,12 +227,22 @@ def test_chunks_but_the_first_read_and_write_the_sums_of_gradients():
         assert more(sparse, mlp_chunks=chunks) == pytest.approx(expected, rel=1e-6)
 
 
-def test_offloaded_parameters_come_from_the_host():
+@pytest.mark.parametrize(("device", "rate"), [("cpu", 50e9), ("nvme", 1.5e9)])
+def test_offloaded_parameters_come_from_the_host_or_a_drive(device, rate):
     gpu = replace(ENDLESS, flops=float("inf"), host_rate=50e9)
-    work = workload(stage=3, offload_param={"device": "cpu"})
+    work = workload(stage=3, offload_param={"device": device})
     assert step_seconds(work, gpu) == pytest.approx(
-        2 * 2 * work.sharded(work.shape.parameter_count, from_stage=3) / 50e9, rel=1e-12
+        2 * 2 * work.sharded(work.shape.parameter_count, from_stage=3) / rate, rel=1e-12
     )
+
+
+@pytest.mark.parametrize("model", [MODEL, GEMMA2], ids=["full", "windows"])
+def test_the_sequences_of_a_sample_do_not_attend_to_each_other(model):
+    """Two of a sample are two of a micro-batch."""
+    pair = replace(workload(model=model, seq_len=20000, sp_size=2), sequences_per_sample=2)
+    alone = replace(pair, seq_len=10000, sequences_per_sample=1, zero=replace(pair.zero, micro_batch_size=2))
+    assert attention_flops(pair) == attention_flops(alone)
+    assert model_flops_utilisation(pair, ENDLESS, 1.0) == model_flops_utilisation(alone, ENDLESS, 1.0)
 
 
 @pytest.mark.parametrize("model", [MODEL, EXPERTS])

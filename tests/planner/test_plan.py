@@ -3,31 +3,25 @@
 import dataclasses
 import itertools
 import json
-from pathlib import Path
 
 import pytest
-from planned import EXPERTS, HIDDEN, experts_with
-from transformers import Gemma2Config, LlamaConfig, Olmo2Config
+from planned import (
+    ATTENTION,
+    DS_CONFIGS,
+    EXPERTS,
+    HIDDEN,
+    LLAMA_8B,
+    choices_of,
+    experts_with,
+    llama_8b_plan,
+    small_plan,
+)
+from transformers import Gemma2Config, Olmo2Config
 
 from mst_ds.config import GIB, TrainConfig
 from mst_ds.planner import make_plan
 from mst_ds.settings import MstConfig, Settings
 from mst_ds.zero import load_ds_config, resolve
-
-DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
-LLAMA_8B = LlamaConfig(
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    vocab_size=128256,
-)
-
-
-def small_plan(ds_config=DS_CONFIGS / "zero3_mst.json", model="small_llama", **overrides):
-    arguments = {"world_size": 2, "seq_len": 4096, "device_memory": 8 * GIB} | overrides
-    return make_plan(model, ds_config, **arguments)
 
 
 @pytest.mark.parametrize("path", sorted(DS_CONFIGS.glob("*.json")), ids=lambda path: path.stem)
@@ -97,22 +91,9 @@ def test_recompute_is_off_where_the_step_fits_without_it_unless_the_user_says_so
         assert {plan(value, memory).settings.recompute for memory in (2 * peak, peak, peak - 1, 1)} == {value}
 
 
-def choices_of(plan):
-    return {choice.setting: choice for choice in plan.choices}
-
-
-def llama_8b_plan(device_memory=80 * GIB, **mst):
-    # One chunk of a layer: else plans that are compared differ in that, too.
-    given = {"layer_chunks": 1, "mlp_chunks": 64, "loss_chunks": 64, "attention": "sdpa", "recompute": True}
-    ds_config = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}, "mst": given | mst}
-    return make_plan(LLAMA_8B, ds_config, world_size=8, seq_len=2**17, device_memory=device_memory, sp_size=2)
-
-
-# By hand, of one rank's micro-batch: layers x 2 x tokens x weights for the four projections, and for attention layers
-# x 2 x pairs of tokens x (16 query heads of this rank x 2 x 128).
+# By hand, of one rank's micro-batch: layers x 2 x tokens x weights for the four projections; ATTENTION likewise.
 INPUT_PROJECTIONS = 32 * 2 * 2**16 * (4096 * 4096 + 2 * 4096 * 1024)
 PROJECTIONS = INPUT_PROJECTIONS + 32 * 2 * 2**16 * 4096 * 4096
-ATTENTION = 32 * 2 * 2**33 * 16 * 2 * 128
 MLP = 32 * 2 * 2**16 * 3 * 4096 * 14336
 HEAD = 2 * 2**16 * 4096 * 128256
 

@@ -171,6 +171,16 @@ def settings_of(work, *, device_memory=HUGE, host_memory=None, **mst):
     return choose_settings(work, mst, device_memory=device_memory, host_memory=host_memory).settings
 
 
+def test_what_has_the_same_settings_is_the_same_workload():
+    """A search, a plan and its advice find what was computed for one another."""
+    work = workload()
+    again = work.with_settings(layer_chunks=2)
+    assert again is work.with_settings(layer_chunks=2) is again.with_settings(mlp_chunks=3).with_settings(mlp_chunks=1)
+    assert again.with_settings(layer_chunks=1) is work
+    longer = replace(work, seq_len=2**17)
+    assert longer.with_settings(layer_chunks=2) == replace(again, seq_len=2**17) != again
+
+
 NOTHING_TWICE = "nothing is computed twice"
 MLP = "gate and up"
 

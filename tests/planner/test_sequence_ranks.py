@@ -45,6 +45,8 @@ def test_a_sequence_may_need_several_nodes():
     lengths = {nodes: longest_of_request(request(1024, nodes=nodes)) for nodes in (1, 2, 4)}
     assert lengths[2] > 1.9 * lengths[1]
     assert lengths[4] > 1.9 * lengths[2]
+    # Of one node the host is the limit, of which pieces in fewer chunks need more.
+    assert [plan_of_request(request(lengths[1] + more)).fits for more in (0, 1024)] == [True, False]
     for gpu in ("H100", None):
         of_two = plan_of_request(request(3 * lengths[1] // 2, nodes=2, gpu=gpu))
         assert (of_two.sp_size, of_two.fits) == (16, True)

@@ -12,10 +12,10 @@ from torch import nn
 from transformers import LlamaConfig, MixtralConfig
 
 from mst_ds.adapters import model_on_meta
+from mst_ds.answers.variants import lora_shape
 from mst_ds.memory.dry_run import dry_run, planned_activations
 from mst_ds.model_shape import ModelShape, TrainedCounts, load_config_of_shape
 from mst_ds.planner import make_plan
-from mst_ds.planner.variants import lora_shape
 from mst_ds.structure.trained import trained_shape
 
 HIDDEN, INTERMEDIATE, VOCAB, LAYERS, RANK = 64, 192, 1000, 3, 4

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from mst_ds.config import GIB
+from mst_ds.gpus import Gpu
+from mst_ds.planner.flops import attention_flops, attention_forward_flops, forward_matrix_flops, matrix_flops
+from mst_ds.planner.rates import rates_of
 from mst_ds.planner.types import Plan
+from mst_ds.planner.workload import Workload
 
 _HOUR = 3600
 DEFAULT_TOKENS = 10**9
@@ -99,6 +103,17 @@ def cost_of(plan: Plan, tokens: int, price_per_gpu_hour: float | None = None) ->
     if plan.tokens_per_second is None:
         return None
     return Cost(tokens, plan.tokens_per_second, plan.topology.world_size, price_per_gpu_hour)
+
+
+def cost_of_reference(cost: Cost, work: Workload, gpu: Gpu) -> Cost:
+    """Of the forwards through the model that a run starts from, before its first step, if it reads each token once: of
+    a step's time the part that a forward has of all products and attention that are computed."""
+    rates = rates_of(work, gpu)
+    once = forward_matrix_flops(work) / rates.matrices + attention_forward_flops(work) / rates.attention_forward
+    forward, backward = attention_flops(work)
+    all_of_it = matrix_flops(work) / rates.matrices
+    all_of_it += forward / rates.attention_forward + backward / rates.attention_backward
+    return replace(cost, tokens_per_second=cost.tokens_per_second * all_of_it / once)
 
 
 def cost_of_mix(costs: list[Cost], shares: list[float], tokens: int) -> Cost:

@@ -19,8 +19,12 @@ ENDLESS = 2**62
 
 
 def sp_sizes(request: Request, world_size: int) -> list[int]:
-    """The numbers of ranks that can share a sequence, from 1 on."""
-    return [size for size in divisors(world_size) if size <= request.work.shape.max_sp_size]
+    """The numbers of ranks that can share a sequence, from 1 on; of a JSON that fixes the samples of a step those with
+    which it has as many."""
+    zero, samples = request.work.zero, request.samples_per_step
+    sizes = [size for size in divisors(world_size) if size <= request.work.shape.max_sp_size]
+    of_rank = zero.micro_batch_size * zero.gradient_accumulation_steps
+    return sizes if samples is None else [size for size in sizes if of_rank * (world_size // size) == samples]
 
 
 def nodes_of(request: Request) -> int:
@@ -63,10 +67,13 @@ def with_states(
     return replace(request, work=replace(request.work, zero=changed))
 
 
-def with_micro_batch(request: Request, sequences: int) -> Request:
-    """Micro-batches of so many sequences, and as many in a step as before, or nearly."""
+def with_micro_batch(request: Request, sequences: int) -> Request | None:
+    """Micro-batches of so many sequences, and as many in a step as before, or nearly; None where the JSON fixes them to
+    another number."""
     zero = request.work.zero
     of_step = zero.micro_batch_size * zero.gradient_accumulation_steps
+    if request.samples_per_step is not None and of_step % sequences:
+        return None
     changed = replace(zero, micro_batch_size=sequences, gradient_accumulation_steps=ceil_divide(of_step, sequences))
     return replace(request, work=replace(request.work, zero=changed))
 
@@ -127,10 +134,10 @@ def lora_shape(shape: ModelShape, rank: int) -> ModelShape | None:
 
 
 def fewer_nodes(request: Request) -> Iterator[tuple[int, Request]]:
-    """Half the nodes, a quarter ..., as long as the ranks of a sequence are whole groups of them."""
+    """Half the nodes, a quarter ..., as long as their ranks can share sequences as these do."""
     nodes, sp_size = nodes_of(request), request.work.sp_size
     while nodes > 1:
         nodes = ceil_divide(nodes, 2)
-        if nodes * request.work.ranks_per_node % sp_size:
+        if sp_size not in sp_sizes(request, nodes * request.work.ranks_per_node):
             return
         yield nodes, with_nodes(request, nodes, sp_size)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from mst_ds.answers.answer import Answer
+from mst_ds.answers.report import advice_lines, answer_lines
 from mst_ds.config import GIB
-from mst_ds.planner.answer import Answer
-from mst_ds.planner.report import advice_lines, answer_lines
 from mst_ds.planner.types import MemoryTerm, Plan
 
 

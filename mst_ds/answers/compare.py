@@ -8,14 +8,14 @@ from typing import Any
 
 from rich.table import Table
 
+from mst_ds.answers import variants
+from mst_ds.answers.lengths import narrow_table
+from mst_ds.answers.verdict import seconds_text
 from mst_ds.config import GIB
-from mst_ds.planner import variants
-from mst_ds.planner.lengths import narrow_table
 from mst_ds.planner.phases import states_phase
 from mst_ds.planner.plan import plan_of_request
 from mst_ds.planner.request import Request
 from mst_ds.planner.types import Plan
-from mst_ds.planner.verdict import seconds_text
 from mst_ds.zero import OffloadDevice
 
 # By what is offloaded: where the optimizer's states and the parameters lie.

@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 
+from mst_ds.answers import changes_that_fit, changes_that_help, variants
 from mst_ds.config import GIB
 from mst_ds.gpus import gpu_by_name
-from mst_ds.planner import changes_that_fit, changes_that_help, plan_of_request, read_request
+from mst_ds.planner import plan_of_request, read_request
 
 LLAMA_8B, LLAMA_70B = "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-70B"
 
@@ -109,6 +110,23 @@ def test_a_smaller_micro_batch_is_offered_with_as_many_sequences_a_step():
     assert plan_of_request(
         read_request(LLAMA_8B, ds_config | {"train_micro_batch_size_per_gpu": 4}, **arguments)
     ).fits < (change.plan.fits)
+
+
+def test_what_is_offered_keeps_the_samples_of_a_step_that_the_json_fixes():
+    """A run refuses all else: four groups of ranks with three sequences each, or with three after another."""
+    fixed = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}, "train_batch_size": 12}
+    fixed |= {"train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 1}
+    arguments = {"world_size": 8, "ranks_per_node": 8, "device_memory": 77 * GIB, "gpu": gpu_by_name("H100")}
+    changes = changes_that_fit(read_request(LLAMA_8B, fixed, seq_len=200 * 1024, **arguments))
+    assert {change.plan.samples_per_step for change in changes} == {12}
+    offers = [dict(change.settings) for change in changes]
+    assert {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3} in offers
+    assert {"num_nodes": 2, "sp_size": 4} in [dict(list(offer.items())[:2]) for offer in offers]
+    assert not any("sp_size" in offer for offer in offers if "num_nodes" not in offer)
+    # Half the nodes would have half the groups.
+    of_two = read_request(LLAMA_8B, fixed, seq_len=8192, **arguments | {"world_size": 16})
+    assert list(variants.fewer_nodes(of_two)) == []
+    assert [nodes for nodes, _ in variants.fewer_nodes(dataclasses.replace(of_two, samples_per_step=None))] == [1]
 
 
 def test_a_plan_that_fits_is_made_faster_or_cheaper():

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mst_ds.answers.variants import nodes_of
 from mst_ds.config import AUTO, TrainConfig
 from mst_ds.files.whole_file import replace_file
 from mst_ds.planner.request import Request
 from mst_ds.planner.types import Plan
-from mst_ds.planner.variants import nodes_of
 from mst_ds.zero import BATCH_FLAGS, load_ds_config
 
 

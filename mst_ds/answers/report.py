@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from rich.table import Table
 
+from mst_ds.answers.answer import Answer
+from mst_ds.answers.verdict import seconds_text
 from mst_ds.config import GIB
-from mst_ds.gpus import AS_PREDICTED, Gpu
 from mst_ds.model_shape import ModelShape
-from mst_ds.planner.answer import Answer
 from mst_ds.planner.plan import LENGTH_STEP
 from mst_ds.planner.types import Plan
-from mst_ds.planner.verdict import seconds_text
 
 _SHOWN_TERMS = 3
 
@@ -22,18 +21,15 @@ def answer_lines(answer: Answer) -> list[str]:
         first = f"fits; fullest is the {answer.limit}"
     else:
         first = f"does NOT fit; the limit is the {answer.limit}"
-    if cost is None or plan.predicted_step_seconds is None:
+    if cost is None or plan.predicted_step_seconds is None or answer.trust is None:
         return [first, "no time is predicted, as rates are not known: --gpu H100 or another's name, or --rates FILE"]
     seconds = seconds_text(plan.predicted_step_seconds)
     pace = f"{cost.tokens_per_second:,.0f} tokens/s of all ranks, {seconds} s a step; {cost}"
-    return [first, pace if plan.fits else f"if it fitted: {pace}", _trust(answer.request.rates)]
-
-
-def _trust(gpu: Gpu) -> str:
-    """How far times are to be trusted: docs/planning.md has what they were held against."""
-    if gpu.attained == AS_PREDICTED:
-        return "times are predicted, to about 30%; --calibrate RUN takes them from a run"
-    return f"times are by a run, which attained {gpu.attained} of what is predicted for its {gpu.name}"
+    reference = answer.reference
+    before = (
+        [] if reference is None else [f"before the first step the reference, where no token is read twice: {reference}"]
+    )
+    return [first, pace if plan.fits else f"if it fitted: {pace}", *before, answer.trust]
 
 
 def advice_lines(answer: Answer) -> list[str]:

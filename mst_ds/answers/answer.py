@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from mst_ds.answers.advice import Change, changes_that_fit, changes_that_help
+from mst_ds.answers.verdict import DEFAULT_TOKENS, Cost, Limit, cost_of, cost_of_reference, limit_of
 from mst_ds.config import GIB
+from mst_ds.gpus import AS_PREDICTED
 from mst_ds.model_shape import unknown_positions
-from mst_ds.planner.advice import Change, changes_that_fit, changes_that_help
 from mst_ds.planner.plan import LENGTH_STEP, longest_of_request, plan_of_request
 from mst_ds.planner.request import Request
 from mst_ds.planner.sequence_ranks import settle_sp_size
 from mst_ds.planner.types import Plan
-from mst_ds.planner.verdict import DEFAULT_TOKENS, Cost, Limit, cost_of, limit_of
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run is asked for beside its length: tokens over all ranks, and what an hour of a GPU costs."""
+    """What a run is asked for beside its length: tokens over all ranks, what an hour of a GPU costs, and whether they
+    go through the model that the run starts from before the first step."""
 
     tokens: int = DEFAULT_TOKENS
     price_per_gpu_hour: float | None = None
+    has_reference: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,25 @@ class Answer:
         return cost_of(self.plan, self.run.tokens, self.run.price_per_gpu_hour)
 
     @property
+    def reference(self) -> Cost | None:
+        """Of the pass through the model that the run starts from, where the objective needs it."""
+        if self.cost is None or not self.run.has_reference:
+            return None
+        work = self.request.work.with_settings(**asdict(self.plan.settings))
+        return cost_of_reference(self.cost, work, self.request.rates)
+
+    @property
+    def trust(self) -> str | None:
+        """How far times are to be trusted: docs/planning.md has what they were held against. None where there are
+        none."""
+        gpu = self.request.rates
+        if self.cost is None:
+            return None
+        if gpu.attained == AS_PREDICTED:
+            return "times are predicted, to about 30%; --calibrate RUN takes them from a run"
+        return f"times are by a run, which attained {gpu.attained} of what is predicted for its {gpu.name}"
+
+    @property
     def warning(self) -> str | None:
         return unknown_positions(self.request.work.shape, self.seq_len)
 
@@ -70,6 +92,8 @@ class Answer:
             "host_bytes": plan.host_bytes,
             "max_seq_len": self.longest,
             "cost": None if cost is None else cost.as_dict(),
+            "reference": None if self.reference is None else self.reference.as_dict(),
+            "trust": self.trust,
             "warnings": [] if self.warning is None else [self.warning],
             "changes_that_fit": [] if plan.fits else [change.as_dict() for change in self.changes],
             "changes_that_help": [change.as_dict() for change in self.changes] if plan.fits else [],

@@ -4,12 +4,13 @@ import io
 import re
 
 import pytest
+from planned import ATTENTION, choices_of, llama_8b_plan, small_plan
 from rich.console import Console
-from test_plan import ATTENTION, choices_of, llama_8b_plan, small_plan
 from transformers import LlamaConfig, Qwen3NextConfig, StableLmConfig
 
+from mst_ds.answers import plan_table
 from mst_ds.config import GIB
-from mst_ds.planner import gpu_by_name, make_plan, plan_table
+from mst_ds.planner import gpu_by_name, make_plan
 
 
 def test_the_report_shows_every_phase_with_its_largest_terms_and_the_verdict():

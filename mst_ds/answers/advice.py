@@ -8,14 +8,15 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
+from mst_ds.answers import variants
+from mst_ds.answers.verdict import seconds_text
 from mst_ds.config import GIB
 from mst_ds.geometry import ceil_divide
 from mst_ds.gpus import known_gpus
-from mst_ds.planner import nvme, variants
+from mst_ds.planner import nvme
 from mst_ds.planner.plan import longest_of_request, plan_of_request
 from mst_ds.planner.request import Request
 from mst_ds.planner.types import Plan
-from mst_ds.planner.verdict import seconds_text
 
 Value: TypeAlias = int | str | bool
 _Settings: TypeAlias = tuple[tuple[str, Value], ...]
@@ -152,6 +153,8 @@ def _if_taken(names: _Settings, changed: Request) -> _Changes:
 def _smaller_micro_batch(request: Request) -> _Changes:
     for sequences in range(request.work.zero.micro_batch_size - 1, 0, -1):
         changed = variants.with_micro_batch(request, sequences)
+        if changed is None:
+            continue
         accumulation = changed.work.zero.gradient_accumulation_steps
         names = ("per_device_train_batch_size", sequences), ("gradient_accumulation_steps", accumulation)
         yield names, changed

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from processes import ROOT, free_port, run
 
+from mst_ds.answers import Cost, Limit
+from mst_ds.answers.verdict import cost_of_mix
 from mst_ds.commands import plan as plan_command
 from mst_ds.config import GIB
 from mst_ds.gpus import gpu_by_name
-from mst_ds.planner import Limit
-from mst_ds.planner.verdict import Cost, cost_of_mix
 
 LLAMA_8B = ("--model", "meta-llama/Llama-3.1-8B", "--num_gpus", "8", "--gpu", "H100")
 HOST = ("--host_memory_gib", "1900")
@@ -81,7 +81,26 @@ def test_the_second_line_is_the_cost(ask: Asked) -> None:
     assert cost["tokens_per_second"] == pytest.approx(2**20 / found["predicted_step_seconds"], rel=1e-12)
     assert cost["gpu_hours"] == pytest.approx(8 * 3e9 / cost["tokens_per_second"] / 3600, rel=1e-12)
     assert cost["price"] == pytest.approx(2 * cost["gpu_hours"], rel=1e-12)
-    assert ask(*flags)[1].splitlines()[1].endswith(f"GPU-hours, price {cost['price']:,.2f}")
+    _, second, third, *_ = ask(*flags)[1].splitlines()
+    assert second.endswith(f"GPU-hours, price {cost['price']:,.2f}")
+    assert third == found["trust"] == "times are predicted, to about 30%; --calibrate RUN takes them from a run"
+
+
+def test_a_pair_costs_its_two_answers_and_before_them_a_forward_of_the_reference(ask: Asked) -> None:
+    """Two answers of 4K compute what two sequences of a micro-batch do; without recompute, and with gate and up kept, a
+    step is three forwards, and of attention a forward and 2.5 more, at 0.38 and 0.31 of the peak."""
+    flags = (*LLAMA_8B, "--seq_len", "4K", "--sp_size", "8")
+    pairs, text = (ask(*flags, "--objective", "dpo", *more)[1] for more in (("--json",), ()))
+    found = json.loads(pairs)
+    alone = json.loads(ask(*flags, "--per_device_train_batch_size", "2", "--json")[1])
+    assert (found["recompute"], found["keep_mlp"], alone["reference"]) == (False, True, None)
+    assert found["flops"] == alone["flops"]
+    products = 2 * (32 * (2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336) + 4096 * 128256)
+    attention = 4 * 32 * 4096 // 2 * 32 * 128
+    once = products / 0.62 + attention / 0.38
+    all_of_it = 3 * products / 0.62 + attention / 0.38 + 2.5 * attention / 0.31
+    assert found["reference"]["hours"] == pytest.approx(found["cost"]["hours"] * once / all_of_it, rel=1e-9)
+    assert text.splitlines()[2].startswith("before the first step the reference, where no token is read twice: 1,000,")
 
 
 def test_several_lengths_are_a_row_each_and_a_list(ask: Asked) -> None:
@@ -157,6 +176,14 @@ def test_rates_of_a_gpu_of_ones_own(ask: Asked, tmp_path: Path, capsys: pytest.C
         assert capsys.readouterr().err == f"mst-plan: error: {message}\n"
 
 
+def test_a_table_has_the_ranks_with_which_a_step_has_the_samples_of_the_json(ask: Asked, tmp_path: Path) -> None:
+    file = tmp_path / "batch.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3}, "train_batch_size": 2}), encoding="utf-8")
+    flags = (*LLAMA_8B, "--num_nodes", "2", "--ds_config", str(file), "--table", "--json")
+    code, text = ask(*flags)
+    assert (code, [(point["num_nodes"], point["sp_size"]) for point in json.loads(text)]) == (0, [(1, 4), (2, 8)])
+
+
 def test_a_table_of_zeros_has_a_reason(ask: Asked) -> None:
     code, text = ask("--model", LLAMA_8B[1], "--gpu", "L4", "--table")
     assert code == 1
@@ -203,9 +230,21 @@ def test_written_settings_train_by_the_line_that_is_printed(ask: Asked, tmp_path
 
 
 def test_nothing_is_written_of_a_plan_that_does_not_fit(ask: Asked, tmp_path: Path) -> None:
-    code, text = ask(*LLAMA_8B, "--seq_len", "8000K", "--write", str(tmp_path / "mine.json"))
+    """Its report names the settings that were planned."""
+    page = tmp_path / "plan.md"
+    code, text = ask(*LLAMA_8B, "--seq_len", "8000K", "--write", str(tmp_path / "mine.json"), "--report", str(page))
     assert (code, text.splitlines()[-1]) == (1, "no settings are written: the plan does not fit")
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [page]
+    assert "mine.json" not in page.read_text()
+
+
+def test_settings_are_written_over_those_of_before(ask: Asked, tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    for seq_len in ("8K", "1M"):
+        found = json.loads(ask(*LLAMA_8B, *HOST, "--seq_len", seq_len, "--write", str(file), "--json")[1])
+        written = json.loads(file.read_text())["mst"]
+        assert {name: found[name] for name in ("sp_size", "loss_chunks")}.items() <= written.items()
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_a_report_has_the_answer_and_every_term(ask: Asked, tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from mst_ds.answers.answer import Answer
+from mst_ds.answers.verdict import Cost, cost_of_mix, seconds_text
 from mst_ds.config import GIB, parse_seq_len
-from mst_ds.planner.answer import Answer
-from mst_ds.planner.verdict import Cost, cost_of_mix, seconds_text
 
 _SHARES_WITHIN = 1e-6
 # So many columns fit into 80 of a terminal with no more than a space between them.

@@ -1,10 +1,13 @@
 """Small models and the plans of them, by term."""
 
+from pathlib import Path
+
 from transformers import Gemma2Config, GPTNeoXConfig, LlamaConfig, Qwen2MoeConfig
 
 from mst_ds.config import GIB
 from mst_ds.planner import make_plan
 
+DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
 HIDDEN, INTERMEDIATE, LAYERS, VOCAB = 64, 192, 3, 1000
 MODEL = LlamaConfig(
     hidden_size=HIDDEN,
@@ -79,3 +82,31 @@ def terms_of(plan, phase_name):
 
 def bytes_of(plan, phase_name):
     return {name: term.bytes for name, term in terms_of(plan, phase_name).items()}
+
+
+LLAMA_8B = LlamaConfig(
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    vocab_size=128256,
+)
+# Of all layers with `llama_8b_plan`: layers x 2 x pairs of tokens x (16 query heads of a rank x 2 x 128).
+ATTENTION = 32 * 2 * 2**33 * 16 * 2 * 128
+
+
+def small_plan(ds_config=DS_CONFIGS / "zero3_mst.json", model="small_llama", **overrides):
+    arguments = {"world_size": 2, "seq_len": 4096, "device_memory": 8 * GIB} | overrides
+    return make_plan(model, ds_config, **arguments)
+
+
+def choices_of(plan):
+    return {choice.setting: choice for choice in plan.choices}
+
+
+def llama_8b_plan(device_memory=80 * GIB, **mst):
+    # One chunk of a layer: else plans that are compared differ in that, too.
+    given = {"layer_chunks": 1, "mlp_chunks": 64, "loss_chunks": 64, "attention": "sdpa", "recompute": True}
+    ds_config = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}, "mst": given | mst}
+    return make_plan(LLAMA_8B, ds_config, world_size=8, seq_len=2**17, device_memory=device_memory, sp_size=2)
