@@ -149,6 +149,10 @@ REFUSED = {
         ["--seq_len", "1M", "--gpu", "H100", "H200", "--num_nodes", "3"],
         "gpu has 2 values for 3 nodes; allowed: one, or one for each node",
     ),
+    "gpus of a table": (
+        ["--table", "--gpu", "H100", "H200", "--num_nodes", "2"],
+        "gpu has a value for each node, and a table is of many numbers of nodes; allowed: one",
+    ),
     "two gpus": (["--seq_len", "1M", "--gpu", "H100", "--rates", "x"], "gpu and rates each say which GPU"),
     "no rates": (["--seq_len", "1M", "--rates", "/none.json"], "rates is '/none.json'; allowed: a JSON file with"),
     "no tokens": ([*LLAMA_8B, "--seq_len", "1M", "--tokens", "0"], "tokens is 0; allowed: 1 to 1e+18, such as 1e9"),

@@ -128,6 +128,11 @@ def check(options: argparse.Namespace) -> None:
     Raises:
         ValueError: numbers that nothing has, or flags that do not go together.
     """
+    _check_values(options)
+    _check_together(options)
+
+
+def _check_values(options: argparse.Namespace) -> None:
     for name in ("num_gpus", "num_nodes"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name} is {getattr(options, name)}; allowed: a whole number >= 1")
@@ -143,9 +148,15 @@ def check(options: argparse.Namespace) -> None:
         # A path of no letters is this folder.
         if path is not None and expanded(path, name).is_dir():
             raise ValueError(f"{name} is {str(path)!r}, a folder; allowed: the path of a file")
+
+
+def _check_together(options: argparse.Namespace) -> None:
     named = [name for name in ("gpu", "rates", "calibrate") if getattr(options, name) is not None]
     if len(named) > 1:
         raise ValueError(f"{' and '.join(named)} each say which GPU is planned for; allowed: one of them")
+    for name in ("gpu", "device_memory_gib", "host_memory_gib"):
+        if options.table and len(getattr(options, name) or ()) > 1:
+            raise ValueError(f"{name} has a value for each node, and a table is of many numbers of nodes; allowed: one")
     several = options.seq_len is not None and len(options.seq_len) > 1
     if options.compare and (several or options.seq_len is None):
         raise ValueError("compare shows plans of one length; allowed: --seq_len with one")
@@ -247,7 +258,6 @@ def _of_nodes(options: argparse.Namespace, name: str, num_nodes: int) -> list[An
     """What a flag says of each node, one value where all are alike."""
     values: list[Any] = getattr(options, name)
     if len(values) not in (1, num_nodes):
-        # A table has every number of nodes up to this one.
         raise ValueError(f"{name} has {len(values)} values for {num_nodes} nodes; allowed: one, or one for each node")
     return values
 

@@ -168,7 +168,8 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """Everything as a JSON file holds it: the settings beside the rest, of each phase its bytes, of each term its
         formula."""
-        fields = dataclasses.asdict(self)
+        # It would copy every factor of every term.
+        fields = dataclasses.asdict(dataclasses.replace(self, phases=()))
         fields |= fields.pop("settings")
         fields["phases"] = [
             {
