@@ -129,7 +129,7 @@ _TRAINED = """\
 - worst error: the relative errors (Frobenius norm) of the loss and of every parameter's gradient are below this, with
   1, 4 and 16 chunks of a layer and 1, 4 and 64 of MLP and loss, without recompute and with, with what it may keep kept,
   on the host too, or computed again, packed where that is done. Of architectures that stand here by their type alone,
-  without a name, with 1 and 4 chunks of each.
+  without a name, with 4 chunks of each.
 
 | architecture | for example | MLP | recompute | packed | sharded | worst error, sp 1 | worst error, sp 2 |
 |---|---|---|---|---|---|---|---|"""
