@@ -103,9 +103,14 @@ def _by_reason(findings: Iterable[Finding]) -> list[str]:
     """The reasons that most have first."""
     names: dict[str, list[str]] = {}
     for finding in findings:
-        names.setdefault(finding.row.loss or "", []).append(finding.row.architecture.name)
+        names.setdefault(reason_of(finding.row), []).append(finding.row.architecture.name)
     ordered = sorted(names.items(), key=lambda each: (-len(each[1]), each[0]))
     return [f"- {', '.join(of_reason)}: {reason}" for reason, of_reason in ordered]
+
+
+def reason_of(row: Row) -> str:
+    """Why nothing of an architecture is done, without its type, so that those alike come together."""
+    return (row.loss or "").replace(f"model type {row.architecture.model_type!r}", "the model type")
 
 
 _HEAD = """\
