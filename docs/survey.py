@@ -65,8 +65,9 @@ class Row:
         return cases_to_try(mst, packed=self.packing is None) if self.trains else []
 
     def few_cases(self) -> list[Case]:
-        """Those of them with few chunks, of which many cost most of a preflight's time."""
-        return [case for case in self.cases() if case.settings.layer_chunks <= SEVERAL]
+        """For each number of ranks one with few chunks of all that is chunked: many cost most of a preflight's time."""
+        few = [case for case in self.cases() if case.settings.loss_chunks == SEVERAL]
+        return list({case.settings.sp_size: case for case in few}.values())
 
 
 @dataclass(frozen=True)

@@ -103,9 +103,14 @@ def _by_reason(findings: Iterable[Finding]) -> list[str]:
     """The reasons that most have first."""
     names: dict[str, list[str]] = {}
     for finding in findings:
-        names.setdefault(finding.row.loss or "", []).append(finding.row.architecture.name)
+        names.setdefault(reason_of(finding.row), []).append(finding.row.architecture.name)
     ordered = sorted(names.items(), key=lambda each: (-len(each[1]), each[0]))
     return [f"- {', '.join(of_reason)}: {reason}" for reason, of_reason in ordered]
+
+
+def reason_of(row: Row) -> str:
+    """Why nothing of an architecture is done, without its type, so that those alike come together."""
+    return (row.loss or "").replace(f"model type {row.architecture.model_type!r}", "the model type")
 
 
 _HEAD = """\
@@ -129,7 +134,7 @@ _TRAINED = """\
 - worst error: the relative errors (Frobenius norm) of the loss and of every parameter's gradient are below this, with
   1, 4 and 16 chunks of a layer and 1, 4 and 64 of MLP and loss, without recompute and with, with what it may keep kept,
   on the host too, or computed again, packed where that is done. Of architectures that stand here by their type alone,
-  without a name, with 1 and 4 chunks of each.
+  without a name, with 4 chunks of each.
 
 | architecture | for example | MLP | recompute | packed | sharded | worst error, sp 1 | worst error, sp 2 |
 |---|---|---|---|---|---|---|---|"""

@@ -70,7 +70,7 @@ _COUNTS: Mapping[str, int] = {
     "moe_num_shared_experts": 2,
     "kv_n_heads": 2,
     "o_groups": 2,
-    "index_n_heads": 2,
+    "index_n_heads": 16,  # with few of them a score is often 0, and which of equal ones is chosen is left to chance
     "index_topk": _WINDOW,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,

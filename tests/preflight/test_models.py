@@ -112,7 +112,8 @@ def test_the_page_says_what_the_code_does(name: str) -> None:
     row = surveyed(name)
     if not row.trains:
         is_decoder = row.kind is not survey.Kind.NOT_A_DECODER
-        assert refused("Refused" if is_decoder else "Not decoders of text alone")[name] == row.loss
+        said_of = refused("Refused" if is_decoder else "Not decoders of text alone")
+        assert said_of[name] == writer.reason_of(row)
         return
     said = trained()[name]
     notes = dict(line.split(". ", 1) for line in section("Trained") if line.split(". ")[0].isdecimal())
