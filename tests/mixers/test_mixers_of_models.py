@@ -30,6 +30,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "bamba": {"num_hidden_layers": 2, "attn_layer_indices": [1]},
     "falcon_h1": {"num_hidden_layers": 2},
     "jamba": {},
+    "nemotron_h": {},  # layers that are an MLP, experts or a mixer and nothing else
 }
 QUICK = ("lfm2", "granitemoehybrid")
 

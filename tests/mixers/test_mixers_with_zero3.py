@@ -42,7 +42,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 # The shards meet at 66, inside the second document of the first row.
 LENGTHS = ([40, 70, 1, 20], [66, 65])
-# fp32 sums in another order; measured: gradients up to 2e-6.
+# fp32 sums in another order; measured: gradients up to 5.3e-6, losses up to 1.3e-7.
 TOLERANCE = 1e-5
 
 
