@@ -19,7 +19,7 @@ from mst_ds.settings import KNOBS, MstConfig, Settings
 SEVERAL = 4
 # What a refusal begins with: left out, so that models that are refused alike are so with the same words.
 _CLASS = re.compile(r"^\w+(ForCausalLM|LMHeadModel|ModelWithLMHead|WithLMHeadModel)\b")
-_NOT_A_DECODER = re.compile("is not a decoder;|is multimodal;")
+_NOT_A_DECODER = re.compile("is not a decoder;|is multimodal[;,]")
 _RANKS = (1, 2)
 
 

@@ -299,7 +299,7 @@ def _check_is_decoder(config: PreTrainedConfig) -> None:
     others = [name for name in type(config).sub_configs if name.startswith(("vision", "audio"))]
     if others and config.get_text_config() is config:
         raise ValueError(
-            f"model type {config.model_type!r} is multimodal, with a {others[0]}; allowed: decoders of text alone"
+            f"model type {config.model_type!r} is multimodal, with its {others[0]}; allowed: decoders of text alone"
         )
     if (text := config.get_text_config()) is not config:
         raise ValueError(
