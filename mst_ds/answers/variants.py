@@ -37,7 +37,7 @@ def with_nodes(request: Request, num_nodes: int, sp_size: int) -> Request:
     zero = replace(request.work.zero, dp_world_size=world_size)
     return replace(
         request,
-        work=replace(request.work, zero=zero).with_settings(sp_size=sp_size),
+        work=request.work.with_zero(zero).with_settings(sp_size=sp_size),
         topology=Topology(0, world_size, sp_size),
         other_sp_sizes=(),
         device_memory=(request.least_device_memory,) * world_size,
@@ -64,7 +64,7 @@ def with_states(
         optimizer_offload=optimizer or zero.optimizer_offload,
         param_offload=parameters or zero.param_offload,
     )
-    return replace(request, work=replace(request.work, zero=changed))
+    return replace(request, work=request.work.with_zero(changed))
 
 
 def with_micro_batch(request: Request, sequences: int) -> Request | None:
@@ -75,7 +75,7 @@ def with_micro_batch(request: Request, sequences: int) -> Request | None:
     if request.samples_per_step is not None and of_step % sequences:
         return None
     changed = replace(zero, micro_batch_size=sequences, gradient_accumulation_steps=ceil_divide(of_step, sequences))
-    return replace(request, work=replace(request.work, zero=changed))
+    return replace(request, work=request.work.with_zero(changed))
 
 
 def with_offloaded_activations(request: Request) -> Request:

@@ -20,7 +20,7 @@ from mst_ds.planner.attention import (
 from mst_ds.planner.kept import Moment, kept_by_recompute
 from mst_ds.planner.types import MemoryTerm, product_term, total_bytes
 from mst_ds.planner.windows import window_mask
-from mst_ds.planner.workload import Workload, remembered
+from mst_ds.planner.workload import Workload, remembered_computing
 
 Terms = tuple[MemoryTerm, ...]
 
@@ -155,7 +155,7 @@ def loss_logits(work: Workload, chunks: int) -> Terms:
     return tuple(terms)
 
 
-@remembered
+@remembered_computing
 def loss_scaling(work: Workload) -> Terms:
     """What the loss returns in its backward: its two gradients, scaled, in the model's dtype."""
     return (
@@ -164,7 +164,7 @@ def loss_scaling(work: Workload) -> Terms:
     )
 
 
-@remembered
+@remembered_computing
 def loss_unchunked(work: Workload) -> Terms:
     """The final norm's input, and the two gradients that the loss computes in the forward and keeps."""
     return (

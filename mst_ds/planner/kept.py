@@ -7,7 +7,7 @@ from typing import Literal
 from mst_ds.geometry import host_bytes, host_slabs
 from mst_ds.planner.pinned import rounding_term
 from mst_ds.planner.types import MemoryTerm, product_term, total_bytes
-from mst_ds.planner.workload import Workload, remembered
+from mst_ds.planner.workload import Workload, remembered_computing
 
 Terms = tuple[MemoryTerm, ...]
 # Of a step: while layers run, or the loss.
@@ -68,7 +68,7 @@ def _parts_in_flight(work: Workload, layers: int) -> int:
     return min(PARTS_IN_FLIGHT, layers * work.layer_chunks)
 
 
-@remembered
+@remembered_computing
 def kept_gate_up(work: Workload, *, of_last_part: bool = True) -> Terms:
     """Gate and up of the layers' MLPs, of an MLP without a gate what stands before its activation; with experts that of
     the MLP beside them. On the host, those of two layers, or chunks, which are in flight.
@@ -99,7 +99,7 @@ def _gate_up(work: Workload, name: str, label: str, count: int, width: int) -> M
     return product_term(name, "device", (label, count), tokens, ("tensors", _gate_up_tensors(work)), *sizes)
 
 
-@remembered
+@remembered_computing
 def kept_on_host(work: Workload) -> Terms:
     """The tensors, what the pieces of pinned memory are longer that they lie in, and what the slabs have more that
     these are cut from; a store has its slabs for good."""
@@ -184,7 +184,7 @@ def _kept_keys(work: Workload, tokens: int) -> list[Kept]:
     return [(_KEYS_VALUES, work.attention_keeping_layers, sizes)]
 
 
-@remembered
+@remembered_computing
 def _inputs_and_attention(work: Workload) -> list[Kept]:
     shape, size = work.shape, ("bytes", work.zero.dtype_bytes)
     output_width = shape.num_attention_heads * shape.value_head_dim

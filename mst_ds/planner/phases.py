@@ -19,7 +19,7 @@ from mst_ds.planner.stream import (
     stream_terms,
 )
 from mst_ds.planner.types import MemoryTerm, Phase, total_bytes
-from mst_ds.planner.workload import Workload, remembered
+from mst_ds.planner.workload import Workload, remembered, remembered_computing
 
 Terms = tuple[MemoryTerm, ...]
 
@@ -100,7 +100,7 @@ def _after_backward(work: Workload) -> Phase:
     return Phase("backward", standing + states.other_gradients(work) + kept_on_host(work))
 
 
-@remembered
+@remembered_computing
 def _of_layers(work: Workload, *, backward: bool) -> Terms:
     """What layers keep, and what goes from one to the next."""
     terms = activations.kept_between_layers(work, "backward" if backward else "forward")
@@ -126,7 +126,7 @@ def _moments(work: Workload, mlp_chunks: int, *, backward: bool) -> list[Terms]:
     return moments
 
 
-@remembered
+@remembered_computing
 def _last_layers(work: Workload) -> list[Workload]:
     """The model, and where some of its layers have a window and others not, up to the last one of the other kind: what
     is there at that one may be more, though less is kept of those before it."""
@@ -135,7 +135,7 @@ def _last_layers(work: Workload) -> list[Workload]:
     return [work, *(_with_layers(work, layer + 1) for layer in others[-1:])]
 
 
-@remembered
+@remembered_computing
 def _first_layers(work: Workload) -> list[Workload]:
     """The model as its activations are when the backward has come to the first layer, and to the first of the other
     kind."""
@@ -171,7 +171,7 @@ def _beside_logits(work: Workload) -> Terms:
     return terms + activations.loss_unchunked(work) + _saved(work, backward=False)
 
 
-@remembered
+@remembered_computing
 def mlp_moments(work: Workload, mlp_chunks: int, *, backward: bool) -> tuple[MlpStep, ...]:
     """The MLPs of a layer, each with what the layer's other operators have saved by then."""
     saved, whole = _saved(work, backward=backward), stream_terms(work, backward=backward)
@@ -192,7 +192,7 @@ def _first_mlp_moments(work: Workload, mlp_chunks: int) -> tuple[MlpStep, ...]:
     return tuple(MlpStep(step.chunk, (*step.rest, *whole), saved) for step in steps)
 
 
-@remembered
+@remembered_computing
 def rest_of_layer_moment(work: Workload, *, backward: bool) -> Terms:
     """The largest operator of a layer beside its MLP, with what the layer has saved by then."""
     norm = activations.norm_step(work, backward=backward)
@@ -271,7 +271,7 @@ def _input_projections(shape: ModelShape) -> int:
     return shape.hidden_size * query_key_value_width(shape)
 
 
-@remembered
+@remembered_computing
 def _saved(
     work: Workload,
     *,

@@ -48,9 +48,25 @@ class Workload:
         settings = replace(self.settings, **changes)
         if settings not in self._of_settings:
             other = replace(self, settings=settings)
-            vars(other)["_of_settings"] = self._of_settings
+            vars(other).update(_of_settings=self._of_settings, _computing=self._computing)
             self._of_settings[settings] = other
         return self._of_settings[settings]
+
+    def with_zero(self, zero: ZeroConfig) -> Workload:
+        """This under another ZeRO setting; what is `remembered_computing` is so for both, where both compute alike."""
+        other = replace(self, zero=zero)
+        if (zero.dtype, zero.micro_batch_size) == (self.zero.dtype, self.zero.micro_batch_size):
+            vars(other)["_computing"] = self._computing
+        return other
+
+    @property
+    def computing(self) -> Workload:
+        """One with the same activations: of several that differ in nothing but ZeRO's settings always the same."""
+        return self._computing.setdefault(self.settings, self)
+
+    @cached_property
+    def _computing(self) -> dict[Settings, Workload]:
+        return {}
 
     @cached_property
     def _of_settings(self) -> dict[Settings, Workload]:
@@ -205,5 +221,18 @@ def remembered(
         if key not in results:
             results[key] = function(of, *arguments, **keywords)
         return results[key]
+
+    return found
+
+
+def remembered_computing(
+    function: Callable[Concatenate[Workload, _Rest], _Found],
+) -> Callable[Concatenate[Workload, _Rest], _Found]:
+    """`remembered`, of what does not depend on where ZeRO has the states: activations."""
+    of_computing = remembered(function)
+
+    @wraps(function)
+    def found(work: Workload, /, *arguments: _Rest.args, **keywords: _Rest.kwargs) -> _Found:
+        return of_computing(work.computing, *arguments, **keywords)
 
     return found

@@ -181,6 +181,27 @@ def test_what_has_the_same_settings_is_the_same_workload():
     assert longer.with_settings(layer_chunks=2) == replace(again, seq_len=2**17) != again
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"stage": 1},
+        {"optimizer_offload": "cpu", "param_offload": "cpu"},
+        {"dp_world_size": 64},
+        {"dtype": "fp32"},
+        {"micro_batch_size": 2},
+    ],
+)
+def test_another_zero_setting_finds_what_is_computed_alike_and_nothing_else(changes):
+    work = workload(sp_size=2).with_settings(keep_attention=True, offload_activations=True, layer_chunks=4)
+    step_phases(work)
+    other = replace(work.zero, **changes)
+    found = step_phases(work.with_zero(other))
+    assert found == step_phases(replace(work, zero=other)) != step_phases(work)
+    assert (work.with_zero(other).computing is work.computing) == changes.keys().isdisjoint(
+        {"dtype", "micro_batch_size"}
+    )
+
+
 NOTHING_TWICE = "nothing is computed twice"
 MLP = "gate and up"
 
