@@ -255,6 +255,13 @@ def test_a_decoder_is_the_one_that_the_forward_calls():
     assert loss_structure(unnamed).decoder is unnamed.model
 
 
+def test_a_decoder_inside_keeps_its_own_mode():
+    model = build(LlamaConfig, CallsTheDecoderInside, **GQA).train()
+    model.model.decoder.eval()
+    loss_structure(model)
+    assert not model.model.decoder.training
+
+
 @pytest.mark.parametrize("model_class", [ScalesHiddenStates, CallsTheDecoderInside, NamesNoDecoder])
 def test_another_way_to_the_head_is_exact(model_class):
     model = build(LlamaConfig, model_class, **GQA)

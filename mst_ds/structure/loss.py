@@ -237,7 +237,6 @@ def _call(
         return _Called(None)
     config = copy.deepcopy(model.config)
     config.vocab_size = config.get_text_config().vocab_size = probe.VOCAB
-    decoder.__dict__ |= _numbers(model.base_model)
     probed.__dict__ |= {"config": config, "vocab_size": probe.VOCAB, "router_aux_loss_coef": 1.0}
     ids = torch.randint(probe.VOCAB, output.shape[:-1], device="cpu")
     with torch.enable_grad():
@@ -264,11 +263,6 @@ def _with_parts(module: nn.Module, stand_ins: dict[nn.Module, nn.Module]) -> nn.
             children[name] = replaced
     found = [part for part in stand_ins if any(part in child.modules() for child in module.children())]
     return probe.with_stand_ins(module, children) if len(found) == len(stand_ins) else None
-
-
-def _numbers(decoder: nn.Module) -> dict[str, float]:
-    """What a model may read of its decoder, such as a multiplier of its logits."""
-    return {name: value for name, value in decoder.__dict__.items() if isinstance(value, int | float)}
 
 
 class _StandInDecoder(nn.Module):
