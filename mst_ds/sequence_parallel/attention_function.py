@@ -122,6 +122,8 @@ def ulysses_attention(
     causal = ulysses.attention
     if isinstance(attention_mask, AttentionBlocks) and attention_mask.size < sp_size * length:
         causal = ulysses.attention_in_blocks(attention_mask.size, sp_size * length)
+    if query.shape[2] < sp_size * length or not ulysses.attention.documents.are_rows:
+        _check_places(module, sp_size * length)
     attention = SequenceAttention(causal, spec, HeadExchange(group, layout))
     return attention(query, key, value, kwargs.get("s_aux"), stream=ulysses.stream), None
 
@@ -174,6 +176,19 @@ def _check_request(
             raise ValueError(
                 f"{name} hands {argument} to its attention function, which mst_ds's attention does not know"
             )
+
+
+def _check_places(module: nn.Module, length: int) -> None:
+    """Llama 4 scales queries by their places among the tokens that a layer is given, not by their positions: they
+    differ on a shard, in a chunk and in a document, and the scale does from `floor_scale` tokens on."""
+    floor = getattr(module, "floor_scale", None)
+    is_scaled = getattr(module, "attn_temperature_tuning", False) and not getattr(module, "use_rope", False)
+    if floor is not None and is_scaled and length >= floor:
+        raise ValueError(
+            f"{type(module).__name__} scales its queries by their places in what it is given, which are not their "
+            f"positions on a shard, in a chunk or in a packed row of {length} tokens; allowed: fewer than {floor}, "
+            'or one document a row with sp_size 1 and "layer_chunks": 1 in the "mst" block'
+        )
 
 
 def _one_dtype(module: nn.Module, *tensors: Tensor) -> tuple[Tensor, ...]:
