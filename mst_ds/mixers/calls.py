@@ -40,7 +40,7 @@ def with_operators(forward: types.FunctionType, sequence: MixedSequence) -> Call
     operators: dict[str, Any] = {
         name: functools.partial(operator, sequence, known[name])
         for name, operator in OPERATORS.items()
-        if name in forward.__code__.co_names
+        if name in known
     }
     operators |= dict.fromkeys(_FUSED, _not_fused)
     copied = types.FunctionType(

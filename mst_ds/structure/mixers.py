@@ -34,10 +34,10 @@ def find_mixers(model: PreTrainedModel) -> list[MixerStructure]:
 def is_mixer(module: nn.Module) -> bool:
     """Whether the module's own forward does."""
     forward = _plain_forward(module)
-    if "forward" in module.__dict__ or not isinstance(forward, types.FunctionType):
+    is_own = "forward" not in module.__dict__ and not _is_wrapped_by_others(type(module))
+    if not is_own or not isinstance(forward, types.FunctionType):
         return False
-    names = set(forward.__code__.co_names)
-    called = {name for name in names if isinstance(forward.__globals__.get(name), types.FunctionType)}
+    called = {name for name in _names(forward.__code__) if callable(forward.__globals__.get(name))}
     return not called.isdisjoint(OPERATORS) and called <= KNOWN
 
 
@@ -45,6 +45,23 @@ def is_attention(module: nn.Module) -> bool:
     """Whether the module's own forward looks up its attention function where this project's is registered."""
     forward = _plain_forward(module)
     return isinstance(forward, types.FunctionType) and "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """That the code looks up, and what is defined inside of it, such as a generator."""
+    inside = [_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return set(code.co_names).union(*inside)
+
+
+def _is_wrapped_by_others(module_class: type[nn.Module]) -> bool:
+    """Whether its forward has a wrapper that is not transformers' own: a plan would pass that by."""
+    forward = module_class.forward
+    while (wrapped := getattr(forward, "__wrapped__", None)) is not None:
+        # Not by __module__, which a wrapper takes over from what it wraps.
+        if not getattr(forward, "__globals__", {}).get("__name__", "").startswith("transformers."):
+            return True
+        forward = wrapped
+    return False
 
 
 def _plain_forward(module: nn.Module) -> Any:
