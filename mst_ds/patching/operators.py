@@ -135,8 +135,13 @@ def _mixer_forward(
     mixer: MixerStructure, stream: LayerStream, original: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
     context: UlyssesContext | None = stream.context if stream.call is None else stream.call.context
-    if stream.is_paused or context is None:
+    if stream.is_paused:
         return original(*args, **kwargs)
+    if context is None:
+        raise ValueError(
+            f"{type(mixer.module).__name__} runs outside the forward of a patched decoder, where nobody knows its "
+            'documents, such as in torch.utils.checkpoint\'s backward: set "recompute" in the "mst" block instead'
+        )
     return mixer.run(MixedSequence(context.group, context.attention.documents), *args, **kwargs)
 
 

@@ -1,6 +1,7 @@
 """What other code does to a model that has a plan: it is as without the plan, or it is refused."""
 
 import copy
+import functools
 import pickle
 import warnings
 
@@ -10,6 +11,8 @@ from accelerate import Accelerator
 from plain_model import assert_close, loss_and_gradients, make_batch
 from tiny import tiny_settings
 from tiny_models import tiny_model
+from torch.utils.checkpoint import checkpoint
+from transformers import Lfm2Config, Lfm2ForCausalLM
 
 import mst_ds.patching.patched
 from mst_ds import apply_settings, remove_plan
@@ -140,6 +143,19 @@ def test_a_hook_that_would_not_run_is_refused():
     model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match=r"a linear layer of LlamaMLP was changed after mst_ds.apply_plan"):
         model(**make_batch())
+
+
+def test_a_mixer_that_is_computed_again_without_its_documents_is_refused():
+    torch.manual_seed(0)
+    layer_types = ["conv", "full_attention"]
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = Lfm2Config(vocab_size=97, num_hidden_layers=2, layer_types=layer_types, pad_token_id=0, **sizes)
+    model = apply_settings(Lfm2ForCausalLM(config).double(), tiny_settings(mlp_chunks=1, recompute=False))
+    layer = model.model.layers[0]
+    layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    loss = model(**make_batch(24), position_ids=torch.arange(24).remainder(7).expand(2, -1)).loss
+    with pytest.raises(ValueError, match=r"^Lfm2ShortConv runs outside the forward of a patched decoder"):
+        loss.backward()
 
 
 def test_a_decoder_that_lost_its_forward_is_refused():
