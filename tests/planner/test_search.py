@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+from planned import LLAMA_8B
 from transformers import LlamaConfig, MixtralConfig
 
 from mst_ds.config import GIB
@@ -17,14 +18,6 @@ from mst_ds.planner.workload import Workload
 from mst_ds.settings import MstConfig, Settings
 from mst_ds.zero import read_zero
 
-LLAMA_8B = LlamaConfig(
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    vocab_size=128256,
-)
 SHORT_AND_WIDE = LlamaConfig(
     hidden_size=64, intermediate_size=6400, num_hidden_layers=1, num_attention_heads=4, vocab_size=50000
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from peft import LoraConfig, PeftConfig
-from planned import bytes_of, plan_of
+from planned import HIDDEN, INTERMEDIATE, LAYERS, MODEL, VOCAB, bytes_of, plan_of
 from tiers import slow_but_for
 from torch import nn
 from transformers import LlamaConfig, MixtralConfig
@@ -18,15 +18,7 @@ from mst_ds.model_shape import ModelShape, TrainedCounts, load_config_of_shape
 from mst_ds.planner import make_plan
 from mst_ds.structure.trained import trained_shape
 
-HIDDEN, INTERMEDIATE, VOCAB, LAYERS, RANK = 64, 192, 1000, 3, 4
-CONFIG = LlamaConfig(
-    hidden_size=HIDDEN,
-    intermediate_size=INTERMEDIATE,
-    num_hidden_layers=LAYERS,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    vocab_size=VOCAB,
-)
+RANK = 4
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
 
 
@@ -34,34 +26,34 @@ def lora(targets: list[str], **settings: Any) -> PeftConfig:
     return LoraConfig(r=RANK, target_modules=targets, task_type="CAUSAL_LM", **settings)
 
 
-def shape_with(peft_config: PeftConfig | None, config: LlamaConfig = CONFIG) -> ModelShape:
+def shape_with(peft_config: PeftConfig | None, config: LlamaConfig = MODEL) -> ModelShape:
     return trained_shape(ModelShape.from_config(config), model_on_meta(config, peft_config)[0])
 
 
 def test_without_adapters_all_is_trained() -> None:
-    assert shape_with(None) == ModelShape.from_config(CONFIG)
+    assert shape_with(None) == ModelShape.from_config(MODEL)
 
 
 def test_adapters_are_counted_by_the_config_alone_as_on_the_model() -> None:
     """For the advice of mst-plan, which must not load torch; of experts the config does not say enough."""
-    assert lora_shape(ModelShape.from_config(CONFIG), RANK) == shape_with(lora([*ATTENTION, *MLP], lora_dropout=0.05))
+    assert lora_shape(ModelShape.from_config(MODEL), RANK) == shape_with(lora([*ATTENTION, *MLP], lora_dropout=0.05))
     assert lora_shape(shape_with(lora(ATTENTION)), RANK) is None
     assert lora_shape(ModelShape.from_config(MixtralConfig()), RANK) is None
 
 
 def test_attention_is_asked_of_the_model() -> None:
     """A config that names no kind of its layers says nothing of what they compute."""
-    model = model_on_meta(CONFIG, None)[0]
+    model = model_on_meta(MODEL, None)[0]
     model.model.layers[0].convolution = nn.Conv1d(1, 1, 1)
-    assert not ModelShape.from_config(CONFIG).has_own_attention
-    shape = trained_shape(ModelShape.from_config(CONFIG), model)
+    assert not ModelShape.from_config(MODEL).has_own_attention
+    shape = trained_shape(ModelShape.from_config(MODEL), model)
     assert shape.has_own_attention
     plan = plan_of(model=shape, mst={"recompute": True, "layer_chunks": 4})
     assert plan.settings.layer_chunks == 1
 
 
 def test_adapters_are_counted_and_nothing_else() -> None:
-    shape, whole = shape_with(lora([*ATTENTION, *MLP, "lm_head"])), ModelShape.from_config(CONFIG)
+    shape, whole = shape_with(lora([*ATTENTION, *MLP, "lm_head"])), ModelShape.from_config(MODEL)
     of_attention = RANK * (4 * HIDDEN + 2 * HIDDEN + 2 * (HIDDEN // 4))
     of_mlp, of_head = RANK * 3 * (HIDDEN + INTERMEDIATE), RANK * (HIDDEN + VOCAB)
     added = LAYERS * (of_attention + of_mlp) + of_head
@@ -73,9 +65,9 @@ def test_adapters_are_counted_and_nothing_else() -> None:
 
 
 def test_a_frozen_body_with_a_trained_head() -> None:
-    model = model_on_meta(CONFIG, None)[0]
+    model = model_on_meta(MODEL, None)[0]
     model.model.requires_grad_(False)
-    shape = trained_shape(ModelShape.from_config(CONFIG), model)
+    shape = trained_shape(ModelShape.from_config(MODEL), model)
     head = VOCAB * HIDDEN
     assert shape.trained == TrainedCounts(all=head, layer=0, mlp=0, head=head, embedding=0, largest=head)
 
@@ -97,7 +89,7 @@ def test_only_what_is_trained_has_gradients_and_optimizer_states(stage: int) -> 
 def test_frozen_weights_have_no_gradient_to_compute() -> None:
     settings: dict[str, Any] = {"world_size": 8, "seq_len": 4096, "device_memory": 2**40}
     whole, adapted = (make_plan(shape_with(each), {}, **settings) for each in (None, lora(ATTENTION)))
-    shape, added = ModelShape.from_config(CONFIG), shape_with(lora(ATTENTION)).trained.all
+    shape, added = ModelShape.from_config(MODEL), shape_with(lora(ATTENTION)).trained.all
     of_norms = (2 * LAYERS + 1) * HIDDEN
     matrices = shape.parameter_count - shape.embedding_parameter_count - of_norms
     assert whole.flops - adapted.flops == 2 * 4096 // 8 * (matrices - added)
