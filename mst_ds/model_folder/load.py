@@ -65,6 +65,18 @@ def load_model(
         model.name_or_path = model.config.name_or_path = weights.source
     Difference.of(info).require_none(weights.source, head=head_names(model), new_lm_head=new_lm_head)
     loaded: PreTrainedModel = model
+    _keep_names(loaded)
     if not has_all_rows:
         add_rows(loaded, vocab_size, seed=seed)
     return loaded
+
+
+def _keep_names(model: PreTrainedModel) -> None:
+    """Have the model saved with the names that it was loaded with.
+
+    transformers undoes the renames of the load when it saves: under ZeRO-3 also those that had nothing to rename, such
+    as the prefix that the weights have where they are a part of a larger checkpoint.
+    """
+    loaded: Any = model
+    if (renames := getattr(loaded, "_weight_conversions", None)) is not None:
+        loaded._weight_conversions = [rename for rename in renames if rename.was_used()]
