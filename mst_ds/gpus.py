@@ -13,14 +13,16 @@ class Attained:
     """Of the speed that is predicted, for each kind of work, the share that a run has measured.
 
     Attributes:
-        others: launches, collectives, copies to and from the host.
+        launches: of kernels, by the CPU.
+        links: collectives, copies to and from the host; as predicted where the run had none.
         optimizer: its step.
     """
 
     matrices: float = 1.0
     attention: float = 1.0
     passes: float = 1.0
-    others: float = 1.0
+    launches: float = 1.0
+    links: float = 1.0
     optimizer: float = 1.0
 
     def __str__(self) -> str:

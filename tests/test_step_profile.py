@@ -7,7 +7,14 @@ import math
 import pytest
 import torch
 
-from mst_ds.training.step_profile import TRACE_FILE, StepProfile, by_kind, kind_of, seconds_of_kernels
+from mst_ds.training.step_profile import (
+    TRACE_FILE,
+    StepProfile,
+    by_kind,
+    kind_of,
+    seconds_of_kernels,
+    step_to_profile,
+)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +41,7 @@ def test_kinds_of_kernels(name, kind):
 
 def test_a_profile_is_of_one_micro_batch_and_of_the_optimizer(tmp_path):
     weight = torch.randn(64, 64, requires_grad=True)
-    with StepProfile(torch.device("cpu"), tmp_path / "profile") as profile:
+    with StepProfile(torch.device("cpu"), tmp_path / "profile", step=3) as profile:
         for _ in range(2):
             loss = torch.softmax(weight @ weight, 0).square().sum()
             profile.end("loss")
@@ -52,6 +59,11 @@ def test_a_profile_is_of_one_micro_batch_and_of_the_optimizer(tmp_path):
     events = json.loads(gzip.decompress((tmp_path / "profile" / TRACE_FILE).read_bytes()))["traceEvents"]
     # Forward and backward, once.
     assert sum(event.get("name") == "aten::mm" for event in events) == 3
+
+
+@pytest.mark.parametrize(("steps_done", "max_steps", "expected"), [(0, 9, 3), (0, 2, 2), (5, 9, 8), (7, 9, 9)])
+def test_the_third_step_of_a_process_is_profiled(steps_done, max_steps, expected):
+    assert step_to_profile(steps_done=steps_done, max_steps=max_steps) == expected
 
 
 def test_on_a_cpu_kernels_are_operators_and_no_nodes_of_autograd():

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from mst_ds.answers.answer import Answer
 from mst_ds.answers.report import advice_lines, answer_lines
+from mst_ds.answers.verdict import seconds_text
 from mst_ds.config import GIB
 from mst_ds.planner.types import MemoryTerm, Plan
 
@@ -53,7 +54,7 @@ def _choices(plan: Plan) -> str:
             str(choice.value).lower(),
             f"{choice.device_bytes / GIB:+.3f}",
             f"{choice.host_bytes / GIB:+.3f}",
-            "" if choice.seconds is None else f"{choice.seconds:+.3g}",
+            "" if choice.seconds is None else seconds_text(choice.seconds, sign="+"),
         )
         for choice in plan.choices
     ]

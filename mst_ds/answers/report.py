@@ -117,7 +117,7 @@ def _costs(plan: Plan) -> str:
             if count
         ]
         if choice.seconds:
-            changes.append(f"{choice.seconds:+.3g} s a step")
+            changes.append(f"{seconds_text(choice.seconds, sign='+')} s a step")
         if changes:
             settings.append(f"{choice.setting} {str(choice.value).lower()}: {', '.join(changes)}")
     return "; ".join([f"{plan.flops / 10**12:.3f} TFLOPs a micro-batch{_predicted(plan)}", *settings])

@@ -108,11 +108,12 @@ def cost_of(plan: Plan, tokens: int, price_per_gpu_hour: float | None = None) ->
 def cost_of_reference(cost: Cost, work: Workload, gpu: Gpu) -> Cost:
     """Of the forwards through the model that a run starts from, before its first step, if it reads each token once: of
     a step's time the part that a forward has of all products and attention that are computed."""
-    rates = rates_of(work, gpu)
-    once = forward_matrix_flops(work) / rates.matrices + attention_forward_flops(work) / rates.attention_forward
+    rates, attained = rates_of(work, gpu), gpu.attained
+    of_matrices, of_attention = rates.matrices * attained.matrices, rates.attention_forward * attained.attention
+    once = forward_matrix_flops(work) / of_matrices + attention_forward_flops(work) / of_attention
     forward, backward = attention_flops(work)
-    all_of_it = matrix_flops(work) / rates.matrices
-    all_of_it += forward / rates.attention_forward + backward / rates.attention_backward
+    all_of_it = matrix_flops(work) / of_matrices
+    all_of_it += forward / of_attention + backward / (rates.attention_backward * attained.attention)
     return replace(cost, tokens_per_second=cost.tokens_per_second * all_of_it / once)
 
 
@@ -122,6 +123,11 @@ def cost_of_mix(costs: list[Cost], shares: list[float], tokens: int) -> Cost:
     return Cost(tokens, 1 / seconds, costs[0].gpus, costs[0].price_per_gpu_hour)
 
 
-def seconds_text(seconds: float) -> str:
-    """In three digits, or all before the point."""
-    return f"{seconds:,.0f}" if seconds >= 1000 else f"{seconds:.3g}"
+def seconds_text(seconds: float, *, sign: Literal["", "+"] = "") -> str:
+    """In three digits, or all before the point.
+
+    Args:
+        sign: "+": also of what is above 0.
+    """
+    # From here on three digits would be an exponent.
+    return f"{seconds:{sign},.0f}" if abs(seconds) >= 999.5 else f"{seconds:{sign}.3g}"

@@ -230,9 +230,11 @@ def _machine(options: argparse.Namespace, num_nodes: int) -> _Machine:
     if memory is None and gpus is not None and all(gpu.memory for gpu in gpus):
         memory = [gpu.memory for gpu in gpus]
     if memory is None and split_mst(ds_config_of(options.ds_config))[1].device_memory_gib == AUTO:
+        others = "--gpu H100 or another's name, --gpu auto, --rates FILE, " if calibrated is None else ""
+        unsaid = "" if calibrated is None else ", as a run on a CPU does not say it"
         raise ValueError(
-            "device_memory is not known; allowed: --gpu H100 or another's name, --gpu auto, --rates FILE, "
-            "--device_memory_gib, or a number for device_memory_gib in the 'mst' block"
+            f"device_memory is not known{unsaid}; allowed: {others}--device_memory_gib, or a number for "
+            "device_memory_gib in the 'mst' block"
         )
     of_ranks: tuple[int, ...] | None = None
     if memory is not None:

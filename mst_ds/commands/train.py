@@ -196,7 +196,7 @@ def _take_steps(job: _Job, interruption: Interruption) -> bool:
     from mst_ds.sequence_parallel import new_sequence_group
     from mst_ds.training.loop import train
     from mst_ds.training.objective import objective_of
-    from mst_ds.training.step_profile import StepProfile
+    from mst_ds.training.step_profile import StepProfile, step_to_profile
 
     run, folder = job.run, job.folder
     config, plan = run.config, run.plan
@@ -216,7 +216,10 @@ def _take_steps(job: _Job, interruption: Interruption) -> bool:
     if run.checkpoint is not None:
         load_checkpoint(engine, run.checkpoint, seed=config.seed)
     saver = _saver(job, engine, interruption)
-    profile = StepProfile(engine.device, folder / "profile") if config.profile and is_first else None
+    profile = None
+    if config.profile and is_first:
+        step = step_to_profile(steps_done=run.steps_done, max_steps=config.max_steps)
+        profile = StepProfile(engine.device, folder / "profile", step=step)
     with _metrics(run, folder, engine.device, trackers) as metrics:
         is_done = train(
             engine,
@@ -243,6 +246,8 @@ def _take_steps(job: _Job, interruption: Interruption) -> bool:
                 "calibration": calibration_record(
                     run.request,
                     plan,
+                    steps_done=run.steps_done,
+                    profiled_step=None if profile is None else profile.step,
                     profile=None if profile is None else profile.seconds,
                     reserve=reserved_bytes(engine.device),
                     process_bytes=before,

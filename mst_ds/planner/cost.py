@@ -34,8 +34,9 @@ class StepTimes:
 
     Attributes:
         matrices, attention, passes: computed.
-        waits: for all-to-alls, for the reduction of gradients where it does not overlap, and on a CPU for each launch.
+        waits: for all-to-alls, and for the reduction of gradients where it does not overlap.
         collectives, host_copies, launches: beside it.
+        launches_wait: so does each launch, on a CPU, which runs ahead of no device.
     """
 
     micro_batches: int
@@ -47,14 +48,19 @@ class StepTimes:
     host_copies: float
     launches: float
     optimizer: float
+    launches_wait: bool
 
     @property
     def computing(self) -> float:
         return self.matrices + self.attention + self.passes
 
     @property
+    def waiting(self) -> float:
+        return self.waits + (self.launches if self.launches_wait else 0.0)
+
+    @property
     def of_micro_batch(self) -> float:
-        return max(self.computing + self.waits, self.collectives, self.host_copies, self.launches)
+        return max(self.computing + self.waiting, self.collectives, self.host_copies, self.launches)
 
     @property
     def of_step(self) -> float:
@@ -69,11 +75,12 @@ class StepTimes:
             matrices=self.matrices / attained.matrices,
             attention=self.attention / attained.attention,
             passes=self.passes / attained.passes,
-            waits=self.waits / attained.others,
-            collectives=self.collectives / attained.others,
-            host_copies=self.host_copies / attained.others,
-            launches=self.launches / attained.others,
+            waits=self.waits / attained.links,
+            collectives=self.collectives / attained.links,
+            host_copies=self.host_copies / attained.links,
+            launches=self.launches / attained.launches,
             optimizer=self.optimizer / attained.optimizer,
+            launches_wait=self.launches_wait,
         )
 
 
@@ -93,16 +100,13 @@ def step_times(work: Workload, gpu: Gpu, *, fused: bool | None = None) -> StepTi
     forward, backward = attention_flops(work)
     reducing = _collective_seconds(work, rates, _reduced_bytes(work))
     collectives = _collective_seconds(work, rates, _gathered_bytes(work))
-    waits, launches = all_to_all_seconds(work, rates), launched_kernels(work) * rates.launch_seconds
+    waits = all_to_all_seconds(work, rates)
     if work.zero.overlap_comm:
         collectives += reducing
     else:
         waits += reducing
-    more = 1.0
-    if gpu.name == CPU.name:
-        # It runs ahead of no device. Of a block's queries all attend to what the last one does.
-        waits, launches = waits + launches, 0.0
-        more += _CPU_BLOCK / work.seq_len
+    # Of a block's queries all attend to what the last one does.
+    more = 1.0 + (_CPU_BLOCK / work.seq_len if gpu.name == CPU.name else 0.0)
     return StepTimes(
         work.zero.gradient_accumulation_steps,
         matrices=matrix_flops(work) / rates.matrices,
@@ -111,8 +115,9 @@ def step_times(work: Workload, gpu: Gpu, *, fused: bool | None = None) -> StepTi
         waits=waits,
         collectives=collectives,
         host_copies=copied_bytes(work) / gpu.host_rate + _parameter_seconds(work, gpu),
-        launches=launches,
+        launches=launched_kernels(work) * rates.launch_seconds,
         optimizer=_optimizer_seconds(work, gpu, rates),
+        launches_wait=gpu.name == CPU.name,
     ).at(gpu.attained)
 
 

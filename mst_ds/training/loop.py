@@ -55,7 +55,7 @@ def train(
             be counted.
         after_step: is told the number of a step that is done, and its loss on `held_out`, None without an evaluation;
             whether to stop there, the same on every rank.
-        profile: of the third step, or the last of two; the first one's kernels are compiled, and are measured.
+        profile: of the step that it names, on this rank.
 
     Returns:
         Whether the last step was reached.
@@ -70,7 +70,7 @@ def train(
         meter: PhaseMeter | StepProfile | None = None
         if step == steps_done + 1:
             meter = PhaseMeter(engine.module, engine.device)
-        elif step == max(steps_done + 2, min(steps_done + 3, max_steps)):
+        elif profile is not None and step == profile.step:
             meter = profile
         taken = _take_step(engine, plan, batches, objective, meter)
         if taken.peaks:

@@ -32,6 +32,11 @@ MICRO_BATCH, OPTIMIZER = "micro-batch", "optimizer"
 TRACE_FILE = "trace.json.gz"
 
 
+def step_to_profile(*, steps_done: int, max_steps: int) -> int:
+    """The third of a process, or the last of two: the first one's kernels are compiled, and are measured."""
+    return max(steps_done + 2, min(steps_done + 3, max_steps))
+
+
 class StepProfile:
     """Profiles the forward and backward of a step's first micro-batch, and times the optimizer, as a context manager
     around the step: `end` says which phase is over.
@@ -40,13 +45,15 @@ class StepProfile:
 
     Args:
         folder: gets the trace.
+        step: the number of the step, see `step_to_profile`.
 
     Attributes:
         seconds: of kernels by kind, in the micro-batch, and by the clock of the micro-batch and of the optimizer's
             step; empty before that.
     """
 
-    def __init__(self, device: torch.device, folder: Path) -> None:
+    def __init__(self, device: torch.device, folder: Path, *, step: int) -> None:
+        self.step = step
         self._device = device
         self._folder = folder
         self._stack = ExitStack()

@@ -9,6 +9,7 @@ from rich.console import Console
 from transformers import LlamaConfig, Qwen3NextConfig, StableLmConfig
 
 from mst_ds.answers import plan_table
+from mst_ds.answers.verdict import seconds_text
 from mst_ds.config import GIB
 from mst_ds.planner import gpu_by_name, make_plan
 
@@ -54,6 +55,19 @@ def test_the_report_says_what_chunks_of_a_layer_save_and_cost():
     (line,) = re.findall(r"layer_chunks 4: ([^;]*)", " ".join(rendered(plan).split()))
     assert line.startswith(f"{choice.device_bytes / GIB:.3f} GiB on the device")
     assert line.endswith(f"{choice.seconds:+.3g} s a step")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text", "signed"),
+    [
+        (0.012345, "0.0123", "+0.0123"),
+        (999.4, "999", "+999"),
+        (999.6, "1,000", "+1,000"),
+        (-3712.4, "-3,712", "-3,712"),
+    ],
+)
+def test_seconds_are_three_digits_and_no_exponent(seconds, text, signed):
+    assert (seconds_text(seconds), seconds_text(seconds, sign="+")) == (text, signed)
 
 
 def test_the_report_says_where_parameters_are_not_counted_exactly():
