@@ -30,6 +30,11 @@ from mst_ds.training.step_profile import (
         ("void at::native::elementwise_kernel<128, 4, direct_copy_kernel_cuda>", "passes"),
         ("void at::native::vectorized_elementwise_kernel<4, CUDAFunctor_add<float>>", "passes"),
         ("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "collectives"),
+        ("void gemv2T_kernel_val<int, int, __nv_bfloat16, float, 128, 16, 4, 4, false>", "matrices"),
+        ("aten::baddbmm", "matrices"),
+        ("aten::addmm_", "matrices"),
+        ("aten::_grouped_mm", "matrices"),
+        ("aten::addcmul", "passes"),
         ("_rms_norm_forward_kernel", "passes"),
     ],
 )

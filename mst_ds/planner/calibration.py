@@ -177,9 +177,12 @@ def attained_of(predicted: StepTimes, measured: float, profiled: Mapping[str, fl
     if any((getattr(predicted, kind) > 0) != (seconds[kind] > 0) for kind in _COMPUTED):
         # The kernels of one kind have names of another's, as attention has that is products and a softmax.
         shares = dict.fromkeys(_COMPUTED, predicted.computing / of_computing)
-    others = _share_of_others(predicted, micro_batch, micro_batch - of_computing)
-    has_links = predicted.waits + predicted.collectives + predicted.host_copies > 0
     optimizer = _share(predicted.optimizer, seconds["optimizer"], of=measured)
+    # With what parts that are too small for a share take longer than predicted.
+    rest = (measured - predicted.optimizer / optimizer) / predicted.micro_batches
+    rest -= sum(getattr(predicted, kind) / shares[kind] for kind in _COMPUTED)
+    others = _share_of_others(predicted, micro_batch, rest)
+    has_links = predicted.waits + predicted.collectives + predicted.host_copies > 0
     return Attained(**shares, launches=others, links=others if has_links else 1.0, optimizer=optimizer)
 
 

@@ -36,7 +36,7 @@ class StepTimes:
         matrices, attention, passes: computed.
         waits: for all-to-alls, and for the reduction of gradients where it does not overlap.
         collectives, host_copies, launches: beside it.
-        launches_wait: so does each launch, on a CPU, which runs ahead of no device.
+        launches_wait: whether each launch is waited for, as on a CPU, which runs ahead of no device.
     """
 
     micro_batches: int

@@ -19,7 +19,7 @@ _KINDS: Mapping[str, re.Pattern[str]] = {
     "collectives": re.compile(r"nccl|gloo|c10d", re.IGNORECASE),
     "attention": re.compile(r"flash|fmha|attention|attn|sdpa", re.IGNORECASE),
     "matrices": re.compile(
-        r"gemm|cutlass|nvjet|cublas|xmma|splitk|matmul|aten::(add|b)?mm|aten::linear", re.IGNORECASE
+        r"gem[mv]|cutlass|nvjet|cublas|xmma|splitk|matmul|aten::\w*m[mv]_?$|aten::linear", re.IGNORECASE
     ),
     "host copies": re.compile(r"memcpy (htod|dtoh)", re.IGNORECASE),
 }

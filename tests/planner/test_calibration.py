@@ -117,6 +117,8 @@ def test_what_is_too_small_to_be_seen_stays_as_predicted():
     profiled = {"matrices": 8.0, "attention": 0.2, "passes": 2.0, "micro-batch": 11.2, "optimizer": 0.1}
     found = attained_of(predicted, 22.5, profiled)
     assert (found.matrices, found.attention, found.optimizer) == (pytest.approx(0.5), 1.0, 1.0)
+    # What they take is not lost.
+    assert predicted.at(found).of_step == pytest.approx(22.5)
     # What is predicted to be large, and takes no time, has been seen.
     fast = attained_of(ON_A_GPU, 22.5, profiled)
     assert (fast.attention, fast.optimizer) == (pytest.approx(15.0), pytest.approx(20.0))
