@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from mst_ds.answers.answer import Answer
-from mst_ds.answers.verdict import Cost, cost_of_mix, seconds_text
+from mst_ds.answers.verdict import Cost, cost_of_mix, hours_text, seconds_text
 from mst_ds.config import GIB, parse_seq_len
 
 _SHARES_WITHIN = 1e-6
@@ -78,7 +78,7 @@ def lengths_table(answers: Sequence[Answer], shares: Sequence[float] | None) -> 
             row += ["-"] * (4 + has_price)
         else:
             row += [seconds_text(plan.predicted_step_seconds), f"{cost.tokens_per_second:,.0f}"]
-            row += [f"{cost.hours:,.1f}", f"{cost.gpu_hours:,.1f}", *([f"{cost.price:,.2f}"] if has_price else [])]
+            row += [hours_text(cost.hours), hours_text(cost.gpu_hours), *([f"{cost.price:,.2f}"] if has_price else [])]
         table.add_row(*row)
     return table
 

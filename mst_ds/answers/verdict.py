@@ -36,8 +36,10 @@ class Limit:
 
     def __str__(self) -> str:
         of_what = " a node" if self.place == "host" else ""
+        digits = 1 if self.needed >= GIB else 3
         # One that lacks less than is shown must not read as if it had enough.
-        digits = 1 if f"{self.needed / GIB:.1f}" != f"{self.there / GIB:.1f}" else 6
+        if f"{self.needed / GIB:.{digits}f}" == f"{self.there / GIB:.{digits}f}":
+            digits = 6
         return f"{self.name}: needs {self.needed / GIB:.{digits}f} GiB{of_what}, {self.there / GIB:.{digits}f} there"
 
 
@@ -85,7 +87,7 @@ class Cost:
 
     def __str__(self) -> str:
         price = "" if self.price is None else f", price {self.price:,.2f}"
-        return f"{self.tokens:,} tokens: {self.hours:,.1f} hours, {self.gpu_hours:,.1f} GPU-hours{price}"
+        return f"{self.tokens:,} tokens: {hours_text(self.hours)} hours, {hours_text(self.gpu_hours)} GPU-hours{price}"
 
     def as_dict(self) -> dict[str, float | int | None]:
         """As JSON has it."""
@@ -121,6 +123,11 @@ def cost_of_mix(costs: list[Cost], shares: list[float], tokens: int) -> Cost:
     """Of a run whose tokens are of several lengths, in these shares, which sum to 1."""
     seconds = sum(share / cost.tokens_per_second for share, cost in zip(shares, costs, strict=True))
     return Cost(tokens, 1 / seconds, costs[0].gpus, costs[0].price_per_gpu_hour)
+
+
+def hours_text(hours: float) -> str:
+    """To a tenth, or below one in two digits."""
+    return f"{hours:,.1f}" if hours >= 1 else f"{hours:.2g}"
 
 
 def seconds_text(seconds: float, *, sign: Literal["", "+"] = "") -> str:

@@ -61,6 +61,7 @@ def test_a_host_of_which_nothing_is_known_is_hinted_at(ask: Asked) -> None:
 def test_a_limit_that_is_missed_by_little_does_not_read_as_if_it_were_met() -> None:
     limit = Limit("device", "loss", 79 * GIB + 2**20, 79 * GIB)
     assert str(limit) == "device, loss: needs 79.000977 GiB, 79.000000 there"
+    assert str(Limit("device", "loss", GIB // 32, 8 * GIB)) == "device, loss: needs 0.031 GiB, 8.000 there"
 
 
 def test_what_a_run_takes() -> None:
@@ -68,6 +69,8 @@ def test_what_a_run_takes() -> None:
     cost = Cost(tokens=10**9, tokens_per_second=3600.0, gpus=8, price_per_gpu_hour=2.5)
     assert cost.hours == pytest.approx(10**9 / 3600 / 3600, rel=1e-15)
     assert str(cost) == "1,000,000,000 tokens: 77.2 hours, 617.3 GPU-hours, price 1,543.21"
+    small = Cost(tokens=10**6, tokens_per_second=3600.0, gpus=8)
+    assert str(small) == "1,000,000 tokens: 0.077 hours, 0.62 GPU-hours"
     slower = Cost(tokens=10**9, tokens_per_second=400.0, gpus=8, price_per_gpu_hour=2.5)
     mix = cost_of_mix([cost, slower], [0.9, 0.1], 10**9)
     assert mix.hours == pytest.approx(0.9 * cost.hours + 0.1 * slower.hours, rel=1e-15)
