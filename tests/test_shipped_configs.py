@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mst_ds.config import TrainConfig
 from mst_ds.data import EvalLoader, load_tokenizer, load_training_data
+from mst_ds.gpus import CPU
 from mst_ds.model_shape import load_model_config
+from mst_ds.planner.calibration import read_calibration
 from mst_ds.topology import Topology
+from mst_ds.training.step_profile import TRACE_FILE
 
 STEPS, SEQ_LEN, EVAL_SAMPLES = 3, 256, 3
-FLAGS = f"--max_steps {STEPS} --seq_len {SEQ_LEN} --eval_steps 2 --eval_samples {EVAL_SAMPLES}".split()
+FLAGS = f"--max_steps {STEPS} --seq_len {SEQ_LEN} --eval_steps 2 --eval_samples {EVAL_SAMPLES} --profile true".split()
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,15 @@ def test_a_run_writes_its_metrics(finished: FinishedRun) -> None:
     events.Reload()
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx([step["loss"] for step in steps])
     assert "evaluation loss" in finished.output
+
+
+def test_a_profiled_run_calibrates_plans(finished: FinishedRun) -> None:
+    found = read_calibration(finished.folder)
+    # The first compiles, the third is profiled.
+    assert found.measured_seconds == finished.records("loss")[1]["seconds"]
+    assert found.gpu.name == CPU.name
+    assert len(set(asdict(found.gpu.attained).values())) > 2
+    assert (finished.folder / "profile" / TRACE_FILE).is_file()
 
 
 def test_a_run_leaves_a_model_that_others_load(finished: FinishedRun) -> None:
