@@ -29,6 +29,10 @@ _METADATA = {
 }
 
 
+class NotUnderstood(ValueError):
+    """A module does something with its scores that this project does not compute."""
+
+
 @dataclass
 class ModuleCall:
     """One forward of a module that writes attention out.
@@ -52,8 +56,8 @@ class ModuleCall:
     _asked: int = field(default=0, repr=False)
 
     def refuse(self, what: str) -> NoReturn:
-        """Raises: ValueError: always."""
-        raise ValueError(f"{type(self.module).__name__} {what}, which mst_ds's attention does not know")
+        """Raises: NotUnderstood: always."""
+        raise NotUnderstood(f"{type(self.module).__name__} {what}, which mst_ds's attention does not know")
 
     def ask(self, of: Tensor, find_out: Callable[[], T], unknown: T) -> T:
         """`find_out()`, which reads from the device, and does so once for each place in a module's forward.

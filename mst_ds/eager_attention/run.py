@@ -37,7 +37,7 @@ class EagerAttention:
             args, kwargs: of the forward; the hidden states, (B, L, ...), are the first tensor among them.
 
         Raises:
-            ValueError: it does something with its scores that is not understood, or attends to nothing that is.
+            NotUnderstood: it does something with its scores that is not understood, or attends to nothing that is.
         """
         leaves, spec = tree_flatten((args, kwargs))
         place = next(index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor))

@@ -110,6 +110,9 @@ class LazyScores(Lazy):
         call, written = self.call, self.written
         if not written.is_softmax:
             call.refuse("multiplies values by scores without a softmax")
+        call.attended += 1
+        if value.is_meta:  # a model that is only looked at
+            return value.new_empty(*self.shape[:-1], value.shape[-1])
         values = by_heads(value, call)
         dtype, device = value.dtype, value.device.type
         if torch.is_autocast_enabled(device) and dtype != torch.float64:
@@ -119,7 +122,6 @@ class LazyScores(Lazy):
         if written.slopes is not None:
             slopes = written.slopes.expand(query.shape[1])
             query, key = with_slopes(query, key, slopes, self._positions(), written.scaling)
-        call.attended += 1
         output, _ = ulysses_attention(
             call.module,
             query,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from mst_ds.model_shape import has_two_alibis, layer_kinds, other_layers
-from mst_ds.structure.eager import is_eager_attention
+from mst_ds.structure.eager import find_eager_attention
 from mst_ds.structure.layers import decoder_layers
 from mst_ds.structure.mixers import find_mixers, is_attention
 
@@ -54,15 +54,16 @@ def _uses_interface(model: PreTrainedModel) -> bool:
     if has_two_alibis(model.config.get_text_config()):
         return False
     layers, with_mixer = decoder_layers(model), _layers_with_mixer(model)
-    with_attention = [layer for layer in layers if any(map(_attends, layer.modules()))]
+    written_out = {attention.module for attention in find_eager_attention(model)}
+    with_attention = [
+        layer
+        for layer in layers
+        if any(map(is_attention, layer.modules())) or not written_out.isdisjoint(layer.modules())
+    ]
     if with_mixer:
         # Layers of several kinds: some may have neither.
         return bool(with_attention) or len(with_mixer) == len(layers)
     return bool(layers) and len(with_attention) == len(layers)
-
-
-def _attends(module: nn.Module) -> bool:
-    return is_attention(module) or is_eager_attention(module)
 
 
 def _other_mixing(model: PreTrainedModel) -> str | None:

@@ -11,6 +11,7 @@ import torch
 from tiers import slow_but_for
 from tiny import tiny_settings
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.gptj.modeling_gptj import GPTJAttention
 
 from mst_ds import apply_settings, remove_plan
 from mst_ds.eager_attention import EAGER_ATTENTION_NAME
@@ -80,6 +81,26 @@ def test_attention_is_found_and_nothing_else(name: str) -> None:
     for layer, module in zip(layers, found, strict=True):
         assert module in list(layer.modules())
         assert "attention" in type(module).__name__.lower()
+
+
+class Capped(GPTJAttention):
+    """With a softcap, which nobody here knows in scores that are written out."""
+
+    def _attn(self, query: Any, key: Any, value: Any, attention_mask: Any = None) -> Any:
+        scores = (query @ key.mT / self.scale_attn).tanh() + attention_mask
+        weights = torch.softmax(scores, dim=-1)
+        return weights @ value, weights
+
+
+def test_a_model_whose_scores_are_not_understood_keeps_its_attention() -> None:
+    model: Any = model_of("gptj")
+    model.transformer.h[1].attn.__class__ = Capped
+    assert find_eager_attention(model) == []
+    ids = torch.randint(3, VOCAB, (2, 13))
+    expected = gradients(copy.deepcopy(model), ids)
+    torch.testing.assert_close(gradients(apply_settings(model, tiny_settings()), ids), expected, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="does not use transformers' attention interface, .* use sp_size 1"):
+        apply_settings(remove_plan(model), tiny_settings(2), sequence_group=object())
 
 
 @pytest.mark.parametrize("name", ["bloom", "mpt"])
