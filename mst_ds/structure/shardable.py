@@ -56,9 +56,7 @@ def _uses_interface(model: PreTrainedModel) -> bool:
     layers, with_mixer = decoder_layers(model), _layers_with_mixer(model)
     written_out = {attention.module for attention in find_eager_attention(model)}
     with_attention = [
-        layer
-        for layer in layers
-        if any(map(is_attention, layer.modules())) or not written_out.isdisjoint(layer.modules())
+        layer for layer in layers if any(is_attention(each) or each in written_out for each in layer.modules())
     ]
     if with_mixer:
         # Layers of several kinds: some may have neither.

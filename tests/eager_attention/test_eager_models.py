@@ -99,7 +99,7 @@ def test_a_model_whose_scores_are_not_understood_keeps_its_attention() -> None:
     ids = torch.randint(3, VOCAB, (2, 13))
     expected = gradients(copy.deepcopy(model), ids)
     torch.testing.assert_close(gradients(apply_settings(model, tiny_settings()), ids), expected, rtol=1e-4, atol=1e-6)
-    with pytest.raises(ValueError, match="does not use transformers' attention interface, .* use sp_size 1"):
+    with pytest.raises(ValueError, match=r"does not use transformers' attention interface, .* use sp_size 1"):
         apply_settings(remove_plan(model), tiny_settings(2), sequence_group=object())
 
 

@@ -72,6 +72,12 @@ def bloom(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any) -> 
     return torch.bmm(weights.view(-1, *scores.shape[2:]), flat(value)).view(query.shape)
 
 
+def falcon(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
+    scores = query @ key.mT + (SLOPES[:, None, None] / SCALE * torch.arange(query.shape[2]))[None]
+    scores *= SCALE
+    return functional.softmax(scores + mask, dim=-1) @ value
+
+
 def xglm(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
     scores = torch.bmm(flat(query * SCALE), flat(key).transpose(1, 2))
     scores = scores.view(*mask.size()[:1], HEADS, *mask.size()[2:]) + mask
@@ -157,13 +163,13 @@ def test_written_attention_is_attention(write: Write) -> None:
     same_with_gradients(written(write, given), expected, given)
 
 
-@pytest.mark.parametrize("write", [mpt, bloom])
+@pytest.mark.parametrize("write", [mpt, bloom, falcon])
 def test_biases_of_positions_are_in_it(write: Write) -> None:
     """What a model counts from the row's start on, or back from its end, is of no account to a document."""
     given = inputs()
     seen = scores_of(given[0], given[1], scaling=SCALE, starts=STARTS)
     scores = seen + SLOPES[:, None, None] * torch.arange(LENGTH)
-    mask = EagerMask(None).to(dtype=torch.bool) if write is mpt else EagerMask(None)
+    mask = EagerMask(None).to(dtype=torch.bool).to("cpu") if write is mpt else EagerMask(None)
     same_with_gradients(written(write, given, mask), scores.softmax(-1) @ given[2], given)
 
 
