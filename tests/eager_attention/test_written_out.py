@@ -60,7 +60,7 @@ def gpt(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Te
 
 def mpt(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
     scores = torch.matmul(query, key.mT) * SCALE + module.alibi[:, :, -query.shape[2] :]
-    scores = scores.masked_fill(mask.to(torch.bool), torch.finfo(scores.dtype).min)
+    scores = scores.masked_fill(mask, torch.finfo(scores.dtype).min)
     return torch.matmul(functional.softmax(scores.float(), dim=-1).to(value.dtype), value)
 
 
