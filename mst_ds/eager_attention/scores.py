@@ -251,6 +251,14 @@ def _converted(scores: LazyScores, *args: Any, **kwargs: Any) -> LazyScores:
     return scores.then(dtype=dtype_of_call(*args, **kwargs))
 
 
+def _detached(scores: LazyScores) -> LazyScores:
+    """Within an autograd function, such as ZeRO-3's around a module that only drops elements; a model's own would leave
+    queries and keys without gradients."""
+    if torch.is_grad_enabled():
+        scores.call.refuse("detaches its attention's scores or weights")
+    return scores.then()
+
+
 def _product(first: Any, second: Any) -> Tensor:
     if not isinstance(first, LazyScores) or isinstance(second, Lazy):
         (first if isinstance(first, Lazy) else second).call.refuse("multiplies a tensor by its attention's scores")
@@ -261,6 +269,7 @@ _ON_SCORES: Mapping[str, Callable[..., Any]] = {
     "add": _added,
     "bfloat16": lambda scores: scores.then(dtype=torch.bfloat16),
     "bmm": _product,
+    "detach": _detached,
     "div": _divided,
     "dropout": _dropped,
     "float": lambda scores: scores.then(dtype=torch.float32),

@@ -286,7 +286,12 @@ def rolled(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any) ->
     return gpt_neo(module, query, key, value, mask)
 
 
+def detached(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
+    return (query @ key.mT + mask).softmax(dim=-1).detach() @ value
+
+
 REFUSED = {
+    detached: "detaches its attention's scores or weights",
     softmax_of_queries: "takes a softmax over something else than the keys",
     no_mask: "does not hide the keys that are to come",
     no_softmax: "multiplies values by scores without a softmax",
