@@ -1,4 +1,4 @@
-"""Attention that is written out under ZeRO-3, on two ranks that share packed sequences: steps of each document alone."""
+"""Attention that is written out under ZeRO-3, on two ranks that share packed sequences: steps of documents alone."""
 
 from __future__ import annotations
 
