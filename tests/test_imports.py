@@ -30,7 +30,7 @@ LAYERS = [
     {"planner", "minisequence", "metrics", "data"},
     {"answers", "layer_stream"},
     {"sequence_parallel"},
-    {"mixers"},
+    {"eager_attention", "mixers"},
     {"structure", "model_folder", "objectives"},
     {"patching", "checkpoint"},
     {"preflight", "memory", "scaling"},

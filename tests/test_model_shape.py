@@ -147,18 +147,11 @@ def test_other_families_are_counted_as_similar_ones():
         assert shape.parameter_count == pytest.approx(parameter_count(build(config)), rel=0.1)
 
 
-# transformers' names of their sizes are not always Llama's.
-OWN_ATTENTION_SIZES = {
-    "mpt": {"d_model": 64, "n_heads": 4},
-    "gpt_neo": {"attention_types": [[["global"], 3]], "num_layers": 3},
-}
-
-
-@pytest.mark.parametrize("kind", sorted(families.OWN_ATTENTION))
-def test_attention_that_is_not_this_projects_is_known_by_the_config(kind):
-    config = transformers.CONFIG_MAPPING[kind](**SMALL | SPECIAL_TOKENS | OWN_ATTENTION_SIZES.get(kind, {}))
-    assert ModelShape.from_config(config).has_own_attention
-    assert why_own_attention(build(config)) is not None
+@pytest.mark.parametrize("alibi", [False, True])
+def test_attention_that_is_not_this_projects_is_known_by_the_config(alibi):
+    config = transformers.FalconConfig(**SMALL | SPECIAL_TOKENS | {"alibi": alibi})
+    assert ModelShape.from_config(config).has_own_attention is alibi
+    assert (why_own_attention(build(config)) is not None) is alibi
 
 
 def test_dimensions_are_the_configs():

@@ -45,7 +45,7 @@ ROLES = {
     "starcoder2": (None, "c_fc", "c_proj"),
 }
 OF_EXPERTS = {"mixtral", "qwen3-moe", "olmoe", "gpt-oss"}
-TOKENWISE = {"apertus", "falcon"}
+TOKENWISE = {"apertus", "falcon", "falcon-alibi"}
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES.keys() - OF_EXPERTS - TOKENWISE - {"deepseek-v3"}))

@@ -145,11 +145,17 @@ ARCHITECTURES = {
             "v_head_dim": 12,
         },
     ),
-    # Its attention is its own, and adds to its MLP's output in place.
+    # Its attention is written out, and it adds to its MLP's output in place.
     "falcon": (FalconConfig, FalconForCausalLM, {"ffn_hidden_size": 48, "attention_dropout": 0.0}),
+    # Its attention is its own.
+    "falcon-alibi": (
+        FalconConfig,
+        FalconForCausalLM,
+        {"alibi": True, "ffn_hidden_size": 48, "attention_dropout": 0.0, "hidden_dropout": 0.0},
+    ),
 }
-# Those that have no attention interface: one document a row, and no shards.
-OWN_ATTENTION = ["falcon"]
+# Those whose attention is not this project's: one document a row, and no shards.
+OWN_ATTENTION = ["falcon-alibi"]
 SHARDABLE = [name for name in ARCHITECTURES if name not in OWN_ATTENTION]
 
 

@@ -15,7 +15,7 @@ from mst_ds.model_shape.model_flops import attended_pairs, flops_per_token
 from mst_ds.model_shape.multimodal import language_config, with_language_config
 from mst_ds.model_shape.positions import require_positions, unknown_positions
 from mst_ds.model_shape.rope_scaling import parse_rope_scaling, scale_rope
-from mst_ds.model_shape.shape import ModelShape, NormShape, layer_kinds, other_layers
+from mst_ds.model_shape.shape import ModelShape, NormShape, has_two_alibis, layer_kinds, other_layers
 
 __all__ = [
     "ExpertShape",
@@ -25,6 +25,7 @@ __all__ = [
     "TrainedCounts",
     "attended_pairs",
     "flops_per_token",
+    "has_two_alibis",
     "known_model_names",
     "language_config",
     "layer_kinds",

@@ -111,5 +111,3 @@ FAMILIES: Mapping[str, Family] = {
     "smollm3": LLAMA,
     "starcoder2": replace(_PLAIN_MLP, qkv_bias="use_bias", output_bias="use_bias", mlp_bias="use_bias"),
 }
-# Decoders without transformers' attention interface; `mst_ds.structure.why_own_attention` asks the model itself.
-OWN_ATTENTION = frozenset({"bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt"})

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mst_ds.model_shape.config_checks import check_numbers, check_parameter_count
 from mst_ds.model_shape.counts import Dimensions, ParameterCounts, TrainedCounts, count_parameters
 from mst_ds.model_shape.experts import ExpertShape, read_experts
-from mst_ds.model_shape.families import FAMILIES, LLAMA, OWN_ATTENTION, Family, NormKind, is_on
+from mst_ds.model_shape.families import FAMILIES, LLAMA, Family, NormKind, is_on
 from mst_ds.model_shape.positions import fixed_positions, rope_type, rotary_positions
 from mst_ds.model_shape.sizes import optional_size, size
 
@@ -143,7 +143,7 @@ class ModelShape(Dimensions):
             window_layers=window_layers,
             other_layers=other_layers(config),
             mixer_heads=_mixer_heads(config, dimensions),
-            has_own_attention=config.model_type in OWN_ATTENTION or bool(other_layers(config)),
+            has_own_attention=has_two_alibis(config) or bool(other_layers(config)),
             embedding_parameter_count=counts.embedding,
             position_parameter_count=counts.positions,
             fixed_positions=fixed_positions(config),
@@ -205,6 +205,11 @@ class ModelShape(Dimensions):
 def other_layers(config: Any) -> tuple[str, ...]:
     """The kinds of layers that are not attention, such as linear attention, state spaces and convolutions."""
     return tuple(sorted(set(layer_kinds(config)) - _ATTENTION_LAYERS - _TOKENWISE_LAYERS))
+
+
+def has_two_alibis(config: Any) -> bool:
+    """Whether it has ALiBi as Falcon, whose eager attention adds it twice, and torch's once."""
+    return bool(getattr(config, "alibi", False))
 
 
 def layer_kinds(config: Any) -> list[str]:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mst_ds.attention import prepare_attention
+from mst_ds.eager_attention import EAGER_ATTENTION_NAME, EagerAttention, register_eager_attention
 from mst_ds.layer_stream import LayerStream
 from mst_ds.model_shape import language_config
 from mst_ds.patching.adapters import base_model, without_adapters
@@ -18,6 +19,7 @@ from mst_ds.patching.causal_lm import causal_lm_forward, generate
 from mst_ds.patching.decoder import decoder_forward, known_arguments
 from mst_ds.patching.guards import keep_recompute, require_outermost, require_unwrapped
 from mst_ds.patching.operators import (
+    attend_eagerly,
     chunk_head,
     chunk_mlp,
     chunk_norm,
@@ -49,6 +51,7 @@ from mst_ds.structure import (
     RotaryStructure,
     decoder_layers,
     find_document_rotary,
+    find_eager_attention,
     find_mixers,
     find_mlps,
     find_norms,
@@ -68,12 +71,13 @@ _UNDO = "_mst_undo"
 
 @dataclass(frozen=True)
 class ModelParts:
-    """What of a model a plan replaces; `mlps` and `mixers` are empty where the model keeps its own."""
+    """What of a model a plan replaces; `mlps`, `mixers` and `eager` are empty where the model keeps its own."""
 
     layers: list[nn.Module]
     mlps: list[Chunkable]
     norms: list[NormStructure]
     mixers: list[MixerStructure]
+    eager: list[EagerAttention]
     rotary: list[RotaryStructure]
     document_rotary: list[DocumentRotary]
     loss: LossStructure
@@ -102,10 +106,12 @@ def find_parts(model: nn.Module, settings: Settings) -> ModelParts:
     # What is in an MLP is chunked with it.
     inside = {module for mlp in mlps for module in mlp.module.modules()}
     norms = [norm for norm in find_norms(model) if norm.module not in inside]
-    mixers = find_mixers(model) if why_own_attention(model) is None else []
+    is_own = why_own_attention(model) is not None
+    mixers = [] if is_own else find_mixers(model)
+    eager = [] if is_own else find_eager_attention(model)
     _require_one_chunk(model, mixers, settings)
     rotary, document_rotary = find_rotary(model), find_document_rotary(model)
-    return ModelParts(layers, mlps, norms, mixers, rotary, document_rotary, loss_structure(model))
+    return ModelParts(layers, mlps, norms, mixers, eager, rotary, document_rotary, loss_structure(model))
 
 
 def apply_plan(model: Model, plan: Plan, *, sequence_group: dist.ProcessGroup | SequenceGroup | None = None) -> Model:
@@ -167,7 +173,8 @@ def apply_settings(
     stream = _replace_parts(parts, settings, layer_chunks, undo)
     if zero_stage == 3:
         _gather_leaves(parts, settings, undo)
-    configs = _use_attention(base, stream, undo) if reason is None else []
+    name = EAGER_ATTENTION_NAME if parts.eager else ATTENTION_NAME
+    configs = _use_attention(base, name, stream, undo) if reason is None else []
     lengths = DocumentLengths()
     for of_documents in parts.document_rotary:
         by_document = functools.partial(of_documents.forward, lengths, of_documents.module.forward)
@@ -261,6 +268,9 @@ def _replace_parts(parts: ModelParts, settings: Settings, layer_chunks: int, und
         mix_documents(mixer, stream, undo)
     for rotary in parts.rotary:
         undo.set_attribute(rotary.module, "forward", rotary.forward())
+    # Around the forward of a rotary embedding, which is the module's own.
+    for attention in parts.eager:
+        attend_eagerly(attention, stream, undo)
     chunk_head(parts.loss, settings, undo)
     return stream
 
@@ -310,9 +320,10 @@ def _require_agreement(settings: Settings, group: ProcessSequenceGroup) -> None:
                 )
 
 
-def _use_attention(model: PreTrainedModel, stream: LayerStream, undo: Undo) -> list[OwnConfig]:
+def _use_attention(model: PreTrainedModel, name: str, stream: LayerStream, undo: Undo) -> list[OwnConfig]:
     """Name this project's attention in this instance's configs, and return these."""
     register_attention()
+    register_eager_attention()
     # Configs are shared between a model's modules, and often between models: each is copied once for this instance.
     copies: dict[int, Any] = {}
     own_configs = []
@@ -322,8 +333,8 @@ def _use_attention(model: PreTrainedModel, stream: LayerStream, undo: Undo) -> l
             continue
         if id(config) not in copies:
             copies[id(config)] = undo.copy_config(config)
-            copies[id(config)]._attn_implementation_internal = ATTENTION_NAME
-        own = OwnConfig(module, copies[id(config)], config._attn_implementation_internal)
+            copies[id(config)]._attn_implementation_internal = name
+        own = OwnConfig(module, copies[id(config)], config._attn_implementation_internal, name)
         undo.set_attribute(module, "config", own.config)
         undo.set_attribute(module, STREAM_OF_MODULE, stream)
         own_configs.append(own)

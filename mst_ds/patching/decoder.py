@@ -142,7 +142,10 @@ def _planned_arguments(patched: PatchedModel, kwargs: dict[str, Any]) -> dict[st
         else:
             positions = told.positions(inputs.device)
     positions, starts = _find_documents(patched, told, positions, mask, inputs)
-    context = UlyssesContext(group, settings.attention, starts, settings.head_groups, patched.stream)
+    of_keys = positions
+    if of_keys is None:
+        of_keys = patched.token_layout.positions(0 if group is None else group.rank, length, inputs.device)[None]
+    context = UlyssesContext(group, settings.attention, starts, settings.head_groups, patched.stream, of_keys)
     # Without a mask transformers looks into the positions for documents, and has the host wait for the answer.
     is_certain = told is not None and told.is_certain
     no_padding = torch.ones(batch, length, dtype=torch.bool, device=inputs.device) if is_certain else None

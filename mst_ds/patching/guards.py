@@ -10,7 +10,6 @@ from torch import nn
 
 from mst_ds.patching.patched import PatchedModel
 from mst_ds.patching.undo import Undo
-from mst_ds.sequence_parallel import ATTENTION_NAME
 from mst_ds.settings import Settings
 from mst_ds.structure import MlpStructure
 from mst_ds.structure.probe import is_changed_by_user
@@ -99,17 +98,17 @@ def _check_attention(patched: PatchedModel) -> None:
         if config is not own.config:
             raise ValueError(CHANGED.format(f"the config of {type(own.module).__name__}", "setting another"))
         name = config._attn_implementation_internal
-        if name != ATTENTION_NAME:
+        if name != own.attention:
             raise ValueError(
                 f"the attention of {type(own.module).__name__} was set to {name!r} after mst_ds.apply_plan, whose own "
-                f"knows documents and padding: call model.set_attn_implementation({ATTENTION_NAME!r}), or "
+                f"knows documents and padding: call model.set_attn_implementation({own.attention!r}), or "
                 "mst_ds.remove_plan(model) first"
             )
 
 
 def _check_recompute(patched: PatchedModel) -> None:
     for layer in patched.layers:
-        if layer.gradient_checkpointing:
+        if getattr(layer, "gradient_checkpointing", False):
             raise ValueError(
                 f'the recompute of {type(layer).__name__} was changed after mst_ds.apply_plan: set "recompute" in the '
                 '"mst" block, and call mst_ds.remove_plan(model), then mst_ds.apply_plan again'
@@ -123,7 +122,7 @@ def keep_recompute(modules: list[Any], layers: list[nn.Module], settings: Settin
     Args:
         modules: that have such switches: the model and its decoder.
     """
-    if not settings.recompute and any(layer.gradient_checkpointing for layer in layers):
+    if not settings.recompute and any(getattr(layer, "gradient_checkpointing", False) for layer in layers):
         _leave_recompute("gradient_checkpointing_enable", settings.recompute)
     for layer in layers:
         undo.set_attribute(layer, "gradient_checkpointing", False)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mst_ds.eager_attention import EagerAttention
 from mst_ds.layer_stream import LayerStream, Pass, StreamedLayer
 from mst_ds.minisequence import (
     ExpertEnds,
@@ -51,6 +52,11 @@ def chunk_norm(norm: NormStructure, stream: LayerStream, undo: Undo) -> None:
 
 def mix_documents(mixer: MixerStructure, stream: LayerStream, undo: Undo) -> None:
     undo.set_attribute(mixer.module, "forward", functools.partial(_mixer_forward, mixer, stream, mixer.module.forward))
+
+
+def attend_eagerly(attention: EagerAttention, stream: LayerStream, undo: Undo) -> None:
+    original = attention.module.forward
+    undo.set_attribute(attention.module, "forward", functools.partial(_eager_forward, attention, stream, original))
 
 
 def stream_layer(layer: nn.Module, stream: LayerStream, undo: Undo) -> None:
@@ -134,15 +140,29 @@ def _norm_forward(
 def _mixer_forward(
     mixer: MixerStructure, stream: LayerStream, original: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
-    context: UlyssesContext | None = stream.context if stream.call is None else stream.call.context
     if stream.is_paused:
         return original(*args, **kwargs)
+    context = _context_of(mixer.module, stream)
+    return mixer.run(MixedSequence(context.group, context.attention.documents), *args, **kwargs)
+
+
+def _eager_forward(
+    attention: EagerAttention, stream: LayerStream, original: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    if stream.is_paused:
+        return original(*args, **kwargs)
+    context = _context_of(attention.module, stream)
+    return attention.run(original, context, None if stream.call is None else stream.call.tokens, *args, **kwargs)
+
+
+def _context_of(module: nn.Module, stream: LayerStream) -> UlyssesContext:
+    context: UlyssesContext | None = stream.context if stream.call is None else stream.call.context
     if context is None:
         raise ValueError(
-            f"{type(mixer.module).__name__} runs outside the forward of a patched decoder, where nobody knows its "
+            f"{type(module).__name__} runs outside the forward of a patched decoder, where nobody knows its "
             'documents, such as in torch.utils.checkpoint\'s backward: set "recompute" in the "mst" block instead'
         )
-    return mixer.run(MixedSequence(context.group, context.attention.documents), *args, **kwargs)
+    return context
 
 
 def _tokenwise_forward(

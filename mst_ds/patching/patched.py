@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from mst_ds.eager_attention import register_eager_attention
 from mst_ds.layer_stream import LayerStream
-from mst_ds.sequence_parallel import ATTENTION_NAME, SequenceGroup, register_attention
+from mst_ds.sequence_parallel import SequenceGroup, register_attention
 from mst_ds.settings import Settings
 from mst_ds.structure import Chunkable, DocumentLengths, LossStructure
 from mst_ds.token_layout import TokenLayout
@@ -28,11 +29,13 @@ class RunningForward:
 
 @dataclass(frozen=True)
 class OwnConfig:
-    """A config that `module` of this instance has for itself; attention_before is what it named before the plan."""
+    """A config that `module` of this instance has for itself; attention_before is what it named before the plan,
+    attention what it names with it."""
 
     module: nn.Module
     config: Any
     attention_before: str
+    attention: str
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class PatchedModel:
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A model that was saved whole may be loaded by a process that has applied no plan.
         register_attention()
+        register_eager_attention()
         self.__dict__.update(state)
 
     @property
@@ -110,4 +114,4 @@ def own_attention(patched: PatchedModel) -> Iterator[None]:
     finally:
         running.is_generating = False
         for own in patched.configs:
-            own.config._attn_implementation_internal = ATTENTION_NAME
+            own.config._attn_implementation_internal = own.attention

@@ -46,6 +46,7 @@ class UlyssesContext:
         document_starts: see `Documents`; found once per forward, not once per layer.
         head_groups: in so many groups a rank works through its heads, where the sequence is sharded.
         stream: of the model's layers; None where they are not computed again.
+        positions: (B, L) or (1, L), of this shard: one more from each token of a document to the next.
     """
 
     group: SequenceGroup | None
@@ -53,6 +54,7 @@ class UlyssesContext:
     document_starts: DocumentStarts | None
     head_groups: int = 1
     stream: LayerStream | None = None
+    positions: Tensor | None = field(default=None, repr=False, compare=False)
 
     _in_blocks: dict[tuple[int, int], CausalAttention] = field(default_factory=dict, repr=False, compare=False)
 

@@ -1,6 +1,7 @@
 """Finds the parts of a decoder that can be chunked, by what they compute and not by what they are called."""
 
 from mst_ds.structure.document_rotary import DocumentLengths, DocumentRotary, find_document_rotary
+from mst_ds.structure.eager import find_eager_attention
 from mst_ds.structure.layers import decoder_layers
 from mst_ds.structure.loss import LossStructure, RouterLoss, find_decoder, loss_structure
 from mst_ds.structure.mixers import MixerStructure, find_mixers
@@ -25,6 +26,7 @@ __all__ = [
     "decoder_layers",
     "find_decoder",
     "find_document_rotary",
+    "find_eager_attention",
     "find_mixers",
     "find_mlps",
     "find_norms",

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from mst_ds.model_shape import layer_kinds, other_layers
+from mst_ds.model_shape import has_two_alibis, layer_kinds, other_layers
+from mst_ds.structure.eager import find_eager_attention
 from mst_ds.structure.layers import decoder_layers
 from mst_ds.structure.mixers import find_mixers, is_attention
 
@@ -46,11 +47,17 @@ def why_own_attention(model: PreTrainedModel) -> str | None:
 
 
 def _uses_interface(model: PreTrainedModel) -> bool:
-    """Whether this project's attention can take the model's place: the model says so, or each layer calls it."""
+    """Whether this project's attention can take the place of the model's: the model says so, or each layer calls it, or
+    writes out what can be understood."""
     if model._supports_attention_backend:
         return True
+    if has_two_alibis(model.config.get_text_config()):
+        return False
     layers, with_mixer = decoder_layers(model), _layers_with_mixer(model)
-    with_attention = [layer for layer in layers if any(map(is_attention, layer.modules()))]
+    written_out = {attention.module for attention in find_eager_attention(model)}
+    with_attention = [
+        layer for layer in layers if any(is_attention(each) or each in written_out for each in layer.modules())
+    ]
     if with_mixer:
         # Layers of several kinds: some may have neither.
         return bool(with_attention) or len(with_mixer) == len(layers)

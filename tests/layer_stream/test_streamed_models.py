@@ -23,11 +23,11 @@ def plain(name):
     return loss_and_gradients(tiny_model(name), **BATCH)
 
 
-# Norms before and after, LayerNorm with biases, tied weights, experts, windows, sinks, heads of two widths, and an
-# attention of its own, whose layers are not cut.
+# Norms before and after, LayerNorm with biases, tied weights, experts, windows, sinks, heads of two widths, an
+# attention that is written out, and one of a model's own, whose layers are not cut.
 MODELS = [
     *("llama-bias-tied", "gemma2", "gemma3", "olmo2", "gpt2", "phi", "mixtral", "gpt-oss", "deepseek-v3", "apertus"),
-    "falcon",
+    *("falcon", "falcon-alibi"),
 ]
 
 

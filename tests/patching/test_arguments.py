@@ -88,7 +88,7 @@ def test_documents_across_rows_and_on_shards_are_refused():
 
 
 def test_a_model_with_its_own_attention_takes_one_document_a_row():
-    model = apply_settings(tiny_model("falcon"), tiny_settings())
+    model = apply_settings(tiny_model("falcon-alibi"), tiny_settings())
     with pytest.raises(ValueError, match=r"pass one document a row \(--packing none\)"):
         model(**without(flattened(), "position_ids"))
 

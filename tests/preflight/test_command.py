@@ -74,10 +74,10 @@ def test_a_defect(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
 
 
 def test_a_refusal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--model", model(tmp_path, "gptj"), "--packing", "none"]) == 1
+    assert main(["--model", model(tmp_path, "falcon", alibi=True), "--packing", "none"]) == 1
     output = capsys.readouterr()
     assert output.err == ""
-    assert output.out.splitlines()[-1].startswith("GPTJForCausalLM is refused at sp_size ")
+    assert output.out.splitlines()[-1].startswith("FalconForCausalLM is refused at sp_size ")
     assert "padded" in output.out
 
 
