@@ -42,11 +42,13 @@ class Indexed:
         output = query.new_empty(batch, length, heads, width).transpose(1, 2)
         log_sum_exp = query.new_empty(batch, heads, length, dtype=sum_dtype(query.dtype))
         draws: list[Draw] = []
-        for rows, queries, keys, has_mask in self._pieces(key, documents):
+        for rows, queries, keys, has_mask in _pieces(key, documents, self.picks.shape[2]):
             given = query[rows, :, queries], key[rows, :, keys], value[rows, :, keys]
             if has_mask:
-                block = self._block(rows, queries, keys, query, key, spec)
-                found = self.block.forward(_folded(given[0], key), *given[1:], block)
+                # No name holds a mask, which would live on beside the next one.
+                found = self.block.forward(
+                    _folded(given[0], key), *given[1:], self._block(rows, queries, keys, query, key, spec)
+                )
             else:
                 found = self.plain.forward(*given, spec, Documents())
             output[rows, :, queries] = _unfolded(found.output, given[0])
@@ -69,14 +71,14 @@ class Indexed:
         of_query = torch.empty_like(query)
         of_key, of_value = (torch.zeros_like(x, dtype=sum_dtype(x.dtype)) for x in (key, value))
         draws = iter(attended.draws)
-        for rows, queries, keys, has_mask in self._pieces(key, documents):
+        for rows, queries, keys, has_mask in _pieces(key, documents, self.picks.shape[2]):
             here, there = (rows, slice(None), queries), (rows, slice(None), keys)
             output, log_sum_exp, grad = attended.output[here], attended.log_sum_exp[here], grad_output[here]
             if has_mask:
                 output, log_sum_exp, grad = (_folded(x, key) for x in (output, log_sum_exp[..., None], grad))
                 part = Attended(output, log_sum_exp[..., 0], draws)
-                block = self._block(rows, queries, keys, query, key, spec)
-                found = self.block.backward(grad, _folded(query[here], key), key[there], value[there], part, block)
+                given = _folded(query[here], key), key[there], value[there]
+                found = self.block.backward(grad, *given, part, self._block(rows, queries, keys, query, key, spec))
             else:
                 part = Attended(output, log_sum_exp, draws)
                 found = self.plain.backward(grad, query[here], key[there], value[there], part, spec, Documents())
@@ -85,20 +87,6 @@ class Indexed:
             of_value[there] += found[2]
             del found
         return of_query, of_key.to(key.dtype), of_value.to(value.dtype)
-
-    def _pieces(self, key: Tensor, documents: Documents) -> Iterator[tuple[slice, slice, slice, bool]]:
-        """Rows, queries, the keys from their document's first to the last query's own, and whether these are picked."""
-        batch, length = key.shape[0], key.shape[2]
-        for rows, queries, _ in documents.parts(batch, length, length):
-            first, stop = queries.start, min(queries.start + self.picks.shape[2], queries.stop)
-            yield rows, slice(first, stop), slice(first, stop), False
-            while stop < queries.stop:
-                size = masked_queries(queries.stop - first, on_cpu=is_on_cpu(key))
-                block = slice(stop, min(stop + size, queries.stop))
-                # Rows of a document have picks of their own, and kernels one mask.
-                for row in range(*rows.indices(batch)):
-                    yield slice(row, row + 1), block, slice(first, block.stop), True
-                stop = block.stop
 
     def _block(
         self, rows: slice, queries: slice, keys: slice, query: Tensor, key: Tensor, spec: AttentionSpec
@@ -113,6 +101,21 @@ class Indexed:
         mask.scatter_(1, places, 0.0)
         mask = mask if groups == 1 else mask.repeat(groups, 1)
         return Block(spec.scaling, spec.dropout, mask=mask[:, :count])
+
+
+def _pieces(key: Tensor, documents: Documents, picked: int) -> Iterator[tuple[slice, slice, slice, bool]]:
+    """Rows, queries, the keys from their document's first to the last query's own, and whether these are picked."""
+    batch, length = key.shape[0], key.shape[2]
+    for rows, queries, _ in documents.parts(batch, length, length):
+        first, stop = queries.start, min(queries.start + picked, queries.stop)
+        yield rows, slice(first, stop), slice(first, stop), False
+        size = masked_queries(queries.stop - first, on_cpu=is_on_cpu(key))
+        while stop < queries.stop:
+            block = slice(stop, min(stop + size, queries.stop))
+            # Rows of a document have picks of their own, and kernels one mask.
+            for row in range(*rows.indices(batch)):
+                yield slice(row, row + 1), block, slice(first, block.stop), True
+            stop = block.stop
 
 
 def _folded(of_queries: Tensor, key: Tensor) -> Tensor:

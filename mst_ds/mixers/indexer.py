@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from mst_ds.attention import Documents
+from mst_ds.attention.blockwise import is_on_cpu
 from mst_ds.geometry import scored_queries
 from mst_ds.recompute import Kept
 from mst_ds.token_layout import TokenLayout
@@ -69,7 +70,8 @@ class Indexer:
         keys = torch.cat(list(call.keys()), dim=1)
         if group is not None:
             keys = TokenLayout(size).join(group.all_gather(keys), dim=1)
-        for rows, first, block in self._blocks(sequence.documents, keys, slice(rank * length, (rank + 1) * length)):
+        shard = slice(rank * length, (rank + 1) * length)
+        for rows, first, block in _blocks(self, sequence.documents, keys, shard):
             here = slice(block.start - rank * length, block.stop - rank * length)
             found = call.picks(rows, here, keys[rows, first : block.stop])
             if found.shape[2] != self.top_k:
@@ -80,17 +82,19 @@ class Indexer:
             picks[rows, here] = found.int() + first
         return picks
 
-    def _blocks(self, documents: Documents, keys: Tensor, shard: slice) -> Iterator[tuple[slice, int, slice]]:
-        """Rows, their document's first token, and those of its queries in a shard whose scores are there at a time; the
-        first queries of a document need none."""
-        heads = self.width // keys.shape[2]
-        for rows, document, _ in documents.parts(*keys.shape[:2], keys.shape[1]):
-            first, stop = max(document.start + self.top_k, shard.start), min(document.stop, shard.stop)
-            if first < stop:
-                of_rows = heads * len(keys[rows])
-                count = scored_queries(stop - document.start, of_rows, on_cpu=keys.device.type == "cpu")
-                for start in range(first, stop, count):
-                    yield rows, document.start, slice(start, min(start + count, stop))
+
+def _blocks(indexer: Indexer, documents: Documents, keys: Tensor, shard: slice) -> Iterator[tuple[slice, int, slice]]:
+    """A row, a document's first token, and those of its queries in a shard whose scores are there at a time; the
+    first queries of a document need none."""
+    batch, length, head_dim = keys.shape
+    for rows, document, _ in documents.parts(batch, length, length):
+        first, stop = max(document.start + indexer.top_k, shard.start), min(document.stop, shard.stop)
+        heads = indexer.width // head_dim
+        count = scored_queries(document.stop - document.start, heads, on_cpu=is_on_cpu(keys))
+        # Of several rows at a time torch's product would have a copy of the keys for each query.
+        for row in range(*rows.indices(batch)):
+            for start in range(first, stop, count):
+                yield slice(row, row + 1), document.start, slice(start, min(start + count, stop))
 
 
 @dataclass(frozen=True)

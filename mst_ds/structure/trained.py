@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from mst_ds.model_shape import ModelShape, TrainedCounts
-from mst_ds.structure import decoder_layers, find_mlps, has_whole_layers, why_own_attention
+from mst_ds.structure import decoder_layers, find_mixers, find_mlps, why_own_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,7 +23,7 @@ def trained_shape(shape: ModelShape, model: PreTrainedModel) -> ModelShape:
         shape: of the model's config.
         model: whose parameters are only counted; it may be on the meta device.
     """
-    is_whole = why_own_attention(model) is not None or has_whole_layers(model)
+    is_whole = why_own_attention(model) is not None or bool(find_mixers(model))
     shape = replace(shape, has_own_attention=is_whole)
     all_parameters, trained = _count(model.parameters()), _count(model.parameters(), trained=True)
     if trained == all_parameters == shape.parameter_count:
