@@ -22,6 +22,9 @@ EXPERTS_OF_A_GRADIENT = 16
 # so many of all heads, for which it works longer than its kernels take to start. But not fewer rows than are worth a
 # matrix product.
 _SCORES_OF_A_HEAD, _SCORES_OF_ALL_HEADS, _ROWS = 2**18, 2**25, 64
+# Where an indexer picks the keys of each query: a mask's elements, for which a kernel has enough queries, and an
+# indexer's scores, of which there are two copies in fp32.
+_ELEMENTS_OF_A_MASK, _SCORES_OF_AN_INDEXER = 2**28, 2**26
 # The widest head of the flash kernels, torch's and the package's. On devices with little shared memory there is no
 # backward of these widths, nor with dropout of those above (torch's `sdp_utils.cpp`).
 _WIDEST_FLASH_HEAD, _TOO_WIDE_FOR_LITTLE_SHARED_MEMORY = 256, range(193, 225)
@@ -72,6 +75,17 @@ def block_queries(keys: int, heads: int, *, window: int | None = None, on_cpu: b
 def window_queries(window: int) -> int:
     """Queries of a block, which share a range of keys, where a kernel that takes masks works through a window."""
     return min(window, max(_WINDOW_QUERIES, window // 4))
+
+
+def masked_queries(keys: int, *, on_cpu: bool = False) -> int:
+    """Queries of a block that has a mask of its own over all keys."""
+    return min(max(_ROWS, (_SCORES_OF_A_HEAD if on_cpu else _ELEMENTS_OF_A_MASK) // keys), keys)
+
+
+def scored_queries(keys: int, heads: int, *, on_cpu: bool = False) -> int:
+    """Queries whose scores of an indexer are there at a time, of all keys; heads: its own."""
+    scores = ELEMENTS_IN_CACHE_OF_CPU if on_cpu else _SCORES_OF_AN_INDEXER
+    return max(1, scores // (keys * heads))
 
 
 def has_flash_attention(

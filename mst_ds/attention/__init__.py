@@ -4,7 +4,7 @@ from .attend import CausalAttention, prepare_attention
 from .chunk import KeyBlock
 from .documents import Documents, DocumentStarts
 from .kernel import Attended
-from .masks import AttentionBlocks, Mask, SlidingWindow, describe_mask
+from .masks import AttentionBlocks, CausalMask, Mask, SlidingWindow, describe_mask
 from .spec import AttentionSpec
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "AttentionBlocks",
     "AttentionSpec",
     "CausalAttention",
+    "CausalMask",
     "DocumentStarts",
     "Documents",
     "KeyBlock",

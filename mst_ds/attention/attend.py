@@ -11,11 +11,11 @@ from torch import Tensor
 
 from mst_ds.flash_attn_package import flash_attn_2_version
 
-from .choice import choose_kernel
+from .choice import choose_indexed_kernel, choose_kernel
 from .chunk import AddGradients, EarlierKeys, KeyBlock, join_keys
 from .documents import Documents
 from .hub_kernels import HUB_KERNELS, hub_flash_attention
-from .kernel import Attended
+from .kernel import Attended, Kernel
 from .merging import merge_sinks, sinks_gradient
 from .spec import AttentionSpec
 from .widths import common_width, widened
@@ -31,10 +31,12 @@ class CausalAttention:
     Args:
         name: of the setting "attention": see `prepare_attention`.
         documents: of the batch; found once per forward, not once per layer.
+        picks: (B, S, k) of a layer whose queries see picked keys alone, see `Indexed`; None where they see all.
     """
 
     name: str
     documents: Documents = field(default_factory=Documents)
+    picks: Tensor | None = field(default=None, repr=False, compare=False)
     _masks: dict[tuple[object, ...], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def forward(
@@ -52,7 +54,7 @@ class CausalAttention:
         width = common_width(query, value)
         wide = [widened(tensor, width) for tensor in (query, key, value)]
         spec = spec.within(key.shape[2])
-        kernel = choose_kernel(self.name, wide[0], spec, self.documents, self._masks)
+        kernel = self._kernel(wide[0], spec)
         attended = kernel.forward(wide[0], wide[1], wide[2], spec, self.documents)
         if sinks is not None:
             attended = merge_sinks(attended, sinks)
@@ -78,7 +80,7 @@ class CausalAttention:
         wide = [widened(tensor, width) for tensor in (grad_output, query, key, value)]
         whole = replace(attended, output=widened(attended.output, width))
         spec = spec.within(key.shape[2])
-        kernel = choose_kernel(self.name, wide[1], spec, self.documents, self._masks)
+        kernel = self._kernel(wide[1], spec)
         found = kernel.backward(wide[0], wide[1], wide[2], wide[3], whole, spec, self.documents)
         grads = [grad[..., : like.shape[3]] for grad, like in zip(found, (query, key, value), strict=True)]
         return grads if sinks is None else [*grads, sinks_gradient(grad_output, attended, sinks)]
@@ -170,6 +172,11 @@ class CausalAttention:
         of_blocks = self._earlier(tokens, spec)
         of_blocks.add_gradients(of_query, grad_output, query, key.shape[1], attended, earlier, add)
         return [of_query.to(query.dtype), *others]
+
+    def _kernel(self, query: Tensor, spec: AttentionSpec) -> Kernel:
+        if self.picks is None:
+            return choose_kernel(self.name, query, spec, self.documents, self._masks)
+        return choose_indexed_kernel(self.name, query, spec, self.documents, self._masks, self.picks)
 
     def _within(self, tokens: slice) -> CausalAttention:
         return replace(self, documents=self.documents.within(tokens))

@@ -13,6 +13,7 @@ The rules and where they come from:
   token, and its backward is not deterministic (torch's `sdp_utils.cpp`).
 - Who asks for flash attention gets it: the package flash-attn 2, 3 and 4 by way of torch, or 2 and 3 from the hub.
 - For fp32 and wider heads CUDA has the memory-efficient kernel, in fp64 none.
+- Of the kernels on CUDA the memory-efficient one alone takes a mask, which picked keys need.
 - No kernel of torch has a softcap; the package flash-attn 2 and the hub's kernels have one, and not with dropout.
 """
 
@@ -30,6 +31,7 @@ from .blockwise import Blockwise
 from .documents import Documents
 from .flash import Flash3Package, FlashPackage, TorchFlash
 from .hub_kernels import FLASH_2_OF_HUB, FLASH_3_OF_HUB
+from .indexed import Indexed
 from .kernel import BlockKernel, Kernel
 from .over_blocks import AllKeys, OverBlocks
 from .per_document import PerDocument
@@ -73,6 +75,34 @@ def choose_kernel(
         return flash
     block = _block_kernel(query, spec)
     return PerDocument(Blockwise() if block is None else OverBlocks(block, masks))
+
+
+def choose_indexed_kernel(
+    name: str,
+    query: Tensor,
+    spec: AttentionSpec,
+    documents: Documents,
+    masks: dict[tuple[object, ...], Tensor],
+    picks: Tensor,
+) -> Kernel:
+    """The same for a layer whose queries see those keys alone that an indexer has picked.
+
+    Args:
+        picks: (B, S, k), see `Indexed`.
+
+    Raises:
+        ValueError: a window, or no kernel takes a mask with what the layer asks for.
+    """
+    if not documents.has_longer(picks.shape[2], query.shape[2]):
+        return choose_kernel(name, query, spec, documents, masks)
+    # On CUDA the memory-efficient kernel alone takes a mask.
+    block = Efficient() if query.is_cuda and query.dtype != torch.float64 else _block_kernel(query, spec)
+    if block is None or spec.softcap is not None or spec.window is not None:
+        raise ValueError(
+            "attention to picked keys is not there with a window, with a softcap, with dropout on the CPU, or in "
+            "float64 on CUDA: leave that out"
+        )
+    return Indexed(choose_kernel(name, query, spec, Documents(), masks), block, picks)
 
 
 def choose_block_kernel(name: str, query: Tensor, keys: int, spec: AttentionSpec, documents: Documents) -> Kernel:

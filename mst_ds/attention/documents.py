@@ -62,6 +62,11 @@ class Documents:
         """Whether every row is one document."""
         return self.starts is None or all(len(row) == 1 for row in self.starts)
 
+    def has_longer(self, size: int, length: int) -> bool:
+        """Whether some document has more than `size` tokens; length: of a row."""
+        rows = [[0]] if self.starts is None else self.starts
+        return any(stop - start > size for row in rows for start, stop in pairwise([*row, length]))
+
     def in_blocks(self, size: int, length: int) -> Documents:
         """Each block of `size` tokens of a document, counted from its first, as a document of its own.
 

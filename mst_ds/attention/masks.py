@@ -25,6 +25,14 @@ class AttentionBlocks:
     size: int
 
 
+@dataclass(frozen=True)
+class CausalMask:
+    """The same for a causal mask of which a layer takes a part for its indexer: that part stands for it, too."""
+
+    def __getitem__(self, part: Any) -> CausalMask:
+        return self
+
+
 Mask: TypeAlias = SlidingWindow | AttentionBlocks
 
 

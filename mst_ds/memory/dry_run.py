@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mst_ds.adapters import model_on_meta
-from mst_ds.attention import AttentionSpec, KeyBlock, attend, blockwise, chunk
+from mst_ds.attention import AttentionSpec, KeyBlock, attend, blockwise, chunk, indexed
 from mst_ds.attention.choice import choose_block_kernel, choose_kernel
 from mst_ds.attention.flash import TorchFlash
 from mst_ds.attention.kernel import Kernel
@@ -29,6 +29,7 @@ from mst_ds.dtypes import DTYPES
 from mst_ds.geometry import ELEMENTS_THAT_KEEP_BUSY, flash_query_gradient, has_flash_attention
 from mst_ds.memory.live import LiveMemory
 from mst_ds.minisequence import chunks, experts
+from mst_ds.mixers import indexer
 from mst_ds.patching import apply_plan, decoder, decoder_of
 from mst_ds.planner import Plan
 from mst_ds.recompute import stores
@@ -153,6 +154,8 @@ def as_on_an_accelerator(capability: tuple[int, int] | None = None) -> Iterator[
         _replaced(attend, choose_kernel=functools.partial(_kernel_of_an_accelerator, capability)),
         _replaced(chunk, choose_block_kernel=functools.partial(_block_kernel_of_an_accelerator, capability)),
         _replaced(blockwise, is_on_cpu=lambda _: False),
+        _replaced(indexed, is_on_cpu=lambda _: False),
+        _replaced(indexer, is_on_cpu=lambda _: False),
         _replaced(chunks, **no_copies, ELEMENTS_IN_CACHE_OF_CPU=ELEMENTS_THAT_KEEP_BUSY),
     ):
         yield
@@ -185,12 +188,16 @@ def only_the_largest_blocks() -> Iterator[None]:
 
     A chunk of a layer, in its backward, reads the last of the chunks before it alone, once all of these have gradients.
     """
-    blocks = blockwise._blocks
 
-    def last_blocks(*sizes: Any) -> Iterator[tuple[slice, slice]]:
-        yield from deque(blocks(*sizes), maxlen=3)
+    def last(blocks: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+        return lambda *sizes: iter(deque(blocks(*sizes), maxlen=3))
 
-    with _replaced(blockwise, _blocks=last_blocks), _replaced(sequence_attention, CarriedKeys=_LastCarriedKeys):
+    with (
+        _replaced(blockwise, _blocks=last(blockwise._blocks)),
+        _replaced(indexed, _pieces=last(indexed._pieces)),
+        _replaced(indexer, _blocks=last(indexer._blocks)),
+        _replaced(sequence_attention, CarriedKeys=_LastCarriedKeys),
+    ):
         yield
 
 

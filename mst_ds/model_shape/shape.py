@@ -9,6 +9,7 @@ from mst_ds.model_shape.config_checks import check_numbers, check_parameter_coun
 from mst_ds.model_shape.counts import Dimensions, ParameterCounts, TrainedCounts, count_parameters
 from mst_ds.model_shape.experts import ExpertShape, read_experts
 from mst_ds.model_shape.families import FAMILIES, LLAMA, Family, NormKind, is_on
+from mst_ds.model_shape.indexer import INDEXED_ATTENTION, IndexerShape, read_indexer
 from mst_ds.model_shape.positions import fixed_positions, rope_type, rotary_positions
 from mst_ds.model_shape.sizes import optional_size, size
 
@@ -59,6 +60,7 @@ class ModelShape(Dimensions):
         window_layers: which layers these are, from 0 on.
         other_layers: kinds of layers that are not attention; counted as if they were.
         mixer_heads: of these, 0 where they have none that are known.
+        indexer: what picks the keys of attention; None where queries see all.
         has_own_attention: its attention is not this project's, which alone is kept and works through a layer in chunks.
         layer_parameter_count: of the largest layer.
         position_parameter_count: of learned position embeddings, 0 without.
@@ -87,6 +89,7 @@ class ModelShape(Dimensions):
     window_layers: tuple[int, ...]
     other_layers: tuple[str, ...]
     mixer_heads: int
+    indexer: IndexerShape | None
     has_own_attention: bool
     embedding_parameter_count: int
     position_parameter_count: int
@@ -125,6 +128,8 @@ class ModelShape(Dimensions):
         experts = read_experts(config, dimensions.num_hidden_layers)
         counts = count_parameters(config, family, dimensions, experts)
         window, window_layers = _sliding_windows(config, dimensions.num_hidden_layers)
+        indexer = read_indexer(config, layer_kinds(config))
+        picking = set() if indexer is None else {INDEXED_ATTENTION}
         return cls(
             **vars(dimensions),
             tie_word_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
@@ -142,8 +147,9 @@ class ModelShape(Dimensions):
             sliding_windows=(window,) * len(window_layers),
             window_layers=window_layers,
             other_layers=other_layers(config),
-            mixer_heads=_mixer_heads(config, dimensions),
-            has_own_attention=has_two_alibis(config) or bool(other_layers(config)),
+            mixer_heads=_mixer_heads(config, dimensions, picking),
+            indexer=indexer,
+            has_own_attention=has_two_alibis(config) or not picking >= set(other_layers(config)),
             embedding_parameter_count=counts.embedding,
             position_parameter_count=counts.positions,
             fixed_positions=fixed_positions(config),
@@ -182,9 +188,13 @@ class ModelShape(Dimensions):
             experts = replace(
                 experts, num_sparse_layers=max(1, experts.num_sparse_layers - self.num_hidden_layers + count)
             )
+        indexer = self.indexer
+        if indexer is not None:
+            indexer = replace(indexer, num_layers=min(indexer.num_layers, count))
         return replace(
             self,
             num_hidden_layers=count,
+            indexer=indexer,
             sliding_windows=self.sliding_windows[: len(window_layers)],
             window_layers=window_layers,
             experts=experts,
@@ -238,10 +248,10 @@ def _dimensions(config: PreTrainedConfig) -> Dimensions:
     )
 
 
-def _mixer_heads(config: PreTrainedConfig, dimensions: Dimensions) -> int:
-    heads = optional_size(config, *_MIXER_HEADS)
-    if heads is None and other_layers(config) == ("conv",):
-        # A short convolution has none to divide: ranks hand on a few tokens.
+def _mixer_heads(config: PreTrainedConfig, dimensions: Dimensions, picking: set[str]) -> int:
+    heads, others = optional_size(config, *_MIXER_HEADS), set(other_layers(config))
+    if heads is None and others and others <= {"conv", *picking}:
+        # These have none to divide: ranks hand on a few tokens of a short convolution, and all keys of an indexer.
         return dimensions.num_attention_heads
     if heads is None and (expand := optional_size(config, "mamba_expand")):
         return expand * dimensions.hidden_size  # channels, each its own

@@ -25,6 +25,7 @@ from mst_ds.patching.operators import (
     chunk_norm,
     mark_as_leaf,
     mix_documents,
+    pick_in_documents,
     require_input_gradient,
     stream_layer,
 )
@@ -45,6 +46,7 @@ from mst_ds.structure import (
     Chunkable,
     DocumentLengths,
     DocumentRotary,
+    IndexerStructure,
     LossStructure,
     MixerStructure,
     NormStructure,
@@ -52,6 +54,7 @@ from mst_ds.structure import (
     decoder_layers,
     find_document_rotary,
     find_eager_attention,
+    find_indexers,
     find_mixers,
     find_mlps,
     find_norms,
@@ -71,13 +74,14 @@ _UNDO = "_mst_undo"
 
 @dataclass(frozen=True)
 class ModelParts:
-    """What of a model a plan replaces; `mlps`, `mixers` and `eager` are empty where the model keeps its own."""
+    """What of a model a plan replaces; `mlps`, `mixers`, `indexers` and `eager` are empty where the model keeps its own."""
 
     layers: list[nn.Module]
     mlps: list[Chunkable]
     norms: list[NormStructure]
     mixers: list[MixerStructure]
     eager: list[EagerAttention]
+    indexers: list[IndexerStructure]
     rotary: list[RotaryStructure]
     document_rotary: list[DocumentRotary]
     loss: LossStructure
@@ -106,12 +110,15 @@ def find_parts(model: nn.Module, settings: Settings) -> ModelParts:
     # What is in an MLP is chunked with it.
     inside = {module for mlp in mlps for module in mlp.module.modules()}
     norms = [norm for norm in find_norms(model) if norm.module not in inside]
-    is_own = why_own_attention(model) is not None
-    mixers = [] if is_own else find_mixers(model)
-    eager = [] if is_own else find_eager_attention(model)
-    _require_one_chunk(model, mixers, settings)
+    keeps_own = why_own_attention(model) is not None
+    mixers = [] if keeps_own else find_mixers(model)
+    indexers = [] if keeps_own else find_indexers(model)
+    eager = [] if keeps_own else find_eager_attention(model)
+    if mixers or indexers:
+        _require_one_chunk(model, settings)
     rotary, document_rotary = find_rotary(model), find_document_rotary(model)
-    return ModelParts(layers, mlps, norms, mixers, eager, rotary, document_rotary, loss_structure(model))
+    loss = loss_structure(model)
+    return ModelParts(layers, mlps, norms, mixers, eager, indexers, rotary, document_rotary, loss)
 
 
 def apply_plan(model: Model, plan: Plan, *, sequence_group: dist.ProcessGroup | SequenceGroup | None = None) -> Model:
@@ -169,7 +176,7 @@ def apply_settings(
     base.__dict__[_UNDO] = undo
     reason = why_own_attention(base)
     # A layer whose tokens meet elsewhere than in this project's attention is a stream of one chunk.
-    layer_chunks = settings.layer_chunks if reason is None and not parts.mixers else 1
+    layer_chunks = settings.layer_chunks if reason is None and not (parts.mixers or parts.indexers) else 1
     stream = _replace_parts(parts, settings, layer_chunks, undo)
     if zero_stage == 3:
         _gather_leaves(parts, settings, undo)
@@ -210,12 +217,12 @@ def _require_language_model(model: PreTrainedModel) -> None:
         )
 
 
-def _require_one_chunk(model: PreTrainedModel, mixers: list[MixerStructure], settings: Settings) -> None:
-    """A mixer works on consecutive tokens of a shard."""
-    if mixers and settings.sp_size > 1 and settings.layer_chunks > 1:
+def _require_one_chunk(model: PreTrainedModel, settings: Settings) -> None:
+    """A mixer or an indexer works on consecutive tokens of a shard."""
+    if settings.sp_size > 1 and settings.layer_chunks > 1:
         raise ValueError(
-            f"layer_chunks is {settings.layer_chunks}, and {type(model).__name__} has layers that are not attention, "
-            f'which work on a shard whole; allowed: "layer_chunks": 1 in the "mst" block'
+            f"layer_chunks is {settings.layer_chunks}, and {type(model).__name__} has layers that are not attention "
+            f'alone, which work on a shard whole; allowed: "layer_chunks": 1 in the "mst" block'
         )
 
 
@@ -271,13 +278,17 @@ def _replace_parts(parts: ModelParts, settings: Settings, layer_chunks: int, und
     # Around the forward of a rotary embedding, which is the module's own.
     for attention in parts.eager:
         attend_eagerly(attention, stream, undo)
+    for indexer in parts.indexers:
+        pick_in_documents(indexer, stream, undo)
     chunk_head(parts.loss, settings, undo)
     return stream
 
 
 def _gather_leaves(parts: ModelParts, settings: Settings, undo: Undo) -> None:
-    """The loop over a layer's chunks runs inside one gather; without recompute that over an MLP's."""
-    for module in parts.layers if settings.recompute else [mlp.module for mlp in parts.mlps]:
+    """The loop over a layer's chunks runs inside one gather; without recompute that over an MLP's, or an
+    indexer's blocks."""
+    inside = [part.module for part in (*parts.mlps, *parts.indexers)]
+    for module in parts.layers if settings.recompute else inside:
         mark_as_leaf(module, undo)
     if not parts.loss.is_linear:
         mark_as_leaf(parts.loss.head, undo)

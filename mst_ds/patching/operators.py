@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mst_ds.attention import CausalMask
 from mst_ds.eager_attention import EagerAttention
 from mst_ds.layer_stream import LayerStream, Pass, StreamedLayer
 from mst_ds.minisequence import (
@@ -21,13 +22,14 @@ from mst_ds.minisequence import (
     chunked_loss_of_head,
     chunked_tokenwise,
 )
-from mst_ds.mixers import MixedSequence
+from mst_ds.mixers import MASK, Indexer, KeptPicks, MixedSequence
 from mst_ds.patching.undo import UNSET, Undo
 from mst_ds.sequence_parallel import UlyssesContext
 from mst_ds.settings import Settings
 from mst_ds.structure import (
     Chunkable,
     ExpertsStructure,
+    IndexerStructure,
     LossStructure,
     MixerStructure,
     MlpStructure,
@@ -57,6 +59,14 @@ def mix_documents(mixer: MixerStructure, stream: LayerStream, undo: Undo) -> Non
 def attend_eagerly(attention: EagerAttention, stream: LayerStream, undo: Undo) -> None:
     original = attention.module.forward
     undo.set_attribute(attention.module, "forward", functools.partial(_eager_forward, attention, stream, original))
+
+
+def pick_in_documents(indexer: IndexerStructure, stream: LayerStream, undo: Undo) -> None:
+    """The indexer by documents, on shards; its attention takes a part of a mask for it, which is not there."""
+    operator = Indexer(indexer.module.forward, indexer.top_k, indexer.width)
+    undo.set_attribute(indexer.module, "forward", functools.partial(_indexer_forward, indexer, operator, stream))
+    with_mask = functools.partial(_with_causal_mask, stream, indexer.attention.forward)
+    undo.set_attribute(indexer.attention, "forward", with_mask)
 
 
 def stream_layer(layer: nn.Module, stream: LayerStream, undo: Undo) -> None:
@@ -163,6 +173,31 @@ def _context_of(module: nn.Module, stream: LayerStream) -> UlyssesContext:
             'documents, such as in torch.utils.checkpoint\'s backward: set "recompute" in the "mst" block instead'
         )
     return context
+
+
+def _indexer_forward(
+    indexer: IndexerStructure, operator: Indexer, stream: LayerStream, *args: Any, **kwargs: Any
+) -> Tensor:
+    if stream.is_paused:
+        return operator.forward(*args, **kwargs)
+    call = stream.call
+    context = _context_of(indexer.module, stream)
+    sequence = MixedSequence(context.group, context.attention.documents)
+    if call is None or not (call.is_kept and stream.keep_attention):
+        return operator(sequence, *args, **kwargs)
+    kept = call.note(KeptPicks)
+    if call.runs_for is Pass.BACKWARD:
+        return kept.take()
+    picks = operator(sequence, *args, **kwargs)
+    kept.picks = call.part.keep(picks)
+    return picks
+
+
+def _with_causal_mask(stream: LayerStream, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    bound = inspect.signature(original).bind(*args, **kwargs)
+    if not stream.is_paused and bound.arguments.get(MASK) is None:
+        bound.arguments[MASK] = CausalMask()
+    return original(*bound.args, **bound.kwargs)
 
 
 def _tokenwise_forward(

@@ -18,6 +18,7 @@ from mst_ds.planner.attention import (
     window_step,
 )
 from mst_ds.planner.kept import Moment, kept_by_recompute
+from mst_ds.planner.picks import picks_handed_on, picks_of_layers, scores_step
 from mst_ds.planner.types import MemoryTerm, product_term, total_bytes
 from mst_ds.planner.windows import window_mask
 from mst_ds.planner.workload import Workload, remembered_computing
@@ -44,7 +45,7 @@ def kept_between_layers(work: Workload, phase: Moment) -> Terms:
     the layers' inputs, and attention's output where that is kept."""
     every_setting = (*_rotary_tables(work), *_router_logits(work), *window_mask(work))
     if work.settings.recompute:
-        return (*kept_by_recompute(work, phase), *every_setting)
+        return (*kept_by_recompute(work, phase), *picks_handed_on(work), *every_setting)
     return (hidden_term(work, "layer_inputs", work.shape.num_hidden_layers), *every_setting)
 
 
@@ -79,6 +80,7 @@ def layer_activations(work: Workload, *, of_attention: bool = True, after_attent
     if not work.last_layer_keeps_attention:
         terms.append(local_term(work, "attention_output", output_width(work.shape), first))
         terms.append(log_sum_exp(work, first))
+        terms.extend(picks_of_layers(work, first))
     return tuple(term for term in terms if term.bytes)
 
 
@@ -89,7 +91,7 @@ def attention_step(work: Workload, *, backward: bool, earlier: Terms | None = No
         work: of a layer, or of one chunk.
         earlier: what a chunk needs beside itself to read earlier chunks' keys; None where there are none.
     """
-    moments = [gathered_step(work, backward=backward)]
+    moments = [gathered_step(work, backward=backward), scores_step(work)]
     if earlier is not None:
         moments.append((*earlier_keys_step(work, backward=backward), *earlier))
     if backward:

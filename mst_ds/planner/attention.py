@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mst_ds.geometry import flash_query_gradient
 from mst_ds.model_shape import ModelShape
+from mst_ds.planner.picks import masked_step
 from mst_ds.planner.types import MemoryTerm, product_term, total_bytes
 from mst_ds.planner.windows import has_blocks, window_gradients
 from mst_ds.planner.workload import Workload
@@ -82,11 +83,12 @@ def gathered_step(work: Workload, *, backward: bool) -> Terms:
         *_attention_scores(work, backward=backward),
         *_repeated_key_value(work, backward=backward),
         *_widened_heads(work, backward=backward),
+        *masked_step(work, backward=backward),
     )
     if backward:
         kernel += _kernel_workspace(work)
     # Flash attention makes the output itself; of other kernels it is put together, document by document.
-    has_parts = not backward and not work.has_flash
+    has_parts = not backward and (not work.has_flash or work.shape.indexer is not None)
     made = (_gathered(work, "kernel_output", 1, _group_output(work)),) if has_parts else ()
     if work.sp_size == 1:
         return (*kernel, *made)
@@ -212,7 +214,7 @@ def _kernel_workspace(work: Workload) -> Terms:
     cuDNN, which torch prefers on some devices, does not say what it needs, and is planned as if it needed as much. In
     fp32, for wide heads or with a softcap other kernels run.
     """
-    if not work.has_flash or work.is_blockwise:
+    if not work.has_flash or work.is_blockwise or work.picked_keys:
         return ()
     heads = ("query heads of a group", work.group_query_heads)
     of_sequence = flash_query_gradient(work.attention_length, work.kernel_head_dim)

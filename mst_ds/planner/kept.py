@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from mst_ds.geometry import host_bytes, host_slabs
+from mst_ds.planner.picks import picks_of_tokens
 from mst_ds.planner.pinned import rounding_term
 from mst_ds.planner.types import MemoryTerm, product_term, total_bytes
 from mst_ds.planner.workload import Workload, remembered_computing
@@ -201,4 +202,6 @@ def _inputs_and_attention(work: Workload) -> list[Kept]:
             (_OUTPUT, layers, (("tokens", work.tokens), ("width of all heads", output_width), size)),
             (_LOG_SUM_EXP, layers, log_sum_exp),
         ]
+        if shape.indexer is not None:
+            kept.append(("kept_picks", min(layers, shape.indexer.num_layers), picks_of_tokens(work)))
     return kept

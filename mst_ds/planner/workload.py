@@ -183,12 +183,20 @@ class Workload:
     @property
     def without_effect(self) -> Mapping[str, bool | int]:
         """Knobs that this model has nothing for, and what they are then: experts cannot keep gate and up, nor can an
-        MLP with adapters inside; attention of another kind is not kept, and its layers are one chunk."""
+        MLP with adapters inside; attention of another kind is not kept; its layers are one chunk, and those with an
+        indexer."""
         experts, trained = self.shape.experts, self.shape.trained.mlp
         has_mlps = self.shape.num_dense_layers or (experts is not None and experts.shared_intermediate_size)
         can_keep_mlp = has_mlps and (trained is None or trained == 0)
         off: dict[str, bool | int] = {} if can_keep_mlp else {"keep_mlp": False}
-        return off | ({"keep_attention": False, "layer_chunks": 1} if self.shape.has_own_attention else {})
+        if self.shape.has_own_attention:
+            return off | {"keep_attention": False, "layer_chunks": 1}
+        return off if self.shape.indexer is None else off | {"layer_chunks": 1}
+
+    @property
+    def picked_keys(self) -> int:
+        """Those of each query that an indexer picks; 0 where a query sees all."""
+        return 0 if self.shape.indexer is None else min(self.shape.indexer.top_k, self.attention_length)
 
     @property
     def block_scores(self) -> int:

@@ -13,6 +13,7 @@ from mst_ds.attention import (
     AttentionBlocks,
     AttentionSpec,
     CausalAttention,
+    CausalMask,
     Documents,
     DocumentStarts,
     Mask,
@@ -86,10 +87,11 @@ def ulysses_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Mask | None,
+    attention_mask: Mask | CausalMask | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     ulysses: UlyssesContext | None = None,
+    indices: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention over a sequence whose shards lie on the ranks of a group (arXiv 2309.14509).
@@ -98,6 +100,7 @@ def ulysses_attention(
         query: (B, N, L, D) of this rank's shard, rotary embedding applied; key: (B, K, L, D); value: (B, K, L, Dv).
         attention_mask: what `register_attention`'s mask function returned; documents and padding are told apart by
             `ulysses.document_starts`.
+        indices: (B, L, k) for each query the positions of the keys that its layer's indexer has picked in the sequence.
         kwargs: `sliding_window`, `softcap` and `s_aux`, the (N,) attention sinks, as in `AttentionSpec`.
 
     Returns:
@@ -107,6 +110,8 @@ def ulysses_attention(
         ValueError: the model asks for something that this attention does not do, so its result would be wrong.
     """
     ulysses = _context_of(module) if ulysses is None else ulysses
+    _check_picks(module, query, attention_mask, indices, ulysses.stream)
+    attention_mask = None if isinstance(attention_mask, CausalMask) else attention_mask
     _check_request(module, query, key, attention_mask, kwargs)
     query, key, value = _one_dtype(module, query, key, value)
     group, call = ulysses.group, None if ulysses.stream is None else ulysses.stream.call
@@ -126,7 +131,7 @@ def ulysses_attention(
         causal = ulysses.attention_in_blocks(attention_mask.size, sp_size * length)
     if query.shape[2] < sp_size * length or not ulysses.attention.documents.are_rows:
         _check_places(module, sp_size * length)
-    attention = SequenceAttention(causal, spec, HeadExchange(group, layout))
+    attention = SequenceAttention(causal, spec, HeadExchange(group, layout), indices)
     return attention(query, key, value, kwargs.get("s_aux"), stream=ulysses.stream), None
 
 
@@ -178,6 +183,25 @@ def _check_request(
             raise ValueError(
                 f"{name} hands {argument} to its attention function, which mst_ds's attention does not know"
             )
+
+
+def _check_picks(
+    module: nn.Module, query: Tensor, attention_mask: Any, indices: Tensor | None, stream: LayerStream | None
+) -> None:
+    """Refuse picks that are not those of whole shards, one row for each query."""
+    name = type(module).__name__
+    if indices is None:
+        if isinstance(attention_mask, CausalMask):
+            raise ValueError(f"{name} has an indexer and hands no indices to its attention function")
+        return
+    batch, _, length, _ = query.shape
+    if indices.dim() != 3 or indices.shape[:2] != (batch, length) or indices.is_floating_point():
+        raise ValueError(
+            f"{name} hands indices {tuple(indices.shape)} in {indices.dtype} to its attention function; allowed: whole "
+            f"numbers ({batch}, {length}, picked keys)"
+        )
+    if stream is not None and stream.call is not None and len(stream.call.chunks) > 1:
+        raise ValueError(f'{name} picks its keys of whole shards: set "layer_chunks": 1 in the "mst" block')
 
 
 def _check_places(module: nn.Module, length: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from mst_ds.attention import Attended, AttentionSpec, CausalAttention, KeyBlock
 from mst_ds.layer_stream import KeysAreThere, LayerCall, LayerStream, Pass
 from mst_ds.minisequence import GradientSum
 from mst_ds.recompute import Kept, KeptOnDevice, RandomState
+from mst_ds.token_layout import TokenLayout
 
 from .carried_keys import CarriedKeys
 from .head_exchange import HeadExchange
@@ -26,11 +27,13 @@ class SequenceAttention:
     Args:
         attention: over whole sequences; what it computes is `spec`.
         heads: exchanges the shard's heads for those that this rank works on.
+        picks: (B, L, k) for each query of this shard the positions of the keys that it sees; None where it sees all.
     """
 
     attention: CausalAttention
     spec: AttentionSpec
     heads: HeadExchange
+    picks: Tensor | None = None
 
     def __call__(
         self,
@@ -96,6 +99,13 @@ class SequenceAttention:
         output: Tensor = _SequenceAttention.apply(self, chunk, *tensors)
         return output
 
+    def _with_all_picks(self, picks: Tensor) -> SequenceAttention:
+        """With those of all shards, for the heads of this rank; they are there while attention is computed."""
+        group = self.heads.group
+        if group is not None:
+            picks = TokenLayout(group.size).join(group.all_gather(picks), dim=1)
+        return replace(self, attention=replace(self.attention, picks=picks), picks=None)
+
     @property
     def _ranks(self) -> int:
         return self.heads.layout.sp_size
@@ -116,6 +126,8 @@ class SequenceAttention:
 
     def forward(self, chunk: _Chunk, tensors: Sequence[Tensor]) -> Tensor:
         """The output of this shard, (B, L, N, Dv)."""
+        if self.picks is not None:
+            return self._with_all_picks(self.picks).forward(chunk, tensors)
         groups: list[_KeptGroup] = []
         output: Tensor | None = None
         for head_group in self.heads.layout.groups:
@@ -139,6 +151,8 @@ class SequenceAttention:
         self, chunk: _Chunk, tensors: Sequence[Tensor], output: Tensor, grad_output: Tensor, groups: list[_KeptGroup]
     ) -> Sequence[Tensor]:
         """The gradients of the tensors that `forward` was given."""
+        if self.picks is not None:
+            return self._with_all_picks(self.picks).backward(chunk, tensors, output, grad_output, groups)
         grads = [] if self.heads.group is None else self.heads.sums_for(tensors)
         for head_group, kept in zip(self.heads.layout.groups, groups, strict=True):
             gathered = self._inputs(chunk, tensors, head_group)

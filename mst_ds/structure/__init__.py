@@ -2,6 +2,7 @@
 
 from mst_ds.structure.document_rotary import DocumentLengths, DocumentRotary, find_document_rotary
 from mst_ds.structure.eager import find_eager_attention
+from mst_ds.structure.indexers import IndexerStructure, find_indexers
 from mst_ds.structure.layers import decoder_layers
 from mst_ds.structure.loss import LossStructure, RouterLoss, find_decoder, loss_structure
 from mst_ds.structure.mixers import MixerStructure, find_mixers
@@ -9,13 +10,14 @@ from mst_ds.structure.mlps import Chunkable, ExpertsStructure, MlpStructure, Tok
 from mst_ds.structure.norms import NormStructure, find_norms
 from mst_ds.structure.positions import position_table
 from mst_ds.structure.rotary import RotaryStructure, find_rotary
-from mst_ds.structure.shardable import require_shardable, why_own_attention
+from mst_ds.structure.shardable import has_whole_layers, require_shardable, why_own_attention
 
 __all__ = [
     "Chunkable",
     "DocumentLengths",
     "DocumentRotary",
     "ExpertsStructure",
+    "IndexerStructure",
     "LossStructure",
     "MixerStructure",
     "MlpStructure",
@@ -27,10 +29,12 @@ __all__ = [
     "find_decoder",
     "find_document_rotary",
     "find_eager_attention",
+    "find_indexers",
     "find_mixers",
     "find_mlps",
     "find_norms",
     "find_rotary",
+    "has_whole_layers",
     "loss_structure",
     "position_table",
     "require_shardable",

@@ -23,7 +23,7 @@ class MixerStructure:
 
     def run(self, sequence: MixedSequence, *args: Any, **kwargs: Any) -> Any:
         """Its own forward on a shard of this sequence, with these operators."""
-        return with_operators(_plain_forward(self.module), sequence)(self.module, *args, **kwargs)
+        return with_operators(plain_forward(self.module), sequence)(self.module, *args, **kwargs)
 
 
 def find_mixers(model: PreTrainedModel) -> list[MixerStructure]:
@@ -33,23 +33,23 @@ def find_mixers(model: PreTrainedModel) -> list[MixerStructure]:
 
 def is_mixer(module: nn.Module) -> bool:
     """Whether the module's own forward does."""
-    forward = _plain_forward(module)
+    forward = plain_forward(module)
     is_own = "forward" not in module.__dict__ and not _is_wrapped_by_others(type(module))
     if not is_own or not isinstance(forward, types.FunctionType):
         return False
-    called = {name for name in _names(forward.__code__) if callable(forward.__globals__.get(name))}
+    called = {name for name in names_of(forward.__code__) if callable(forward.__globals__.get(name))}
     return not called.isdisjoint(OPERATORS) and called <= KNOWN
 
 
 def is_attention(module: nn.Module) -> bool:
     """Whether the module's own forward looks up its attention function where this project's is registered."""
-    forward = _plain_forward(module)
+    forward = plain_forward(module)
     return isinstance(forward, types.FunctionType) and "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names
 
 
-def _names(code: types.CodeType) -> set[str]:
+def names_of(code: types.CodeType) -> set[str]:
     """That the code looks up, and what is defined inside of it, such as a generator."""
-    inside = [_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    inside = [names_of(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
     return set(code.co_names).union(*inside)
 
 
@@ -64,6 +64,6 @@ def _is_wrapped_by_others(module_class: type[nn.Module]) -> bool:
     return False
 
 
-def _plain_forward(module: nn.Module) -> Any:
-    # Without the decorators of transformers, which look after offloading by accelerate.
+def plain_forward(module: nn.Module) -> Any:
+    """The module's own, without the decorators of transformers, which look after offloading by accelerate."""
     return inspect.unwrap(type(module).forward)

@@ -8,6 +8,7 @@ from torch import nn
 
 from mst_ds.model_shape import has_two_alibis, layer_kinds, other_layers
 from mst_ds.structure.eager import find_eager_attention
+from mst_ds.structure.indexers import find_indexers, takes_picks
 from mst_ds.structure.layers import decoder_layers
 from mst_ds.structure.mixers import find_mixers, is_attention
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 def require_shardable(model: PreTrainedModel) -> None:
     """Refuse what is not exact on a shard: tokens may meet in causal attention over all positions, and in what
-    `find_mixers` finds, nowhere else.
+    `find_mixers` and `find_indexers` find, nowhere else.
 
     Raises:
         ValueError: a model without transformers' attention interface, attention that is not causal, or layers that mix
@@ -65,10 +66,10 @@ def _uses_interface(model: PreTrainedModel) -> bool:
 
 
 def _other_mixing(model: PreTrainedModel) -> str | None:
-    """What besides attention and known mixers lets tokens meet; None where there is nothing."""
+    """What besides attention, known mixers and indexers lets tokens meet; None where there is nothing."""
     config = model.config.get_text_config()
     others = [kind for kind in layer_kinds(config) if kind in other_layers(config)]
-    if len(_layers_with_mixer(model)) < len(others):
+    if len(_layers_with_mixer(model)) + len(_layers_with_picks(model)) < len(others):
         return f"layers of type {', '.join(other_layers(config))}"
     inside = {module for mixer in find_mixers(model) for module in mixer.module.modules()}
     if any(isinstance(module, nn.Conv1d) and module not in inside for module in model.modules()):
@@ -79,3 +80,15 @@ def _other_mixing(model: PreTrainedModel) -> str | None:
 def _layers_with_mixer(model: PreTrainedModel) -> list[nn.Module]:
     mixers = {mixer.module for mixer in find_mixers(model)}
     return [layer for layer in decoder_layers(model) if not mixers.isdisjoint(layer.modules())]
+
+
+def _layers_with_picks(model: PreTrainedModel) -> list[nn.Module]:
+    """Whose attention takes the picks of an indexer that is known, of this layer or of one before it."""
+    if not find_indexers(model):
+        return []
+    return [layer for layer in decoder_layers(model) if any(map(takes_picks, layer.modules()))]
+
+
+def has_whole_layers(model: PreTrainedModel) -> bool:
+    """Whether layers are one chunk whatever a plan says: mixers and indexers work on whole shards."""
+    return bool(find_mixers(model)) or bool(find_indexers(model))

@@ -6,7 +6,7 @@ import re
 import pytest
 from planned import ATTENTION, choices_of, llama_8b_plan, small_plan
 from rich.console import Console
-from transformers import LlamaConfig, Qwen3NextConfig, StableLmConfig
+from transformers import AutoConfig, LlamaConfig, Qwen3NextConfig, StableLmConfig
 
 from mst_ds.answers import plan_table
 from mst_ds.answers.verdict import seconds_text
@@ -110,6 +110,14 @@ def test_ranks_share_the_heads_that_a_config_names_for_other_layers():
     assert (plan.sp_size, plan.settings.layer_chunks) == (4, 1)
     with pytest.raises(ValueError, match=r"sp_size is 8, but .* with 4 heads to divide; allowed: at most 4"):
         make_plan(**arguments, world_size=8, sp_size=8)
+
+
+def test_an_indexers_keys_go_to_every_rank():
+    config = AutoConfig.for_model("deepseek_v32", num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=8)
+    arguments = {"model_config": config, "ds_config": {"bf16": {"enabled": True}}, "seq_len": 8192}
+    plan = make_plan(**arguments, world_size=8, sp_size=8, device_memory=200 * GIB)
+    assert (plan.sp_size, plan.settings.layer_chunks) == (8, 1)
+    assert "indexed_attention planned as if they were attention" in " ".join(rendered(plan).split())
 
 
 def rendered(plan):

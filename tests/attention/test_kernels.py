@@ -298,7 +298,7 @@ def test_under_autocast_all_is_in_its_dtype(asked: dict[str, Any]) -> None:
         ({"is_causal": False}, "is not causal"),
         ({"position_bias": torch.zeros(1, 2, 4, 4)}, "hands position_bias to its attention function"),
         ({"cu_seq_lens_q": torch.tensor([0, 4])}, "hands cu_seq_lens_q to its attention function"),
-        ({"indices": torch.zeros(1, 4, 2)}, "hands indices to its attention function"),
+        ({"picks": torch.zeros(1, 4, 2)}, "hands picks to its attention function"),
         ({"attention_mask": SlidingWindow(3), "sliding_window": 4}, "sliding_window=4, but its mask has a window of 3"),
         ({"attention_mask": SlidingWindow(0)}, "a sliding window of 0"),
         ({"key": torch.zeros(1, 2, 8, 8)}, "attends from 4 tokens to 8"),

@@ -10,6 +10,7 @@ from tiers import slow_but_for
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     ArceeConfig,
+    AutoConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
@@ -284,3 +285,25 @@ def test_what_depends_on_values_has_no_dry_run(monkeypatch):
     monkeypatch.setattr(mst_ds.memory.dry_run, "tokens_at_the_same_experts", nullcontext)
     with pytest.raises(ValueError, match="MixtralForCausalLM decides by values what it computes, and has no dry run"):
         plan_and_peaks(EXPERTS, seq_len=1024)
+
+
+def test_formulas_give_each_phase_with_an_indexer():
+    """Of layers with an indexer and one that takes its picks, which lie on the host and on the device."""
+    config = AutoConfig.for_model(
+        "glm_moe_dsa",
+        hidden_size=2048,
+        intermediate_size=4096,
+        num_hidden_layers=2,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        vocab_size=32_000,
+        mlp_layer_types=["dense"] * 2,
+        q_lora_rank=512,
+        kv_lora_rank=256,
+        index_topk=1024,
+        indexer_types=["full", "shared"],
+    )
+    planned, measured = plan_and_peaks(config, seq_len=32_768, sp_size=4, **OFFLOADED)
+    for phase, count in measured.items():
+        # Projections by way of a latent are planned as if they were plain ones.
+        assert planned[phase] == pytest.approx(count, rel=0.05), phase
