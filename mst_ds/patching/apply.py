@@ -74,7 +74,7 @@ _UNDO = "_mst_undo"
 
 @dataclass(frozen=True)
 class ModelParts:
-    """What of a model a plan replaces; `mlps`, `mixers`, `indexers` and `eager` are empty where the model keeps its own."""
+    """What of a model a plan replaces; `mlps`, `mixers`, `indexers` and `eager` are empty where it keeps its own."""
 
     layers: list[nn.Module]
     mlps: list[Chunkable]
