@@ -9,6 +9,7 @@ from mst_ds.model_shape.config_checks import check_numbers, check_parameter_coun
 from mst_ds.model_shape.counts import Dimensions, ParameterCounts, TrainedCounts, count_parameters
 from mst_ds.model_shape.experts import ExpertShape, read_experts
 from mst_ds.model_shape.families import FAMILIES, LLAMA, OWN_ATTENTION, Family, NormKind, is_on
+from mst_ds.model_shape.layers import read_layers
 from mst_ds.model_shape.positions import fixed_positions, rope_type, rotary_positions
 from mst_ds.model_shape.sizes import optional_size, size
 
@@ -19,7 +20,13 @@ _ATTENTION_LAYERS = frozenset({"full_attention", "attention", "sliding_attention
 _TOKENWISE_LAYERS = frozenset({"mlp", "moe"})
 # Heads of layers that are not attention, which ranks share as they do those of attention.
 _MIXER_HEADS = ("linear_num_value_heads", "linear_num_heads", "mamba_n_heads", "mamba_num_heads", "n_mamba_heads")
-_INTERMEDIATE_NAMES = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+_LARGEST_OF_LAYERS = (
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "value_head_dim",
+    "intermediate_size",
+)
 _ACTIVATION_NAMES = ("hidden_activation", "hidden_act", "activation_function", "activation")
 
 
@@ -166,9 +173,8 @@ class ModelShape(Dimensions):
     def max_sp_size(self) -> int:
         """The most ranks that can share a sequence: each needs a query head, and one of the layers that are not
         attention, without which these need all tokens."""
-        return (
-            max(1, min(self.num_attention_heads, self.mixer_heads)) if self.other_layers else self.num_attention_heads
-        )
+        heads = min(layer.num_attention_heads for layer in self.layers)
+        return max(1, min(heads, self.mixer_heads)) if self.other_layers else heads
 
     @property
     def is_trained_whole(self) -> bool:
@@ -185,6 +191,7 @@ class ModelShape(Dimensions):
         return replace(
             self,
             num_hidden_layers=count,
+            layers=self.layers[:count],
             sliding_windows=self.sliding_windows[: len(window_layers)],
             window_layers=window_layers,
             experts=experts,
@@ -213,23 +220,13 @@ def layer_kinds(config: Any) -> list[str]:
 
 
 def _dimensions(config: PreTrainedConfig) -> Dimensions:
-    hidden, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
-    head_dim = optional_size(config, "qk_head_dim", "head_dim") or hidden // heads
-    key_value_heads = optional_size(config, "num_key_value_heads") or heads
-    if heads % key_value_heads:
-        raise ValueError(
-            f"num_key_value_heads in the config of model type {config.model_type!r} is {key_value_heads}; allowed: a "
-            f"divisor of its num_attention_heads, {heads}"
-        )
+    layers = read_layers(config, size(config, "num_hidden_layers"))
     return Dimensions(
-        hidden_size=hidden,
-        intermediate_size=optional_size(config, *_INTERMEDIATE_NAMES) or 4 * hidden,  # GPT-2's rule where it says None
-        num_hidden_layers=size(config, "num_hidden_layers"),
-        num_attention_heads=heads,
-        num_key_value_heads=key_value_heads,
-        head_dim=head_dim,
-        value_head_dim=optional_size(config, "v_head_dim") or head_dim,
+        hidden_size=size(config, "hidden_size"),
+        num_hidden_layers=len(layers),
         vocab_size=size(config, "vocab_size"),
+        layers=layers,
+        **{name: max(getattr(layer, name) for layer in layers) for name in _LARGEST_OF_LAYERS},
     )
 
 
