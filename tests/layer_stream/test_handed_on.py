@@ -95,9 +95,11 @@ class Streams(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.linear, self.mix = nn.Linear(HIDDEN, HIDDEN), nn.Linear(3, 3)
+        self.lengths: set[int] = set()
         self.double()
 
     def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        self.lengths.add(x.shape[2])
         first = self.linear(x[0]).sin() * scale
         return x + first + self.mix(x.permute(1, 2, 3, 0)).permute(3, 0, 1, 2)
 
@@ -116,6 +118,7 @@ def test_several_hidden_states_are_cut_by_tokens(chunks: int, rows: int) -> None
         y = x
         for forward in forwards:
             y = forward(y, scale)
+        assert layers[0].lengths == ({LENGTH} if chunks == 1 or not results else {LENGTH, 5, 4})
         inputs = [x, scale, *(parameter for layer in layers for parameter in layer.parameters())]
         results.append([y, *torch.autograd.grad(y.sin().sum(), inputs)])
     for actual, wanted in zip(*results, strict=True):
