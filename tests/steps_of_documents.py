@@ -1,4 +1,4 @@
-"""Training steps on packed sequences that two ranks share under ZeRO-3, and those of the plain model on each document."""
+"""Training steps on packed sequences that two ranks share under ZeRO-3, and the plain model's on each document."""
 
 from __future__ import annotations
 
