@@ -11,6 +11,7 @@ from mst_ds.model_shape.counts import TrainedCounts
 from mst_ds.model_shape.experts import ExpertShape
 from mst_ds.model_shape.families import NormKind
 from mst_ds.model_shape.known_models import known_model_names, load_config_of_shape, load_model_shape
+from mst_ds.model_shape.layers import LayerShape
 from mst_ds.model_shape.model_flops import attended_pairs, flops_per_token
 from mst_ds.model_shape.positions import require_positions, unknown_positions
 from mst_ds.model_shape.rope_scaling import parse_rope_scaling, scale_rope
@@ -18,6 +19,7 @@ from mst_ds.model_shape.shape import ModelShape, NormShape, layer_kinds, other_l
 
 __all__ = [
     "ExpertShape",
+    "LayerShape",
     "ModelShape",
     "NormKind",
     "NormShape",

@@ -30,6 +30,12 @@ def beside_residual(config: Any, hidden: int) -> int:
     return embedding + low_rank + mixing
 
 
+def products_beside_residual(config: Any, hidden: int) -> int:
+    """Multiplications of a token in a layer with these parameters, and of its streams with each other."""
+    streams = residual_streams(config)
+    return beside_residual(config, hidden) + (hidden * streams**2 if streams > 1 else 0)
+
+
 def beside_experts(config: Any, hidden: int, num_experts: int) -> int:
     """Parameters of a layer that has experts beside its MLP (Gemma 4): scales of its router, and a norm before and
     after each of both, of which one is there without experts, too."""

@@ -34,10 +34,12 @@ class Dimensions:
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """layer: of the largest one. active: of all, what one token meets: not the experts that it is not routed to."""
+    """tables: of the embeddings of each layer. layer: of the largest one. active: of all, what one token meets: not the
+    experts that it is not routed to."""
 
     embedding: int
     positions: int
+    tables: int
     head: int
     layer: int
     all: int
@@ -86,10 +88,12 @@ def count_parameters(
     positions = config.max_position_embeddings * hidden if family.learned_positions else 0
     head = (not is_on("tie_word_embeddings", config)) * embedding + is_on(family.head_bias, config) * vocab
     layers = sum(attentions) + sum(mlps)
-    total = embedding + positions + head + counters[0].norm() + layers + sum(beside_layers(config, hidden))
+    tables, projections = beside_layers(config, hidden)
+    total = embedding + positions + tables + projections + head + counters[0].norm() + layers
     return ParameterCounts(
         embedding=embedding,
         positions=positions,
+        tables=tables,
         head=head,
         layer=max(map(sum, zip(attentions, mlps, strict=True))),
         all=total,

@@ -17,6 +17,7 @@ class LayerShape:
 
     Attributes:
         intermediate_size: of its MLP, where it has a dense one.
+        has_plain_mlp: False where the gate is cut off before its activation (Gemma 3n), which autograd differentiates.
         has_own_keys: it computes keys and values; else it reads those of an earlier layer.
         has_value_projection: False where values are made of what keys are made of.
     """
@@ -26,6 +27,7 @@ class LayerShape:
     head_dim: int
     value_head_dim: int
     intermediate_size: int
+    has_plain_mlp: bool = True
     has_own_keys: bool = True
     has_value_projection: bool = True
 
@@ -51,6 +53,15 @@ def read_layers(config: Any, num_layers: int) -> tuple[LayerShape, ...]:
     )
 
 
+def handed_on_width(config: Any, layers: Sequence[LayerShape]) -> int:
+    """Of the keys and values of a token that later layers read: those of the last layer before these of each kind."""
+    if all(layer.has_own_keys for layer in layers):
+        return 0
+    kinds = getattr(config, "layer_types", None) or [""] * len(layers)
+    last = {kind: layer for kind, layer in zip(kinds, layers, strict=False) if layer.has_own_keys}
+    return sum(layer.num_key_value_heads * (layer.head_dim + layer.value_head_dim) for layer in last.values())
+
+
 def _layer(config: Any, index: int, kind: str, *, is_reading: bool) -> LayerShape:
     hidden, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
     head_dim = _latent_head_dim(config) or optional_size(config, "qk_head_dim", "head_dim") or hidden // heads
@@ -67,9 +78,16 @@ def _layer(config: Any, index: int, kind: str, *, is_reading: bool) -> LayerShap
         head_dim=head_dim,
         value_head_dim=optional_size(config, "v_head_dim") or head_dim,
         intermediate_size=intermediate * (2 if is_reading and getattr(config, "use_double_wide_mlp", False) else 1),
+        has_plain_mlp=not _cutoff(config, index),
         has_own_keys=not is_reading,
         has_value_projection=not (getattr(config, "attention_k_eq_v", False) and kind != "sliding_attention"),
     )
+
+
+def _cutoff(config: Any, index: int) -> float:
+    """The part of a layer's gate that is 0 (`activation_sparsity_pattern`)."""
+    parts = getattr(config, "activation_sparsity_pattern", None) or ()
+    return parts[index] if index < len(parts) else 0.0
 
 
 def _latent_head_dim(config: Any) -> int | None:
