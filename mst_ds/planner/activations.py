@@ -19,6 +19,7 @@ from mst_ds.planner.attention import (
     window_step,
 )
 from mst_ds.planner.kept import Moment, kept_by_recompute
+from mst_ds.planner.streams import made_of_streams, saved_of_streams
 from mst_ds.planner.types import MemoryTerm, product_term, total_bytes
 from mst_ds.planner.windows import window_mask
 from mst_ds.planner.workload import Workload, remembered_computing
@@ -54,7 +55,8 @@ def _of_all_layers(work: Workload, phase: Moment) -> Terms:
     to others; in the backward the gradients of all, once the last layer has given its own."""
     shape = work.shape
     widths = (("layer_embeddings", shape.layer_embeddings_width), ("handed_on_keys_values", shape.handed_on_width))
-    terms = [
+    terms = list(made_of_streams(work, phase))
+    terms += [
         local_term(work, name, width * (2 if name == "layer_embeddings" else 1)) for name, width in widths if width
     ]
     if phase == "backward" and shape.is_first_part:
@@ -92,6 +94,7 @@ def _saved_by_layers(work: Workload, first: int, last: int) -> Terms:
         local_term(work, "query_key_norm_inputs", norms.query_key_width, first),
         *_value_norm_inputs(work, first),
         *_layer_embedding(work, last),
+        *saved_of_streams(work, last),
         _hidden_of_layers(work, "post_norm_inputs", last, norms.post_norms),
         # A layer whose MLP stands beside its attention has no residual between them, and one norm for both.
         _hidden_of_layers(work, "residual", last, int(norms.pre_norms != 1)),
@@ -121,7 +124,7 @@ def _layer_embedding(work: Workload, layers: int) -> Terms:
     """Of what adds a layer's embedding after its MLP: its input, its norm's, and its gate before and after."""
     if not work.shape.layer_embedding_width:
         return ()
-    if work.settings.recompute:
+    if work.settings.recompute and work.shape.residual_streams == 1:
         # Its own backward is over before there is more; its input is what the MLP's result was added to.
         return (_hidden_of_layers(work, "embedding_residual", layers, 1),)
     gates = local_term(work, "embedding_gates", 3 * work.shape.layer_embedding_width, layers)
@@ -180,7 +183,7 @@ def norm_step(work: Workload, *, backward: bool) -> Terms:
 
 def output_gradient(work: Workload) -> Terms:
     """The gradient of the layer's output, which the backward carries from layer to layer."""
-    return (hidden_term(work, "output_gradient", 1),)
+    return (hidden_term(work, "output_gradient", work.shape.residual_streams),)
 
 
 def loss_logits(work: Workload, chunks: int) -> Terms:

@@ -18,6 +18,7 @@ from mst_ds.planner.stream import (
     parameter_sums,
     stream_terms,
 )
+from mst_ds.planner.streams import streams_step
 from mst_ds.planner.types import MemoryTerm, Phase, total_bytes
 from mst_ds.planner.workload import Workload, remembered, remembered_computing
 
@@ -208,6 +209,8 @@ def rest_of_layer_moment(work: Workload, *, backward: bool) -> Terms:
     norm = activations.norm_step(work, backward=backward)
     final_norm_input = activations.hidden_term(work, "final_norm_input", 1)
     moments = [attention_moment(work, backward=backward)]
+    if work.shape.residual_streams > 1:
+        moments.append(_streams_moment(work, backward=backward))
     if work.settings.recompute:
         # The model's norm, beside which no layer runs.
         moments += [_norm_moment(work, backward=backward), (*norm, final_norm_input, *kept_gate_up(work))]
@@ -215,6 +218,12 @@ def rest_of_layer_moment(work: Workload, *, backward: bool) -> Terms:
         # The model's norm finds all that layers saved. In the forward its input is counted with its output.
         moments.append((*norm, *[final_norm_input] * backward, *_saved(work, backward=backward)))
     return max(moments, key=total_bytes)
+
+
+def _streams_moment(work: Workload, *, backward: bool) -> Terms:
+    """The end of a layer that mixes several hidden states, where all that it saves is there."""
+    step = streams_step(work.of_chunk if work.settings.recompute else work, backward=backward)
+    return step + _saved(work, backward=backward) + stream_terms(work, backward=backward)
 
 
 def attention_moment(work: Workload, *, backward: bool) -> Terms:

@@ -10,6 +10,7 @@ import torch
 from plain_model import assert_close, loss_and_gradients
 from sharded import sharded_loss_and_gradients
 from streamed_models import BATCH, KEPT, NO_RECOMPUTE, patched
+from tiers import slow_but_for
 from tiny_models import build
 from transformers import (
     Dots3NoteForCausalLM,
@@ -84,6 +85,8 @@ MODELS: dict[str, tuple[type, type, dict[str, Any]]] = {
         },
     ),
 }
+HOW = [{"layer_chunks": chunks, **KEPT[kept].values[0]} for chunks, kept in ((1, 0), (4, 0), (4, 3))]
+CHUNKS = {"layer_chunks": 4, "keep_attention": True}
 EACH = pytest.mark.parametrize("name", MODELS)
 
 
@@ -99,16 +102,14 @@ def plain(name: str) -> Any:
 
 
 @EACH
-@pytest.mark.parametrize(
-    ("layer_chunks", "settings"), [(1, KEPT[0].values[0]), (4, KEPT[0].values[0]), (4, KEPT[3].values[0])], ids=str
-)
-def test_gradients_are_the_plain_models(name: str, layer_chunks: int, settings: dict[str, Any]) -> None:
-    model = patched(model_of(name), layer_chunks=layer_chunks, mlp_chunks=3, **settings)
+@pytest.mark.parametrize("settings", slow_but_for(HOW[1:], HOW), ids=str)
+def test_gradients_are_the_plain_models(name: str, settings: dict[str, Any]) -> None:
+    model = patched(model_of(name), mlp_chunks=3, **settings)
     assert_close(loss_and_gradients(model, **BATCH), plain(name))
 
 
 @EACH
-@pytest.mark.parametrize("settings", [NO_RECOMPUTE, {"layer_chunks": 4, "keep_attention": True}], ids=str)
+@pytest.mark.parametrize("settings", slow_but_for([CHUNKS], [NO_RECOMPUTE, CHUNKS]), ids=str)
 def test_gradients_are_the_plain_models_on_shards(name: str, settings: dict[str, Any]) -> None:
     assert_close(sharded_loss_and_gradients(model_of(name), BATCH, **settings), plain(name))
 
