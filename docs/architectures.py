@@ -271,7 +271,12 @@ ARCHITECTURES = (
 )
 
 # Types whose config as transformers makes it is not that of any model, or fits itself nowhere.
-PUBLISHED: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+PUBLISHED: Mapping[str, tuple[str | None, Mapping[str, Any]]] = {
+    # Of no published one: the kind of layers that it has by itself needs a RoPE.
+    "cohere_compass_text": (
+        None,
+        {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10_000.0}}},
+    ),
     "dbrx": (
         "databricks/dbrx-base",
         {

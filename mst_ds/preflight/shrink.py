@@ -302,8 +302,8 @@ def _shrink_heads(fields: _Fields) -> None:
         scaled = scalar * head_dim / (old_head_dim or hidden // heads)
         fields.put("query_pre_attn_scalar", max(1, round(scaled)) if isinstance(scalar, int) else scaled)
     for name, value in fields.values.items():
-        if _WIDTH.search(name) and value == hidden:  # of something else that is as wide
-            fields.values[name] = new_hidden
+        if _WIDTH.search(name) and type(value) is int and value and value % hidden == 0:
+            fields.values[name] = new_hidden * value // hidden  # of something else that is as wide, or twice as wide
     fields.put("hidden_size", new_hidden)
     for name, size in {"num_attention_heads": new_heads, **dict.fromkeys(_KEY_VALUE_HEADS, new_key_value)}.items():
         if fields.size(name) is not None:

@@ -139,6 +139,15 @@ KEPT: dict[str, tuple[str, dict[str, Any], Any]] = {
     ),
     "pattern-of-layers": ("gpt_neo", {}, lambda c, m: c.attention_types == [[["global", "local"], 1]]),
     "heads-that-follow-from-others": ("jetmoe", {}, lambda c, m: c.num_attention_heads == 2 * c.num_key_value_heads),
+    # Of each kind two, as weights that layers share are of several.
+    "weights-of-several-layers": (
+        "zamba",
+        {},
+        lambda c, m: (
+            c.attention_hidden_size == 2 * c.hidden_size
+            and layers(m)[2].shared_transf.self_attn.q_proj.weight is layers(m)[3].shared_transf.self_attn.q_proj.weight
+        ),
+    ),
     "two-sublayers-a-layer": ("longcat_flash", {}, lambda c, m: (c.num_layers, c.num_hidden_layers) == (2, 4)),
     "heads-of-a-window": (
         "inkling_text",
