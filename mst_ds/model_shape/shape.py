@@ -48,7 +48,7 @@ class NormShape:
     pre_norms: int
     post_norms: int
     query_key_width: int
-    value_width: int
+    value_width: int = 0
 
 
 @dataclass(frozen=True)
