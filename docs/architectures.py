@@ -271,7 +271,12 @@ ARCHITECTURES = (
 )
 
 # Types whose config as transformers makes it is not that of any model, or fits itself nowhere.
-PUBLISHED: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+PUBLISHED: Mapping[str, tuple[str | None, Mapping[str, Any]]] = {
+    # Of no published one: the kind of layers that it has by itself needs a RoPE.
+    "cohere_compass_text": (
+        None,
+        {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10_000.0}}},
+    ),
     "dbrx": (
         "databricks/dbrx-base",
         {
@@ -305,6 +310,21 @@ PUBLISHED: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             "first_k_dense_replace": 1,
             "norm_topk_prob": True,
             "routed_scaling_factor": 2.5,
+        },
+    ),
+    # Of its config.json the text part: the last 20 layers read keys and values of earlier ones, and are twice as wide.
+    "gemma4_text": (
+        "google/gemma-4-E2B",
+        {
+            "hidden_size": 1536,
+            "intermediate_size": 6144,
+            **heads(8, 1, 256),
+            "global_head_dim": 512,
+            "num_hidden_layers": 35,
+            "layer_types": ["full_attention" if index % 5 == 4 else "sliding_attention" for index in range(35)],
+            "num_kv_shared_layers": 20,
+            "use_double_wide_mlp": True,
+            "final_logit_softcapping": 30.0,
         },
     ),
     "hunyuan_v1_dense": ("tencent/Hunyuan-7B-Instruct", heads(32, 8, 128)),

@@ -41,6 +41,12 @@ SMALL_LATENTS = {
     "qk_nope_head_dim": 12,
     "v_head_dim": 10,
 }
+SHARING = {
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    "num_kv_shared_layers": 1,
+    "hidden_size_per_layer_input": 6,
+    "vocab_size_per_layer_input": 290,
+}
 # Each with its biases and norms switched on where the config says whether.
 FAMILIES = [
     ("ArceeConfig", {"mlp_bias": True}),
@@ -52,6 +58,11 @@ FAMILIES = [
     ("GemmaConfig", {"head_dim": 16}),
     ("Gemma2Config", {"head_dim": 32}),
     ("Gemma3TextConfig", {"head_dim": 32}),
+    ("Gemma3nTextConfig", SHARING | {"altup_num_inputs": 3, "laurel_rank": 5, "intermediate_size": [96, 80, 96]}),
+    ("Gemma4TextConfig", SHARING | {"use_double_wide_mlp": True}),
+    ("Gemma4TextConfig", {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0}),
+    ("Gemma4TextConfig", SHARING | SMALL_EXPERTS | {"enable_moe_block": True, "num_experts": 6, "top_k_experts": 3}),
+    ("Gemma4UnifiedTextConfig", {"attention_k_eq_v": False, "num_kv_shared_layers": 0}),
     ("GlmConfig", {}),
     ("Glm4Config", {}),
     ("Glm4MoeConfig", SMALL_ROUTED_EXPERTS | {"use_qk_norm": True, "first_k_dense_replace": 2}),
@@ -124,10 +135,12 @@ def test_counts_are_those_of_the_model(family, changes):
     experts = sum(parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name)
     assert (shape.experts is not None) == (experts > 0)
     if shape.experts is not None:
-        unused = 1 - Fraction(config.num_experts_per_tok, shape.experts.num_experts)
+        unused = 1 - Fraction(shape.experts.num_experts_per_tok, shape.experts.num_experts)
         assert shape.active_parameter_count == shape.parameter_count - unused * experts
         sparse = [
-            layer for layer in layers_of(model) if any(".experts." in name for name, _ in layer.named_parameters())
+            layer
+            for layer in layers_of(model)
+            if any(".experts." in f".{name}" for name, _ in layer.named_parameters())
         ]
         assert len(sparse) == shape.experts.num_sparse_layers == shape.num_hidden_layers - shape.num_dense_layers
     else:
@@ -217,7 +230,7 @@ def test_a_decoder_without_attention_heads_is_refused():
     ("family", "changes", "name"),
     [
         ("MixtralConfig", {"num_experts_per_tok": None}, "num_experts_per_tok"),
-        ("LlamaConfig", {"intermediate_size": [96, 96, 128]}, "intermediate_size"),
+        ("LlamaConfig", {"intermediate_size": [96, 96]}, "intermediate_size"),
         ("LlamaConfig", {"vocab_size": -1}, "vocab_size"),
     ],
 )

@@ -106,6 +106,7 @@ def lora_shape(shape: ModelShape, rank: int) -> ModelShape | None:
     """The model with adapters of this rank, as `mst_ds.structure.trained` counts it on the model itself; None for what
     has adapters already, and for layers that are not Llama's in kind."""
     is_plain = shape.counts_are_exact and shape.gated_mlp and not shape.has_fused_qkv and not shape.has_own_attention
+    is_plain &= shape.layers_are_alike and not shape.layer_embedding_width
     if not (is_plain and shape.is_trained_whole and shape.experts is None):
         return None
     hidden, inner = shape.hidden_size, output_width(shape)

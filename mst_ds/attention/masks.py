@@ -5,11 +5,22 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
+
+_ANY_LENGTH = 2**31
+
+
+class _OfAllTokens:
+    """What stands for a mask may be cut as a mask is where nothing is cut off (Gemma 4 does so for queries)."""
+
+    def __getitem__(self, parts: tuple[slice, ...]) -> Self:
+        if any(part.indices(_ANY_LENGTH) != (0, _ANY_LENGTH, 1) for part in parts):
+            raise ValueError("the model leaves out tokens of its mask: mst_ds attends from all of them to all")
+        return self
 
 
 @dataclass(frozen=True)
-class SlidingWindow:
+class SlidingWindow(_OfAllTokens):
     """Stands for a sliding window's mask on its way through a model's layers to their attention function.
 
     Some models (Qwen 2 MoE, Phi 3.5 MoE) have a window in their mask only and do not name it to their attention.
@@ -19,7 +30,7 @@ class SlidingWindow:
 
 
 @dataclass(frozen=True)
-class AttentionBlocks:
+class AttentionBlocks(_OfAllTokens):
     """The same for blocks of so many tokens (Llama 4), counted from a document's first: none sees another block."""
 
     size: int

@@ -15,10 +15,11 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from mst_ds.dtypes import sum_dtype
 from mst_ds.geometry import chunk_slices
 from mst_ds.minisequence import ParameterSums, SumLinearGradients, hooks_put_off
-from mst_ds.recompute import Conditions, DeviceStore, Kept, Store, read_in_turn
+from mst_ds.recompute import Conditions, DeviceStore, Kept, KeptOnDevice, Store, read_in_turn
 
 from .arguments import LayerArguments
 from .call import KeysAreThere, LayerCall, Pass
+from .handed_on import TOKEN_DIM, Written
 from .handed_over import BeginWith, holders_of_handed_over, is_handed_over, references_of_hooks, take_over
 from .last_output import LastOutput
 from .recorded import Records, cut, hand_on, joined, recording, recording_of
@@ -47,6 +48,7 @@ class LayerStream:
         is_paused: whether layers run as they are.
         context: what the forward that runs tells its operators, None between forwards. A call keeps it for its
             backward.
+        form: B and L of the forward, None where nobody said so.
     """
 
     def __init__(self, *, chunks: int = 1, keep_attention: bool = False, store: Store | None = None) -> None:
@@ -55,10 +57,12 @@ class LayerStream:
         self.store = DeviceStore() if store is None else store
         self.is_paused = False
         self.context: Any = None
+        self.form: tuple[int, int] | None = None
         holders_of_handed_over()
 
-    def begin_forward(self) -> None:
-        """A forward of the model begins."""
+    def begin_forward(self, form: tuple[int, int] | None = None) -> None:
+        """A forward of the model begins, of so many rows and tokens of each, where that is known."""
+        self.form = form
         self.store.begin_forward()
 
     def cut(self, length: int) -> list[slice]:
@@ -105,7 +109,7 @@ class StreamedLayer:
         stream = self.stream
         if stream.is_paused:
             return self._forward(*args, **kwargs)
-        arguments = LayerArguments(args, kwargs)
+        arguments = LayerArguments(args, kwargs, stream.form)
         inputs = arguments.take_inputs()
         all_parameters = list(self._layer.parameters())
         is_trained = tuple(parameter.requires_grad for parameter in all_parameters)
@@ -144,6 +148,7 @@ class _LayerRun:
         self._forms: list[Tensor] = []
         self._conditions: list[Conditions] = []
         self._leaves: list[Any] = []
+        self._dims: list[int] = []
         self._spec: TreeSpec | None = None
         self._recorded: list[str] = []
 
@@ -155,9 +160,9 @@ class _LayerRun:
         with torch.no_grad(), self.stream.entered(call):
             for index, tokens in enumerate(call.chunks):
                 call.begin(index, Pass.FORWARD)
-                of_chunk = [arguments.cut(tensor, tokens) for tensor in inputs]
+                of_chunk = [arguments.cut_input(place, tensor, tokens) for place, tensor in enumerate(inputs)]
                 if call.is_kept:
-                    self._inputs.append(tuple(call.part.keep(tensor) for tensor in of_chunk))
+                    self._inputs.append(self._keep(of_chunk))
                     self._conditions.append(Conditions(of_chunk[0].device))
                 with recording() as recorded:
                     self._put(self._run(tokens, of_chunk), tokens)
@@ -172,14 +177,21 @@ class _LayerRun:
         self._leaves = [None if isinstance(leaf, Tensor) else _Other(leaf) for leaf in self._leaves]
         return (*tensors, *(tensor for tensors in whole.values() for tensor in tensors))
 
+    def _keep(self, inputs: Sequence[Tensor]) -> tuple[Kept, ...]:
+        """A chunk's inputs. What was handed on stays where it is, whole, for all layers that read it."""
+        own = self.arguments.num_own
+        return *map(self.call.part.keep, inputs[:own]), *map(KeptOnDevice, inputs[own:])
+
     def given(self, tensors: Sequence[Tensor]) -> Any:
-        """What the layer gives, of what `forward` gave. What is recorded is."""
+        """What the layer gives, of what `forward` gave. What is recorded is, and what it hands on is handed on."""
         outputs = iter(tensors)
         leaves = [next(outputs) if leaf is None else leaf.value for leaf in self._leaves]
         for name, tensor in zip(self._recorded, outputs, strict=True):
             hand_on({name: [tensor]})
         assert self._spec is not None
-        return tree_unflatten(leaves, self._spec)
+        output, written = tree_unflatten(leaves, self._spec)
+        self.arguments.handed_on.write(written)
+        return output
 
     def backward(self, grads: Sequence[Tensor | None], needs_inputs: Sequence[bool]) -> tuple[Tensor | None, ...]:
         """The gradients of the inputs and of the parameters, from those of what `forward` gave."""
@@ -207,34 +219,40 @@ class _LayerRun:
         return *rounded, *(each.rounded() for each in sums.sums)
 
     def _run(self, tokens: slice, inputs: Sequence[Tensor]) -> Any:
-        args, kwargs = self.arguments.chunk(tokens, inputs)
-        return self.layer_forward(*args, **kwargs)
+        args, kwargs, mappings = self.arguments.chunk(tokens, inputs)
+        return self.layer_forward(*args, **kwargs), mappings.written()
 
-    def _put(self, given: Any, tokens: slice) -> None:
-        """Write what a chunk gives where it belongs."""
+    def _put(self, given: tuple[Any, Written], tokens: slice) -> None:
+        """Write what a chunk gives, and puts into mappings, where it belongs."""
         leaves, self._spec = tree_flatten(given)
-        length = self.arguments.length
+        length, of_hidden, hidden_dims = self.arguments.length, self.arguments.hidden_dim, self.arguments.hidden_dims
+        own = len(tree_flatten(given[0])[0])
+        dims = [of_hidden if isinstance(leaf, Tensor) and leaf.dim() == hidden_dims else 1 for leaf in leaves[:own]]
+        self._dims = [*dims, *[TOKEN_DIM] * (len(leaves) - own)]
         if tokens == slice(0, length):
             self._leaves = leaves
             return
         if not self._leaves:
-            self._leaves = [self._empty(leaf, tokens, length) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        for whole, leaf in zip(self._leaves, leaves, strict=True):
+            self._leaves = [
+                self._empty(leaf, dim, tokens) if isinstance(leaf, Tensor) else leaf
+                for leaf, dim in zip(leaves, self._dims, strict=True)
+            ]
+        for whole, leaf, dim in zip(self._leaves, leaves, self._dims, strict=True):
             if isinstance(leaf, Tensor):
-                whole[:, tokens] = leaf
+                self.arguments.cut_along(dim, whole, tokens).copy_(leaf)
 
-    def _empty(self, of_chunk: Tensor, tokens: slice, length: int) -> Tensor:
-        """For all tokens.
+    def _empty(self, of_chunk: Tensor, dim: int, tokens: slice) -> Tensor:
+        """For all tokens, of which this dimension has those of a chunk.
 
         Raises:
             ValueError: there are none in what the layer gives.
         """
-        if of_chunk.dim() < 2 or of_chunk.shape[1] != tokens.stop - tokens.start:
+        if of_chunk.dim() <= dim or of_chunk.shape[dim] != tokens.stop - tokens.start:
             raise ValueError(
                 f"a decoder layer gives a tensor {tuple(of_chunk.shape)} without tokens, which cannot be put together "
                 'of chunks: set "layer_chunks": 1 in the "mst" block'
             )
-        return of_chunk.new_empty(of_chunk.shape[0], length, *of_chunk.shape[2:])
+        return of_chunk.new_empty(*of_chunk.shape[:dim], self.arguments.length, *of_chunk.shape[dim + 1 :])
 
     def _compute_keys(self, chunks: Sequence[int]) -> None:
         call = self.call
@@ -265,14 +283,15 @@ class _LayerRun:
             recording_of(self._recorded) as records,
         ):
             given = tree_flatten(self._run(tokens, inputs))[0]
+        dims = [dim for leaf, dim in zip(given, self._dims, strict=True) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in given if isinstance(leaf, Tensor)]
         if own and outputs[0].requires_grad:
             with torch.enable_grad():
                 outputs[0] = BeginWith.apply(outputs[0], own)
             grads = (torch.empty_like(outputs[0]), *grads[1:])
         pairs = [
-            (output, self.arguments.cut(grad, tokens))
-            for output, grad in zip(outputs, grads, strict=False)
+            (output, self.arguments.cut_along(dim, grad, tokens))
+            for output, dim, grad in zip(outputs, dims, grads, strict=False)
             if grad is not None and output.requires_grad
         ]
         recorded = [tensor for tensors in records.values() for tensor in tensors]
@@ -306,22 +325,21 @@ class _LayerRun:
         """Write a chunk's gradients where they belong, or add them where all chunks read the whole input."""
         for place, form in enumerate(self._forms):
             grad, of_chunk[place] = of_chunk[place], None
-            whole = d_inputs[place]
+            whole, has_tokens = d_inputs[place], self.arguments.input_dim(place) is not None
             if grad is None:
-                if whole is not None and self.arguments.token_dim(form) is not None:
-                    self.arguments.cut(whole, tokens).zero_()
+                if whole is not None and has_tokens:
+                    self.arguments.cut_input(place, whole, tokens).zero_()
                 continue
             if len(self.call.chunks) == 1:
                 d_inputs[place] = grad
                 continue
-            has_tokens = self.arguments.token_dim(form) is not None
             if whole is None:
                 dtype = form.dtype if has_tokens else sum_dtype(form.dtype)
                 whole = d_inputs[place] = torch.zeros(form.shape, dtype=dtype, device=grad.device)
             if not has_tokens:
                 whole += grad
             else:
-                self.arguments.cut(whole, tokens).copy_(grad)
+                self.arguments.cut_input(place, whole, tokens).copy_(grad)
             del grad
 
 

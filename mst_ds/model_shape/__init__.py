@@ -11,6 +11,7 @@ from mst_ds.model_shape.counts import TrainedCounts
 from mst_ds.model_shape.experts import ExpertShape
 from mst_ds.model_shape.families import NormKind
 from mst_ds.model_shape.known_models import known_model_names, load_config_of_shape, load_model_shape
+from mst_ds.model_shape.layers import LayerShape
 from mst_ds.model_shape.model_flops import attended_pairs, flops_per_token
 from mst_ds.model_shape.multimodal import language_config, with_language_config
 from mst_ds.model_shape.positions import require_positions, unknown_positions
@@ -19,6 +20,7 @@ from mst_ds.model_shape.shape import ModelShape, NormShape, has_two_alibis, laye
 
 __all__ = [
     "ExpertShape",
+    "LayerShape",
     "ModelShape",
     "NormKind",
     "NormShape",

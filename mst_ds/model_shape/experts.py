@@ -11,11 +11,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _COUNT = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k")
+_PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
 _INTERMEDIATE = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
 _SHARED_SIZE = ("shared_expert_intermediate_size", "shared_intermediate_size")
 _SHARED_COUNT = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
 _DENSE_FIRST = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
+_SWITCHES = ("is_moe", "enable_moe_block")
 _STEP = ("decoder_sparse_step", "moe_layer_interval")
 
 
@@ -41,7 +42,7 @@ def read_experts(config: PreTrainedConfig, num_layers: int) -> ExpertShape | Non
         ValueError: a mixture of experts that does not say how many experts a token goes to, or says more than it has.
     """
     count = optional_size(config, *_COUNT)
-    if count is None or getattr(config, "is_moe", True) is False:
+    if count is None or any(getattr(config, name, True) is False for name in _SWITCHES):
         return None
     sparse_layers = _count_sparse_layers(config, num_layers)
     if sparse_layers == 0:
@@ -54,6 +55,8 @@ def read_experts(config: PreTrainedConfig, num_layers: int) -> ExpertShape | Non
         )
     intermediate = size(config, *_INTERMEDIATE)
     shared = optional_size(config, *_SHARED_SIZE) or intermediate * (optional_size(config, *_SHARED_COUNT) or 0)
+    if getattr(config, "enable_moe_block", False):  # beside the layer's own MLP
+        shared = size(config, "intermediate_size")
     return ExpertShape(
         num_experts=count,
         num_experts_per_tok=per_token,

@@ -33,6 +33,7 @@ class Family:
     post_norms: norms over the hidden size whose output is added to the residual.
     qk_norm: norms of queries and keys, over a head's dimension or over all heads together.
     has_qk_norm: whether this config has them.
+    value_norm: a norm of values over a head's dimension, without weights.
     sinks: a parameter for each query head, in the softmax's denominator.
     shared_gate: a gate that weighs the shared expert.
     """
@@ -49,6 +50,7 @@ class Family:
     post_norms: int = 0
     qk_norm: Literal["none", "head", "all_heads"] = "none"
     has_qk_norm: Switch = True
+    value_norm: bool = False
     learned_positions: bool = False
     sinks: bool = False
     router_bias: bool = False
@@ -59,6 +61,8 @@ LLAMA = Family()
 _NO_BIAS = Family(qkv_bias=False, output_bias=False, mlp_bias=False)
 _COHERE = Family(mlp_bias=False, norm="layer_fp32", pre_norms=1, qk_norm="all_heads", has_qk_norm="use_qk_norm")
 _GEMMA2 = Family(mlp_bias=False, norm="rms_fp32", post_norms=2)
+_GEMMA3 = replace(_GEMMA2, qk_norm="head")
+_GEMMA4 = replace(_GEMMA3, value_norm=True)
 _GLM = Family(output_bias=False, mlp_bias=False)
 _OLMO2 = Family(mlp_bias=False, norm="rms_fp32", pre_norms=0, post_norms=2, qk_norm="all_heads")
 _PLAIN_MLP = Family(gated_mlp=False, norm="layer")
@@ -73,7 +77,10 @@ FAMILIES: Mapping[str, Family] = {
     "exaone4": replace(_NO_BIAS, pre_norms=0, post_norms=2, qk_norm="head"),
     "gemma": replace(_GEMMA2, post_norms=0),
     "gemma2": _GEMMA2,
-    "gemma3_text": replace(_GEMMA2, qk_norm="head"),
+    "gemma3_text": _GEMMA3,
+    "gemma3n_text": _GEMMA4,
+    "gemma4_text": _GEMMA4,
+    "gemma4_unified_text": _GEMMA4,
     "glm": _GLM,
     "glm4": replace(_GLM, post_norms=2),
     "glm4_moe": replace(_GLM, qk_norm="head", has_qk_norm="use_qk_norm"),

@@ -16,11 +16,14 @@ def flops_per_token(shape: ModelShape, seq_len: int) -> float:
     multiplied = shape.active_parameter_count - shape.position_parameter_count
     if not shape.tie_word_embeddings:
         multiplied -= shape.embedding_parameter_count
-    full_layers = shape.num_hidden_layers - len(shape.sliding_windows)
-    pairs = full_layers * attended_pairs(seq_len, seq_len)
-    pairs += sum(attended_pairs(window, seq_len) for window in shape.sliding_windows)
-    width = shape.num_attention_heads * (shape.head_dim + shape.value_head_dim)
-    return 6.0 * multiplied + 6.0 * pairs / seq_len * width
+    multiplied -= shape.table_parameter_count
+    products = 0
+    for kind in shape.kinds:
+        full_layers = kind.num_hidden_layers - len(kind.sliding_windows)
+        pairs = full_layers * attended_pairs(seq_len, seq_len)
+        pairs += sum(attended_pairs(window, seq_len) for window in kind.sliding_windows)
+        products += pairs * kind.num_attention_heads * (kind.head_dim + kind.value_head_dim)
+    return 6.0 * multiplied + 6.0 * products / seq_len
 
 
 def attended_pairs(window: int, seq_len: int) -> int:

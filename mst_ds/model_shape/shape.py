@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from mst_ds.model_shape.beside_layers import beside_layers, products_beside_residual, residual_streams
 from mst_ds.model_shape.config_checks import check_numbers, check_parameter_count
 from mst_ds.model_shape.counts import Dimensions, ParameterCounts, TrainedCounts, count_parameters
 from mst_ds.model_shape.experts import ExpertShape, read_experts
 from mst_ds.model_shape.families import FAMILIES, LLAMA, Family, NormKind, is_on
 from mst_ds.model_shape.indexer import INDEXED_ATTENTION, IndexerShape, read_indexer
+from mst_ds.model_shape.layers import handed_on_width, read_layers
 from mst_ds.model_shape.positions import fixed_positions, rope_type, rotary_positions
 from mst_ds.model_shape.sizes import optional_size, size
 
@@ -20,7 +24,13 @@ _ATTENTION_LAYERS = frozenset({"full_attention", "attention", "sliding_attention
 _TOKENWISE_LAYERS = frozenset({"mlp", "moe"})
 # Heads of layers that are not attention, which ranks share as they do those of attention.
 _MIXER_HEADS = ("linear_num_value_heads", "linear_num_heads", "mamba_n_heads", "mamba_num_heads", "n_mamba_heads")
-_INTERMEDIATE_NAMES = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+_LARGEST_OF_LAYERS = (
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "value_head_dim",
+    "intermediate_size",
+)
 _ACTIVATION_NAMES = ("hidden_activation", "hidden_act", "activation_function", "activation")
 
 
@@ -32,12 +42,14 @@ class NormShape:
         pre_norms: over the hidden size, with an output that a projection reads.
         post_norms: over the hidden size, with an output that is added to the residual.
         query_key_width: elements of a token's queries and keys that norms work on, 0 without such norms.
+        value_width: of its values, where a norm without weights works on them.
     """
 
     kind: NormKind
     pre_norms: int
     post_norms: int
     query_key_width: int
+    value_width: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,14 @@ class ModelShape(Dimensions):
         has_own_attention: its attention is not this project's, which alone is kept and works through a layer in chunks.
         layer_parameter_count: of the largest layer.
         position_parameter_count: of learned position embeddings, 0 without.
+        table_parameter_count: of the embeddings of each layer, which are looked up, 0 without.
+        num_model_layers: of the model, of which this may be the first layers.
+        layer_embedding_width: of a token's embedding of a layer, 0 without.
+        layer_embeddings_width: of those of all layers.
+        handed_on_width: of the keys and values of a token that layers hand on to others, 0 without.
+        products_beside_layers: multiplications of a token in no layer, beside the head's.
+        products_beside_residual: in a layer, beside those of attention and MLP.
+        residual_streams: hidden states of a token that go from layer to layer.
         fixed_positions: the most tokens of a document that the model can take, None where any number will do.
         rotary_positions: up to which its RoPE is meant, None where it has none or one that follows the length.
         rope_type: by what its config scales it.
@@ -93,6 +113,14 @@ class ModelShape(Dimensions):
     has_own_attention: bool
     embedding_parameter_count: int
     position_parameter_count: int
+    table_parameter_count: int
+    num_model_layers: int
+    layer_embedding_width: int
+    layer_embeddings_width: int
+    handed_on_width: int
+    products_beside_layers: int
+    products_beside_residual: int
+    residual_streams: int
     fixed_positions: int | None
     rotary_positions: int | None
     rope_type: str
@@ -127,6 +155,7 @@ class ModelShape(Dimensions):
         dimensions = _dimensions(config)
         experts = read_experts(config, dimensions.num_hidden_layers)
         counts = count_parameters(config, family, dimensions, experts)
+        layer_embedding = optional_size(config, "hidden_size_per_layer_input") or 0
         window, window_layers = _sliding_windows(config, dimensions.num_hidden_layers)
         indexer = read_indexer(config, layer_kinds(config))
         picking = set() if indexer is None else {INDEXED_ATTENTION}
@@ -152,6 +181,14 @@ class ModelShape(Dimensions):
             has_own_attention=has_two_alibis(config) or not picking >= set(other_layers(config)),
             embedding_parameter_count=counts.embedding,
             position_parameter_count=counts.positions,
+            table_parameter_count=counts.tables,
+            num_model_layers=dimensions.num_hidden_layers,
+            layer_embedding_width=layer_embedding,
+            layer_embeddings_width=layer_embedding * dimensions.num_hidden_layers,
+            handed_on_width=handed_on_width(config, dimensions.layers),
+            products_beside_layers=beside_layers(config, dimensions.hidden_size)[1],
+            products_beside_residual=products_beside_residual(config, dimensions.hidden_size),
+            residual_streams=residual_streams(config),
             fixed_positions=fixed_positions(config),
             rotary_positions=rotary_positions(config),
             rope_type=rope_type(config),
@@ -172,9 +209,8 @@ class ModelShape(Dimensions):
     def max_sp_size(self) -> int:
         """The most ranks that can share a sequence: each needs a query head, and one of the layers that are not
         attention, without which these need all tokens."""
-        return (
-            max(1, min(self.num_attention_heads, self.mixer_heads)) if self.other_layers else self.num_attention_heads
-        )
+        heads = min(layer.num_attention_heads for layer in self.layers)
+        return max(1, min(heads, self.mixer_heads)) if self.other_layers else heads
 
     @property
     def is_trained_whole(self) -> bool:
@@ -193,12 +229,64 @@ class ModelShape(Dimensions):
             indexer = replace(indexer, num_layers=min(indexer.num_layers, count))
         return replace(
             self,
+            **self._sizes_of(count - 1),
             num_hidden_layers=count,
             indexer=indexer,
+            layers=self.layers[:count],
             sliding_windows=self.sliding_windows[: len(window_layers)],
             window_layers=window_layers,
             experts=experts,
         )
+
+    @property
+    def is_first_part(self) -> bool:
+        """Whether it is the first layers of a model, whose others have embeddings of their own or read their keys."""
+        return self.num_hidden_layers < self.num_model_layers
+
+    @property
+    def layers_are_alike(self) -> bool:
+        return len(set(self.layers)) == 1
+
+    @cached_property
+    def kinds(self) -> tuple[ModelShape, ...]:
+        """The model with the layers of one shape alone, for each shape, whose sizes are then those of each of its
+        layers; in the order of their last layers."""
+        if self.layers_are_alike:
+            return (self,)
+        last = {layer: index for index, layer in enumerate(self.layers)}
+        of_each = (
+            [index for index, layer in enumerate(self.layers) if layer == kind]
+            for kind in sorted(last, key=last.__getitem__)
+        )
+        return tuple(map(self._with_layers, of_each))
+
+    def _with_layers(self, layers: Sequence[int]) -> ModelShape:
+        """The model of these of its layers, which are alike; dense layers are the first ones."""
+        window_layers = tuple(place for place, layer in enumerate(layers) if layer in self.window_layers)
+        sparse = sum(layer >= self.num_dense_layers for layer in layers)
+        experts = replace(self.experts, num_sparse_layers=sparse) if self.experts is not None and sparse else None
+        return replace(
+            self,
+            **self._sizes_of(layers[-1]),
+            num_hidden_layers=len(layers),
+            layers=tuple(self.layers[layer] for layer in layers),
+            sliding_windows=self.sliding_windows[: len(window_layers)],
+            window_layers=window_layers,
+            experts=experts,
+        )
+
+    def _sizes_of(self, layer: int) -> dict[str, Any]:
+        """Those of the model's that are a layer's; nothing where all are alike."""
+        if self.layers_are_alike:
+            return {}
+        own, has_norms = self.layers[layer], self.norms.query_key_width > 0
+        keys = own.num_key_value_heads * own.has_own_keys
+        norms = replace(
+            self.norms,
+            query_key_width=has_norms * (own.num_attention_heads + keys) * own.head_dim,
+            value_width=(self.norms.value_width > 0) * keys * own.value_head_dim,
+        )
+        return {"norms": norms} | {name: getattr(own, name) for name in _LARGEST_OF_LAYERS}
 
     def within(self, tokens: int) -> ModelShape:
         """The model on so many tokens, without windows that hide none of them."""
@@ -228,23 +316,13 @@ def layer_kinds(config: Any) -> list[str]:
 
 
 def _dimensions(config: PreTrainedConfig) -> Dimensions:
-    hidden, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
-    head_dim = optional_size(config, "qk_head_dim", "head_dim") or hidden // heads
-    key_value_heads = optional_size(config, "num_key_value_heads") or heads
-    if heads % key_value_heads:
-        raise ValueError(
-            f"num_key_value_heads in the config of model type {config.model_type!r} is {key_value_heads}; allowed: a "
-            f"divisor of its num_attention_heads, {heads}"
-        )
+    layers = read_layers(config, size(config, "num_hidden_layers"))
     return Dimensions(
-        hidden_size=hidden,
-        intermediate_size=optional_size(config, *_INTERMEDIATE_NAMES) or 4 * hidden,  # GPT-2's rule where it says None
-        num_hidden_layers=size(config, "num_hidden_layers"),
-        num_attention_heads=heads,
-        num_key_value_heads=key_value_heads,
-        head_dim=head_dim,
-        value_head_dim=optional_size(config, "v_head_dim") or head_dim,
+        hidden_size=size(config, "hidden_size"),
+        num_hidden_layers=len(layers),
         vocab_size=size(config, "vocab_size"),
+        layers=layers,
+        **{name: max(getattr(layer, name) for layer in layers) for name in _LARGEST_OF_LAYERS},
     )
 
 
@@ -269,15 +347,17 @@ def _all_trained(counts: ParameterCounts) -> TrainedCounts:
         layer=counts.layer,
         mlp=None,
         head=counts.head or counts.embedding,
-        embedding=counts.embedding if counts.head else 0,
-        largest=max(counts.embedding, counts.head),
+        embedding=(counts.embedding if counts.head else 0) + counts.tables,
+        largest=max(counts.embedding, counts.head, counts.tables),
     )
 
 
 def _norms(config: PreTrainedConfig, family: Family, dimensions: Dimensions) -> NormShape:
     has_qk_norm = family.qk_norm != "none" and is_on(family.has_qk_norm, config)
     heads = dimensions.num_attention_heads + dimensions.num_key_value_heads
-    return NormShape(family.norm, family.pre_norms, family.post_norms, has_qk_norm * heads * dimensions.head_dim)
+    value_width = family.value_norm * dimensions.num_key_value_heads * dimensions.value_head_dim
+    query_key_width = has_qk_norm * heads * dimensions.head_dim
+    return NormShape(family.norm, family.pre_norms, family.post_norms, query_key_width, value_width)
 
 
 def _sliding_windows(config: PreTrainedConfig, num_layers: int) -> tuple[int, tuple[int, ...]]:

@@ -23,8 +23,11 @@ def size(config: PreTrainedConfig, *names: str) -> int:
     return found
 
 
-def optional_size(config: PreTrainedConfig, *names: str) -> int | None:
+def optional_size(config: PreTrainedConfig, *names: str, layer: int | None = None) -> int | None:
     """The first of these fields that is set; None where each is missing, None or 0.
+
+    Args:
+        layer: whose size it is, where a field has a list with one for each.
 
     Raises:
         ValueError: it is not a whole number above 0, such as a list with a size for each layer.
@@ -34,6 +37,8 @@ def optional_size(config: PreTrainedConfig, *names: str) -> int | None:
             value = getattr(config, name, None)
         except RuntimeError:  # transformers', for a field whose value is another in each layer
             value = "not the same in all layers"
+        if layer is not None and isinstance(value, list | tuple) and layer < len(value):
+            value = value[layer]
         if value is None or value == 0:
             continue
         if not isinstance(value, int) or value < 1:

@@ -168,7 +168,6 @@ def apply_settings(
     # Everything that can be refused is refused before anything is changed.
     parts = find_parts(model, settings)
     base = base_model(model)
-    _require_own_keys(base, settings)
     group = _sequence_group(settings, sequence_group)
     if isinstance(group, ProcessSequenceGroup):
         _require_agreement(settings, group)
@@ -223,16 +222,6 @@ def _require_one_chunk(model: PreTrainedModel, settings: Settings) -> None:
         raise ValueError(
             f"layer_chunks is {settings.layer_chunks}, and {type(model).__name__} has layers that are not attention "
             f'alone, which work on a shard whole; allowed: "layer_chunks": 1 in the "mst" block'
-        )
-
-
-def _require_own_keys(base: PreTrainedModel, settings: Settings) -> None:
-    """Layers that are computed again hand on what they return, and nothing that they leave elsewhere."""
-    sharing = getattr(base.config.get_text_config(), "num_kv_shared_layers", 0)
-    if settings.recompute and sharing:
-        raise ValueError(
-            f"{type(base).__name__} has {sharing} layers that read other layers' keys and values, whose gradients "
-            'recompute would lose: set "recompute": false in the "mst" block'
         )
 
 

@@ -48,8 +48,11 @@ def decoder_forward(original: Callable[..., Any], patched: PatchedModel, *args: 
         with own_attention(patched):
             return original(**kwargs)
     check_known(patched, kwargs)
-    patched.stream.begin_forward()
-    kwargs |= {**_planned_arguments(patched, kwargs), **without_cache(patched)}
+    inputs = kwargs["input_ids"] if kwargs["input_ids"] is not None else kwargs.get("inputs_embeds")
+    if inputs is None:
+        raise ValueError(f"{patched.name} needs input_ids or inputs_embeds")
+    patched.stream.begin_forward((inputs.shape[0], inputs.shape[1]))
+    kwargs |= {**_planned_arguments(patched, kwargs, inputs), **without_cache(patched), **_of_all_tokens(patched)}
     patched.stream.context = kwargs.get("ulysses")
     try:
         return original(**kwargs)
@@ -73,6 +76,11 @@ def uses_cache(kwargs: Mapping[str, Any]) -> bool:
 def without_cache(patched: PatchedModel) -> dict[str, bool]:
     """What a decoder is told, so that it keeps no cache; nothing where it knows of none."""
     return {"use_cache": False} if "use_cache" in patched.decoder_arguments else {}
+
+
+def _of_all_tokens(patched: PatchedModel) -> dict[str, int]:
+    """What a decoder is told that could leave out tokens whose logits nobody wants (Gemma 4): attention is from all."""
+    return {"logits_to_keep": 0} if "logits_to_keep" in patched.decoder_arguments else {}
 
 
 def padding_mask(attention_mask: Any) -> Tensor | None:
@@ -121,13 +129,10 @@ def check_known(patched: PatchedModel, kwargs: Mapping[str, Any]) -> None:
             )
 
 
-def _planned_arguments(patched: PatchedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _planned_arguments(patched: PatchedModel, kwargs: dict[str, Any], inputs: Tensor) -> dict[str, Any]:
     """The arguments that differ: positions in the whole sequence, and what attention has to know."""
     group, settings = patched.group, patched.settings
     mask, positions = padding_mask(kwargs["attention_mask"]), kwargs.get("position_ids")
-    inputs = kwargs["input_ids"] if kwargs["input_ids"] is not None else kwargs.get("inputs_embeds")
-    if inputs is None:
-        raise ValueError(f"{patched.name} needs input_ids or inputs_embeds")
     batch, length = inputs.shape[:2]
     told = take_document_starts(kwargs, batch, length, patched.token_layout)
     if patched.why_own_attention is not None:

@@ -15,10 +15,12 @@ from mst_ds.planner.attention import (
     log_sum_exp,
     output_width,
     query_key_value_width,
+    saved_width,
     window_step,
 )
 from mst_ds.planner.kept import Moment, kept_by_recompute
 from mst_ds.planner.picks import picks_handed_on, picks_of_layers, scores_step
+from mst_ds.planner.streams import made_of_streams, saved_of_streams
 from mst_ds.planner.types import MemoryTerm, product_term, total_bytes
 from mst_ds.planner.windows import window_mask
 from mst_ds.planner.workload import Workload, remembered_computing
@@ -43,10 +45,24 @@ def hidden_term(work: Workload, name: str, tensors: int) -> MemoryTerm:
 def kept_between_layers(work: Workload, phase: Moment) -> Terms:
     """What layers leave for their backward and is kept for all of them until then: with recompute no activations but
     the layers' inputs, and attention's output where that is kept."""
-    every_setting = (*_rotary_tables(work), *_router_logits(work), *window_mask(work))
+    every_setting = (*_rotary_tables(work), *_router_logits(work), *window_mask(work), *_of_all_layers(work, phase))
     if work.settings.recompute:
         return (*kept_by_recompute(work, phase), *picks_handed_on(work), *every_setting)
     return (hidden_term(work, "layer_inputs", work.shape.num_hidden_layers), *every_setting)
+
+
+def _of_all_layers(work: Workload, phase: Moment) -> Terms:
+    """What layers share: their embeddings, with what the norm of these saved, and the keys and values that some hand on
+    to others; in the backward the gradients of all, once the last layer has given its own."""
+    shape = work.shape
+    widths = (("layer_embeddings", shape.layer_embeddings_width), ("handed_on_keys_values", shape.handed_on_width))
+    terms = list(made_of_streams(work, phase))
+    terms += [
+        local_term(work, name, width * (2 if name == "layer_embeddings" else 1)) for name, width in widths if width
+    ]
+    if phase == "backward" and shape.is_first_part:
+        terms += [local_term(work, f"{name}_gradient", width) for name, width in widths if width]
+    return tuple(terms)
 
 
 def layer_activations(work: Workload, *, of_attention: bool = True, after_attention: bool = True) -> Terms:
@@ -58,13 +74,28 @@ def layer_activations(work: Workload, *, of_attention: bool = True, after_attent
         of_attention: whether the last layer still has what its attention saved, and the operators before that.
         after_attention: whether it still has what its operators after the attention saved.
     """
-    earlier = 0 if work.settings.recompute else work.shape.num_hidden_layers - 1
-    norms, first, last = work.shape.norms, earlier + of_attention, earlier + after_attention
+    if work.settings.recompute:
+        return _saved_by_layers(work, int(of_attention), int(after_attention))
+    *others, last = work.kinds  # of which the last layer is one
+    saved: Terms = ()
+    for kind in others:
+        saved += _saved_by_layers(kind, kind.shape.num_hidden_layers, kind.shape.num_hidden_layers)
+    earlier = last.shape.num_hidden_layers - 1
+    return saved + _saved_by_layers(last, earlier + of_attention, earlier + after_attention)
+
+
+def _saved_by_layers(work: Workload, first: int, last: int) -> Terms:
+    """By layers that are alike: of so many what attention and the operators before it saved, and what those after it
+    did."""
+    norms = work.shape.norms
     terms = [
         _hidden_of_layers(work, "attention_input", first, min(1, norms.pre_norms)),
-        local_term(work, "query_key_value", query_key_value_width(work.shape), first),
+        local_term(work, "query_key_value", saved_width(work.shape), first),
         *_fused_query_key(work, first),
         local_term(work, "query_key_norm_inputs", norms.query_key_width, first),
+        *_value_norm_inputs(work, first),
+        *_layer_embedding(work, last),
+        *saved_of_streams(work, last),
         _hidden_of_layers(work, "post_norm_inputs", last, norms.post_norms),
         # A layer whose MLP stands beside its attention has no residual between them, and one norm for both.
         _hidden_of_layers(work, "residual", last, int(norms.pre_norms != 1)),
@@ -82,6 +113,24 @@ def layer_activations(work: Workload, *, of_attention: bool = True, after_attent
         terms.append(log_sum_exp(work, first))
         terms.extend(picks_of_layers(work, first))
     return tuple(term for term in terms if term.bytes)
+
+
+def _value_norm_inputs(work: Workload, layers: int) -> Terms:
+    """Of a norm without weights, which autograd differentiates, in fp32."""
+    width = ("width of all heads", work.shape.norms.value_width)
+    factors = (("layers", layers), ("tokens", work.tokens), width, ("bytes", _FP32_BYTES))
+    return (product_term("value_norm_inputs", "device", *factors),)
+
+
+def _layer_embedding(work: Workload, layers: int) -> Terms:
+    """Of what adds a layer's embedding after its MLP: its input, its norm's, and its gate before and after."""
+    if not work.shape.layer_embedding_width:
+        return ()
+    if work.settings.recompute and work.shape.residual_streams == 1:
+        # Its own backward is over before there is more; its input is what the MLP's result was added to.
+        return (_hidden_of_layers(work, "embedding_residual", layers, 1),)
+    gates = local_term(work, "embedding_gates", 3 * work.shape.layer_embedding_width, layers)
+    return (_hidden_of_layers(work, "embedding_residual", layers, 2), gates)
 
 
 def attention_step(work: Workload, *, backward: bool, earlier: Terms | None = None) -> Terms:
@@ -136,7 +185,7 @@ def norm_step(work: Workload, *, backward: bool) -> Terms:
 
 def output_gradient(work: Workload) -> Terms:
     """The gradient of the layer's output, which the backward carries from layer to layer."""
-    return (hidden_term(work, "output_gradient", 1),)
+    return (hidden_term(work, "output_gradient", work.shape.residual_streams),)
 
 
 def loss_logits(work: Workload, chunks: int) -> Terms:
@@ -196,7 +245,10 @@ def _rotary_tables(work: Workload) -> Terms:
     """Cosines and sines, which all layers of a kind share."""
     if work.shape.position_parameter_count:
         return ()
-    return (local_term(work, "rotary_tables", 2 * work.shape.rotary_tables * work.shape.head_dim),)
+    # Kinds of layers that differ have tables of their own.
+    widths = {kind.shape.head_dim for kind in work.kinds}
+    tables = work.shape.rotary_tables - len(widths) + 1
+    return (local_term(work, "rotary_tables", 2 * (sum(widths) + (tables - 1) * max(widths))),)
 
 
 def _has_shared_expert(work: Workload) -> bool:

@@ -25,6 +25,19 @@ def query_key_value_width(shape: ModelShape) -> int:
     return shape.num_attention_heads * shape.head_dim + key_value_width(shape)
 
 
+def projected_width(shape: ModelShape) -> int:
+    """Of all heads, what a layer projects its input to: keys and values where it has its own."""
+    layer, keys = shape.layers[-1], shape.num_key_value_heads * shape.head_dim
+    values = shape.num_key_value_heads * shape.value_head_dim * layer.has_value_projection
+    return shape.num_attention_heads * shape.head_dim + (keys + values) * layer.has_own_keys
+
+
+def saved_width(shape: ModelShape) -> int:
+    """Of all heads, what a layer saves: keys and values of another layer are that one's."""
+    queries = shape.num_attention_heads * shape.head_dim
+    return queries + key_value_width(shape) * shape.layers[-1].has_own_keys
+
+
 def key_value_width(shape: ModelShape) -> int:
     """Of all heads."""
     return shape.num_key_value_heads * (shape.head_dim + shape.value_head_dim)

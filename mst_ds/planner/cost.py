@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from mst_ds.geometry import ceil_divide
 from mst_ds.gpus import AS_PREDICTED, CPU, Attained, Gpu
 from mst_ds.model_shape import flops_per_token
-from mst_ds.planner.attention import key_value_width, output_width, query_key_value_width
+from mst_ds.planner.attention import key_value_width, output_width, projected_width, query_key_value_width
 from mst_ds.planner.flops import attention_flops, matrix_flops
 from mst_ds.planner.kept import copied_bytes
 from mst_ds.planner.persistent import persistent_counts
 from mst_ds.planner.rates import Rates, rates_of
 from mst_ds.planner.traffic import launched_kernels, passed_bytes
-from mst_ds.planner.workload import Workload
+from mst_ds.planner.workload import Workload, of_all_kinds
 
 # Bytes/s of the host's memory for each rank of a node where its optimizer step runs, and of NVMe drives (assumptions).
 _HOST_MEMORY_RATE = 50e9
@@ -137,6 +137,7 @@ def model_flops_utilisation(work: Workload, gpu: Gpu, seconds: float) -> float:
     return flops_per_token(work.shape, work.seq_len // work.sequences_per_sample) * tokens / (dense * seconds)
 
 
+@of_all_kinds
 def all_to_all_seconds(work: Workload, rates: Rates) -> float:
     """Of a micro-batch: queries, keys and values to the ranks that have their heads, the outputs back, and in the
     backward all of these with the gradients of each."""
@@ -163,6 +164,13 @@ def all_to_all_seconds(work: Workload, rates: Rates) -> float:
 def _summed_bytes(work: Workload) -> int:
     """Of a micro-batch: each chunk but the first reads and writes the sums of its weights' gradients in fp32, those of
     a layer all of the layer's, those of an MLP, of which a layer's chunk has several, the MLP's."""
+    weights = _weights_summed(work) + work.shape.trained.head * (work.settings.loss_chunks - 1)
+    return 2 * _FP32_BYTES * weights
+
+
+@of_all_kinds
+def _weights_summed(work: Workload) -> int:
+    """Of all layers, how often each of their weights' sums is read and written."""
     shape, experts, settings = work.shape, work.shape.experts, work.settings
     again, of_layer = work.layer_chunks * settings.mlp_chunks - 1, work.layer_chunks - 1
     if shape.trained.mlp is not None:
@@ -176,11 +184,12 @@ def _summed_bytes(work: Workload) -> int:
             widths += experts.num_sparse_layers * (routed + experts.shared_intermediate_size * again)
         weights = (3 if shape.gated_mlp else 2) * shape.hidden_size * widths
     if shape.is_trained_whole:
-        projections = query_key_value_width(shape) + output_width(shape)
+        projections = projected_width(shape) + output_width(shape)
         weights += of_layer * shape.num_hidden_layers * shape.hidden_size * projections
-    return 2 * _FP32_BYTES * (weights + shape.trained.head * (settings.loss_chunks - 1))
+    return weights
 
 
+@of_all_kinds
 def _merged_bytes(work: Workload) -> int:
     """Of a micro-batch, with several chunks of a layer: in its backward each chunk, for each chunk before it, reads and
     writes the sums of its queries' gradients and of those of the other's keys and values, in fp32."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from mst_ds.model_shape import attended_pairs
-from mst_ds.planner.workload import Workload
+from mst_ds.planner.attention import output_width, projected_width
+from mst_ds.planner.workload import Workload, of_all_kinds
 
 
 def attention_forward_flops(work: Workload) -> int:
@@ -22,11 +23,13 @@ def attention_flops(work: Workload) -> tuple[int, int]:
     return first + again, 5 * first // 2
 
 
+@of_all_kinds
 def _full_attention_flops(work: Workload) -> int:
     layers = work.shape.num_hidden_layers - len(work.shape.sliding_windows)
     return layers * _flops_of_window(work, work.seq_len)
 
 
+@of_all_kinds
 def windowed_attention_flops(work: Workload) -> int:
     """Of a forward of the layers with a sliding window."""
     return sum(_flops_of_window(work, window) for window in work.shape.sliding_windows)
@@ -43,11 +46,11 @@ def flops_computed_again(work: Workload) -> int:
     """What is computed a second time. In the MLP's backward gate and up, unless they are kept; with recompute
     projections and, unless it is kept, attention, and the MLP's output where a norm of it needs that."""
     inner, matrices = (2, 3) if work.shape.gated_mlp else (1, 2)
-    kept = (_dense_mlp_flops(work) if work.settings.keep_mlp else 0) * inner // matrices
-    gate_up = _mlp_flops(work) * inner // matrices - kept
+    kept = _kept_mlp_flops(work) * inner // matrices
+    gate_up = _mlp_flops(work) * inner // matrices - kept + _unlike_mlp_flops(work) * (matrices - inner) // matrices
     if not work.settings.recompute:
         return gate_up
-    again = gate_up + _projection_flops(work)
+    again = gate_up + _projection_flops(work) + _flops_beside_residual(work)
     if work.shape.norms.post_norms:
         again += _mlp_flops(work) - kept
     if work.layer_chunks > 1:
@@ -63,7 +66,8 @@ def micro_batch_flops(work: Workload) -> int:
 def forward_matrix_flops(work: Workload) -> int:
     """Of a forward alone, outside attention."""
     head = 2 * work.tokens * work.shape.hidden_size * work.shape.vocab_size
-    return _projection_flops(work) + _mlp_flops(work) + head
+    beside_layers = 2 * work.tokens * work.shape.products_beside_layers
+    return _projection_flops(work) + _mlp_flops(work) + _flops_beside_residual(work) + beside_layers + head
 
 
 def matrix_flops(work: Workload) -> int:
@@ -75,21 +79,25 @@ def matrix_flops(work: Workload) -> int:
     return 2 * forward + of_weights + flops_computed_again(work) - attention_again
 
 
+@of_all_kinds
 def _projection_flops(work: Workload) -> int:
     """Queries, keys, values and the attention's output, of all layers."""
     shape = work.shape
-    heads = shape.num_attention_heads + shape.num_key_value_heads
-    weights = shape.hidden_size * heads * (shape.head_dim + shape.value_head_dim)
+    weights = shape.hidden_size * (projected_width(shape) + output_width(shape))
     return 2 * work.tokens * shape.num_hidden_layers * weights
 
 
+def _flops_beside_residual(work: Workload) -> int:
+    """What adds embeddings of layers and mixes hidden states, of all layers."""
+    return 2 * work.tokens * work.shape.num_hidden_layers * work.shape.products_beside_residual
+
+
+@of_all_kinds
 def _projections_for_keys(work: Workload) -> int:
     """Where keys and values are not kept, a layer's chunks are computed up to there before its backward."""
     shape = work.shape
-    width = (shape.num_attention_heads + shape.num_key_value_heads) * shape.head_dim
-    width += shape.num_key_value_heads * shape.value_head_dim
     layers = shape.num_hidden_layers - work.attention_keeping_layers
-    return 2 * work.tokens * layers * shape.hidden_size * width
+    return 2 * work.tokens * layers * shape.hidden_size * projected_width(shape)
 
 
 def _mlp_flops(work: Workload) -> int:
@@ -101,6 +109,7 @@ def _mlp_flops(work: Workload) -> int:
     return _dense_mlp_flops(work) + _flops_of_mlps(work, routed)
 
 
+@of_all_kinds
 def _dense_mlp_flops(work: Workload) -> int:
     """The forward of the MLPs that every token goes through."""
     shape, experts = work.shape, work.shape.experts
@@ -108,6 +117,19 @@ def _dense_mlp_flops(work: Workload) -> int:
     if experts is not None:
         widths += experts.num_sparse_layers * experts.shared_intermediate_size
     return _flops_of_mlps(work, widths)
+
+
+@of_all_kinds
+def _unlike_mlp_flops(work: Workload) -> int:
+    """The forward of the MLPs of which a chunk is computed again whole."""
+    return 0 if work.shape.layers[-1].has_plain_mlp else _dense_mlp_flops(work)
+
+
+@of_all_kinds
+def _kept_mlp_flops(work: Workload) -> int:
+    """The forward of the MLPs of which gate and up are kept."""
+    keeps = work.settings.keep_mlp and work.shape.layers[-1].has_plain_mlp
+    return _dense_mlp_flops(work) if keeps else 0
 
 
 def _flops_of_mlps(work: Workload, widths: int) -> int:

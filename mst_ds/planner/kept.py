@@ -34,27 +34,45 @@ def kept_by_recompute(work: Workload, phase: Moment) -> Terms:
     if not _is_on_host(work):
         terms = (product_term(name, "device", ("layers", count), *sizes) for name, count, sizes in kept)
         # One chunk of the last layer has been differentiated before its input's gradient is there.
-        is_less = phase == "backward" and work.layer_chunks > 1
-        return tuple(_without_a_chunk(work, term) if is_less and term.name == _OUTPUT else term for term in terms)
+        if phase == "backward" and work.layer_chunks > 1:
+            return _last_without_a_chunk(work, _OUTPUT, tuple(terms))
+        return tuple(terms)
     parts = "layers" if work.layer_chunks == 1 else "chunks"
     in_flight = [
-        product_term(f"{name}_in_flight", "device", (parts, _parts_in_flight(work, count)), *sizes)
-        for name, count, sizes in _inputs_and_attention(work.of_chunk)
+        product_term(f"{name}_in_flight", "device", (parts, _parts_of_kept_in_flight(work, name, count)), *sizes)
+        for name, count, sizes in _largest_of_each(_inputs_and_attention(work.of_chunk))
     ]
     if phase != "backward":
         # The last chunk's keys and values are not kept.
         count = min(PARTS_IN_FLIGHT, work.layer_chunks - 1) if phase == "forward" else 1
         in_flight += [
             product_term(f"{name}_in_flight", "device", ("chunks", count), *sizes)
-            for name, _, sizes in _keys_of_chunk(work)
+            for name, _, sizes in _largest_of_each(_keys_of_chunk(work))
         ]
     return (*in_flight, *kept_on_host(work))
 
 
 def kept_output_of_chunk(work: Workload) -> Terms:
     """Attention's, of the last layer's chunk that is differentiated first, which `kept_by_recompute` leaves out."""
-    terms = (product_term(name, "device", *sizes) for name, _, sizes in _inputs_and_attention(work.of_chunk))
+    terms = (product_term(name, "device", *sizes) for name, _, sizes in _attention_of_kind(work.of_chunk))
     return tuple(term for term in terms if term.name == _OUTPUT)
+
+
+def _last_without_a_chunk(work: Workload, name: str, terms: Terms) -> Terms:
+    """The terms, of which the last one with this name is without a chunk: kinds of layers are in the order of their
+    last."""
+    places = [place for place, term in enumerate(terms) if term.name == name]
+    return tuple(_without_a_chunk(work, term) if place in places[-1:] else term for place, term in enumerate(terms))
+
+
+def _largest_of_each(kept: list[Kept]) -> list[Kept]:
+    """One for each name, of as many layers: layers of any kind follow each other somewhere."""
+    found: dict[str, Kept] = {}
+    for name, layers, sizes in kept:
+        _, more, others = found.get(name, (name, 0, sizes))
+        largest = max(sizes, others, key=lambda each: product_term(name, "device", *each).bytes)
+        found[name] = name, layers + more, largest
+    return list(found.values())
 
 
 def _without_a_chunk(work: Workload, term: MemoryTerm) -> MemoryTerm:
@@ -63,6 +81,15 @@ def _without_a_chunk(work: Workload, term: MemoryTerm) -> MemoryTerm:
         return product_term(term.name, term.place, ("layers", layers - 1), (label, tokens), *rest)
     of_layers = (f"{label} of all layers, but of a chunk", layers * tokens - tokens // work.layer_chunks)
     return product_term(term.name, term.place, of_layers, *rest)
+
+
+def _parts_of_kept_in_flight(work: Workload, name: str, layers: int) -> int:
+    """Of layers that differ those with attention that is kept may not follow each other."""
+    parts = _parts_in_flight(work, layers)
+    if work.shape.layers_are_alike or work.layer_chunks > 1 or name not in (_OUTPUT, _LOG_SUM_EXP):
+        return parts
+    last = range(work.shape.num_hidden_layers)[-PARTS_IN_FLIGHT:]
+    return min(parts, sum(layer not in work.shape.window_layers for layer in last))
 
 
 def _parts_in_flight(work: Workload, layers: int) -> int:
@@ -152,7 +179,11 @@ def _gate_up_layers(work: Workload) -> list[tuple[str, int, int]]:
     shape, experts = work.shape, work.shape.experts
     if not work.settings.keep_mlp:
         return []
-    kinds = [("kept_gate_up", shape.num_dense_layers, shape.intermediate_size)]
+    kinds = [
+        ("kept_gate_up", kind.num_dense_layers, kind.intermediate_size)
+        for kind in shape.kinds
+        if kind.layers[-1].has_plain_mlp
+    ]
     if experts is not None:
         kinds.append(("kept_gate_up_beside_experts", experts.num_sparse_layers, experts.shared_intermediate_size))
     return [kind for kind in kinds if kind[1]]
@@ -175,6 +206,10 @@ def _keys_of_chunk(work: Workload) -> list[Kept]:
 
 
 def _kept_keys(work: Workload, tokens: int) -> list[Kept]:
+    return [kept for kind in work.kinds for kept in _keys_of_kind(kind, tokens)]
+
+
+def _keys_of_kind(work: Workload, tokens: int) -> list[Kept]:
     if work.layer_chunks == 1 or not work.attention_keeping_layers:
         return []
     sizes = (
@@ -188,10 +223,17 @@ def _kept_keys(work: Workload, tokens: int) -> list[Kept]:
 @remembered_computing
 def _inputs_and_attention(work: Workload) -> list[Kept]:
     shape, size = work.shape, ("bytes", work.zero.dtype_bytes)
+    streams = (("hidden states of a token", shape.residual_streams),) if shape.residual_streams > 1 else ()
+    sizes = (("tokens", work.tokens), *streams, ("hidden_size", shape.hidden_size), size)
+    inputs: Kept = ("layer_inputs", shape.num_hidden_layers, sizes)
+    return [inputs, *(kept for kind in work.kinds for kept in _attention_of_kind(kind))]
+
+
+def _attention_of_kind(work: Workload) -> list[Kept]:
+    """Of layers that are alike."""
+    shape, size = work.shape, ("bytes", work.zero.dtype_bytes)
     output_width = shape.num_attention_heads * shape.value_head_dim
-    kept: list[Kept] = [
-        ("layer_inputs", shape.num_hidden_layers, (("tokens", work.tokens), ("hidden_size", shape.hidden_size), size))
-    ]
+    kept: list[Kept] = []
     if layers := work.attention_keeping_layers:
         log_sum_exp = (
             ("tokens of all shards", work.attention_tokens),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mst_ds.model_shape import ModelShape
 from mst_ds.planner.weights import attention_weights, expert_weights, mlp_weights
 from mst_ds.planner.workload import Workload
 
@@ -28,20 +29,30 @@ def persistent_counts(work: Workload) -> PersistentCounts:
     shape, limit = work.shape, work.zero.stage3_param_persistence_threshold
     norm = _small(limit, [shape.hidden_size])
     norm_weights = 2 if shape.norms.kind == "layer" else 1
-    beside_mlp = _small(limit, attention_weights(shape))
-    beside_mlp += norm_weights * (shape.norms.pre_norms + shape.norms.post_norms) * norm
-    dense = _small(limit, mlp_weights(shape, shape.intermediate_size))
-    sparse = _small(limit, expert_weights(shape))
+    of_norms = norm_weights * (shape.norms.pre_norms + shape.norms.post_norms) * norm
+    of_layers = [
+        (of_norms + _small(limit, attention_weights(kind)), *_small_of_mlps(limit, kind), kind) for kind in shape.kinds
+    ]
     embedding = _small(limit, [shape.embedding_parameter_count])
     head = _small(limit, [shape.head_weight_count])
-    num_dense, num_layers = shape.num_dense_layers, shape.num_hidden_layers
-    total = num_layers * beside_mlp + num_dense * dense + (num_layers - num_dense) * sparse + norm_weights * norm
+    total = norm_weights * norm
+    for beside_mlp, dense, sparse, kind in of_layers:
+        num_dense, num_layers = kind.num_dense_layers, kind.num_hidden_layers
+        total += num_layers * beside_mlp + num_dense * dense + (num_layers - num_dense) * sparse
     total += embedding + (head if shape.head_parameter_count else 0)
     most = min(shape.parameter_count, work.zero.stage3_model_persistence_threshold)
     if total > most:
         return PersistentCounts(all=most)
-    of_mlp = sparse if num_dense < num_layers else dense
-    return PersistentCounts(total, min(shape.layer_parameter_count, beside_mlp + of_mlp), embedding, head)
+    of_layer = max(
+        beside_mlp + (sparse if kind.num_dense_layers < kind.num_hidden_layers else dense)
+        for beside_mlp, dense, sparse, kind in of_layers
+    )
+    return PersistentCounts(total, min(shape.layer_parameter_count, of_layer), embedding, head)
+
+
+def _small_of_mlps(limit: int, shape: ModelShape) -> tuple[int, int]:
+    """Of a dense layer's MLP, and of a sparse layer's experts."""
+    return _small(limit, mlp_weights(shape, shape.intermediate_size)), _small(limit, expert_weights(shape))
 
 
 def _small(limit: int, sizes: list[int]) -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from mst_ds.model_shape import ModelShape
+from mst_ds.model_shape import LayerShape, ModelShape
 from mst_ds.planner import activations, states
-from mst_ds.planner.attention import held_keys_values, output_width, query_key_value_width
+from mst_ds.planner.attention import held_keys_values, output_width, projected_width
 from mst_ds.planner.kept import PARTS_IN_FLIGHT, kept_gate_up, kept_on_host, kept_output_of_chunk
 from mst_ds.planner.mlp import MlpStep, mlp_steps
 from mst_ds.planner.stream import (
@@ -18,6 +18,7 @@ from mst_ds.planner.stream import (
     parameter_sums,
     stream_terms,
 )
+from mst_ds.planner.streams import streams_step
 from mst_ds.planner.types import MemoryTerm, Phase, total_bytes
 from mst_ds.planner.workload import Workload, remembered, remembered_computing
 
@@ -128,20 +129,30 @@ def _moments(work: Workload, mlp_chunks: int, *, backward: bool) -> list[Terms]:
 
 @remembered_computing
 def _last_layers(work: Workload) -> list[Workload]:
-    """The model, and where some of its layers have a window and others not, up to the last one of the other kind: what
-    is there at that one may be more, though less is kept of those before it."""
-    shape, has_window = work.shape, work.last_layer_has_window
-    others = [layer for layer in range(shape.num_hidden_layers) if (layer in shape.window_layers) != has_window]
-    return [work, *(_with_layers(work, layer + 1) for layer in others[-1:])]
+    """The model, and where some of its layers have a window and others not, or another shape, up to the last one of
+    each other kind: what is there at that one may be more, though less is kept of those before it."""
+    shape = work.shape
+    last: dict[object, int] = {_kind(shape, layer): layer for layer in range(shape.num_hidden_layers)}
+    if shape.num_hidden_layers > 1 and (shape.layer_embeddings_width or shape.handed_on_width):
+        # From here on these have gradients.
+        last["before the last"] = shape.num_hidden_layers - 2
+    others = sorted(set(last.values()), reverse=True)
+    if shape.layers_are_alike:
+        return [work, *(_with_layers(work, layer + 1) for layer in others[1:])]
+    return [_with_layers(work, layer + 1) for layer in others]
 
 
 @remembered_computing
 def _first_layers(work: Workload) -> list[Workload]:
-    """The model as its activations are when the backward has come to the first layer, and to the first of the other
+    """The model as its activations are when the backward has come to the first layer, and to the first of each other
     kind."""
-    shape, has_window = work.shape, 0 in work.shape.window_layers
-    others = [layer for layer in range(shape.num_hidden_layers) if (layer in shape.window_layers) != has_window]
-    return [_with_layers(work, layer + 1) for layer in (0, *others[:1])]
+    shape = work.shape
+    first = {_kind(shape, layer): layer for layer in reversed(range(shape.num_hidden_layers))}
+    return [_with_layers(work, layer + 1) for layer in sorted(first.values())]
+
+
+def _kind(shape: ModelShape, layer: int) -> tuple[LayerShape, bool]:
+    return shape.layers[layer], layer in shape.window_layers
 
 
 def _with_layers(work: Workload, count: int) -> Workload:
@@ -198,6 +209,8 @@ def rest_of_layer_moment(work: Workload, *, backward: bool) -> Terms:
     norm = activations.norm_step(work, backward=backward)
     final_norm_input = activations.hidden_term(work, "final_norm_input", 1)
     moments = [attention_moment(work, backward=backward)]
+    if work.shape.residual_streams > 1:
+        moments.append(_streams_moment(work, backward=backward))
     if work.settings.recompute:
         # The model's norm, beside which no layer runs.
         moments += [_norm_moment(work, backward=backward), (*norm, final_norm_input, *kept_gate_up(work))]
@@ -205,6 +218,12 @@ def rest_of_layer_moment(work: Workload, *, backward: bool) -> Terms:
         # The model's norm finds all that layers saved. In the forward its input is counted with its output.
         moments.append((*norm, *[final_norm_input] * backward, *_saved(work, backward=backward)))
     return max(moments, key=total_bytes)
+
+
+def _streams_moment(work: Workload, *, backward: bool) -> Terms:
+    """The end of a layer that mixes several hidden states, where all that it saves is there."""
+    step = streams_step(work.of_chunk if work.settings.recompute else work, backward=backward)
+    return step + _saved(work, backward=backward) + stream_terms(work, backward=backward)
 
 
 def attention_moment(work: Workload, *, backward: bool) -> Terms:
@@ -268,7 +287,7 @@ def _norm_moment(work: Workload, *, backward: bool) -> Terms:
 
 
 def _input_projections(shape: ModelShape) -> int:
-    return shape.hidden_size * query_key_value_width(shape)
+    return shape.hidden_size * projected_width(shape)
 
 
 @remembered_computing

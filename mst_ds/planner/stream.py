@@ -24,11 +24,14 @@ def stream_terms(work: Workload, *, backward: bool) -> Terms:
     """
     if work.layer_chunks == 1:
         return ()
+    streams = work.shape.residual_streams
     if backward:
-        return carried_terms(work)
-    terms = [hidden_term(work, "layer_output", 1)]
+        # The last layer's gradient is put together of those of its streams, which autograd does not hand over.
+        is_own = streams > 1 and not work.shape.is_first_part
+        return (*carried_terms(work), *([hidden_term(work, "input_gradient", streams)] * is_own))
+    terms = [hidden_term(work, "layer_output", streams)]
     if work.settings.offload_activations:
-        terms.append(hidden_term(work, "layer_input", 1))
+        terms.append(hidden_term(work, "layer_input", streams))
     if work.settings.offload_activations or not work.last_layer_keeps_attention:
         terms.append(_of_keys(work, "carried_keys_values", _carried_tokens(work), work.zero.dtype_bytes))
     return tuple(terms)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mst_ds.planner.workload import Workload
+from mst_ds.planner.workload import Workload, of_all_kinds
 
 # Bytes of an element in 16 bits: by torch's operators one after another, and by one kernel each way.
 _NORM_FORWARD, _NORM_BACKWARD = (40, 4), (78, 8)
@@ -22,6 +22,13 @@ def passed_bytes(work: Workload, *, fused: bool) -> int:
         fused: whether norms, rotary embedding, the MLP's activation and the loss are one kernel each, as they are in 16
             bits on a GPU.
     """
+    of_token = _passed_in_layers(work, fused=fused) + work.shape.vocab_size * _LOGIT[1 if fused else 0]
+    return work.tokens * of_token * work.zero.dtype_bytes // 2
+
+
+@of_all_kinds
+def _passed_in_layers(work: Workload, *, fused: bool) -> int:
+    """Bytes of a token in 16 bits, of all layers."""
     of_kind = 1 if fused else 0
     shape, norms = work.shape, work.shape.norms
     forwards = 2 if work.settings.recompute else 1
@@ -31,9 +38,7 @@ def passed_bytes(work: Workload, *, fused: bool) -> int:
         rotated = (shape.num_attention_heads + shape.num_key_value_heads) * shape.head_dim
         of_layer += rotated * (forwards + 1) * _ROTARY[of_kind]
     of_layer += 2 * shape.hidden_size * _ADDED
-    of_token = shape.num_hidden_layers * of_layer + _active_widths(work) * _ACTIVATION[of_kind]
-    of_token += shape.vocab_size * _LOGIT[of_kind]
-    return work.tokens * of_token * work.zero.dtype_bytes // 2
+    return shape.num_hidden_layers * of_layer + _active_widths(work) * _ACTIVATION[of_kind]
 
 
 def launched_kernels(work: Workload) -> int:

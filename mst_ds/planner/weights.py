@@ -98,13 +98,16 @@ def _optimizer_groups(shape: ModelShape) -> tuple[list[int], list[int]]:
 
 
 def _matrices(shape: ModelShape) -> list[int]:
-    """Without gates of shared experts; dense layers are counted as the first ones."""
-    num_dense = shape.num_dense_layers
-    dense = attention_weights(shape) + mlp_weights(shape, shape.intermediate_size)
-    sparse = attention_weights(shape) + expert_weights(shape)
-    layers = dense * num_dense + sparse * (shape.num_hidden_layers - num_dense)
+    """Without gates of shared experts; dense layers are counted as the first ones, and layers by their kinds."""
+    layers: list[int] = []
+    for kind in shape.kinds:
+        num_dense = kind.num_dense_layers
+        dense = attention_weights(kind) + mlp_weights(kind, kind.intermediate_size)
+        sparse = attention_weights(kind) + expert_weights(kind)
+        layers += dense * num_dense + sparse * (kind.num_hidden_layers - num_dense)
     head = [shape.head_parameter_count] if shape.head_parameter_count else []
-    return [shape.embedding_parameter_count, *layers, *head]
+    tables = [shape.table_parameter_count] if shape.table_parameter_count else []
+    return [shape.embedding_parameter_count, *layers, *head, *tables]
 
 
 def _norms(shape: ModelShape) -> list[int]:
@@ -117,7 +120,11 @@ def attention_weights(shape: ModelShape) -> list[int]:
     key = shape.hidden_size * shape.num_key_value_heads * shape.head_dim
     value = shape.hidden_size * shape.num_key_value_heads * shape.value_head_dim
     output = shape.hidden_size * shape.num_attention_heads * shape.value_head_dim
-    return [query + key + value, output] if shape.has_fused_qkv else [query, key, value, output]
+    if shape.has_fused_qkv:
+        return [query + key + value, output]
+    layer = shape.layers[-1]
+    own = [key] * layer.has_own_keys + [value] * (layer.has_own_keys and layer.has_value_projection)
+    return [query, *own, output]
 
 
 def mlp_weights(shape: ModelShape, intermediate_size: int) -> list[int]:
@@ -135,5 +142,7 @@ def expert_weights(shape: ModelShape) -> list[int]:
 
 def largest_layer_weight(shape: ModelShape) -> int:
     """Elements of the largest weight of a layer."""
-    of_layers = [*attention_weights(shape), *expert_weights(shape)]
-    return max(of_layers + (mlp_weights(shape, shape.intermediate_size) if shape.num_dense_layers else []))
+    of_layers = [size for kind in shape.kinds for size in (*attention_weights(kind), *expert_weights(kind))]
+    for kind in shape.kinds:
+        of_layers += mlp_weights(kind, kind.intermediate_size) if kind.num_dense_layers else []
+    return max(of_layers)

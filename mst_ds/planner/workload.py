@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, wraps
@@ -23,6 +25,7 @@ from mst_ds.zero import ZeroConfig
 _Of = TypeVar("_Of")
 _Rest = ParamSpec("_Rest")
 _Found = TypeVar("_Found")
+_Number = TypeVar("_Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,12 @@ class Workload:
         """This, of whole sequences, without windows that hide no token."""
         shape = self.shape.within(self.attention_length)
         return self if shape is self.shape else replace(self, shape=shape)
+
+    @cached_property
+    def kinds(self) -> tuple[Workload, ...]:
+        """This with the layers of one shape alone, for each shape; itself where all layers are alike."""
+        shapes = self.shape.kinds
+        return (self,) if len(shapes) == 1 else tuple(replace(self, shape=shape) for shape in shapes)
 
     @property
     def sp_size(self) -> int:
@@ -210,6 +219,18 @@ class Workload:
     def sharded(self, elements: int, from_stage: int) -> int:
         """The elements that a rank holds of something that ZeRO shards from `from_stage` on."""
         return ceil_divide(elements, self.zero.dp_world_size) if self.zero.stage >= from_stage else elements
+
+
+def of_all_kinds(
+    function: Callable[Concatenate[Workload, _Rest], _Number],
+) -> Callable[Concatenate[Workload, _Rest], _Number]:
+    """`function`, which is of layers that are alike, added up over the kinds of a model's layers."""
+
+    @wraps(function)
+    def found(work: Workload, /, *arguments: _Rest.args, **keywords: _Rest.kwargs) -> _Number:
+        return functools.reduce(operator.add, (function(kind, *arguments, **keywords) for kind in work.kinds))
+
+    return found
 
 
 def remembered(

@@ -40,6 +40,8 @@ _WIDTHS: Mapping[str, int] = {
     "qk_head_dim": 10,
     "v_head_dim": 6,
     "o_lora_rank": 12,
+    "laurel_rank": 6,
+    "hidden_size_per_layer_input": 6,
     "index_head_dim": 8,
     # State-space and linear-attention layers.
     "mamba_d_state": 8,
@@ -86,6 +88,7 @@ _COUNTS: Mapping[str, int] = {
     "window_size": _WINDOW,
     "local_attention": _WINDOW,
     "attention_chunk_size": _WINDOW,
+    "altup_num_inputs": 3,
 }
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _EXPERT_GROUPS = ("n_group", "num_expert_group")
@@ -93,6 +96,7 @@ _KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads")
 # Where a layer counts as several, the second counts layers.
 LAYER_COUNTS = ("num_hidden_layers", "num_layers")
 _POSITIONS = ("max_position_embeddings", "max_seq_len")
+_HEAD_PARTS = ("qk_nope_head_dim", "qk_rope_head_dim")
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 _RANDOM = re.compile("dropout|pdrop|layerdrop|jitter_noise")
 _WIDTH = re.compile("dim|width|hidden_size|embedding_size")
@@ -103,6 +107,7 @@ class _Fields:
     """The arguments of a config's constructor. transformers' common names stand for a config's own ones too."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
+        config = for_all_layers(config)
         self.values = {name: copy.deepcopy(getattr(config, name)) for name in _constructor_names(type(config), config)}
         self._config = config
         self._own_names: Mapping[str, str] = config.attribute_map
@@ -163,6 +168,9 @@ def shrink_config(config: PreTrainedConfig, *, layers: Sequence[int], seq_len: i
     _shrink_positions(fields, seq_len)
     for name, size in _small_sizes(fields.size).items():
         fields.put(name, size)
+    for name, width in _WIDTHS.items():
+        if isinstance(widths := fields.get(name), list):  # of each layer its own
+            fields.put(name, [max(1, width * each // max(widths)) for each in widths])
     for part in fields.values.values():
         if hasattr(part, "to_dict"):  # the config of a part, such as DBRX's of its attention
             vars(part).update(_small_sizes(vars(part).get))
@@ -172,7 +180,37 @@ def shrink_config(config: PreTrainedConfig, *, layers: Sequence[int], seq_len: i
         fields.put(name, 0.0)
     fields.values |= {"use_cache": False} if "use_cache" in fields.values else {}
     fields.values.pop("dtype", None)
+    overrides = _small_overrides(config, fields, layers)
+    if any(overrides.values()):
+        fields.values["per_layer_config"] = overrides
     return type(config)(**fields.values)
+
+
+def _small_overrides(config: PreTrainedConfig, fields: _Fields, layers: Sequence[int]) -> dict[int, dict[str, Any]]:
+    """What kept layers have of their own, in proportion to what the others have."""
+    if not config.is_heterogeneous:
+        return {}
+    of_others, overrides = for_all_layers(config), {}
+    for index, layer in enumerate(layers):
+        of_layer = config.per_layer_config[layer]
+        own = {
+            name: _in_proportion(getattr(of_layer, name), getattr(of_others, name), fields.get(name))
+            for name in config.per_layer_attributes or ()
+            if getattr(of_layer, name) != getattr(of_others, name)
+        }
+        parts = [getattr(of_layer, name, None) or 0 for name in _HEAD_PARTS]
+        if own and all(parts) and sum(parts) == of_layer.head_dim:
+            own["head_dim"] = sum(own.get(name, fields.get(name)) for name in _HEAD_PARTS)
+        overrides[index] = own
+    return overrides
+
+
+def _in_proportion(value: Any, of_others: Any, small: Any) -> Any:
+    """A size that is to `small` as `value` is to `of_others`, as far as it can be."""
+    if any(type(each) is not int or each < 1 for each in (value, of_others, small)):
+        return value
+    found = max(1, round(small * value / of_others))
+    return found if found != small else small + 1
 
 
 def _small_sizes(size_of: Callable[[str], Any]) -> dict[str, int]:
@@ -182,8 +220,16 @@ def _small_sizes(size_of: Callable[[str], Any]) -> dict[str, int]:
     return widths | counts
 
 
+def for_all_layers(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy without the values that single layers have of their own, whose other values cannot be read beside them."""
+    plain = copy.copy(config)
+    plain.per_layer_config = None
+    return plain
+
+
 def random_fields(config: PreTrainedConfig) -> tuple[str, ...]:
     """The fields that make the model draw random numbers while it trains, such as dropouts."""
+    config = for_all_layers(config)
     return tuple(
         name
         for name in _constructor_names(type(config), config)
@@ -211,6 +257,8 @@ def _shrink_layers(fields: _Fields, layers: Sequence[int]) -> None:
     for name in LAYER_COUNTS:
         if fields.size(name) is not None:
             fields.put(name, len(layers))
+    if reading := fields.size("num_kv_shared_layers"):  # the last ones, which read keys and values of earlier ones
+        fields.put("num_kv_shared_layers", sum(layer >= count - reading for layer in layers))
 
 
 def _repeated(value: Any) -> list[Any] | None:
@@ -228,6 +276,8 @@ def _shrink_vocabulary(fields: _Fields) -> None:
     for name, value in fields.values.items():
         if "vocab" in name and value == old:  # of another table over the same tokens
             fields.values[name] = size
+        elif "vocab_size" in name and isinstance(value, int) and 0 < value < old:  # of one over some of them
+            fields.values[name] = max(1, size * value // old)
         elif _SPECIAL_TOKEN.search(name) and isinstance(value, int):
             fields.values[name] = value % size
         elif _SPECIAL_TOKEN.search(name) and isinstance(value, list):
@@ -252,8 +302,8 @@ def _shrink_heads(fields: _Fields) -> None:
         scaled = scalar * head_dim / (old_head_dim or hidden // heads)
         fields.put("query_pre_attn_scalar", max(1, round(scaled)) if isinstance(scalar, int) else scaled)
     for name, value in fields.values.items():
-        if _WIDTH.search(name) and value == hidden:  # of something else that is as wide
-            fields.values[name] = new_hidden
+        if _WIDTH.search(name) and type(value) is int and value and value % hidden == 0:
+            fields.values[name] = new_hidden * value // hidden  # of something else that is as wide, or twice as wide
     fields.put("hidden_size", new_hidden)
     for name, size in {"num_attention_heads": new_heads, **dict.fromkeys(_KEY_VALUE_HEADS, new_key_value)}.items():
         if fields.size(name) is not None:

@@ -60,19 +60,30 @@ def build_small_model(config: PreTrainedConfig, *, seq_len: int) -> PreTrainedMo
     layers = sorted({kinds.index(kind) for kind in kinds})
     if len(layers) < 2:
         layers = list(range(min(2, len(kinds))))
-    # The kind of a layer may follow from its index. Then the first layers show what some of them do not.
-    for kept in (layers, range(max(layers) + 1)):
-        small = _shrunk(config, kept, seq_len)
-        model = _empty_model(small)
+    # The kind of a layer may follow from its index: then the first layers show what some of them do not. Layers may
+    # share weights, which takes two.
+    failure = ValueError(f"{name} cannot be shrunk: with fewer layers they are not of the kinds that it has")
+    for kept in (layers, range(max(layers) + 1), _two_of_each(kinds)):
+        try:
+            small = _shrunk(config, kept, seq_len)
+            model = _empty_model(small)
+        except ValueError as error:
+            failure = error
+            continue
         if _are_alike(_layer_kinds(model), [kinds[layer] for layer in kept]):
             break
     else:
-        raise ValueError(f"{name} cannot be shrunk: with fewer layers they are not of the kinds that it has")
+        raise failure
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     if sum(sizes.values()) > _MAX_PARAMETERS:
         largest = max(sizes, key=sizes.__getitem__)
         raise ValueError(f"{name} cannot be shrunk: {largest} still has {sizes[largest]} elements")
     return _random_model(small)
+
+
+def _two_of_each(kinds: list[_LayerKind]) -> list[int]:
+    """The first two layers of each kind."""
+    return [index for index, kind in enumerate(kinds) if kinds[:index].count(kind) < 2]
 
 
 def _are_alike(small: list[_LayerKind], full: list[_LayerKind]) -> bool:

@@ -30,7 +30,9 @@ def require_shardable(model: PreTrainedModel) -> None:
             f"{name} does not use transformers' attention interface, which sequence parallelism needs: {advice}"
         )
     config = model.config.get_text_config()
-    is_causal = getattr(config, "is_causal", True) and not getattr(config, "use_bidirectional_attention", False)
+    # "vision": text is causal.
+    is_bidirectional = getattr(config, "use_bidirectional_attention", False) in (True, "all")
+    is_causal = getattr(config, "is_causal", True) and not is_bidirectional
     reason = _other_mixing(model) if is_causal else "attention that is not causal"
     if reason is not None:
         raise ValueError(f"{name} has {reason}, which sequence parallelism does not support: {advice}")

@@ -34,6 +34,13 @@ def made_by(make: str, **arguments: Any) -> Any:
     return getattr(masking_utils, make)(**(allowed | arguments))
 
 
+def test_what_stands_for_a_mask_may_be_cut_where_nothing_is_cut_off() -> None:
+    for mask in (SlidingWindow(5), AttentionBlocks(4)):
+        assert mask[:, :, slice(-0, None), :] is mask
+        with pytest.raises(ValueError, match="leaves out tokens of its mask"):
+            mask[:, :, -1:, :]
+
+
 @pytest.mark.parametrize("positions", [torch.arange(LENGTH)[None], torch.arange(LENGTH)[None] % 7])
 def test_no_mask_is_built(positions: Tensor) -> None:
     assert made_by("create_causal_mask", position_ids=positions) is None

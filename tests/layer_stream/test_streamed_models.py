@@ -234,11 +234,3 @@ def test_an_mlp_whose_input_has_no_gradient(monkeypatch):
     assert_close(
         loss_and_gradients(patched(model, layer_chunks=4), **BATCH), loss_and_gradients(copy.deepcopy(model), **BATCH)
     )
-
-
-def test_layers_that_share_keys_are_not_computed_again():
-    model = tiny_model("llama")
-    model.config.num_kv_shared_layers = 1
-    with pytest.raises(ValueError, match=r'has 1 layers that read other layers.* set "recompute": false'):
-        patched(model)
-    assert_close(loss_and_gradients(patched(model, recompute=False), **BATCH), loss_and_gradients(model, **BATCH))

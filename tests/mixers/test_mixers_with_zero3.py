@@ -5,18 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 from distributed import run_ranks
-from steps import build_engine, train, zero_block
+from steps_of_documents import each_document_alone, sharded_and_packed
 from tiers import slow_but_for
-from tiny import LEARNING_RATE, Outcome, samples, tiny_settings
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from mst_ds import apply_settings
-from mst_ds.data import IGNORE_INDEX, Batch, shard
-from mst_ds.topology import Topology
-
-STEPS = 3
 SIZES = {
     "hidden_size": 48,
     "intermediate_size": 96,
@@ -56,62 +48,17 @@ MODELS: dict[str, dict[str, Any]] = {
         "index_topk": 16,
     },
 }
-# The shards meet at 66, inside the second document of the first row.
-LENGTHS = ([40, 70, 1, 20], [66, 65])
 # fp32 sums in another order; measured: gradients up to 5.3e-6, losses up to 1.3e-7.
 TOLERANCE = 1e-5
-
-
-def model_of(model_type: str) -> Any:
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **MODELS[model_type])).train()
-
-
-def packed() -> Batch:
-    batch = samples(2, sum(LENGTHS[0]))
-    positions = torch.stack([torch.cat([torch.arange(length) for length in lengths]) for lengths in LENGTHS])
-    labels = batch["input_ids"].masked_fill(positions == 0, IGNORE_INDEX)
-    return {"input_ids": batch["input_ids"], "labels": labels, "position_ids": positions}
-
-
-def each_document_alone(model_type: str) -> Outcome:
-    model, batch = model_of(model_type), packed()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
-    num_items = int((batch["labels"] != IGNORE_INDEX).sum())
-    losses, gradients = [], {}
-    for step in range(STEPS):
-        optimizer.zero_grad()
-        total = 0.0
-        for row, lengths in zip(batch["input_ids"], LENGTHS, strict=True):
-            for ids in row[None].split(lengths, dim=1):
-                if ids.shape[1] > 1:
-                    loss = model(input_ids=ids, labels=ids, num_items_in_batch=num_items).loss
-                    loss.backward()
-                    total += loss.item()
-        losses.append(total)
-        if step == 0:
-            # An indexer has none.
-            trained = [(name, each) for name, each in model.named_parameters() if each.grad is not None]
-            gradients = {name: parameter.grad.clone() for name, parameter in trained}
-        optimizer.step()
-    return Outcome(losses, gradients)
-
-
-def sharded_and_packed(rank: int, model_type: str) -> list[Outcome]:
-    topology, outcomes = Topology(rank, 2, 2), []
-    for recompute in (True, False):
-        model = apply_settings(model_of(model_type), tiny_settings(2, recompute=recompute), zero_stage=3)
-        engine = build_engine(model, zero_optimization=zero_block(3))
-        outcomes.append(train(engine, [shard(packed(), topology)], STEPS))
-        engine.destroy()
-    return outcomes
+SETTINGS: list[dict[str, Any]] = [{"recompute": True}, {"recompute": False}]
 
 
 @pytest.mark.parametrize("model_type", slow_but_for([], MODELS))
 def test_steps_are_those_of_each_document_alone(model_type: str) -> None:
-    reference = each_document_alone(model_type)
-    for outcome in run_ranks(sharded_and_packed, 2, model_type)[0]:
-        # Of what plain transformers gives none DeepSpeed has one of 0.
+    values = MODELS[model_type]
+    reference = each_document_alone(model_type, values)
+    for outcome in run_ranks(sharded_and_packed, 2, model_type, values, SETTINGS)[0]:
+        # Of what plain transformers gives none, such as an indexer, DeepSpeed has one of 0.
         for name in outcome.gradients.keys() - reference.gradients.keys():
             assert not outcome.gradients.pop(name).any(), name
         assert outcome.worst_loss_error(reference) <= TOLERANCE

@@ -139,6 +139,15 @@ KEPT: dict[str, tuple[str, dict[str, Any], Any]] = {
     ),
     "pattern-of-layers": ("gpt_neo", {}, lambda c, m: c.attention_types == [[["global", "local"], 1]]),
     "heads-that-follow-from-others": ("jetmoe", {}, lambda c, m: c.num_attention_heads == 2 * c.num_key_value_heads),
+    # Of each kind two, as weights that layers share are of several.
+    "weights-of-several-layers": (
+        "zamba",
+        {},
+        lambda c, m: (
+            c.attention_hidden_size == 2 * c.hidden_size
+            and layers(m)[2].shared_transf.self_attn.q_proj.weight is layers(m)[3].shared_transf.self_attn.q_proj.weight
+        ),
+    ),
     "two-sublayers-a-layer": ("longcat_flash", {}, lambda c, m: (c.num_layers, c.num_hidden_layers) == (2, 4)),
     "heads-of-a-window": (
         "inkling_text",
@@ -207,6 +216,49 @@ KEPT: dict[str, tuple[str, dict[str, Any], Any]] = {
         "jamba",
         {},
         lambda c, m: [hasattr(layer, "mamba") for layer in layers(m)] == [True, True, True, True, False],
+    ),
+    "heads-of-a-layer": (
+        "gemma4_text",
+        {"num_attention_heads": 16, "num_key_value_heads": 8, "num_global_key_value_heads": 2}
+        | {"attention_k_eq_v": True},
+        lambda c, m: (
+            [
+                (each.self_attn.head_dim, each.self_attn.k_proj.weight.shape[0], each.self_attn.v_proj is None)
+                for each in layers(m)
+            ]
+            == [(8, 16, False), (16, 16, True)]
+        ),
+    ),
+    "latents-of-a-layer": (
+        "dots3_note_text",
+        {},
+        lambda c, m: (
+            [
+                (each.self_attn.num_heads, each.self_attn.qk_nope_head_dim, each.self_attn.kv_lora_rank)
+                for each in layers(m)
+            ]
+            == [(4, 6, 8), (4, 6, 8), (2, 9, 16)]
+        ),
+    ),
+    # Of each kind one that keeps its keys, one that hands them on, and one that reads them.
+    "keys-of-earlier-layers": (
+        "gemma3n_text",
+        {},
+        lambda c, m: (
+            c.kv_sharing_modes == [None, None, "store", "store", "reuse", "reuse"]
+            and c.activation_sparsity_pattern[:3] == [0.95, 0.95, 0.0]
+        ),
+    ),
+    "vocabulary-of-some-tokens": (
+        "gemma3n_text",
+        {},
+        lambda c, m: c.vocab_size_per_layer_input == c.vocab_size - 1,
+    ),
+    "widths-of-layers": (
+        "gemma3n_text",
+        {"num_hidden_layers": 4, "num_kv_shared_layers": 0, "intermediate_size": [300, 300, 600, 600]}
+        | {"activation_sparsity_pattern": [0.0] * 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+        lambda c, m: c.intermediate_size == [20, 20, 40, 40],
     ),
     "dropouts-are-off": ("gpt2", {"attn_pdrop": 0.1}, lambda c, m: not random_fields(c)),
     "small-already": ("llama", {"num_hidden_layers": 1, "vocab_size": 11}, lambda c, m: c.vocab_size == 11),
