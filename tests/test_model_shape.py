@@ -36,6 +36,7 @@ SMALL_LATENTS = {
     "qk_nope_head_dim": 12,
     "v_head_dim": 10,
 }
+STATE_SPACE_SIZES = {"hidden_size": 64, "state_size": 8, "num_hidden_layers": 3, "vocab_size": 99, "conv_kernel": 3}
 # Each with its biases and norms switched on where the config says whether.
 FAMILIES = [
     ("ArceeConfig", {"mlp_bias": True}),
@@ -44,6 +45,7 @@ FAMILIES = [
     ("DeepseekV3Config", SMALL_ROUTED_EXPERTS | SMALL_LATENTS | {"first_k_dense_replace": 1, "attention_bias": True}),
     ("DeepseekV3Config", SMALL_ROUTED_EXPERTS | SMALL_LATENTS | {"q_lora_rank": None, "n_shared_experts": 2}),
     ("Exaone4Config", {"head_dim": 32}),
+    ("FalconMambaConfig", {"use_bias": True, "use_conv_bias": False}),
     ("GemmaConfig", {"head_dim": 16}),
     ("Gemma2Config", {"head_dim": 32}),
     ("Gemma3TextConfig", {"head_dim": 32}),
@@ -59,6 +61,9 @@ FAMILIES = [
     ("GraniteMoeConfig", {"num_local_experts": 6, "attention_bias": True}),
     ("LlamaConfig", {}),
     ("LlamaConfig", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "head_dim": 32}),
+    ("MambaConfig", {"tie_word_embeddings": False, "time_step_rank": 5}),
+    ("Mamba2Config", {"num_heads": 8, "head_dim": 16, "n_groups": 2}),
+    ("Mamba2Config", {"num_heads": 8, "head_dim": 16, "n_groups": 4, "use_bias": True, "use_conv_bias": False}),
     ("MiniMaxM2Config", {"num_local_experts": 16}),
     ("Ministral3Config", {}),
     ("MistralConfig", {}),
@@ -98,7 +103,7 @@ def layers_of(model):
 
 
 def config_of(family, changes):
-    sizes = {} if family == "GPT2Config" else SMALL
+    sizes = {} if family == "GPT2Config" else STATE_SPACE_SIZES if "Mamba" in family else SMALL
     return getattr(transformers, family)(**sizes | SPECIAL_TOKENS | changes)
 
 
@@ -108,7 +113,7 @@ def test_counts_are_those_of_the_model(family, changes):
     model = build(config)
     shape = ModelShape.from_config(config)
     assert shape.counts_are_exact
-    assert shape.has_own_attention is (why_own_attention(model) is not None)
+    assert shape.has_own_attention is (why_own_attention(model) is not None or bool(shape.other_layers))
     assert shape.parameter_count == parameter_count(model)
     assert shape.layer_parameter_count == max(map(parameter_count, layers_of(model)))
     assert shape.embedding_parameter_count == parameter_count(model.get_input_embeddings())
@@ -197,9 +202,9 @@ def test_key_value_heads_that_do_not_divide_the_query_heads_are_refused():
         ModelShape.from_config(config)
 
 
-def test_a_decoder_without_attention_heads_is_refused():
-    with pytest.raises(ValueError, match="num_attention_heads in the config of model type 'mamba' is None"):
-        ModelShape.from_config(transformers.MambaConfig())
+def test_a_decoder_with_neither_attention_heads_nor_a_state_space_is_refused():
+    with pytest.raises(ValueError, match="num_attention_heads in the config of model type 'rwkv' is None"):
+        ModelShape.from_config(transformers.RwkvConfig())
 
 
 @pytest.mark.parametrize(

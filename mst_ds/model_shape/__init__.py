@@ -15,6 +15,7 @@ from mst_ds.model_shape.model_flops import attended_pairs, flops_per_token
 from mst_ds.model_shape.positions import require_positions, unknown_positions
 from mst_ds.model_shape.rope_scaling import parse_rope_scaling, scale_rope
 from mst_ds.model_shape.shape import ModelShape, NormShape, layer_kinds, other_layers
+from mst_ds.model_shape.state_space import read_state_space
 
 __all__ = [
     "ExpertShape",
@@ -33,6 +34,7 @@ __all__ = [
     "parse_rope_scaling",
     "quantization_fields",
     "raw_model_config",
+    "read_state_space",
     "require_no_pointers",
     "require_positions",
     "scale_rope",

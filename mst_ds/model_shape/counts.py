@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from mst_ds.model_shape.experts import ExpertShape
 from mst_ds.model_shape.families import Family, Switch, is_on
+from mst_ds.model_shape.state_space import read_state_space
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -63,7 +64,9 @@ def count_parameters(
     """Counts by family; the config says which biases and norms it has, and whether the head is the embedding."""
     hidden, vocab = dimensions.hidden_size, dimensions.vocab_size
     counter = _LayerCounter(config, family, dimensions)
-    dense, sparse, active = counter.dense_layer(), 0, 0
+    state_space = read_state_space(config)
+    dense = counter.dense_layer() if state_space is None else state_space.parameter_count
+    sparse = active = 0
     dense_layers, sparse_layers = dimensions.num_hidden_layers, 0
     if experts is not None:
         sparse_layers = experts.num_sparse_layers

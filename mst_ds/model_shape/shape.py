@@ -11,14 +11,22 @@ from mst_ds.model_shape.experts import ExpertShape, read_experts
 from mst_ds.model_shape.families import FAMILIES, LLAMA, OWN_ATTENTION, Family, NormKind, is_on
 from mst_ds.model_shape.positions import fixed_positions, rope_type, rotary_positions
 from mst_ds.model_shape.sizes import optional_size, size
+from mst_ds.model_shape.state_space import StateSpace, read_state_space
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _ATTENTION_LAYERS = frozenset({"full_attention", "attention", "sliding_attention", "chunked_attention"})
 _TOKENWISE_LAYERS = frozenset({"mlp", "moe"})
-# Heads of layers that are not attention, which ranks share as they do those of attention.
-_MIXER_HEADS = ("linear_num_value_heads", "linear_num_heads", "mamba_n_heads", "mamba_num_heads", "n_mamba_heads")
+# Heads of layers that are not attention, or channels, which ranks share as they do those of attention.
+_MIXER_HEADS = (
+    "linear_num_value_heads",
+    "linear_num_heads",
+    "mamba_n_heads",
+    "mamba_num_heads",
+    "n_mamba_heads",
+    "lru_width",
+)
 _INTERMEDIATE_NAMES = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 _ACTIVATION_NAMES = ("hidden_activation", "hidden_act", "activation_function", "activation")
 
@@ -44,7 +52,8 @@ class ModelShape(Dimensions):
     """A decoder's dimensions, under Hugging Face's names, and its parameter counts.
 
     Attributes:
-        intermediate_size: of the layers that have a dense MLP.
+        intermediate_size: of the layers that have a dense MLP; 0 where none has one.
+        num_attention_heads: of a model without attention those of its mixers.
         gated_mlp: an MLP has gate, up and down projections, not only up and down.
         activation: of an MLP, by transformers' name; "" where the config names none.
         experts: None for a dense model.
@@ -213,6 +222,9 @@ def layer_kinds(config: Any) -> list[str]:
 
 
 def _dimensions(config: PreTrainedConfig) -> Dimensions:
+    state_space = read_state_space(config)
+    if state_space is not None:
+        return _dimensions_without_attention(config, state_space)
     hidden, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
     head_dim = optional_size(config, "qk_head_dim", "head_dim") or hidden // heads
     key_value_heads = optional_size(config, "num_key_value_heads") or heads
@@ -233,14 +245,28 @@ def _dimensions(config: PreTrainedConfig) -> Dimensions:
     )
 
 
+def _dimensions_without_attention(config: PreTrainedConfig, state_space: StateSpace) -> Dimensions:
+    """With the heads of the state space in place of attention's, and no MLP."""
+    return Dimensions(
+        hidden_size=size(config, "hidden_size"),
+        intermediate_size=0,
+        num_hidden_layers=size(config, "num_hidden_layers"),
+        num_attention_heads=state_space.heads,
+        num_key_value_heads=state_space.heads,
+        head_dim=state_space.width // state_space.heads,
+        value_head_dim=state_space.width // state_space.heads,
+        vocab_size=size(config, "vocab_size"),
+    )
+
+
 def _mixer_heads(config: PreTrainedConfig, dimensions: Dimensions) -> int:
-    heads = optional_size(config, *_MIXER_HEADS)
-    if heads is None and other_layers(config) == ("conv",):
-        # A short convolution has none to divide: ranks hand on a few tokens.
-        return dimensions.num_attention_heads
-    if heads is None and (expand := optional_size(config, "mamba_expand")):
+    if (heads := optional_size(config, *_MIXER_HEADS)) is not None:
+        return heads
+    if expand := optional_size(config, "mamba_expand"):
         return expand * dimensions.hidden_size  # channels, each its own
-    return heads or 0
+    # A short convolution has none to divide: ranks hand on a few tokens. A linear attention has as many as attention
+    # where no others are named.
+    return dimensions.num_attention_heads if other_layers(config) in (("conv",), ("linear_attention",)) else 0
 
 
 def _activation(config: PreTrainedConfig) -> str:
