@@ -1,6 +1,15 @@
 """Layers that are not attention, on packed documents and on shards: what their convolutions and scans compute."""
 
-from mst_ds.mixers.calls import KNOWN, NOT_TRAINED, OPERATORS, with_operators
+from mst_ds.mixers.calls import KNOWN, METHODS, NOT_TRAINED, OPERATORS, with_operators
+from mst_ds.mixers.lightning import lightning_attention
 from mst_ds.mixers.sequence import MixedSequence
 
-__all__ = ["KNOWN", "NOT_TRAINED", "OPERATORS", "MixedSequence", "with_operators"]
+__all__ = [
+    "KNOWN",
+    "METHODS",
+    "NOT_TRAINED",
+    "OPERATORS",
+    "MixedSequence",
+    "lightning_attention",
+    "with_operators",
+]

@@ -43,7 +43,7 @@ from mst_ds.structure import (
     DocumentLengths,
     DocumentRotary,
     LossStructure,
-    MixerStructure,
+    Mixer,
     NormStructure,
     RotaryStructure,
     decoder_layers,
@@ -72,7 +72,7 @@ class ModelParts:
     layers: list[nn.Module]
     mlps: list[Chunkable]
     norms: list[NormStructure]
-    mixers: list[MixerStructure]
+    mixers: list[Mixer]
     rotary: list[RotaryStructure]
     document_rotary: list[DocumentRotary]
     loss: LossStructure
@@ -192,7 +192,7 @@ def apply_settings(
     return model
 
 
-def _require_one_chunk(model: PreTrainedModel, mixers: list[MixerStructure], settings: Settings) -> None:
+def _require_one_chunk(model: PreTrainedModel, mixers: list[Mixer], settings: Settings) -> None:
     """A mixer works on consecutive tokens of a shard."""
     if mixers and settings.sp_size > 1 and settings.layer_chunks > 1:
         raise ValueError(

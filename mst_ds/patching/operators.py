@@ -28,7 +28,7 @@ from mst_ds.structure import (
     Chunkable,
     ExpertsStructure,
     LossStructure,
-    MixerStructure,
+    Mixer,
     MlpStructure,
     NormStructure,
     TokenwiseStructure,
@@ -49,8 +49,9 @@ def chunk_norm(norm: NormStructure, stream: LayerStream, undo: Undo) -> None:
     undo.set_attribute(norm.module, "forward", functools.partial(_norm_forward, norm, stream, norm.module.forward))
 
 
-def mix_documents(mixer: MixerStructure, stream: LayerStream, undo: Undo) -> None:
-    undo.set_attribute(mixer.module, "forward", functools.partial(_mixer_forward, mixer, stream, mixer.module.forward))
+def mix_documents(mixer: Mixer, stream: LayerStream, undo: Undo) -> None:
+    original = getattr(mixer.module, mixer.attribute)
+    undo.set_attribute(mixer.module, mixer.attribute, functools.partial(_mixer_forward, mixer, stream, original))
 
 
 def stream_layer(layer: nn.Module, stream: LayerStream, undo: Undo) -> None:
@@ -131,9 +132,7 @@ def _norm_forward(
     return norm.run(*args, sums=None if stream.call is None else stream.call.sums)
 
 
-def _mixer_forward(
-    mixer: MixerStructure, stream: LayerStream, original: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:
+def _mixer_forward(mixer: Mixer, stream: LayerStream, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     context: UlyssesContext | None = stream.context if stream.call is None else stream.call.context
     if stream.is_paused:
         return original(*args, **kwargs)

@@ -3,7 +3,7 @@
 from mst_ds.structure.document_rotary import DocumentLengths, DocumentRotary, find_document_rotary
 from mst_ds.structure.layers import decoder_layers
 from mst_ds.structure.loss import LossStructure, RouterLoss, find_decoder, loss_structure
-from mst_ds.structure.mixers import MixerStructure, find_mixers
+from mst_ds.structure.mixers import Mixer, find_mixers
 from mst_ds.structure.mlps import Chunkable, ExpertsStructure, MlpStructure, TokenwiseStructure, find_mlps
 from mst_ds.structure.norms import NormStructure, find_norms
 from mst_ds.structure.positions import position_table
@@ -16,7 +16,7 @@ __all__ = [
     "DocumentRotary",
     "ExpertsStructure",
     "LossStructure",
-    "MixerStructure",
+    "Mixer",
     "MlpStructure",
     "NormStructure",
     "RotaryStructure",

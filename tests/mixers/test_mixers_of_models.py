@@ -31,8 +31,20 @@ MODELS: dict[str, dict[str, Any]] = {
     "falcon_h1": {"num_hidden_layers": 2},
     "jamba": {},
     "nemotron_h": {},  # layers that are an MLP, experts or a mixer and nothing else
+    "minimax": {"num_hidden_layers": 2},
+    "recurrent_gemma": {"num_hidden_layers": 2, "block_types": ["recurrent", "attention"]},
+    # Without attention.
+    "mamba": {},
+    "falcon_mamba": {},
+    "mamba2": {},
 }
-QUICK = ("lfm2", "granitemoehybrid")
+WITH_STATE = {
+    "granitemoehybrid": "model.layers.0.mamba",
+    "minimax": "model.layers.1.self_attn",
+    "recurrent_gemma": "model.layers.0.temporal_block.rg_lru",
+    "mamba": "backbone.layers.0.mixer",
+}
+QUICK = ("lfm2", "granitemoehybrid", "minimax", "mamba2")
 
 
 def check(model_type: str, *cases: Case) -> tuple[Check, ...]:
@@ -45,14 +57,21 @@ def test_models_with_other_layers_are_exact(model_type: str) -> None:
         assert each.is_exact, (each.refusal, each.defect)
 
 
-def test_a_foreign_documents_state_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("model_type", slow_but_for(("granitemoehybrid", "recurrent_gemma"), WITH_STATE))
+def test_a_foreign_documents_state_is_found(monkeypatch: pytest.MonkeyPatch, model_type: str) -> None:
     monkeypatch.setattr(Scan, "_by_document", lambda self, sequence, given, run: run(given))
-    for each in check("granitemoehybrid", ONE_RANK, SHARDED):
+    for each in check(model_type, ONE_RANK, SHARDED):
         assert each.defect is not None
-        assert each.defect.startswith("model.layers.0.mamba: ")
+        assert each.defect.startswith(f"{WITH_STATE[model_type]}: ")
 
 
-def test_a_lost_token_of_a_convolutions_tail_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "module"),
+    [("lfm2", "model.layers.0.conv"), ("recurrent_gemma", "model.layers.0.temporal_block")],
+)
+def test_a_lost_token_of_a_convolutions_tail_is_found(
+    monkeypatch: pytest.MonkeyPatch, model_type: str, module: str
+) -> None:
     original = mst_ds.mixers.convolution.tokens_before
 
     def without_the_first(*args: Any) -> Tensor:
@@ -60,6 +79,6 @@ def test_a_lost_token_of_a_convolutions_tail_is_found(monkeypatch: pytest.Monkey
         return torch.cat([torch.zeros_like(before[:, :, :1]), before[:, :, 1:]], dim=2)
 
     monkeypatch.setattr(mst_ds.mixers.convolution, "tokens_before", without_the_first)
-    (sharded,) = check("lfm2", SHARDED)
+    (sharded,) = check(model_type, SHARDED)
     assert sharded.defect is not None
-    assert sharded.defect.startswith("model.layers.0.conv: ")
+    assert sharded.defect.startswith(f"{module}: ")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mst_ds.attention import Documents
-from mst_ds.mixers import OPERATORS, MixedSequence
+from mst_ds.mixers import METHODS, OPERATORS, MixedSequence, lightning_attention
 from mst_ds.sequence_parallel import SequenceGroup, run_simulated
 
 # Sums of a few float64 numbers, in another order.
@@ -82,6 +82,45 @@ def mamba_selective_scan(
     return (torch.stack(outputs, dim=2) + D[:, None] * hidden_states) * torch.sigmoid(z)
 
 
+def _rnn_scan(hidden_states: Tensor, *, recurrent_gate: Tensor, reset: Tensor, recurrent_states: Any) -> Any:
+    assert recurrent_states is None
+    assert not reset.any()
+    state: Any = 0.0
+    outputs = []
+    for token in range(hidden_states.shape[1]):
+        state = state * recurrent_gate[:, token] + hidden_states[:, token]
+        outputs.append(state)
+    return torch.stack(outputs, dim=1), state
+
+
+def linear_attention(query: Tensor, key: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+    state: Any = 0.0
+    outputs = []
+    for token in range(query.shape[1]):
+        state = state * torch.exp(-slope) + key[:, token, :, :, None] * value[:, token, :, None]
+        outputs.append((query[:, token, :, :, None] * state).sum(dim=2))
+    return torch.stack(outputs, dim=1)
+
+
+def in_blocks(sequence: MixedSequence, original: Call, *tokens: Tensor, slope: Tensor) -> Tensor:
+    """Decays of blocks of 3 tokens, as transformers' layers have them, from the slopes."""
+    place = torch.arange(3, dtype=torch.float64)
+    distance = place[:, None] - place
+    diagonal = torch.where(distance >= 0, torch.exp(-slope * distance), 0.0)
+    query_decay, key_decay = torch.exp(-slope * (place[:, None] + 1)), torch.exp(-slope * (2 - place[:, None]))
+    return lightning_attention(sequence, *tokens, slope, query_decay, key_decay, diagonal)
+
+
+def recurrence(channels: int) -> tuple[dict[str, Any], list[str]]:
+    tokens = {"hidden_states": normal(2, LENGTH, channels), "recurrent_gate": torch.rand(2, LENGTH, channels).double()}
+    return tokens, list(tokens)
+
+
+def lightning(heads: int) -> tuple[dict[str, Tensor], list[str]]:
+    tokens = {name: normal(2, LENGTH, heads, 2) for name in ("query", "key", "value")}
+    return tokens | {"slope": torch.rand(heads, 1, 1, dtype=torch.float64)}, list(tokens)
+
+
 def delta_rule(heads: int, key_heads: int, dtype: torch.dtype = torch.float64) -> tuple[dict[str, Tensor], list[str]]:
     tokens = {
         "query": normal(2, LENGTH, key_heads, 3),
@@ -142,6 +181,8 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
+FROM_NOTHING = {"reset": torch.tensor(False), "recurrent_states": None}
+CALLED_BY_NAME = {**OPERATORS, **METHODS, "linear_attention": in_blocks}
 CASES: dict[str, tuple[Call, Any, int, dict[str, Any], list[int]]] = {
     "convolution": (causal_conv1d_fn, short_convolution, 2, {"activation": "tanh"}, [1, 2, 6]),
     "convolution of a token": (causal_conv1d_fn, lambda: short_convolution(1), 2, {}, [2]),
@@ -158,6 +199,8 @@ CASES: dict[str, tuple[Call, Any, int, dict[str, Any], list[int]]] = {
         [2],
     ),
     "Mamba 2": (mamba2_chunk_scan, lambda: mamba_2(4, 2), 1, {"chunk_size": 7}, [1, 2, 4]),
+    "RG-LRU": (_rnn_scan, lambda: recurrence(4), 1, FROM_NOTHING, [1, 2, 3]),
+    "lightning attention": (linear_attention, lambda: lightning(3), 1, {}, [1, 2, 3]),
     "Mamba 1": (mamba_selective_scan, lambda: mamba_1(3), 2, {}, [1, 2, 3]),
 }
 
@@ -182,7 +225,7 @@ def test_values_and_gradients_are_those_of_each_document_alone(name: str, size: 
 
         mine = {key: own(key, tensor).detach().requires_grad_() for key, tensor in leaves.items()}
         sequence = MixedSequence(None if size == 1 else group, Documents(starts))
-        operator = OPERATORS[original.__name__]
+        operator = CALLED_BY_NAME[original.__name__]
         output = positional(lambda *args, **kwargs: operator(sequence, original, *args, **kwargs), mine | settings)
         of_output = weights.narrow(dim, group.rank * length, length)
         return output.detach(), list(torch.autograd.grad(output, list(mine.values()), of_output))
