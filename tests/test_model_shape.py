@@ -13,7 +13,7 @@ from mst_ds.model_shape import (
     NormShape,
     families,
 )
-from mst_ds.structure import why_own_attention
+from mst_ds.structure import find_mixers, why_own_attention
 
 SPECIAL_TOKENS = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
 SMALL = {
@@ -113,7 +113,8 @@ def test_counts_are_those_of_the_model(family, changes):
     model = build(config)
     shape = ModelShape.from_config(config)
     assert shape.counts_are_exact
-    assert shape.has_own_attention is (why_own_attention(model) is not None or bool(shape.other_layers))
+    is_whole = why_own_attention(model) is not None or not all(mixer.carries for mixer in find_mixers(model))
+    assert shape.has_own_attention is is_whole
     assert shape.parameter_count == parameter_count(model)
     assert shape.layer_parameter_count == max(map(parameter_count, layers_of(model)))
     assert shape.embedding_parameter_count == parameter_count(model.get_input_embeddings())

@@ -1,6 +1,6 @@
 """Layers that are not attention, on packed documents and on shards: what their convolutions and scans compute."""
 
-from mst_ds.mixers.calls import KNOWN, METHODS, NOT_TRAINED, OPERATORS, with_operators
+from mst_ds.mixers.calls import KNOWN, METHODS, NOT_TRAINED, OPERATORS, WHOLE, with_operators
 from mst_ds.mixers.lightning import lightning_attention
 from mst_ds.mixers.sequence import MixedSequence
 
@@ -9,6 +9,7 @@ __all__ = [
     "METHODS",
     "NOT_TRAINED",
     "OPERATORS",
+    "WHOLE",
     "MixedSequence",
     "lightning_attention",
     "with_operators",

@@ -13,7 +13,9 @@ from .scan import SCANS
 from .sequence import MixedSequence
 
 OPERATORS: Mapping[str, Callable[..., Any]] = {"causal_conv1d_fn": convolution, **SCANS}
-# The same of a module's own methods.
+# Of these, those that cannot begin with the state that an earlier chunk of a layer has left.
+WHOLE = frozenset(name for name, scan in SCANS.items() if not scan.initial)
+# The same as operators of a module's own methods.
 METHODS: Mapping[str, Callable[..., Any]] = {"_rnn_scan": gated_recurrence}
 # They do a mixer's whole work in one kernel, where it is installed, and give None where it is not.
 _FUSED = ("mamba2_split_conv1d_scan_combined", "mamba_inner_fn")

@@ -13,7 +13,8 @@ from .sequence import MixedSequence
 _SCAN = Scan(
     arguments=(),
     by_head=("hidden_states", "recurrent_gate"),
-    states=("recurrent_states",),
+    initial="recurrent_states",
+    gives_state=True,
 )
 
 

@@ -68,7 +68,8 @@ class ModelShape(Dimensions):
         window_layers: which layers these are, from 0 on.
         other_layers: kinds of layers that are not attention; counted as if they were.
         mixer_heads: of these, 0 where they have none that are known.
-        has_own_attention: its attention is not this project's, which alone is kept and works through a layer in chunks.
+        has_own_attention: its attention, or another mixer, is not one of this project's that works through a layer in
+            chunks; nor is attention kept then.
         layer_parameter_count: of the largest layer.
         position_parameter_count: of learned position embeddings, 0 without.
         fixed_positions: the most tokens of a document that the model can take, None where any number will do.
@@ -134,6 +135,8 @@ class ModelShape(Dimensions):
         experts = read_experts(config, dimensions.num_hidden_layers)
         counts = count_parameters(config, family, dimensions, experts)
         window, window_layers = _sliding_windows(config, dimensions.num_hidden_layers)
+        mixer_heads, mixers_have_chunks = _mixers(config, dimensions)
+        is_whole = bool(other_layers(config)) and not mixers_have_chunks
         return cls(
             **vars(dimensions),
             tie_word_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
@@ -151,8 +154,8 @@ class ModelShape(Dimensions):
             sliding_windows=(window,) * len(window_layers),
             window_layers=window_layers,
             other_layers=other_layers(config),
-            mixer_heads=_mixer_heads(config, dimensions),
-            has_own_attention=config.model_type in OWN_ATTENTION or bool(other_layers(config)),
+            mixer_heads=mixer_heads,
+            has_own_attention=config.model_type in OWN_ATTENTION or is_whole,
             embedding_parameter_count=counts.embedding,
             position_parameter_count=counts.positions,
             fixed_positions=fixed_positions(config),
@@ -259,14 +262,20 @@ def _dimensions_without_attention(config: PreTrainedConfig, state_space: StateSp
     )
 
 
-def _mixer_heads(config: PreTrainedConfig, dimensions: Dimensions) -> int:
+def _mixers(config: PreTrainedConfig, dimensions: Dimensions) -> tuple[int, bool]:
+    """The heads of layers that are not attention, 0 where none are known, and whether a layer of them is worked through
+    in chunks: a scan of channels, and a linear attention without heads of its own, take a shard whole."""
+    state_space = read_state_space(config)
+    if state_space is not None:
+        return state_space.heads, state_space.heads < state_space.width
     if (heads := optional_size(config, *_MIXER_HEADS)) is not None:
-        return heads
+        return heads, True
     if expand := optional_size(config, "mamba_expand"):
-        return expand * dimensions.hidden_size  # channels, each its own
-    # A short convolution has none to divide: ranks hand on a few tokens. A linear attention has as many as attention
-    # where no others are named.
-    return dimensions.num_attention_heads if other_layers(config) in (("conv",), ("linear_attention",)) else 0
+        return expand * dimensions.hidden_size, False
+    if other_layers(config) == ("conv",):
+        # A short convolution has none to divide: ranks hand on a few tokens.
+        return dimensions.num_attention_heads, True
+    return dimensions.num_attention_heads if other_layers(config) == ("linear_attention",) else 0, False
 
 
 def _activation(config: PreTrainedConfig) -> str:

@@ -161,8 +161,8 @@ def apply_settings(
     base.__dict__[_UNDO] = undo
     reason = why_own_attention(base)
     # A layer whose tokens meet elsewhere than in this project's attention is a stream of one chunk.
-    layer_chunks = settings.layer_chunks if reason is None and not parts.mixers else 1
-    stream = _replace_parts(parts, settings, layer_chunks, undo)
+    can_stream = reason is None and all(mixer.carries for mixer in parts.mixers)
+    stream = _replace_parts(parts, settings, settings.layer_chunks if can_stream else 1, undo)
     if zero_stage == 3:
         _gather_leaves(parts, settings, undo)
     configs = _use_attention(base, stream, undo) if reason is None else []
@@ -193,11 +193,12 @@ def apply_settings(
 
 
 def _require_one_chunk(model: PreTrainedModel, mixers: list[Mixer], settings: Settings) -> None:
-    """A mixer works on consecutive tokens of a shard."""
-    if mixers and settings.sp_size > 1 and settings.layer_chunks > 1:
+    """Some mixers work on consecutive tokens of a shard."""
+    whole = next((mixer for mixer in mixers if not mixer.carries), None)
+    if whole is not None and settings.sp_size > 1 and settings.layer_chunks > 1:
         raise ValueError(
-            f"layer_chunks is {settings.layer_chunks}, and {type(model).__name__} has layers that are not attention, "
-            f'which work on a shard whole; allowed: "layer_chunks": 1 in the "mst" block'
+            f"layer_chunks is {settings.layer_chunks}, and {type(model).__name__} has {type(whole.module).__name__}, "
+            f'which works on a shard whole; allowed: "layer_chunks": 1 in the "mst" block'
         )
 
 

@@ -141,7 +141,8 @@ def _mixer_forward(mixer: Mixer, stream: LayerStream, original: Callable[..., An
             f"{type(mixer.module).__name__} runs outside the forward of a patched decoder, where nobody knows its "
             'documents, such as in torch.utils.checkpoint\'s backward: set "recompute" in the "mst" block instead'
         )
-    return mixer.run(MixedSequence(context.group, context.attention.documents), *args, **kwargs)
+    call = stream.call if stream.call is not None and len(stream.call.chunks) > 1 else None
+    return mixer.run(MixedSequence(context.group, context.attention.documents, call), *args, **kwargs)
 
 
 def _tokenwise_forward(

@@ -21,10 +21,13 @@ _LENGTH = 2 * _BLOCK + 1
 @dataclass(frozen=True)
 class LightningStructure:
     """Projections around lightning attention: queries, keys and values behind an activation, a norm over all heads, a
-    gate and a projection."""
+    gate and a projection.
+
+    It works on a shard whole: decays of a block are numbers of the model, and blocks begin with a document.
+    """
 
     module: nn.Module
-    attribute = "forward"
+    attribute, carries = "forward", False
 
     def run(
         self, sequence: MixedSequence, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 from torch import Tensor, nn
 
-from mst_ds.mixers import KNOWN, METHODS, OPERATORS, MixedSequence, with_operators
+from mst_ds.mixers import KNOWN, METHODS, OPERATORS, WHOLE, MixedSequence, with_operators
 from mst_ds.structure.lightning import LightningStructure, is_lightning
 
 if TYPE_CHECKING:
@@ -18,9 +18,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MixerStructure:
-    """A module whose tokens meet in functions that this project has operators for, and nowhere else."""
+    """A module whose tokens meet in functions that this project has operators for, and nowhere else.
+
+    Attributes of all mixers:
+        attribute: which of the module's an operator takes the place of.
+        carries: whether it hands a state from chunk to chunk of a layer, which may then be worked through in several.
+    """
 
     module: nn.Module
+    carries: bool
     attribute = "forward"
 
     def run(self, sequence: MixedSequence, *args: Any, **kwargs: Any) -> Any:
@@ -37,6 +43,7 @@ class MethodStructure:
 
     module: nn.Module
     attribute: str
+    carries = True
 
     def run(self, sequence: MixedSequence, *args: Any, **kwargs: Any) -> Any:
         """The method on a shard of this sequence."""
@@ -49,7 +56,7 @@ class ConvolutionStructure:
     """A convolution that is padded on both sides, of whose output a forward takes as many tokens as went in."""
 
     module: nn.Conv1d
-    attribute = "forward"
+    attribute, carries = "forward", True
 
     def run(self, sequence: MixedSequence, hidden_states: Tensor) -> Tensor:
         """(B, C, L) -> (B, C', L), of a shard of this sequence."""
@@ -86,7 +93,7 @@ def _mixers_of(module: nn.Module) -> list[Mixer]:
     if not called <= KNOWN:
         return []
     if not called.isdisjoint(OPERATORS):
-        return [MixerStructure(module)]
+        return [MixerStructure(module, carries=called.isdisjoint(WHOLE))]
     if methods := [name for name in METHODS if name in names and callable(getattr(type(module), name, None))]:
         return [MethodStructure(module, name) for name in methods]
     if is_lightning(module):

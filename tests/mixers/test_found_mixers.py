@@ -71,7 +71,7 @@ def test_every_call_of_a_forward_ends_with_a_document(module_class: type[nn.Modu
     module = module_class()
     assert is_mixer(module)
     hidden_states, weight = torch.rand(1, 2, 5), torch.ones(2, 2)
-    packed = MixerStructure(module).run(MixedSequence(None, Documents([[0, 2]])), hidden_states, weight)
+    packed = MixerStructure(module, carries=True).run(MixedSequence(None, Documents([[0, 2]])), hidden_states, weight)
     alone = [module(part, weight) for part in hidden_states.split([2, 3], dim=2)]
     torch.testing.assert_close(packed, torch.cat(alone, dim=-1))
 
