@@ -119,12 +119,11 @@ class Scan:
         # Split, not cut: the gradient of a split is put together once.
         counts = [count for count, _ in rows]
         of_rows = {name: iter(given[name].split(counts)) for name in dims}
-        states = iter([None] * len(rows) if state is None else state.split(counts))
-        goes_on = iter(continued[:: counts[0]])
+        states = [None] * len(rows) if state is None else state.split(counts)
         outputs, last = [], []
-        for _, lengths in rows:
+        for (_, lengths), of_rows_before, goes_on in zip(rows, states, continued[:: counts[0]], strict=True):
             parts = [next(of_rows[name]).split(lengths, dim=dim) for name, dim in dims.items()]
-            before = next(states) if next(goes_on) else None
+            before = of_rows_before if goes_on else None
             of_documents = []
             for of_document in zip(*parts, strict=True):
                 output, left = run(given | dict(zip(dims, of_document, strict=True)), before)

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from mst_ds.attention import Documents
+from mst_ds.layer_stream import LayerCall, Pass
+from mst_ds.layer_stream.last_output import LastOutput
 from mst_ds.mixers import METHODS, OPERATORS, MixedSequence, lightning_attention
+from mst_ds.recompute import DeviceStore
 from mst_ds.sequence_parallel import SequenceGroup, run_simulated
 
 # Sums of a few float64 numbers, in another order.
@@ -83,9 +86,8 @@ def mamba_selective_scan(
 
 
 def _rnn_scan(hidden_states: Tensor, *, recurrent_gate: Tensor, reset: Tensor, recurrent_states: Any) -> Any:
-    assert recurrent_states is None
     assert not reset.any()
-    state: Any = 0.0
+    state: Any = 0.0 if recurrent_states is None else recurrent_states
     outputs = []
     for token in range(hidden_states.shape[1]):
         state = state * recurrent_gate[:, token] + hidden_states[:, token]
@@ -234,6 +236,19 @@ def test_values_and_gradients_are_those_of_each_document_alone(name: str, size: 
     assert_close(torch.cat([output for output, _ in ranks], dim=dim), expected)
     for key, expected_grad, *grads in zip(leaves, expected_grads, *(grads for _, grads in ranks), strict=True):
         assert_close(torch.cat(grads, dim=dim) if key in names else torch.stack(grads).sum(dim=0), expected_grad)
+
+
+@pytest.mark.parametrize("starts", [ONE_EACH, [[0, 5], [0, 3]], [[0, 3], [0, 5, 9]], [[0, 5, 9]]], ids=str)
+def test_a_state_goes_on_into_the_next_chunk_where_a_rows_document_does(starts: Any) -> None:
+    given, names = recurrence(4)
+    call = LayerCall([slice(0, 5), slice(5, 9), slice(9, LENGTH)], DeviceStore(), LastOutput(), is_kept=False)
+    outputs = []
+    for index, tokens in enumerate(call.chunks):
+        call.begin(index, Pass.FORWARD)
+        of_chunk = {name: tensor[:, tokens] for name, tensor in given.items()}
+        sequence = MixedSequence(None, Documents(starts), call)
+        outputs.append(METHODS["_rnn_scan"](sequence, _rnn_scan, **of_chunk, **FROM_NOTHING)[0])
+    assert_close(torch.cat(outputs, dim=1), alone(_rnn_scan, given | FROM_NOTHING, names, 1, starts))
 
 
 def test_more_ranks_than_heads_are_refused() -> None:
