@@ -18,7 +18,7 @@ from mst_ds.model_shape import (
     load_model_shape,
     with_language_config,
 )
-from mst_ds.structure import why_own_attention
+from mst_ds.structure import find_mixers, why_own_attention
 
 SPECIAL_TOKENS = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
 SMALL = {
@@ -47,6 +47,7 @@ SHARING = {
     "hidden_size_per_layer_input": 6,
     "vocab_size_per_layer_input": 290,
 }
+STATE_SPACE_SIZES = {"hidden_size": 64, "state_size": 8, "num_hidden_layers": 3, "vocab_size": 99, "conv_kernel": 3}
 # Each with its biases and norms switched on where the config says whether.
 FAMILIES = [
     ("ArceeConfig", {"mlp_bias": True}),
@@ -55,6 +56,7 @@ FAMILIES = [
     ("DeepseekV3Config", SMALL_ROUTED_EXPERTS | SMALL_LATENTS | {"first_k_dense_replace": 1, "attention_bias": True}),
     ("DeepseekV3Config", SMALL_ROUTED_EXPERTS | SMALL_LATENTS | {"q_lora_rank": None, "n_shared_experts": 2}),
     ("Exaone4Config", {"head_dim": 32}),
+    ("FalconMambaConfig", {"use_bias": True, "use_conv_bias": False}),
     ("GemmaConfig", {"head_dim": 16}),
     ("Gemma2Config", {"head_dim": 32}),
     ("Gemma3TextConfig", {"head_dim": 32}),
@@ -75,6 +77,9 @@ FAMILIES = [
     ("GraniteMoeConfig", {"num_local_experts": 6, "attention_bias": True}),
     ("LlamaConfig", {}),
     ("LlamaConfig", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "head_dim": 32}),
+    ("MambaConfig", {"tie_word_embeddings": False, "time_step_rank": 5}),
+    ("Mamba2Config", {"num_heads": 8, "head_dim": 16, "n_groups": 2}),
+    ("Mamba2Config", {"num_heads": 8, "head_dim": 16, "n_groups": 4, "use_bias": True, "use_conv_bias": False}),
     ("MiniMaxM2Config", {"num_local_experts": 16}),
     ("Ministral3Config", {}),
     ("MistralConfig", {}),
@@ -114,7 +119,7 @@ def layers_of(model):
 
 
 def config_of(family, changes):
-    sizes = {} if family == "GPT2Config" else SMALL
+    sizes = {} if family == "GPT2Config" else STATE_SPACE_SIZES if "Mamba" in family else SMALL
     return getattr(transformers, family)(**sizes | SPECIAL_TOKENS | changes)
 
 
@@ -124,7 +129,8 @@ def test_counts_are_those_of_the_model(family, changes):
     model = build(config)
     shape = ModelShape.from_config(config)
     assert shape.counts_are_exact
-    assert shape.has_own_attention is (why_own_attention(model) is not None)
+    is_whole = why_own_attention(model) is not None or not all(mixer.carries for mixer in find_mixers(model))
+    assert shape.has_own_attention is is_whole
     assert shape.parameter_count == parameter_count(model)
     assert shape.layer_parameter_count == max(map(parameter_count, layers_of(model)))
     assert shape.embedding_parameter_count == parameter_count(model.get_input_embeddings())
@@ -221,9 +227,9 @@ def test_key_value_heads_that_do_not_divide_the_query_heads_are_refused():
         ModelShape.from_config(config)
 
 
-def test_a_decoder_without_attention_heads_is_refused():
-    with pytest.raises(ValueError, match="num_attention_heads in the config of model type 'mamba' is None"):
-        ModelShape.from_config(transformers.MambaConfig())
+def test_a_decoder_with_neither_attention_heads_nor_a_state_space_is_refused():
+    with pytest.raises(ValueError, match="num_attention_heads in the config of model type 'rwkv' is None"):
+        ModelShape.from_config(transformers.RwkvConfig())
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from .convolution import convolution
+from .gated_recurrence import gated_recurrence
 from .scan import SCANS
 from .sequence import MixedSequence
 
 OPERATORS: Mapping[str, Callable[..., Any]] = {"causal_conv1d_fn": convolution, **SCANS}
+# Of these, those that cannot begin with the state that an earlier chunk of a layer has left.
+WHOLE = frozenset(name for name, scan in SCANS.items() if not scan.initial)
+# The same as operators of a module's own methods.
+METHODS: Mapping[str, Callable[..., Any]] = {"_rnn_scan": gated_recurrence}
 # They do a mixer's whole work in one kernel, where it is installed, and give None where it is not.
 _FUSED = ("mamba2_split_conv1d_scan_combined", "mamba_inner_fn")
+# They work on each element by itself: a square root with a bounded derivative.
+_ELEMENTWISE = ("SqrtBoundDerivative",)
 # What a forward calls in steps of generation alone, and what hides padding that is not seen anyway.
 NOT_TRAINED = frozenset(
     {
@@ -25,7 +32,7 @@ NOT_TRAINED = frozenset(
         "torch_recurrent_gated_delta_rule",
     }
 )
-KNOWN = frozenset({*OPERATORS, *_FUSED, *NOT_TRAINED})
+KNOWN = frozenset({*OPERATORS, *_FUSED, *_ELEMENTWISE, *NOT_TRAINED})
 
 
 def with_operators(forward: types.FunctionType, sequence: MixedSequence) -> Callable[..., Any]:

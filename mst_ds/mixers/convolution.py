@@ -29,7 +29,8 @@ def convolution(sequence: MixedSequence, original: Callable[..., Tensor], *args:
     given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
     hidden_states, weight = given["hidden_states"], given["weight"]
     back = weight.shape[-1] - 1
-    if back == 0 or (sequence.group is None and sequence.documents.are_rows):
+    is_whole = sequence.group is None and sequence.call is None and sequence.documents.are_rows
+    if back == 0 or is_whole:
         return original(*args, **kwargs)
 
     def run(tokens: Tensor) -> Tensor:
@@ -37,33 +38,32 @@ def convolution(sequence: MixedSequence, original: Callable[..., Tensor], *args:
             return original(*args, **(kwargs | {"hidden_states": tokens}))
         return original(tokens, *args[1:], **kwargs)
 
-    before = _before(sequence, hidden_states, back)
+    carried = sequence.carried()
+    earlier = None if carried is None or sequence.call is None else carried.enter(sequence.call, hidden_states)
+    before, last = tokens_before(hidden_states, earlier, back, sequence.group)
+    before = before.masked_fill(~_is_seen(sequence, hidden_states, back), 0)
     if sequence.documents.are_rows:
-        return run(torch.cat([before, hidden_states], dim=2))[:, :, back:]
-    return _by_document(run, hidden_states, before, _lengths(sequence, *hidden_states.shape[::2]))
+        output = run(torch.cat([before, hidden_states], dim=2))[:, :, back:]
+    else:
+        output = _by_document(run, hidden_states, before, _lengths(sequence, *hidden_states.shape[::2]))
+    return output if carried is None or sequence.call is None else carried.leave(sequence.call, output, last)
 
 
-def _before(sequence: MixedSequence, hidden_states: Tensor, back: int) -> Tensor:
-    """(B, C, back): of the documents that go on into this shard their last tokens, zeros elsewhere."""
-    batch, channels, length = hidden_states.shape
-    group = sequence.group
-    if group is None:
-        return hidden_states.new_zeros(batch, channels, back)
-    tokens = slice(group.rank * length, (group.rank + 1) * length)
+def _is_seen(sequence: MixedSequence, hidden_states: Tensor, back: int) -> Tensor:
+    """(B, 1, back): of the tokens before this rank's, those of the document that goes on into them."""
+    batch, _, length = hidden_states.shape
+    tokens = sequence.piece(length)
     is_seen = torch.zeros(batch, 1, back, dtype=torch.bool)
     for continued in sequence.documents.continued(batch, tokens):
         seen = min(back, tokens.start - continued.first)
         is_seen[continued.rows, :, back - seen :] = True
-    # Also where nothing is seen: all ranks take part in the exchange, and in that of gradients.
-    before = tokens_before(hidden_states, back, group)
-    return before.masked_fill(~is_seen.to(before.device), 0)
+    return is_seen.to(hidden_states.device)
 
 
 def _lengths(sequence: MixedSequence, batch: int, length: int) -> list[list[int]]:
-    """For each row the lengths of its documents in this shard."""
-    rank = 0 if sequence.group is None else sequence.group.rank
-    of_shard = sequence.documents.within(slice(rank * length, (rank + 1) * length))
-    return [lengths for count, lengths in MixedSequence(None, of_shard).rows(batch, length) for _ in range(count)]
+    """For each row the lengths of its documents in what this rank holds."""
+    rows = sequence.rows(batch, sequence.piece(length))
+    return [lengths for count, lengths in rows for _ in range(count)]
 
 
 def _by_document(

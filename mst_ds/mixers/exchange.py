@@ -18,10 +18,24 @@ from mst_ds.sequence_parallel import SequenceGroup
 from mst_ds.sequence_parallel.all_to_all import gather_sequence, scatter_sequence
 
 
-def tokens_before(tensor: Tensor, count: int, group: SequenceGroup) -> Tensor:
-    """(B, C, L) -> (B, C, count): the last tokens before this shard, zeros before the sequence; one all-gather."""
-    before: Tensor = _TokensBefore.apply(tensor, count, group)
-    return before
+def tokens_before(
+    tensor: Tensor, earlier: Tensor | None, count: int, group: SequenceGroup | None
+) -> tuple[Tensor, Tensor]:
+    """The last tokens before this rank's, and the last of all ranks; one all-gather.
+
+    Args:
+        tensor: (B, C, L), of this rank.
+        earlier: (B, C, count), the last tokens before all ranks', the same on each; None: there are none, which is 0.
+
+    Returns:
+        both (B, C, count). The gradient of `earlier` is that of all ranks, and so has that of the last tokens to be.
+    """
+    if earlier is None:
+        earlier = tensor.new_zeros(*tensor.shape[:2], count)
+    if group is None:
+        return earlier, torch.cat([earlier, tensor], dim=2)[:, :, -count:]
+    before, last = _TokensBefore.apply(tensor, earlier, group)
+    return before, last
 
 
 def gather_heads(tensors: Sequence[Tensor], heads: Sequence[Sequence[range]], group: SequenceGroup) -> list[Tensor]:
@@ -55,24 +69,26 @@ def scatter_heads(tensor: Tensor, heads: Sequence[range], group: SequenceGroup) 
 
 class _TokensBefore(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, count: int, group: SequenceGroup) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, earlier: Tensor, group: SequenceGroup) -> tuple[Tensor, Tensor]:
         # Shards may be shorter than what is asked for.
-        ctx.length, ctx.kept, ctx.group = tensor.shape[2], min(count, tensor.shape[2]), group
-        tails = group.all_gather(tensor[:, :, ctx.length - ctx.kept :].contiguous())
-        nothing = tensor.new_zeros(*tensor.shape[:2], count)
-        return torch.cat([nothing, *tails[: group.rank]], dim=2)[:, :, -count:]
+        length, count = tensor.shape[2], earlier.shape[2]
+        ctx.length, ctx.count, ctx.kept, ctx.group = length, count, min(count, length), group
+        tails = group.all_gather(tensor[:, :, length - ctx.kept :].contiguous())
+        before = torch.cat([earlier, *tails[: group.rank]], dim=2)[:, :, -count:]
+        return before.clone(), torch.cat([earlier, *tails], dim=2)[:, :, -count:]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        group, kept = ctx.group, ctx.kept
-        # On every rank, as the sum is a collective call: the first has nothing to add.
-        read = min(grad.shape[2], group.rank * kept)
-        of_tails = pad(grad[:, :, grad.shape[2] - read :], (group.rank * kept - read, (group.size - group.rank) * kept))
-        total = of_tails.to(sum_dtype(grad.dtype), copy=True)
+    def backward(ctx: Any, grad: Tensor, d_last: Tensor) -> tuple[Tensor | None, ...]:
+        group, kept, count = ctx.group, ctx.kept, ctx.count
+        # On every rank, as the sum is a collective call: of the earlier tokens, and then of the tails of all ranks.
+        total = pad(grad, (group.rank * kept, (group.size - group.rank) * kept))
+        total = total.to(sum_dtype(grad.dtype), copy=True)
         group.all_reduce(total)
-        own = total[:, :, group.rank * kept : (group.rank + 1) * kept].to(grad.dtype)
-        return pad(own, (ctx.length - kept, 0)), None, None
+        total[:, :, -count:] += d_last
+        start = count + group.rank * kept
+        own = total[:, :, start : start + kept].to(grad.dtype)
+        return pad(own, (ctx.length - kept, 0)), total[:, :, :count].to(grad.dtype), None
 
 
 class _GatherHeads(torch.autograd.Function):

@@ -16,6 +16,7 @@ from .exchange import gather_heads, scatter_heads
 from .sequence import MixedSequence
 
 Given = dict[str, Any]
+Mixed = tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,9 @@ class Scan:
         by_group: tokens and groups of as many heads each, (B, L, K, ...).
         by_token: tokens, for all heads alike, (B, ..., L).
         of_heads: heads and no tokens, (N, ...).
-        states: a state to begin with, or whether to give the last one: neither has a place here.
+        initial: the state to begin with, (B, N, ...); none where a scan cannot begin with one.
+        final: whether to give the last state, too; none where it is always given.
+        gives_state: whether it gives the output and the last state, or None in its place, without being asked to.
         has_heads_first: tokens come last instead, (B, N, L).
     """
 
@@ -37,41 +40,50 @@ class Scan:
     by_group: tuple[str, ...] = ()
     by_token: tuple[str, ...] = ()
     of_heads: tuple[str, ...] = ()
-    states: tuple[str, ...] = ()
+    initial: str = ""
+    final: str = ""
+    gives_state: bool = False
     has_heads_first: bool = False
 
     def __call__(self, sequence: MixedSequence, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What `original` gives for each document of the sequence alone, whole on the rank that has the head.
 
         Returns:
-            the output, as `by_head`, of this shard, with None for the last state where `original` gives one.
+            the output, as `by_head`, of this shard, with None for the last state where it comes along.
 
         Raises:
             ValueError: fewer heads than ranks, or a state that goes in or out.
         """
         given: Given = dict(zip(self.arguments, args, strict=False)) | kwargs
-        if any(given.get(name) is not None and given[name] is not False for name in self.states):
+        if any(given.get(name) is not None and given[name] is not False for name in (self.initial, self.final)):
             raise ValueError(
                 f"a layer hands a state to {original.__name__} or asks for its last one, which a plan does not keep: "
                 "call it without a cache"
             )
-        gives_state = False
+        call, carried = sequence.call, sequence.carried()
 
-        def run(of_document: Given) -> Tensor:
-            nonlocal gives_state
+        def run(of_document: Given, state: Tensor | None) -> Mixed:
             positional = [of_document[name] for name in self.arguments[: len(args)]]
-            output = original(*positional, **{name: of_document[name] for name in kwargs})
-            gives_state = isinstance(output, tuple)
-            first: Tensor = output[0] if isinstance(output, tuple) else output
-            return first
+            keywords = {name: of_document[name] for name in kwargs}
+            if carried is not None:
+                keywords |= {self.initial: state} | ({self.final: True} if self.final else {})
+            output = original(*positional, **keywords)
+            return output[:2] if isinstance(output, tuple) else (output, None)
+
+        def mixed(given: Given) -> Tensor:
+            if call is None or carried is None:
+                return self._by_document(sequence, given, run, None)[0]
+            output, last = self._by_document(sequence, given, run, carried.enter(call, given[self.by_head[0]]))
+            assert last is not None
+            return carried.leave(call, output, last)
 
         if sequence.group is None:
-            output = self._by_document(sequence, given, run)
+            output = mixed(given)
         else:
             layout = self._layout(given, original.__name__, sequence.group)
-            of_heads = self._by_document(sequence, self._gathered(given, layout, sequence.group), run)
+            of_heads = mixed(self._gathered(given, layout, sequence.group))
             output = self._scattered(of_heads, layout, sequence.group)
-        return (output, None) if gives_state else output
+        return (output, None) if self.gives_state else output
 
     @property
     def _token_dim(self) -> int:
@@ -85,22 +97,41 @@ class Scan:
         of_heads = [name for name in (*self.by_head, *self.by_group) if given.get(name) is not None]
         return dict.fromkeys(of_heads, self._token_dim) | {name: given[name].dim() - 1 for name in self.by_token}
 
-    def _by_document(self, sequence: MixedSequence, given: Given, run: Callable[[Given], Tensor]) -> Tensor:
-        """`run` for one document after another, of rows with the same documents together."""
-        if sequence.documents.are_rows:
-            return run(given)
-        dims = self._with_tokens(given)
+    def _by_document(
+        self, sequence: MixedSequence, given: Given, run: Callable[[Given, Tensor | None], Mixed], state: Tensor | None
+    ) -> Mixed:
+        """`run` for one document after another, of rows with the same documents together.
+
+        Args:
+            state: of the chunk before, with which a document begins that goes on; None in the first.
+
+        Returns:
+            the output, and the last states of all rows.
+        """
         first = given[self.by_head[0]]
-        rows = sequence.rows(first.shape[0], first.shape[self._token_dim])
+        batch, length = first.shape[0], first.shape[self._token_dim]
+        tokens = sequence.stretch(length // sequence.ranks)
+        continued = [state is not None and goes_on for goes_on in sequence.continued(batch, tokens)]
+        if sequence.documents.within(tokens).are_rows and len(set(continued)) == 1:
+            return run(given, state if continued[0] else None)
+        dims = self._with_tokens(given)
+        rows = sequence.rows(batch, tokens)
         # Split, not cut: the gradient of a split is put together once.
         counts = [count for count, _ in rows]
         of_rows = {name: iter(given[name].split(counts)) for name in dims}
-        outputs = []
-        for _, lengths in rows:
+        states = [None] * len(rows) if state is None else state.split(counts)
+        outputs, last = [], []
+        for (_, lengths), of_rows_before, goes_on in zip(rows, states, continued[:: counts[0]], strict=True):
             parts = [next(of_rows[name]).split(lengths, dim=dim) for name, dim in dims.items()]
-            of_documents = (dict(zip(dims, of_document, strict=True)) for of_document in zip(*parts, strict=True))
-            outputs.append(torch.cat([run(given | each) for each in of_documents], dim=self._token_dim))
-        return torch.cat(outputs)
+            before = of_rows_before if goes_on else None
+            of_documents = []
+            for of_document in zip(*parts, strict=True):
+                output, left = run(given | dict(zip(dims, of_document, strict=True)), before)
+                of_documents.append(output)
+                before = None
+            outputs.append(torch.cat(of_documents, dim=self._token_dim))
+            last += [] if left is None else [left]
+        return torch.cat(outputs), torch.cat(last) if last else None
 
     def _layout(self, given: Given, name: str, group: SequenceGroup) -> HeadLayout:
         heads = self._heads(given[self.by_head[0]])
@@ -154,7 +185,9 @@ _DELTA_RULE = Scan(
     arguments=("query", "key", "value", "g", "beta"),
     by_head=("value", "g", "beta"),
     by_group=("query", "key"),
-    states=("initial_state", "output_final_state"),
+    initial="initial_state",
+    final="output_final_state",
+    gives_state=True,
 )
 
 SCANS: Mapping[str, Scan] = {
@@ -165,14 +198,15 @@ SCANS: Mapping[str, Scan] = {
         by_head=("hidden_states", "dt", "z"),
         by_group=("B", "C"),
         of_heads=("A", "D", "dt_bias"),
-        states=("initial_states", "return_final_states"),
+        initial="initial_states",
+        final="return_final_states",
     ),
     "mamba_selective_scan": Scan(
         arguments=("hidden_states", "dt", "A", "B", "C"),
         by_head=("hidden_states", "dt", "z"),
         by_token=("B", "C"),
         of_heads=("A", "D", "delta_bias"),
-        states=("return_last_state",),
+        final="return_last_state",
         has_heads_first=True,
     ),
 }

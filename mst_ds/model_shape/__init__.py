@@ -17,6 +17,7 @@ from mst_ds.model_shape.multimodal import language_config, with_language_config
 from mst_ds.model_shape.positions import require_positions, unknown_positions
 from mst_ds.model_shape.rope_scaling import parse_rope_scaling, scale_rope
 from mst_ds.model_shape.shape import ModelShape, NormShape, has_two_alibis, layer_kinds, other_layers
+from mst_ds.model_shape.state_space import read_state_space
 
 __all__ = [
     "ExpertShape",
@@ -38,6 +39,7 @@ __all__ = [
     "parse_rope_scaling",
     "quantization_fields",
     "raw_model_config",
+    "read_state_space",
     "require_no_pointers",
     "require_positions",
     "scale_rope",

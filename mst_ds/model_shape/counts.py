@@ -9,6 +9,7 @@ from mst_ds.model_shape.beside_layers import beside_experts, beside_layers, besi
 from mst_ds.model_shape.experts import ExpertShape
 from mst_ds.model_shape.families import Family, Switch, is_on
 from mst_ds.model_shape.layers import LayerShape, layer_configs
+from mst_ds.model_shape.state_space import read_state_space
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -75,6 +76,7 @@ def count_parameters(
         _LayerCounter(of_layer, family, hidden, layer)
         for of_layer, layer in zip(of_layers, dimensions.layers, strict=True)
     ]
+    state_space = read_state_space(config)
     sparse_layers, experts_of_layer, active = 0, 0, 0
     if experts is not None:
         sparse_layers = experts.num_sparse_layers
@@ -84,6 +86,8 @@ def count_parameters(
     mlps = [counter.dense_mlp() for counter in counters[: dimensions.num_hidden_layers - sparse_layers]]
     mlps += [experts_of_layer] * sparse_layers
     attentions = [counter.beside_mlp() for counter in counters]
+    if state_space is not None:
+        mlps, attentions = [0] * len(counters), [state_space.parameter_count] * len(counters)
     embedding = vocab * hidden
     positions = config.max_position_embeddings * hidden if family.learned_positions else 0
     head = (not is_on("tie_word_embeddings", config)) * embedding + is_on(family.head_bias, config) * vocab

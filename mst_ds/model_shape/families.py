@@ -67,6 +67,7 @@ _GLM = Family(output_bias=False, mlp_bias=False)
 _OLMO2 = Family(mlp_bias=False, norm="rms_fp32", pre_norms=0, post_norms=2, qk_norm="all_heads")
 _PLAIN_MLP = Family(gated_mlp=False, norm="layer")
 _QWEN3 = Family(mlp_bias=False, qk_norm="head")
+_STATE_SPACE = Family(pre_norms=1)  # `state_space` counts the rest
 
 # Those whose counts are exact: the tests compare each with the model built on the meta device.
 FAMILIES: Mapping[str, Family] = {
@@ -75,6 +76,7 @@ FAMILIES: Mapping[str, Family] = {
     "cohere2": replace(_COHERE, qk_norm="none"),
     "deepseek_v3": Family(mlp_bias=False),
     "exaone4": replace(_NO_BIAS, pre_norms=0, post_norms=2, qk_norm="head"),
+    "falcon_mamba": _STATE_SPACE,
     "gemma": replace(_GEMMA2, post_norms=0),
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA3,
@@ -90,6 +92,8 @@ FAMILIES: Mapping[str, Family] = {
     "granite": LLAMA,
     "granitemoe": Family(mlp_bias=False),
     "llama": LLAMA,
+    "mamba": _STATE_SPACE,
+    "mamba2": _STATE_SPACE,
     "minimax_m2": replace(_NO_BIAS, qk_norm="all_heads"),
     "ministral3": _NO_BIAS,
     "mistral": _NO_BIAS,

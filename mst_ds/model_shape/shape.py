@@ -13,17 +13,25 @@ from mst_ds.model_shape.counts import Dimensions, ParameterCounts, TrainedCounts
 from mst_ds.model_shape.experts import ExpertShape, read_experts
 from mst_ds.model_shape.families import FAMILIES, LLAMA, Family, NormKind, is_on
 from mst_ds.model_shape.indexer import INDEXED_ATTENTION, IndexerShape, read_indexer
-from mst_ds.model_shape.layers import handed_on_width, read_layers
+from mst_ds.model_shape.layers import LayerShape, handed_on_width, read_layers
 from mst_ds.model_shape.positions import fixed_positions, rope_type, rotary_positions
 from mst_ds.model_shape.sizes import optional_size, size
+from mst_ds.model_shape.state_space import StateSpace, read_state_space
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _ATTENTION_LAYERS = frozenset({"full_attention", "attention", "sliding_attention", "chunked_attention"})
 _TOKENWISE_LAYERS = frozenset({"mlp", "moe"})
-# Heads of layers that are not attention, which ranks share as they do those of attention.
-_MIXER_HEADS = ("linear_num_value_heads", "linear_num_heads", "mamba_n_heads", "mamba_num_heads", "n_mamba_heads")
+# Heads of layers that are not attention, or channels, which ranks share as they do those of attention.
+_MIXER_HEADS = (
+    "linear_num_value_heads",
+    "linear_num_heads",
+    "mamba_n_heads",
+    "mamba_num_heads",
+    "n_mamba_heads",
+    "lru_width",
+)
 _LARGEST_OF_LAYERS = (
     "num_attention_heads",
     "num_key_value_heads",
@@ -57,7 +65,8 @@ class ModelShape(Dimensions):
     """A decoder's dimensions, under Hugging Face's names, and its parameter counts.
 
     Attributes:
-        intermediate_size: of the layers that have a dense MLP.
+        intermediate_size: of the layers that have a dense MLP; 0 where none has one.
+        num_attention_heads: of a model without attention those of its mixers.
         gated_mlp: an MLP has gate, up and down projections, not only up and down.
         activation: of an MLP, by transformers' name; "" where the config names none.
         experts: None for a dense model.
@@ -73,7 +82,8 @@ class ModelShape(Dimensions):
         other_layers: kinds of layers that are not attention; counted as if they were.
         mixer_heads: of these, 0 where they have none that are known.
         indexer: what picks the keys of attention; None where queries see all.
-        has_own_attention: its attention is not this project's, which alone is kept and works through a layer in chunks.
+        has_own_attention: its attention, or another mixer, is not one of this project's that works through a layer in
+            chunks; nor is attention kept then.
         layer_parameter_count: of the largest layer.
         position_parameter_count: of learned position embeddings, 0 without.
         table_parameter_count: of the embeddings of each layer, which are looked up, 0 without.
@@ -159,6 +169,8 @@ class ModelShape(Dimensions):
         window, window_layers = _sliding_windows(config, dimensions.num_hidden_layers)
         indexer = read_indexer(config, layer_kinds(config))
         picking = set() if indexer is None else {INDEXED_ATTENTION}
+        mixer_heads, mixers_have_chunks = _mixers(config, dimensions, picking)
+        is_whole = not picking >= set(other_layers(config)) and not mixers_have_chunks
         return cls(
             **vars(dimensions),
             tie_word_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
@@ -176,9 +188,9 @@ class ModelShape(Dimensions):
             sliding_windows=(window,) * len(window_layers),
             window_layers=window_layers,
             other_layers=other_layers(config),
-            mixer_heads=_mixer_heads(config, dimensions, picking),
+            mixer_heads=mixer_heads,
             indexer=indexer,
-            has_own_attention=has_two_alibis(config) or not picking >= set(other_layers(config)),
+            has_own_attention=has_two_alibis(config) or is_whole,
             embedding_parameter_count=counts.embedding,
             position_parameter_count=counts.positions,
             table_parameter_count=counts.tables,
@@ -316,7 +328,8 @@ def layer_kinds(config: Any) -> list[str]:
 
 
 def _dimensions(config: PreTrainedConfig) -> Dimensions:
-    layers = read_layers(config, size(config, "num_hidden_layers"))
+    num_layers, state_space = size(config, "num_hidden_layers"), read_state_space(config)
+    layers = read_layers(config, num_layers) if state_space is None else (_layer_of(state_space),) * num_layers
     return Dimensions(
         hidden_size=size(config, "hidden_size"),
         num_hidden_layers=len(layers),
@@ -326,14 +339,26 @@ def _dimensions(config: PreTrainedConfig) -> Dimensions:
     )
 
 
-def _mixer_heads(config: PreTrainedConfig, dimensions: Dimensions, picking: set[str]) -> int:
-    heads, others = optional_size(config, *_MIXER_HEADS), set(other_layers(config))
-    if heads is None and others and others <= {"conv", *picking}:
+def _layer_of(state_space: StateSpace) -> LayerShape:
+    """With the heads of the state space in place of attention's, and no MLP."""
+    heads, width = state_space.heads, state_space.width // state_space.heads
+    return LayerShape(heads, heads, head_dim=width, value_head_dim=width, intermediate_size=0)
+
+
+def _mixers(config: PreTrainedConfig, dimensions: Dimensions, picking: set[str]) -> tuple[int, bool]:
+    """The heads of layers that are not attention, 0 where none are known, and whether a layer of them is worked through
+    in chunks: a scan of channels, and a linear attention without heads of its own, take a shard whole."""
+    state_space, others = read_state_space(config), set(other_layers(config))
+    if state_space is not None:
+        return state_space.heads, state_space.heads < state_space.width
+    if (heads := optional_size(config, *_MIXER_HEADS)) is not None:
+        return heads, True
+    if others and others <= {"conv", *picking}:
         # These have none to divide: ranks hand on a few tokens of a short convolution, and all keys of an indexer.
-        return dimensions.num_attention_heads
-    if heads is None and (expand := optional_size(config, "mamba_expand")):
-        return expand * dimensions.hidden_size  # channels, each its own
-    return heads or 0
+        return dimensions.num_attention_heads, True
+    if expand := optional_size(config, "mamba_expand"):
+        return expand * dimensions.hidden_size, False
+    return dimensions.num_attention_heads if others == {"linear_attention"} else 0, False
 
 
 def _activation(config: PreTrainedConfig) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -48,7 +49,7 @@ from mst_ds.structure import (
     DocumentRotary,
     IndexerStructure,
     LossStructure,
-    MixerStructure,
+    Mixer,
     NormStructure,
     RotaryStructure,
     decoder_layers,
@@ -79,7 +80,7 @@ class ModelParts:
     layers: list[nn.Module]
     mlps: list[Chunkable]
     norms: list[NormStructure]
-    mixers: list[MixerStructure]
+    mixers: list[Mixer]
     eager: list[EagerAttention]
     indexers: list[IndexerStructure]
     rotary: list[RotaryStructure]
@@ -114,8 +115,8 @@ def find_parts(model: nn.Module, settings: Settings) -> ModelParts:
     mixers = [] if keeps_own else find_mixers(model)
     indexers = [] if keeps_own else find_indexers(model)
     eager = [] if keeps_own else find_eager_attention(model)
-    if mixers or indexers:
-        _require_one_chunk(model, settings)
+    whole = [mixer.module for mixer in mixers if not mixer.carries] + [indexer.module for indexer in indexers]
+    _require_one_chunk(model, whole, settings)
     rotary, document_rotary = find_rotary(model), find_document_rotary(model)
     loss = loss_structure(model)
     return ModelParts(layers, mlps, norms, mixers, eager, indexers, rotary, document_rotary, loss)
@@ -175,8 +176,8 @@ def apply_settings(
     base.__dict__[_UNDO] = undo
     reason = why_own_attention(base)
     # A layer whose tokens meet elsewhere than in this project's attention is a stream of one chunk.
-    layer_chunks = settings.layer_chunks if reason is None and not (parts.mixers or parts.indexers) else 1
-    stream = _replace_parts(parts, settings, layer_chunks, undo)
+    can_stream = reason is None and not parts.indexers and all(mixer.carries for mixer in parts.mixers)
+    stream = _replace_parts(parts, settings, settings.layer_chunks if can_stream else 1, undo)
     if zero_stage == 3:
         _gather_leaves(parts, settings, undo)
     name = EAGER_ATTENTION_NAME if parts.eager else ATTENTION_NAME
@@ -216,12 +217,15 @@ def _require_language_model(model: PreTrainedModel) -> None:
         )
 
 
-def _require_one_chunk(model: PreTrainedModel, settings: Settings) -> None:
-    """A mixer or an indexer works on consecutive tokens of a shard."""
-    if settings.sp_size > 1 and settings.layer_chunks > 1:
+def _require_one_chunk(model: PreTrainedModel, whole: Sequence[nn.Module], settings: Settings) -> None:
+    """
+    Args:
+        whole: that work on consecutive tokens of a shard: indexers, and some mixers.
+    """
+    if whole and settings.sp_size > 1 and settings.layer_chunks > 1:
         raise ValueError(
-            f"layer_chunks is {settings.layer_chunks}, and {type(model).__name__} has layers that are not attention "
-            f'alone, which work on a shard whole; allowed: "layer_chunks": 1 in the "mst" block'
+            f"layer_chunks is {settings.layer_chunks}, and {type(model).__name__} has {type(whole[0]).__name__}, "
+            f'which works on a shard whole; allowed: "layer_chunks": 1 in the "mst" block'
         )
 
 

@@ -31,7 +31,7 @@ from mst_ds.structure import (
     ExpertsStructure,
     IndexerStructure,
     LossStructure,
-    MixerStructure,
+    Mixer,
     MlpStructure,
     NormStructure,
     TokenwiseStructure,
@@ -52,8 +52,9 @@ def chunk_norm(norm: NormStructure, stream: LayerStream, undo: Undo) -> None:
     undo.set_attribute(norm.module, "forward", functools.partial(_norm_forward, norm, stream, norm.module.forward))
 
 
-def mix_documents(mixer: MixerStructure, stream: LayerStream, undo: Undo) -> None:
-    undo.set_attribute(mixer.module, "forward", functools.partial(_mixer_forward, mixer, stream, mixer.module.forward))
+def mix_documents(mixer: Mixer, stream: LayerStream, undo: Undo) -> None:
+    original = getattr(mixer.module, mixer.attribute)
+    undo.set_attribute(mixer.module, mixer.attribute, functools.partial(_mixer_forward, mixer, stream, original))
 
 
 def attend_eagerly(attention: EagerAttention, stream: LayerStream, undo: Undo) -> None:
@@ -147,13 +148,12 @@ def _norm_forward(
     return norm.run(*args, sums=None if stream.call is None else stream.call.sums)
 
 
-def _mixer_forward(
-    mixer: MixerStructure, stream: LayerStream, original: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:
+def _mixer_forward(mixer: Mixer, stream: LayerStream, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if stream.is_paused:
         return original(*args, **kwargs)
     context = _context_of(mixer.module, stream)
-    return mixer.run(MixedSequence(context.group, context.attention.documents), *args, **kwargs)
+    call = stream.call if stream.call is not None and len(stream.call.chunks) > 1 else None
+    return mixer.run(MixedSequence(context.group, context.attention.documents, call), *args, **kwargs)
 
 
 def _eager_forward(

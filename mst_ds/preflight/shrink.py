@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mst_ds.model_shape import read_state_space
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
@@ -82,6 +84,7 @@ _COUNTS: Mapping[str, int] = {
     "n_groups": 2,
     "mamba_chunk_size": 8,
     "chunk_size": 8,
+    "block_size": 8,
     "sliding_window": _WINDOW,
     "sliding_window_size": _WINDOW,
     "attention_window_size": _WINDOW,
@@ -160,11 +163,14 @@ def shrink_config(config: PreTrainedConfig, *, layers: Sequence[int], seq_len: i
         Exception: whatever the config's class raises where it does not accept the small values.
     """
     fields = _Fields(config)
-    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+    for name in ("hidden_size", "num_hidden_layers", "vocab_size"):
         fields.needed_size(name)
     _shrink_layers(fields, layers)
     _shrink_vocabulary(fields)
-    _shrink_heads(fields)
+    if read_state_space(config) is None:
+        _shrink_heads(fields)
+    else:
+        _shrink_state_space(fields)
     _shrink_positions(fields, seq_len)
     for name, size in _small_sizes(fields.size).items():
         fields.put(name, size)
@@ -309,6 +315,15 @@ def _shrink_heads(fields: _Fields) -> None:
         if fields.size(name) is not None:
             fields.put(name, size)
     _shrink_window_heads(fields, head_dim)
+
+
+def _shrink_state_space(fields: _Fields) -> None:
+    """Of a model without attention: the hidden size, and heads that together are as wide as the expanded one."""
+    heads, head_dim = 4, 8
+    if fields.size("num_heads") is not None:
+        fields.put("num_heads", heads)
+        fields.put("head_dim", head_dim)
+    fields.put("hidden_size", heads * head_dim // fields.needed_size("expand"))
 
 
 def _shrink_window_heads(fields: _Fields, head_dim: int) -> None:

@@ -186,6 +186,7 @@ def find_mlps(model: PreTrainedModel, *, required: bool) -> list[Chunkable]:
         ValueError: `required`, and a layer that cannot be chunked.
     """
     found: list[Chunkable] = []
+    only_mixing = 0
     names = {module: name for name, module in model.named_modules()}
     hidden_size = model.config.get_text_config().hidden_size
     with probe.isolated_rng():
@@ -194,7 +195,7 @@ def find_mlps(model: PreTrainedModel, *, required: bool) -> list[Chunkable]:
             if chunkable:
                 found += chunkable
             elif chunkable is not None and _only_mixes(layer):
-                continue
+                only_mixing += 1
             elif required:
                 raise ValueError(
                     f"{type(model).__name__}: {names[layer]} has no MLP that can be chunked exactly (linear layers and "
@@ -202,7 +203,7 @@ def find_mlps(model: PreTrainedModel, *, required: bool) -> list[Chunkable]:
                 )
             else:
                 return []
-    if required and not found:
+    if required and not found and not only_mixing:
         raise ValueError(
             f'{type(model).__name__} has no decoder layers with an MLP; set "mlp_chunks": 1 in the "mst" block'
         )
@@ -229,6 +230,8 @@ def _find_in(parent: nn.Module, hidden_size: int) -> list[Chunkable] | None:
     """What of `parent` can be chunked; None where something in it should be and cannot."""
     found: list[Chunkable] = []
     for child in parent.children():
+        if is_mixer(child):
+            continue
         if _holds_experts(child):
             experts = _as_experts(child, hidden_size)
             inside = [experts] if experts is not None else _find_in(child, hidden_size)
@@ -237,7 +240,7 @@ def _find_in(parent: nn.Module, hidden_size: int) -> list[Chunkable] | None:
             found += inside
         elif (mlp := _as_mlp(child)) is not None:
             found.append(mlp)
-        elif _has_two_projections(child) and not is_mixer(child) and is_tokenwise(child, hidden_size):
+        elif _has_two_projections(child) and is_tokenwise(child, hidden_size):
             found.append(TokenwiseStructure(child, 1))
     return found
 

@@ -92,5 +92,5 @@ def _layers_with_picks(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def has_whole_layers(model: PreTrainedModel) -> bool:
-    """Whether layers are one chunk whatever a plan says: mixers and indexers work on whole shards."""
-    return bool(find_mixers(model)) or bool(find_indexers(model))
+    """Whether layers are one chunk whatever a plan says: indexers, and some mixers, work on whole shards."""
+    return not all(mixer.carries for mixer in find_mixers(model)) or bool(find_indexers(model))

@@ -23,7 +23,7 @@ def trained_shape(shape: ModelShape, model: PreTrainedModel) -> ModelShape:
         shape: of the model's config.
         model: whose parameters are only counted; it may be on the meta device.
     """
-    is_whole = why_own_attention(model) is not None or bool(find_mixers(model))
+    is_whole = why_own_attention(model) is not None or not all(mixer.carries for mixer in find_mixers(model))
     shape = replace(shape, has_own_attention=is_whole)
     all_parameters, trained = _count(model.parameters()), _count(model.parameters(), trained=True)
     if trained == all_parameters == shape.parameter_count:

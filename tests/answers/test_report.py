@@ -6,7 +6,7 @@ import re
 import pytest
 from planned import ATTENTION, choices_of, llama_8b_plan, small_plan
 from rich.console import Console
-from transformers import AutoConfig, LlamaConfig, Qwen3NextConfig, StableLmConfig
+from transformers import AutoConfig, LlamaConfig, Mamba2Config, MambaConfig, Qwen3NextConfig, StableLmConfig
 
 from mst_ds.answers import plan_table
 from mst_ds.answers.verdict import seconds_text
@@ -83,15 +83,15 @@ def test_the_report_says_where_parameters_are_not_counted_exactly():
 
 
 def test_layers_that_are_not_attention_are_planned_on_one_rank_and_said_to_be_an_estimate():
-    kinds = ["full_attention", "linear_attention"]
+    kinds = ["full_attention", "indexed_attention"]
     hybrid = LlamaConfig(
         hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, layer_types=kinds
     )
     arguments = {"model_config": hybrid, "ds_config": {}, "world_size": 2, "seq_len": 64, "device_memory": GIB}
     text = " ".join(rendered(make_plan(**arguments, sp_size=1)).split())
-    assert "layers of type linear_attention planned as if they were attention, an estimate" in text
+    assert "layers of type indexed_attention planned as if they were attention, an estimate" in text
     with pytest.raises(
-        ValueError, match="layers of type linear_attention, which sequence parallelism does not support"
+        ValueError, match="layers of type indexed_attention, which sequence parallelism does not support"
     ):
         make_plan(**arguments, sp_size=2)
 
@@ -118,6 +118,21 @@ def test_an_indexers_keys_go_to_every_rank():
     plan = make_plan(**arguments, world_size=8, sp_size=8, device_memory=200 * GIB)
     assert (plan.sp_size, plan.settings.layer_chunks) == (8, 1)
     assert "indexed_attention planned as if they were attention" in " ".join(rendered(plan).split())
+
+
+@pytest.mark.parametrize(
+    ("config", "heads"),
+    [
+        (Mamba2Config(num_heads=4, head_dim=32, hidden_size=64, num_hidden_layers=2), 4),
+        (MambaConfig(hidden_size=64, num_hidden_layers=2), 128),
+    ],
+)
+def test_ranks_share_the_heads_or_channels_of_a_model_without_attention(config, heads):
+    arguments = {"model_config": config, "ds_config": {}, "seq_len": 4096, "device_memory": GIB}
+    plan = make_plan(**arguments, world_size=heads, sp_size=heads)
+    assert (plan.sp_size, plan.settings.mlp_chunks) == (heads, 1)
+    with pytest.raises(ValueError, match=f"has {heads} query heads"):
+        make_plan(**arguments, world_size=2 * heads, sp_size=2 * heads)
 
 
 def rendered(plan):

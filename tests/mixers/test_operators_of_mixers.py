@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from mst_ds.attention import Documents
-from mst_ds.mixers import OPERATORS, MixedSequence
+from mst_ds.layer_stream import LayerCall, Pass
+from mst_ds.layer_stream.last_output import LastOutput
+from mst_ds.mixers import METHODS, OPERATORS, MixedSequence, lightning_attention
+from mst_ds.recompute import DeviceStore
 from mst_ds.sequence_parallel import SequenceGroup, run_simulated
 
 # Sums of a few float64 numbers, in another order.
@@ -82,6 +85,44 @@ def mamba_selective_scan(
     return (torch.stack(outputs, dim=2) + D[:, None] * hidden_states) * torch.sigmoid(z)
 
 
+def _rnn_scan(hidden_states: Tensor, *, recurrent_gate: Tensor, reset: Tensor, recurrent_states: Any) -> Any:
+    assert not reset.any()
+    state: Any = 0.0 if recurrent_states is None else recurrent_states
+    outputs = []
+    for token in range(hidden_states.shape[1]):
+        state = state * recurrent_gate[:, token] + hidden_states[:, token]
+        outputs.append(state)
+    return torch.stack(outputs, dim=1), state
+
+
+def linear_attention(query: Tensor, key: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+    state: Any = 0.0
+    outputs = []
+    for token in range(query.shape[1]):
+        state = state * torch.exp(-slope) + key[:, token, :, :, None] * value[:, token, :, None]
+        outputs.append((query[:, token, :, :, None] * state).sum(dim=2))
+    return torch.stack(outputs, dim=1)
+
+
+def in_blocks(sequence: MixedSequence, original: Call, *tokens: Tensor, slope: Tensor) -> Tensor:
+    """Decays of blocks of 3 tokens, as transformers' layers have them, from the slopes."""
+    place = torch.arange(3, dtype=torch.float64)
+    distance = place[:, None] - place
+    diagonal = torch.where(distance >= 0, torch.exp(-slope * distance), 0.0)
+    query_decay, key_decay = torch.exp(-slope * (place[:, None] + 1)), torch.exp(-slope * (2 - place[:, None]))
+    return lightning_attention(sequence, *tokens, slope, query_decay, key_decay, diagonal)
+
+
+def recurrence(channels: int) -> tuple[dict[str, Any], list[str]]:
+    tokens = {"hidden_states": normal(2, LENGTH, channels), "recurrent_gate": torch.rand(2, LENGTH, channels).double()}
+    return tokens, list(tokens)
+
+
+def lightning(heads: int) -> tuple[dict[str, Tensor], list[str]]:
+    tokens = {name: normal(2, LENGTH, heads, 2) for name in ("query", "key", "value")}
+    return tokens | {"slope": torch.rand(heads, 1, 1, dtype=torch.float64)}, list(tokens)
+
+
 def delta_rule(heads: int, key_heads: int, dtype: torch.dtype = torch.float64) -> tuple[dict[str, Tensor], list[str]]:
     tokens = {
         "query": normal(2, LENGTH, key_heads, 3),
@@ -142,6 +183,8 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
+FROM_NOTHING = {"reset": torch.tensor(False), "recurrent_states": None}
+CALLED_BY_NAME = {**OPERATORS, **METHODS, "linear_attention": in_blocks}
 CASES: dict[str, tuple[Call, Any, int, dict[str, Any], list[int]]] = {
     "convolution": (causal_conv1d_fn, short_convolution, 2, {"activation": "tanh"}, [1, 2, 6]),
     "convolution of a token": (causal_conv1d_fn, lambda: short_convolution(1), 2, {}, [2]),
@@ -158,6 +201,8 @@ CASES: dict[str, tuple[Call, Any, int, dict[str, Any], list[int]]] = {
         [2],
     ),
     "Mamba 2": (mamba2_chunk_scan, lambda: mamba_2(4, 2), 1, {"chunk_size": 7}, [1, 2, 4]),
+    "RG-LRU": (_rnn_scan, lambda: recurrence(4), 1, FROM_NOTHING, [1, 2, 3]),
+    "lightning attention": (linear_attention, lambda: lightning(3), 1, {}, [1, 2, 3]),
     "Mamba 1": (mamba_selective_scan, lambda: mamba_1(3), 2, {}, [1, 2, 3]),
 }
 
@@ -182,7 +227,7 @@ def test_values_and_gradients_are_those_of_each_document_alone(name: str, size: 
 
         mine = {key: own(key, tensor).detach().requires_grad_() for key, tensor in leaves.items()}
         sequence = MixedSequence(None if size == 1 else group, Documents(starts))
-        operator = OPERATORS[original.__name__]
+        operator = CALLED_BY_NAME[original.__name__]
         output = positional(lambda *args, **kwargs: operator(sequence, original, *args, **kwargs), mine | settings)
         of_output = weights.narrow(dim, group.rank * length, length)
         return output.detach(), list(torch.autograd.grad(output, list(mine.values()), of_output))
@@ -191,6 +236,19 @@ def test_values_and_gradients_are_those_of_each_document_alone(name: str, size: 
     assert_close(torch.cat([output for output, _ in ranks], dim=dim), expected)
     for key, expected_grad, *grads in zip(leaves, expected_grads, *(grads for _, grads in ranks), strict=True):
         assert_close(torch.cat(grads, dim=dim) if key in names else torch.stack(grads).sum(dim=0), expected_grad)
+
+
+@pytest.mark.parametrize("starts", [ONE_EACH, [[0, 5], [0, 3]], [[0, 3], [0, 5, 9]], [[0, 5, 9]]], ids=str)
+def test_a_state_goes_on_into_the_next_chunk_where_a_rows_document_does(starts: Any) -> None:
+    given, names = recurrence(4)
+    call = LayerCall([slice(0, 5), slice(5, 9), slice(9, LENGTH)], DeviceStore(), LastOutput(), is_kept=False)
+    outputs = []
+    for index, tokens in enumerate(call.chunks):
+        call.begin(index, Pass.FORWARD)
+        of_chunk = {name: tensor[:, tokens] for name, tensor in given.items()}
+        sequence = MixedSequence(None, Documents(starts), call)
+        outputs.append(METHODS["_rnn_scan"](sequence, _rnn_scan, **of_chunk, **FROM_NOTHING)[0])
+    assert_close(torch.cat(outputs, dim=1), alone(_rnn_scan, given | FROM_NOTHING, names, 1, starts))
 
 
 def test_more_ranks_than_heads_are_refused() -> None:

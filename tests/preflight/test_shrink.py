@@ -290,7 +290,7 @@ def refusal(config: PreTrainedConfig) -> str:
     ("model_type", "says"),
     [
         ("hrm_text", "cannot be shrunk: it has no list of 128 decoder layers"),  # it runs few layers often
-        ("mamba", "its num_attention_heads is None"),
+        ("rwkv", "its num_attention_heads is None"),
         ("git", "still has"),  # another tower, whose config is a part
     ],
 )
