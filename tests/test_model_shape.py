@@ -5,6 +5,7 @@ from fractions import Fraction
 import pytest
 import torch
 import transformers
+from multimodal import CONFIGS
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mst_ds.model_shape import (
@@ -12,6 +13,10 @@ from mst_ds.model_shape import (
     ModelShape,
     NormShape,
     families,
+    language_config,
+    load_config_of_shape,
+    load_model_shape,
+    with_language_config,
 )
 from mst_ds.structure import why_own_attention
 
@@ -189,6 +194,19 @@ def test_a_multimodal_model_is_refused_with_its_text_model():
     with pytest.raises(ValueError, match=r"'gemma3' is multimodal; allowed: .* its part 'gemma3_text'") as error:
         ModelShape.from_config(transformers.Gemma3Config())
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_language_model_of_a_multimodal_one_is_planned(name, tmp_path):
+    config = CONFIGS[name]()
+    config.save_pretrained(tmp_path)
+    shape = load_model_shape(str(tmp_path))
+    language = language_config(config)
+    assert shape == ModelShape.from_config(language) == ModelShape.from_config(load_config_of_shape(str(tmp_path)))
+    # Whether the head is tied is said by the whole model's config.
+    assert shape.tie_word_embeddings == config.tie_word_embeddings
+    assert with_language_config(config, language).to_dict() == config.to_dict()
+    assert language_config(language) is language
 
 
 def test_key_value_heads_that_do_not_divide_the_query_heads_are_refused():

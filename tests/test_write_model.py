@@ -11,9 +11,10 @@ import pytest
 from processes import full_disk
 from tiny import tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import hub
 
 from mst_ds.data.tokenizer import byte_tokenizer
-from mst_ds.model_folder.write import write_files_of, write_model
+from mst_ds.model_folder.write import fetch_processor_of, write_files_of, write_model
 
 
 def write(folder: Path, source: str = "small_llama", write_files: Callable[[Path], None] | None = None) -> None:
@@ -110,3 +111,32 @@ def test_the_sources_own_files_are_kept(tmp_path: Path, generation: dict[str, ob
     assert names.isdisjoint({"generation_config.json", "preprocessor_config.json"})
     # The model's own is as it was.
     assert model.generation_config.temperature == 0.6
+
+
+def test_an_old_chat_template_is_kept_where_there_is_no_other(tmp_path: Path) -> None:
+    """Processors read it. The tokenizer's own may be one that the run has put in its place."""
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "old"}', encoding="utf-8")
+    model, tokenizer = tiny_llama(), byte_tokenizer()
+    for template, is_there in ((None, True), ("new", False)):
+        tokenizer.chat_template = template
+        folder = tmp_path / str(template)
+        write_files_of(model, tokenizer, str(tmp_path), folder)
+        assert (folder / "chat_template.json").exists() == is_there
+
+
+def test_files_of_a_processor_are_got_from_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    got: list[str] = []
+
+    def cached_file(name: str, file: str, **settings: object) -> None:
+        if name == "some/lost":
+            raise OSError("no\nnetwork")
+        got.append(f"{name}/{file}")
+
+    monkeypatch.setattr(hub, "cached_file", cached_file)
+    for source in ("small_llama", str(tmp_path)):
+        fetch_processor_of(source)
+    assert got == []
+    fetch_processor_of("some/model")
+    assert {"some/model/preprocessor_config.json", "some/model/processor_config.json"} <= set(got)
+    with pytest.raises(ValueError, match=r"preprocessor_config\.json of model 'some/lost' cannot be had: no network"):
+        fetch_processor_of("some/lost")

@@ -29,8 +29,10 @@ from mst_ds.checkpoint import (
 )
 from mst_ds.dtypes import DTYPES
 from mst_ds.kept_in_fp32 import fp32_parameters, persistent_buffers
+from mst_ds.model_folder.whole import REST_FILE, WholeModel
+from mst_ds.model_folder.whole_adapter import adapter_of_whole
 from mst_ds.model_folder.write import copy_files_of, write_files_of, write_model
-from mst_ds.model_shape import load_model_config
+from mst_ds.model_shape import language_config, load_model_config
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -38,11 +40,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 # What a checkpoint's `model/` has for an export, and a model folder has not or of its own.
-_OF_CHECKPOINT = ("config.json", ADAPTER_FILE, EXACT_FILE)
+_OF_CHECKPOINT = ("config.json", ADAPTER_FILE, EXACT_FILE, REST_FILE)
 
 
 def export_run(
-    engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, output_dir: Path, *, source: str, merge_adapter: bool
+    engine: DeepSpeedEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    output_dir: Path,
+    *,
+    source: str,
+    merge_adapter: bool,
+    whole: WholeModel | None,
 ) -> None:
     """`export_model` at the end of a run, into its `model/`.
 
@@ -50,7 +58,8 @@ def export_run(
         OSError: it could not be written, with where the run's work is.
     """
     try:
-        export_model(engine, tokenizer, output_dir / "model", source=source, merge_adapter=merge_adapter)
+        folder = output_dir / "model"
+        export_model(engine, tokenizer, folder, source=source, merge_adapter=merge_adapter, whole=whole)
     except OSError as error:
         newest = newest_checkpoint(checkpoints_folder(output_dir))
         if newest is None:
@@ -67,8 +76,10 @@ def export_model(
     *,
     source: str,
     merge_adapter: bool = False,
+    whole: WholeModel | None = None,
 ) -> None:
-    """Write a folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` load.
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` load; of a
+    multimodal model its own class.
 
     A collective call; rank 0 writes, in the dtype the model was trained in, and in fp32 what is kept so. Under ZeRO-3
     one parameter at a time is gathered, so no device ever holds more than its own model states and one parameter;
@@ -77,6 +88,7 @@ def export_model(
     Args:
         source: see `write_files_of`.
         merge_adapter: write the model with its adapters merged into its weights, in place of the adapters.
+        whole: the multimodal model whose language model the engine has.
 
     Raises:
         OSError: it could not be written, on rank 0. What was in `folder` is as it was.
@@ -86,11 +98,17 @@ def export_model(
     if dist.get_rank() == 0:
         if merge_adapter:
             model, state = merged_state(model.config, model.active_peft_config, state)
+        has_adapters = bool(getattr(model, "peft_config", None))
+        is_joined = whole is not None and not has_adapters
+        if whole is not None and is_joined:
+            model, state = whole.joined(state)
 
         def write_files(partial: Path) -> None:
             write_files_of(model, tokenizer, source, partial)
+            if whole is not None and has_adapters:
+                adapter_of_whole(partial, whole.places, model.base_model.targeted_module_names)
 
-        write_model(model, state, Path(folder), write_files=write_files)
+        write_model(model, state, Path(folder), write_files=write_files, has_stored_names=is_joined)
 
 
 def export_checkpoint(checkpoint: Checkpoint, folder: str | os.PathLike[str], *, merge_adapter: bool = False) -> None:
@@ -105,7 +123,8 @@ def export_checkpoint(checkpoint: Checkpoint, folder: str | os.PathLike[str], *,
     peft_config = load_peft_config(str(source)) if (source / ADAPTER_FILE).is_file() else None
     base_model = None if peft_config is None else peft_config.base_model_name_or_path
     dtype = DTYPES[checkpoint.identity.dtype]
-    model_config = load_model_config(str(source))
+    whole_config = load_model_config(str(source))
+    model_config, whole = language_config(whole_config), WholeModel.of_checkpoint(source, whole_config)
     if merge_adapter:
         if peft_config is None:
             raise ValueError(
@@ -122,14 +141,20 @@ def export_checkpoint(checkpoint: Checkpoint, folder: str | os.PathLike[str], *,
     state |= exact_tensors(checkpoint.folder)
     if merge_adapter:
         model, state = merged_state(model_config, model.active_peft_config, state)
+    has_adapters = bool(getattr(model, "peft_config", None))
+    is_joined = whole is not None and not has_adapters
+    if whole is not None and is_joined:
+        model, state = whole.joined(state)
 
     def write_files(partial: Path) -> None:
         shutil.copytree(source, partial, ignore=shutil.ignore_patterns(*_OF_CHECKPOINT), dirs_exist_ok=True)
         if merge_adapter and base_model:
             # A checkpoint of adapters has none of them: they are the model's.
             copy_files_of(base_model, partial)
+        if whole is not None and has_adapters:
+            adapter_of_whole(partial, whole.places, model.base_model.targeted_module_names)
 
-    write_model(model, state, Path(folder), write_files=write_files)
+    write_model(model, state, Path(folder), write_files=write_files, has_stored_names=is_joined)
 
 
 def merged_state(

@@ -32,6 +32,7 @@ from mst_ds.checkpoint.folder import (
 from mst_ds.checkpoint.identity import Identity
 from mst_ds.checkpoint.random_states import random_file, random_states
 from mst_ds.checkpoint.state import to_text
+from mst_ds.dtypes import DTYPES
 from mst_ds.files.whole_file import flush_to_disk
 from mst_ds.kept_in_fp32 import fp32_parameters, persistent_buffers
 from mst_ds.model_folder.write import write_files_of
@@ -39,6 +40,8 @@ from mst_ds.model_folder.write import write_files_of
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
     from transformers import PreTrainedTokenizerBase
+
+    from mst_ds.model_folder import WholeModel
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class CheckpointWriter:
     Attributes:
         identity, tokenizer: of the run.
         source: of the model, see `write_files_of`.
+        whole: the multimodal model whose language model the run trains.
         keeps_best: one of those that are kept is the one whose evaluation has the lowest loss; beside it the newest is
             kept whatever `keep` is.
     """
@@ -57,6 +61,7 @@ class CheckpointWriter:
     identity: Identity
     tokenizer: PreTrainedTokenizerBase
     source: str
+    whole: WholeModel | None = None
     keeps_best: bool = False
 
     def save(
@@ -111,7 +116,7 @@ class CheckpointWriter:
         # Collective, so on every rank.
         exact = fp32_parameters(engine.module) | persistent_buffers(engine.module)
         if dist.get_rank() == 0:
-            _write_model_folder(engine, self.tokenizer, self.source, exact, partial / MODEL_FOLDER)
+            _write_model_folder(engine, self, exact, partial / MODEL_FOLDER)
 
     def _finish(self, partial: Path, target: Path, state: Mapping[str, Any]) -> None:
         (partial / STATE_FILE).write_text(to_text(state), encoding="utf-8")
@@ -135,15 +140,19 @@ def names_to_remove(names: Sequence[str], *, keep: int, best: str | None) -> lis
 
 
 def _write_model_folder(
-    engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, source: str, exact: Mapping[str, Tensor], folder: Path
+    engine: DeepSpeedEngine, writer: CheckpointWriter, exact: Mapping[str, Tensor], folder: Path
 ) -> None:
     """What an export needs beside the weights; `exact`: tensors whose dtype DeepSpeed's files may not keep."""
     model: Any = engine.module
     peft_configs = getattr(model, "peft_config", None)
     if peft_configs:
         model.active_peft_config.save_pretrained(str(folder))
-    model.config.save_pretrained(str(folder))
-    write_files_of(model, tokenizer, source, folder)
+    if writer.whole is None:
+        model.config.save_pretrained(str(folder))
+    else:
+        writer.whole.config.save_pretrained(str(folder))
+        writer.whole.write_rest(folder, DTYPES[writer.identity.dtype])
+    write_files_of(model, writer.tokenizer, writer.source, folder)
     save_file({name: tensor.cpu().contiguous() for name, tensor in exact.items()}, folder / EXACT_FILE)
 
 

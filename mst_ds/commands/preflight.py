@@ -31,11 +31,14 @@ def _check(argv: Sequence[str]) -> Report:
     config = parse_train_config(argv)
     mst = split_mst(load_ds_config(config.ds_config))[1]
     # From here on imports take seconds; a mistyped flag has been answered already.
-    from mst_ds.model_shape import load_model_config
-    from mst_ds.preflight import cases_to_try, check_model
+    from mst_ds.model_shape import language_config, load_model_config
+    from mst_ds.preflight import cases_to_try, check_model, require_same_on_text
 
     packed = config.packing == "documents"
-    model_config = load_model_config(config.model, trust_remote_code=config.trust_remote_code)
+    whole_config = load_model_config(config.model, trust_remote_code=config.trust_remote_code)
+    model_config = language_config(whole_config)
+    if model_config is not whole_config:
+        require_same_on_text(whole_config, model_config)
     return check_model(model_config, cases_to_try(mst, packed=packed))
 
 

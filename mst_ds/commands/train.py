@@ -237,7 +237,14 @@ def _take_steps(job: _Job, interruption: Interruption) -> bool:
         )
         if is_done:
             best = _load_best(job, engine)
-            export_run(engine, run.tokenizer, folder, source=config.model, merge_adapter=config.merge_adapter)
+            export_run(
+                engine,
+                run.tokenizer,
+                folder,
+                source=config.model,
+                merge_adapter=config.merge_adapter,
+                whole=run.whole,
+            )
             of_run = {
                 "device": device_name(engine.device),
                 "data": amounts,
@@ -295,6 +302,7 @@ def _saver(job: _Job, engine: DeepSpeedEngine, interruption: Interruption) -> Sa
         identity=run.identity,
         tokenizer=run.tokenizer,
         source=config.model,
+        whole=run.whole,
         keeps_best=config.load_best_model_at_end,
     )
     return Saver(

@@ -76,6 +76,7 @@ def _load_model(run: Run) -> tuple[nn.Module, list[KeptTensor]]:
             new_lm_head=run.config.new_lm_head,
             stored_vocab_size=run.stored_vocab_size,
             seed=run.config.seed,
+            whole=run.whole,
         )
     kept = loading.kept(model)
     # transformers has loaded parameters require gradients, also those that the model's own code does not train.

@@ -25,13 +25,18 @@ from mst_ds.model_folder import (
     ModelLayout,
     SavedAdapter,
     Weights,
+    WholeModel,
+    fetch_processor_of,
     find_adapter,
     find_weights,
+    find_whole,
     require_match,
+    whole_on_meta,
     with_vocab_size,
 )
 from mst_ds.model_shape import (
     ModelShape,
+    language_config,
     load_model_config,
     parse_rope_scaling,
     require_positions,
@@ -42,7 +47,7 @@ from mst_ds.objective_flags import ObjectiveFlags
 from mst_ds.optimizers import ADAMW, OPTIMIZERS
 from mst_ds.patching import find_parts
 from mst_ds.planner import DEFAULT_RESERVE, Plan, Request, make_request, plan_of_request, settle_sp_size
-from mst_ds.preflight import require_exact
+from mst_ds.preflight import require_exact, require_same_on_text
 from mst_ds.structure import position_table, why_own_attention
 from mst_ds.structure.trained import trained_shape
 from mst_ds.zero import DsConfig, ResolvedConfig, fill_steps, has_block, kept_blocks, read_resolved
@@ -65,7 +70,9 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
     """
     checkpoint = find_checkpoint(config)
     require_installed(config.optim)
-    model_config = load_model_config(config.model, trust_remote_code=config.trust_remote_code)
+    whole_config = load_model_config(config.model, trust_remote_code=config.trust_remote_code)
+    model_config = language_config(whole_config)
+    is_part = model_config is not whole_config
     if config.rope_scaling is not None:
         scale_rope(model_config, parse_rope_scaling(config.rope_scaling))
     stored_config = model_config
@@ -83,9 +90,12 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
     own_attention = _own_attention(config, plan, model)
     if model_config is not stored_config:
         _require_trained_rows(config, peft_config, model)
-    weights, notes = _weights(config, model, DTYPES[plan.dtype], stored_config)
-    adapter = _adapter(config, adapted)
+    dtype = DTYPES[plan.dtype]
+    weights, notes = _weights(config, whole_on_meta(whole_config) if is_part else model, dtype, stored_config)
+    whole = _whole(config, weights, whole_config, stored_config, dtype) if is_part else None
+    adapter = _adapter(config, adapted, whole)
     more_notes = (
+        whole.note(config.model) if whole else None,
         adapter.note(config.model) if adapter else None,
         unknown_positions(shape, config.seq_len),
         *_of_flags(config, stored_config, model_config),
@@ -105,6 +115,8 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
         _require_states_for(config, launch, resolved.ds_config, checkpoint)
     if config.preflight:
         require_exact(model_config, plan.settings, packed=config.has_documents)
+        if is_part:
+            require_same_on_text(whole_config, model_config)
     return Run(
         config=config,
         launch=launch,
@@ -115,6 +127,7 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
         own_attention=own_attention,
         model_class=type(model),
         layout=ModelLayout.of(adapted),
+        whole=None if whole is None else whole.with_language(model_config),
         weights=weights,
         adapter=adapter,
         notes=(*notes, *(note for note in more_notes if note is not None)),
@@ -297,6 +310,7 @@ def _weights(
     """What the model starts from, and what a user should know of it.
 
     Args:
+        model: that the weights are of; a multimodal one where its language model is trained.
         stored_config: that of the weights, which may have fewer rows than `model`.
 
     Raises:
@@ -304,6 +318,7 @@ def _weights(
     """
     weights = find_weights(config.model)
     if weights is not None:
+        # A multimodal model is as it is stored.
         if stored_config.get_text_config().vocab_size < model.config.get_text_config().vocab_size:
             model = model_on_meta(stored_config, None)[0]
         return weights, require_match(weights, model, dtype=dtype, new_lm_head=config.new_lm_head)
@@ -312,7 +327,23 @@ def _weights(
     return None, (f"model {config.model!r} has no weights: it starts from random ones",)
 
 
-def _adapter(config: TrainConfig, adapted: Any) -> SavedAdapter | None:
+def _whole(
+    config: TrainConfig,
+    weights: Weights | None,
+    whole_config: PreTrainedConfig,
+    stored_config: PreTrainedConfig,
+    dtype: torch.dtype,
+) -> WholeModel:
+    """The multimodal model whose language model is trained, all of whose files are on this machine then.
+
+    Raises:
+        ValueError: see `find_whole`, or its processor cannot be had.
+    """
+    fetch_processor_of(config.model)
+    return find_whole(weights, whole_config, stored_config, dtype=dtype, seed=config.seed)
+
+
+def _adapter(config: TrainConfig, adapted: Any, whole: WholeModel | None) -> SavedAdapter | None:
     """The trained adapter that the run goes on with.
 
     Raises:
@@ -320,7 +351,7 @@ def _adapter(config: TrainConfig, adapted: Any) -> SavedAdapter | None:
     """
     if config.adapter is None:
         return None
-    adapter = find_adapter(config.adapter)
+    adapter = find_adapter(config.adapter, whole)
     adapter.require_match(adapted)
     return adapter
 

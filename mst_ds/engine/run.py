@@ -14,7 +14,7 @@ from mst_ds.data import EvalLoader, Loading, ShardedLoader, TrainingData
 from mst_ds.dtypes import DTYPES
 from mst_ds.engine.hardware import has_accelerator
 from mst_ds.engine.launch import Launch
-from mst_ds.model_folder import ModelLayout, SavedAdapter, Weights
+from mst_ds.model_folder import ModelLayout, SavedAdapter, Weights, WholeModel
 from mst_ds.planner import Plan, Request
 from mst_ds.zero import DsConfig
 
@@ -30,7 +30,8 @@ class Run:
     `ds_config` is what DeepSpeed gets: every "auto" filled in, without the "mst" block. `request` is what `plan` was
     made of. `stored_vocab_size` are the rows that the weights have for tokens, fewer than the model where some are
     added. `own_attention` is the implementation that transformers loads the model with; None leaves that to
-    transformers. `weights` is None where they start from random ones, `adapter` where adapters are new ones or there
+    transformers. `whole` is the multimodal model whose language model is trained, None where that is all there is.
+    `weights` is None where they start from random ones, `adapter` where adapters are new ones or there
     are none; `layout` is of the model that was checked, and `notes` what a user should know of what is loaded.
     `checkpoint` is what the run goes on from.
     """
@@ -44,6 +45,7 @@ class Run:
     own_attention: str | None
     model_class: type[PreTrainedModel]
     layout: ModelLayout
+    whole: WholeModel | None
     weights: Weights | None
     adapter: SavedAdapter | None
     notes: tuple[str, ...]

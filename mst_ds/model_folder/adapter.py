@@ -13,6 +13,8 @@ import torch
 from mst_ds.adapters import saved_config, saved_weights
 from mst_ds.model_folder.contents import first_names
 from mst_ds.model_folder.tensors import StoredTensors, read_headers
+from mst_ds.model_folder.whole import WholeModel
+from mst_ds.model_folder.whole_adapter import name_in_language
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -26,13 +28,15 @@ class SavedAdapter:
     Attributes:
         source: the folder or id, as the user gave it.
         base: the name of the model that it was trained on; None where it says none.
-        headers: its tensors by their names in the file, without memory.
+        headers: its tensors by the names that peft gives them, without memory.
+        names: of these tensors, those in the file, which are others where it is an adapter of a multimodal model.
     """
 
     source: str
     base: str | None
     file: Path
     headers: Mapping[str, Tensor] = field(repr=False)
+    names: Mapping[str, str] = field(repr=False)
 
     def note(self, model: str) -> str | None:
         """What a user should know of it who trains it on with `model`."""
@@ -68,22 +72,27 @@ class SavedAdapter:
         places = _places(adapted)
         tensors = dict(adapted.named_parameters(remove_duplicate=False)) | dict(adapted.named_buffers())
         with StoredTensors((self.file,)) as stored:
-            for name in sorted(stored):
+            for name in sorted(self.names):
                 tensor = tensors[places[name]]
                 sharded = [tensor] if hasattr(tensor, "ds_id") else []
                 with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0):
-                    tensor.copy_(stored[name])
+                    tensor.copy_(stored[self.names[name]])
 
 
-def find_adapter(source: str) -> SavedAdapter:
+def find_adapter(source: str, whole: WholeModel | None = None) -> SavedAdapter:
     """The trained adapter in a folder, or of a Hugging Face id, whose files it gets onto this machine.
+
+    Args:
+        whole: the multimodal model whose language model has it.
 
     Raises:
         ValueError: its config or its weights are missing, damaged or cannot be trained.
     """
     base = saved_config(source).base_model_name_or_path
     file = saved_weights(source)
-    return SavedAdapter(source, base or None, file, read_headers(file))
+    headers = read_headers(file)
+    names = {name if whole is None else name_in_language(name, whole.places): name for name in headers}
+    return SavedAdapter(source, base or None, file, {own: headers[name] for own, name in names.items()}, names)
 
 
 def _places(adapted: PeftModel, *, with_embeddings: bool = True) -> dict[str, str]:

@@ -14,6 +14,7 @@ from mst_ds.model_folder.tensors import read_headers
 from mst_ds.model_shape import raw_model_config, require_no_pointers, shipped_model_config
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 # As transformers names them, in the order in which it takes them.
@@ -50,6 +51,19 @@ class Weights:
     files: tuple[Path, ...]
     headers: Mapping[str, Tensor] = field(repr=False)
     quantization: Quantization | None
+
+    def plain_headers(self, dtype: torch.dtype) -> Mapping[str, Tensor]:
+        """Those of the weights as they are loaded, dequantised to `dtype` where they are quantised.
+
+        Raises:
+            ValueError: a scale has no weight, or not the size of its blocks.
+        """
+        if self.quantization is None:
+            return self.headers
+        try:
+            return self.quantization.dequantize(self.headers, dtype)
+        except ValueError as error:
+            raise ValueError(f"model {self.source!r}: {error}") from None
 
 
 def find_weights(name_or_path: str) -> Weights | None:

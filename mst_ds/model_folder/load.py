@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,8 +15,10 @@ from mst_ds.model_folder.generation import generation_config
 from mst_ds.model_folder.match import Difference, head_names
 from mst_ds.model_folder.rows import add_rows, with_vocab_size
 from mst_ds.model_folder.tensors import StoredTensors
+from mst_ds.model_folder.whole import WholeModel
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
@@ -29,6 +32,7 @@ def load_model(
     new_lm_head: bool = False,
     stored_vocab_size: int | None = None,
     seed: int = 0,
+    whole: WholeModel | None = None,
 ) -> PreTrainedModel:
     """A model of `config` in `dtype`. Under ZeRO-3 sharded from the start, which is a collective call.
 
@@ -40,6 +44,7 @@ def load_model(
         new_lm_head: whether the LM head starts from random values.
         stored_vocab_size: the rows that the weights have for tokens, where `config` has more; see `add_rows`.
         seed: of the other rows.
+        whole: the multimodal model whose `weights` these are, and whose language model is loaded.
 
     Raises:
         ValueError: what was loaded is not all that the model needs, or more than that.
@@ -53,13 +58,17 @@ def load_model(
     stored_config = config if has_all_rows else with_vocab_size(config, stored_vocab_size or 0)
     settings |= {"config": stored_config, "output_loading_info": True}
     load: Any = model_class.from_pretrained  # a pair, with its loading_info, which its annotation does not know
-    if weights.quantization is None:
+    if weights.quantization is None and whole is None:
         model, info = load(weights.source, **settings)
     else:
         with StoredTensors(weights.files) as stored:
             # Sharded, the others get their values from the first rank.
             has_values = not is_deepspeed_zero3_enabled() or dist.get_rank() == 0
-            plain = weights.quantization.dequantize(stored if has_values else weights.headers, dtype)
+            plain: Mapping[str, Tensor] = stored if has_values else weights.headers
+            if weights.quantization is not None:
+                plain = weights.quantization.dequantize(plain, dtype)
+            if whole is not None:
+                plain = whole.language_part(plain)
             # From no folder: transformers would remember how they were quantised, and quantise them when it saves.
             model, info = load(None, state_dict=plain, generation_config=generation_config(weights.source), **settings)
         model.name_or_path = model.config.name_or_path = weights.source

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mst_ds.adapters import model_on_meta
 from mst_ds.dtypes import HALVES, dtype_name
 from mst_ds.model_folder.contents import Weights, first_names
 from mst_ds.model_folder.generation import generation_config
 from mst_ds.model_folder.tensors import StoredTensors
+from mst_ds.model_folder.whole import WholeModel
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 # Others are quantised, or no weights at all.
 _STORED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -103,13 +105,8 @@ def require_match(
         ValueError: tensors are missing, unexpected, of another shape or of a dtype that holds no weights; or two that
             the config ties differ; or transformers does not read how the model generates, which it loads with them.
     """
-    headers = weights.headers
     generation_config(weights.source)
-    if weights.quantization is not None:
-        try:
-            headers = weights.quantization.dequantize(headers, dtype)
-        except ValueError as error:
-            raise ValueError(f"model {weights.source!r}: {error}") from None
+    headers = weights.plain_headers(dtype)
     loaded, difference = _load_on_meta(weights.source, model, headers, dtype)
     difference.require_none(weights.source, head=head_names(loaded), new_lm_head=new_lm_head)
     _require_dtypes(weights.source, loaded, headers, dtype, difference)
@@ -128,6 +125,37 @@ def require_match(
     if new_lm_head:
         notes.append("the LM head starts from random values")
     return tuple(notes)
+
+
+def find_whole(
+    weights: Weights | None,
+    whole_config: PreTrainedConfig,
+    language_config: PreTrainedConfig,
+    *,
+    dtype: torch.dtype,
+    seed: int = 0,
+) -> WholeModel:
+    """A multimodal model whose language model is trained, with the names by which files have its tensors.
+
+    Args:
+        weights: the multimodal model's, which `require_match` has found right; None: random ones.
+        language_config: see `mst_ds.model_shape.language_config`; as the weights are.
+        dtype: of training.
+        seed: of random weights.
+
+    Raises:
+        ValueError: it has no part that is such a language model, or the weights of it are not all that this needs.
+    """
+    language = model_on_meta(language_config, None)[0]
+    whole = WholeModel.of(whole_config, language, weights, dtype=dtype, seed=seed)
+    if weights is not None:
+        loaded, difference = _load_on_meta(
+            weights.source, language, whole.language_part(weights.plain_headers(dtype)), dtype
+        )
+        # What the whole model lacks, too, is a head that is new.
+        head = head_names(loaded)
+        difference.require_none(weights.source, head=head, new_lm_head=set(difference.missing) == set(head))
+    return whole
 
 
 def head_names(model: PreTrainedModel) -> tuple[str, ...]:

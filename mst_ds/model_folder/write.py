@@ -11,24 +11,37 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from mst_ds.files.whole_file import flush_to_disk
+from mst_ds.model_shape import shipped_model_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # What others read beside config, weights and tokenizer. Copied: transformers refuses to write some of what it reads.
-_OF_SOURCE = ("generation_config.json", "preprocessor_config.json", "processor_config.json")
+_OF_PROCESSOR = (
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+    *("audio_preprocessor_config.json", _OLD_TEMPLATE := "chat_template.json"),
+)
+_OF_SOURCE = ("generation_config.json", *_OF_PROCESSOR)
 
 # Names that are nobody else's: folders of these names are removed.
 _BESIDE = (".mst_ds_partial", ".mst_ds_replaced")
 
 
-def write_model(model: Any, state: Mapping[str, Tensor], folder: Path, *, write_files: Callable[[Path], None]) -> None:
+def write_model(
+    model: Any,
+    state: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    write_files: Callable[[Path], None],
+    has_stored_names: bool = False,
+) -> None:
     """Write what `from_pretrained` of the model's class loads into `folder`, in place of what is there.
 
     Args:
         model: of transformers or peft; its own tensors are not read.
         state: what is saved, by name.
         write_files: writes the other files into the folder that it gets, see `write_files_of`.
+        has_stored_names: `state` is by the names that are written, see `WholeModel`; transformers would change others.
 
     Raises:
         OSError: it could not be written. What was in `folder` is as it was.
@@ -44,7 +57,8 @@ def write_model(model: Any, state: Mapping[str, Tensor], folder: Path, *, write_
     try:
         partial.mkdir(parents=True)
         with _a_generation_config_that_can_be_saved(model):
-            model.save_pretrained(partial, state_dict=dict(state))
+            settings = {"save_original_format": False} if has_stored_names else {}
+            model.save_pretrained(partial, state_dict=dict(state), **settings)
         write_files(partial)
         for path in (*partial.rglob("*"), partial):
             flush_to_disk(path)
@@ -75,10 +89,29 @@ def write_files_of(model: Any, tokenizer: PreTrainedTokenizerBase, source: str, 
 
 def copy_files_of(source: str, folder: Path) -> None:
     """What `source` has beside config, weights and tokenizer, see `write_files_of`."""
+    has_template = (folder / "chat_template.jinja").exists()
     for name in _OF_SOURCE:
         file = _file_of(source, name)
-        if file is not None:
+        # That of the tokenizer may be another by now.
+        if file is not None and not (has_template and name == _OLD_TEMPLATE):
             shutil.copyfile(file, folder / name)
+
+
+def fetch_processor_of(source: str) -> None:
+    """Get onto this machine what `copy_files_of` copies of a multimodal model on the Hugging Face hub.
+
+    Raises:
+        ValueError: the hub cannot be reached.
+    """
+    from transformers.utils.hub import cached_file
+
+    if Path(source).expanduser().is_dir() or shipped_model_config(source) is not None:
+        return
+    for name in _OF_PROCESSOR:
+        try:
+            cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        except OSError as error:
+            raise ValueError(f"{name} of model {source!r} cannot be had: {' '.join(str(error).split())}") from None
 
 
 def _file_of(source: str, name: str) -> Path | None:

@@ -12,6 +12,7 @@ from mst_ds.model_shape.experts import ExpertShape
 from mst_ds.model_shape.families import NormKind
 from mst_ds.model_shape.known_models import known_model_names, load_config_of_shape, load_model_shape
 from mst_ds.model_shape.model_flops import attended_pairs, flops_per_token
+from mst_ds.model_shape.multimodal import language_config, with_language_config
 from mst_ds.model_shape.positions import require_positions, unknown_positions
 from mst_ds.model_shape.rope_scaling import parse_rope_scaling, scale_rope
 from mst_ds.model_shape.shape import ModelShape, NormShape, layer_kinds, other_layers
@@ -25,6 +26,7 @@ __all__ = [
     "attended_pairs",
     "flops_per_token",
     "known_model_names",
+    "language_config",
     "layer_kinds",
     "load_config_of_shape",
     "load_model_config",
@@ -38,4 +40,5 @@ __all__ = [
     "scale_rope",
     "shipped_model_config",
     "unknown_positions",
+    "with_language_config",
 ]

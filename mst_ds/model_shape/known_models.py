@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 from mst_ds.model_shape.configs import load_model_config
+from mst_ds.model_shape.multimodal import language_config
 from mst_ds.model_shape.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -24,21 +25,22 @@ def known_model_names() -> list[str]:
 
 
 def load_config_of_shape(name_or_path: str) -> PreTrainedConfig:
-    """A config with the shape of a known model, the rest as transformers has it; of any other `load_model_config`'s.
+    """A config with the shape of a known model, the rest as transformers has it; of any other `load_model_config`'s,
+    or of a multimodal one its language model's.
 
     Raises:
         ValueError: found nowhere.
     """
     fields = _fields(name_or_path)
     if fields is None:
-        return load_model_config(name_or_path)
+        return language_config(load_model_config(name_or_path))
     from transformers import AutoConfig
 
     return AutoConfig.for_model(fields.pop("model_type"), **fields)
 
 
 def load_model_shape(name_or_path: str) -> ModelShape:
-    """The shape of a known model; of any other the config as `load_model_config` finds it.
+    """The shape of a known model; of any other that of `load_config_of_shape`.
 
     Raises:
         ValueError: found nowhere, or not a decoder-only causal language model.
@@ -46,7 +48,7 @@ def load_model_shape(name_or_path: str) -> ModelShape:
     fields = _fields(name_or_path)
     if fields is not None:
         return ModelShape.from_fields(SimpleNamespace(**fields))
-    return ModelShape.from_config(load_model_config(name_or_path))
+    return ModelShape.from_config(load_config_of_shape(name_or_path))
 
 
 def _fields(name: str) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from mst_ds.attention import prepare_attention
 from mst_ds.layer_stream import LayerStream
+from mst_ds.model_shape import language_config
 from mst_ds.patching.adapters import base_model, without_adapters
 from mst_ds.patching.causal_lm import causal_lm_forward, generate
 from mst_ds.patching.decoder import decoder_forward, known_arguments
@@ -88,6 +89,7 @@ def find_parts(model: nn.Module, settings: Settings) -> ModelParts:
     if hasattr(model, _UNDO):
         raise ValueError("the model has a plan already: call mst_ds.remove_plan(model) first")
     require_unwrapped(model)
+    _require_language_model(model)
     layers = decoder_layers(model)
     if settings.recompute and not layers:
         raise ValueError(
@@ -190,6 +192,15 @@ def apply_settings(
     )
     _replace_model(patched, undo)
     return model
+
+
+def _require_language_model(model: PreTrainedModel) -> None:
+    """Images and sounds are embedded, and masked, in ways that a plan does not know."""
+    if language_config(model.config) is not model.config:
+        raise ValueError(
+            f"{type(model).__name__} is multimodal; allowed: its language model alone, as the class that transformers "
+            "has for its text config, which mst-train makes of its folder"
+        )
 
 
 def _require_one_chunk(model: PreTrainedModel, mixers: list[MixerStructure], settings: Settings) -> None:
