@@ -54,6 +54,7 @@ def _gemma3() -> PreTrainedConfig:
         image_token_index=260,
         boi_token_index=261,
         eoi_token_index=262,
+        eos_token_id=[256, 3],
     )
 
 

@@ -37,9 +37,10 @@ def _check(argv: Sequence[str]) -> Report:
     packed = config.packing == "documents"
     whole_config = load_model_config(config.model, trust_remote_code=config.trust_remote_code)
     model_config = language_config(whole_config)
+    report = check_model(model_config, cases_to_try(mst, packed=packed))
     if model_config is not whole_config:
         require_same_on_text(whole_config, model_config)
-    return check_model(model_config, cases_to_try(mst, packed=packed))
+    return report
 
 
 def cli() -> int:

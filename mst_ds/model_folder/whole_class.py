@@ -43,7 +43,7 @@ def find_places(whole: PreTrainedModel, language: PreTrainedModel) -> dict[str, 
     """
     modules: dict[str, nn.Module] = {"": language}
     if not _named_like(whole, language):
-        modules = dict(language.named_children())
+        modules = {name: child for name, child in language.named_children() if child.state_dict()}
     heads = (whole.get_output_embeddings(), language.get_output_embeddings())
     places = {}
     for name, module in modules.items():
@@ -131,9 +131,13 @@ def _require_same(whole: PreTrainedModel, language: PreTrainedModel, places: Map
     for name, tensor in language.state_dict().items():
         if in_whole.get(place_of(name, places)) != tensor.shape:
             raise ValueError(_refusal(whole, f"no {place_of(name, places)} like {name} of {type(language).__name__}"))
-    is_tied = [each.get_output_embeddings().weight is each.get_input_embeddings().weight for each in (whole, language)]
-    if is_tied[0] != is_tied[1]:
+    if _is_tied(whole) != _is_tied(language):
         raise ValueError(_refusal(whole, f"another rule than {type(language).__name__} for tying head and embedding"))
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
 
 
 def _refusal(whole: PreTrainedModel, has: str) -> str:

@@ -34,7 +34,8 @@ def with_language_config(config: PreTrainedConfig, language: PreTrainedConfig) -
     copied = copy.deepcopy(config)
     own = copied.get_text_config()
     part = copy.deepcopy(language)
-    part.tie_word_embeddings = getattr(own, "tie_word_embeddings", part.tie_word_embeddings)
+    if hasattr(own, "tie_word_embeddings"):
+        part.tie_word_embeddings = own.tie_word_embeddings
     for name in type(config).sub_configs:
         if getattr(copied, name, None) is own:
             setattr(copied, name, part)

@@ -63,6 +63,10 @@ def whole_around(language: PreTrainedModel, whole_config: PreTrainedConfig) -> P
 
 def _tokens(whole_config: PreTrainedConfig, vocab_size: int) -> Tensor:
     """Random ones, none of which stands for an image or the like: (rows, length)."""
-    others = {value for name, value in vars(whole_config).items() if name.endswith(("_token_id", "_token_index"))}
+    others = {
+        value
+        for name, value in vars(whole_config).items()
+        if name.endswith(("_token_id", "_token_index")) and isinstance(value, int)
+    }
     ids = torch.tensor([each for each in range(vocab_size) if each not in others])
     return ids[torch.randint(len(ids), (_ROWS, _LENGTH))]
