@@ -135,8 +135,9 @@ def _verdict(plan: Plan) -> str:
     # What fits the device, and all the same does not fit, lacks memory of the host.
     host_verdict = ", which does NOT fit" if fits_device and not plan.fits else ""
     caveat = "" if plan.counts_are_exact else "; parameters counted as those of a similar model, an estimate"
-    if plan.other_layers:
-        caveat = f"; layers of type {', '.join(plan.other_layers)} planned as if they were attention, an estimate"
+    if plan.layers_as_attention:
+        kinds = ", ".join(plan.layers_as_attention)
+        caveat = f"; layers of type {kinds} planned as if they were attention, an estimate"
     return (
         f"{_gib(plan.peak_bytes)} GiB at the peak ({plan.peak_phase.name}) {verdict} "
         f"{_gib(plan.device_memory)} GiB; host {_gib(plan.host_bytes)}{_of_host_memory(plan)} GiB{host_verdict}{caveat}"

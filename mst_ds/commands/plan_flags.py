@@ -184,9 +184,9 @@ def request_of(options: argparse.Namespace, *, num_nodes: int, sp_size: int | No
     """
     train, machine = train_config(options), _machine(options, num_nodes)
     memory = machine.device_memory
-    return read_request(
-        options.model if train.adapters is None else _adapted_shape(options.model, train.adapters),
-        ds_config_of(options.ds_config),
+    read = functools.partial(
+        read_request,
+        ds_config=ds_config_of(options.ds_config),
         world_size=options.num_gpus * num_nodes,
         seq_len=seq_len,
         device_memory=memory,
@@ -198,6 +198,10 @@ def request_of(options: argparse.Namespace, *, num_nodes: int, sp_size: int | No
         gpu=machine.gpu,
         train=train,
     )
+    request = read(options.model if train.adapters is None else _adapted_shape(options.model, train.adapters))
+    if request.work.shape.mixer_heads:
+        request = read(_measured_shape(options.model, train.adapters, request.work.zero.dtype))
+    return request
 
 
 @functools.cache
@@ -291,6 +295,18 @@ def _adapted_shape(model: str, adapters: AdapterRequest) -> ModelShape:
 
     peft_config = requested_config(adapters)
     return trained_shape(load_model_shape(model), model_on_meta(load_config_of_shape(model), peft_config)[0])
+
+
+@functools.cache
+def _measured_shape(model: str, adapters: AdapterRequest | None, dtype: str) -> ModelShape:
+    """The shape of a model with layers that are not attention, with what these need, which takes seconds to find."""
+    from mst_ds.adapters import model_on_meta, requested_config
+    from mst_ds.dtypes import DTYPES
+    from mst_ds.memory.mixers import with_mixers
+    from mst_ds.structure.trained import trained_shape
+
+    on_meta, _ = model_on_meta(load_config_of_shape(model), requested_config(adapters))
+    return with_mixers(trained_shape(load_model_shape(model), on_meta), on_meta, DTYPES[dtype])
 
 
 def _bytes(options: argparse.Namespace, name: str, num_nodes: int, *, ranks: int = 1) -> list[int] | None:

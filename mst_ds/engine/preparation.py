@@ -21,6 +21,7 @@ from mst_ds.engine.optimizer import require_installed
 from mst_ds.engine.resume import find_checkpoint
 from mst_ds.engine.run import Run
 from mst_ds.kept_in_fp32 import kept_in_fp32, require_no_adapters_on
+from mst_ds.memory.mixers import with_mixers
 from mst_ds.model_folder import (
     ModelLayout,
     SavedAdapter,
@@ -84,7 +85,10 @@ def prepare(config: TrainConfig, launch: Launch) -> Run:
     resolved = _resolved(config, launch, shape)
     peft_config = requested_config(config.adapters)
     model, adapted = model_on_meta(model_config, peft_config)
-    request = _settled(_request(config, launch, trained_shape(shape, model), resolved), checkpoint)
+    shape = trained_shape(shape, model)
+    if shape.mixer_heads:
+        shape = with_mixers(shape, model, DTYPES[resolved.zero.dtype])
+    request = _settled(_request(config, launch, shape, resolved), checkpoint)
     plan = plan_of_request(request)
     _require_trainable(config, plan, model_config, peft_config, model, adapted)
     own_attention = _own_attention(config, plan, model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -12,16 +13,18 @@ import torch
 
 from mst_ds.adapters import model_on_meta
 from mst_ds.config import AUTO, GIB
+from mst_ds.dtypes import DTYPES
 from mst_ds.engine.agreement import request_of_all
 from mst_ds.engine.hardware import has_accelerator, rank_device_memory, rank_gpu, rank_host_memory
 from mst_ds.engine.launch import Launch
+from mst_ds.memory.mixers import with_mixers
 from mst_ds.model_shape import ModelShape
 from mst_ds.planner import DEFAULT_RESERVE, Plan, plan_of_request, read_request
 from mst_ds.structure.trained import trained_shape
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from transformers import TrainingArguments
+    from transformers import PreTrainedModel, TrainingArguments
 
 
 def take_mst_block(args: TrainingArguments) -> dict[str, Any] | None:
@@ -63,9 +66,9 @@ def plan_of_trainer(
         local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)),
     )
     is_known = mst.get("device_memory_gib", AUTO) != AUTO
-    request = read_request(
-        _shape(model),
-        {**_ds_config(args, model, rows_of_sample), "mst": dict(mst)},
+    read = functools.partial(
+        read_request,
+        ds_config={**_ds_config(args, model, rows_of_sample), "mst": dict(mst)},
         world_size=launch.world_size,
         seq_len=seq_len,
         device_memory=None if is_known else rank_device_memory(launch),
@@ -76,6 +79,10 @@ def plan_of_trainer(
         ranks_per_node=launch.local_world_size,
         gpu=rank_gpu(launch),
     )
+    shape, plain = _shape(model)
+    request = read(shape)
+    if shape.mixer_heads:
+        request = read(with_mixers(shape, plain, DTYPES[request.work.zero.dtype]))
     plan = plan_of_request(request_of_all(request))
     if not plan.fits:
         # The planner does not know all that a trainer does: a run may fit that it thinks does not.
@@ -87,15 +94,16 @@ def plan_of_trainer(
     return plan
 
 
-def _shape(model: Any) -> ModelShape:
-    """Of the model as it is trained, counted on one without memory: ZeRO-3 may hold the weights in parts already."""
+def _shape(model: Any) -> tuple[ModelShape, PreTrainedModel]:
+    """Of the model as it is trained, counted on one without memory: ZeRO-3 may hold the weights in parts already; and
+    that one."""
     peft_config = model.active_peft_config if hasattr(model, "active_peft_config") else None
     with _no_weights_in_parts():
         plain, adapted = model_on_meta(model.config, peft_config)
     is_trained = {name: weight.requires_grad for name, weight in model.named_parameters()}
     for name, weight in adapted.named_parameters():
         weight.requires_grad_(is_trained.get(name, weight.requires_grad))
-    return trained_shape(ModelShape.from_config(model.config), plain)
+    return trained_shape(ModelShape.from_config(model.config), plain), plain
 
 
 @contextmanager

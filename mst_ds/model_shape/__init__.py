@@ -12,6 +12,7 @@ from mst_ds.model_shape.experts import ExpertShape
 from mst_ds.model_shape.families import NormKind
 from mst_ds.model_shape.known_models import known_model_names, load_config_of_shape, load_model_shape
 from mst_ds.model_shape.layers import LayerShape
+from mst_ds.model_shape.mixers import MixerShape
 from mst_ds.model_shape.model_flops import attended_pairs, flops_per_token
 from mst_ds.model_shape.multimodal import language_config, with_language_config
 from mst_ds.model_shape.positions import require_positions, unknown_positions
@@ -22,6 +23,7 @@ from mst_ds.model_shape.state_space import read_state_space
 __all__ = [
     "ExpertShape",
     "LayerShape",
+    "MixerShape",
     "ModelShape",
     "NormKind",
     "NormShape",

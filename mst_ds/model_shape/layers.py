@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mst_ds.model_shape.mixers import MixerShape
 from mst_ds.model_shape.sizes import optional_size, size
 
 _INTERMEDIATE_NAMES = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
@@ -17,9 +18,12 @@ class LayerShape:
 
     Attributes:
         intermediate_size: of its MLP, where it has a dense one.
-        has_plain_mlp: False where the gate is cut off before its activation (Gemma 3n), which autograd differentiates.
+        has_plain_mlp: False where autograd differentiates it, such as one whose gate is cut off before its activation
+            (Gemma 3n).
         has_own_keys: it computes keys and values; else it reads those of an earlier layer.
         has_value_projection: False where values are made of what keys are made of.
+        has_attention: False where a mixer stands in its place, if mixers have been measured; else all have.
+        mixer: None where it has none, or `mst_ds.memory.mixers` has not measured it.
     """
 
     num_attention_heads: int
@@ -30,6 +34,8 @@ class LayerShape:
     has_plain_mlp: bool = True
     has_own_keys: bool = True
     has_value_projection: bool = True
+    has_attention: bool = True
+    mixer: MixerShape | None = None
 
 
 def layer_configs(config: Any, num_layers: int) -> Sequence[Any]:

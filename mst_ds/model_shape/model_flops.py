@@ -19,8 +19,7 @@ def flops_per_token(shape: ModelShape, seq_len: int) -> float:
     multiplied -= shape.table_parameter_count
     products = 0
     for kind in shape.kinds:
-        full_layers = kind.num_hidden_layers - len(kind.sliding_windows)
-        pairs = full_layers * attended_pairs(seq_len, seq_len)
+        pairs = kind.full_attention_layers * attended_pairs(seq_len, seq_len)
         pairs += sum(attended_pairs(window, seq_len) for window in kind.sliding_windows)
         products += pairs * kind.num_attention_heads * (kind.head_dim + kind.value_head_dim)
     return 6.0 * multiplied + 6.0 * products / seq_len

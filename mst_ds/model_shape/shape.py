@@ -79,7 +79,7 @@ class ModelShape(Dimensions):
         has_sinks: each query head has a sink in its softmax's denominator.
         sliding_windows: the window of each layer that has one, in tokens.
         window_layers: which layers these are, from 0 on.
-        other_layers: kinds of layers that are not attention; counted as if they were.
+        other_layers: kinds of layers that are not attention.
         mixer_heads: of these, 0 where they have none that are known.
         indexer: what picks the keys of attention; None where queries see all.
         has_own_attention: its attention, or another mixer, is not one of this project's that works through a layer in
@@ -249,6 +249,16 @@ class ModelShape(Dimensions):
             window_layers=window_layers,
             experts=experts,
         )
+
+    @cached_property
+    def full_attention_layers(self) -> int:
+        """How many have attention without a window."""
+        return sum(layer.has_attention for layer in self.layers) - len(self.window_layers)
+
+    @property
+    def layers_as_attention(self) -> tuple[str, ...]:
+        """The kinds of layers that are counted as if they were attention, which they are not."""
+        return () if any(layer.mixer is not None for layer in self.layers) else self.other_layers
 
     @property
     def is_first_part(self) -> bool:

@@ -19,6 +19,7 @@ from mst_ds.planner.attention import (
     window_step,
 )
 from mst_ds.planner.kept import Moment, kept_by_recompute
+from mst_ds.planner.mixers import mixer_step, saved_by_mixers
 from mst_ds.planner.picks import picks_handed_on, picks_of_layers, scores_step
 from mst_ds.planner.streams import made_of_streams, saved_of_streams
 from mst_ds.planner.types import MemoryTerm, product_term, total_bytes
@@ -87,13 +88,14 @@ def layer_activations(work: Workload, *, of_attention: bool = True, after_attent
 def _saved_by_layers(work: Workload, first: int, last: int) -> Terms:
     """By layers that are alike: of so many what attention and the operators before it saved, and what those after it
     did."""
-    norms = work.shape.norms
+    norms, attentions = work.shape.norms, first * work.last_layer_has_attention
     terms = [
         _hidden_of_layers(work, "attention_input", first, min(1, norms.pre_norms)),
-        local_term(work, "query_key_value", saved_width(work.shape), first),
-        *_fused_query_key(work, first),
-        local_term(work, "query_key_norm_inputs", norms.query_key_width, first),
-        *_value_norm_inputs(work, first),
+        local_term(work, "query_key_value", saved_width(work.shape), attentions),
+        *_fused_query_key(work, attentions),
+        local_term(work, "query_key_norm_inputs", norms.query_key_width, attentions),
+        *_value_norm_inputs(work, attentions),
+        *saved_by_mixers(work, first),
         *_layer_embedding(work, last),
         *saved_of_streams(work, last),
         _hidden_of_layers(work, "post_norm_inputs", last, norms.post_norms),
@@ -109,8 +111,8 @@ def _saved_by_layers(work: Workload, first: int, last: int) -> Terms:
         factors = (("layers", first), ("tokens", work.tokens), ("width", width), of_element)
         terms.append(product_term("adapter_dropout", "device", *factors))
     if not work.last_layer_keeps_attention:
-        terms.append(local_term(work, "attention_output", output_width(work.shape), first))
-        terms.append(log_sum_exp(work, first))
+        terms.append(local_term(work, "attention_output", output_width(work.shape), attentions))
+        terms.append(log_sum_exp(work, attentions))
         terms.extend(picks_of_layers(work, first))
     return tuple(term for term in terms if term.bytes)
 
@@ -131,6 +133,15 @@ def _layer_embedding(work: Workload, layers: int) -> Terms:
         return (_hidden_of_layers(work, "embedding_residual", layers, 1),)
     gates = local_term(work, "embedding_gates", 3 * work.shape.layer_embedding_width, layers)
     return (_hidden_of_layers(work, "embedding_residual", layers, 2), gates)
+
+
+def mixing_step(work: Workload, *, backward: bool, earlier: Terms | None = None) -> Terms:
+    """The largest of what lets the last layer's tokens meet: attention, see `attention_step`, or a mixer."""
+    steps = [attention_step(work, backward=backward, earlier=earlier)] if work.last_layer_has_attention else []
+    mixer = mixer_step(work, backward=backward)
+    if mixer and work.settings.recompute and not backward:
+        mixer += (hidden_term(work, "attention_input", 1), hidden_term(work, "attention_result", 1))
+    return max(*steps, mixer, key=total_bytes) if steps else mixer
 
 
 def attention_step(work: Workload, *, backward: bool, earlier: Terms | None = None) -> Terms:

@@ -75,7 +75,8 @@ def log_sum_exp(work: Workload, layers: int) -> MemoryTerm:
 
 def holds_keys_values(work: Workload) -> bool:
     """Whether exchanged keys and values are there from when attention is computed again until its backward."""
-    return work.settings.recompute and not work.last_layer_keeps_attention and work.sp_size > 1
+    is_exchanged = work.sp_size > 1 and work.last_layer_has_attention
+    return work.settings.recompute and is_exchanged and not work.last_layer_keeps_attention
 
 
 def held_keys_values(work: Workload) -> Terms:

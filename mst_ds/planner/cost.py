@@ -193,11 +193,11 @@ def _weights_summed(work: Workload) -> int:
 def _merged_bytes(work: Workload) -> int:
     """Of a micro-batch, with several chunks of a layer: in its backward each chunk, for each chunk before it, reads and
     writes the sums of its queries' gradients and of those of the other's keys and values, in fp32."""
-    layers = work.shape.num_hidden_layers - len(work.shape.sliding_windows)
     width = work.query_heads * work.shape.head_dim + work.key_value_width
     # A token's queries meet half of all chunks' keys, and its keys half of all queries.
     blocks = (work.layer_chunks - 1) / 2
-    return int(layers * blocks * work.attention_tokens * width * (2 * _FP32_BYTES + work.zero.dtype_bytes))
+    blocks *= work.shape.full_attention_layers
+    return int(blocks * work.attention_tokens * width * (2 * _FP32_BYTES + work.zero.dtype_bytes))
 
 
 def _collective_seconds(work: Workload, rates: Rates, moved: float) -> float:

@@ -25,8 +25,7 @@ def attention_flops(work: Workload) -> tuple[int, int]:
 
 @of_all_kinds
 def _full_attention_flops(work: Workload) -> int:
-    layers = work.shape.num_hidden_layers - len(work.shape.sliding_windows)
-    return layers * _flops_of_window(work, work.seq_len)
+    return work.shape.full_attention_layers * _flops_of_window(work, work.seq_len)
 
 
 @of_all_kinds
@@ -81,9 +80,11 @@ def matrix_flops(work: Workload) -> int:
 
 @of_all_kinds
 def _projection_flops(work: Workload) -> int:
-    """Queries, keys, values and the attention's output, of all layers."""
-    shape = work.shape
-    weights = shape.hidden_size * (projected_width(shape) + output_width(shape))
+    """Queries, keys, values and the attention's output, and what a mixer has instead, of all layers."""
+    shape, layer = work.shape, work.shape.layers[-1]
+    weights = layer.has_attention * shape.hidden_size * (projected_width(shape) + output_width(shape))
+    if layer.mixer is not None:
+        weights += layer.mixer.matrix_elements
     return 2 * work.tokens * shape.num_hidden_layers * weights
 
 

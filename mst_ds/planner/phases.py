@@ -233,10 +233,10 @@ def attention_moment(work: Workload, *, backward: bool) -> Terms:
         # The MLP stands beside attention, and has given their input a gradient.
         saved += (activations.hidden_term(work.of_chunk, "mlp_input_gradient", 1),)
     if not work.settings.recompute:
-        return activations.attention_step(work, backward=backward) + saved
+        return activations.mixing_step(work, backward=backward) + saved
     if not backward:
         earlier = () if _reads_earlier(work) else None
-        step = activations.attention_step(work.of_chunk, backward=False, earlier=earlier)
+        step = activations.mixing_step(work.of_chunk, backward=False, earlier=earlier)
         return step + saved + stream_terms(work, backward=False)
     if work.layer_chunks > 1 and work.shape.norms.pre_norms != 1:
         # That of a chunk's output is part of a whole, which is held until all chunks are done.
@@ -247,14 +247,14 @@ def attention_moment(work: Workload, *, backward: bool) -> Terms:
 def _attention_backwards(work: Workload) -> list[Terms]:
     """That of the last chunk, which comes first, before the input has a gradient, and of the one before it."""
     chunk, earlier = work.of_chunk, blocks_in_flight(work) if _reads_earlier(work) else None
-    step = activations.attention_step(chunk, backward=True, earlier=earlier)
+    step = activations.mixing_step(chunk, backward=True, earlier=earlier)
     sums = parameter_sums(work, but=_input_projections(work.shape))
     if work.layer_chunks == 1:
         return [step + sums]
     last = sums + held_keys_values(chunk)
     after_kernel = tuple(term for term in step if term.kind != "workspace")
     # The first of two chunks reads no earlier keys.
-    before = step if work.layer_chunks > 2 else activations.attention_step(chunk, backward=True)
+    before = step if work.layer_chunks > 2 else activations.mixing_step(chunk, backward=True)
     return [
         step + last + carried_terms(work, but_a_chunk=_reads_earlier(work)),
         after_kernel + last + carried_terms(work),
@@ -263,7 +263,7 @@ def _attention_backwards(work: Workload) -> list[Terms]:
 
 
 def _reads_earlier(work: Workload) -> bool:
-    return work.layer_chunks > 1 and not work.last_layer_has_window
+    return work.layer_chunks > 1 and work.last_layer_has_attention and not work.last_layer_has_window
 
 
 def _norm_moment(work: Workload, *, backward: bool) -> Terms:

@@ -115,7 +115,7 @@ def plan_of_request(request: Request, *, has_choices: bool = True) -> Plan:
         host_memory=request.host_memory,
         phases=step_phases(work),
         counts_are_exact=work.shape.counts_are_exact,
-        other_layers=work.shape.other_layers,
+        layers_as_attention=work.shape.layers_as_attention,
         choices=describe_choices(work, gpu=gpu) if has_choices else (),
         flops=micro_batch_flops(work),
         predicted_step_seconds=seconds,

@@ -94,6 +94,8 @@ def _of_keys(work: Workload, name: str, tokens: int, element_bytes: int) -> Memo
 
 def _seen_tokens(work: Workload) -> int:
     """Earlier tokens that a chunk of the last layer sees, in whole chunks."""
+    if not work.last_layer_has_attention:
+        return 0  # a state is no longer than a few tokens
     if not work.last_layer_has_window:
         return work.earlier_tokens
     of_chunk = work.of_chunk.attention_tokens
@@ -103,6 +105,8 @@ def _seen_tokens(work: Workload) -> int:
 
 def _carried_tokens(work: Workload) -> int:
     """Those that are there in the forward: with a window beside the seen ones the chunk's own."""
+    if not work.last_layer_has_attention:
+        return 0
     if not work.last_layer_has_window:
         return work.earlier_tokens
     return min(work.earlier_tokens, _seen_tokens(work) + work.of_chunk.attention_tokens)

@@ -101,7 +101,7 @@ class Plan:
 
     dtype is the model's ("fp32", "fp16" or "bf16"); phases are in the order in which they happen; choices say what each
     setting costs and saves; flops are those of matrix products and attention in a micro-batch of this rank.
-    counts_are_exact, other_layers: see `ModelShape`.
+    counts_are_exact, layers_as_attention: see `ModelShape`.
 
     predicted_step_seconds and predicted_mfu (model FLOPs utilisation, a share of 1) are by the rates of the GPU that is
     planned for, None where that is not known.
@@ -119,7 +119,7 @@ class Plan:
     host_memory: int | None
     phases: tuple[Phase, ...]
     counts_are_exact: bool
-    other_layers: tuple[str, ...]
+    layers_as_attention: tuple[str, ...]
     choices: tuple[Choice, ...]
     flops: int
     predicted_step_seconds: float | None

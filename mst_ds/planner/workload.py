@@ -173,12 +173,16 @@ class Workload:
     @property
     def attention_keeping_layers(self) -> int:
         """Layers whose attention's output is kept: a window makes attention too cheap for it."""
-        layers = self.shape.num_hidden_layers - len(self.shape.sliding_windows)
-        return layers if self.settings.recompute and self.settings.keep_attention else 0
+        keeps = self.settings.recompute and self.settings.keep_attention
+        return self.shape.full_attention_layers if keeps else 0
 
     @property
     def last_layer_has_window(self) -> bool:
         return self.shape.num_hidden_layers - 1 in self.shape.window_layers
+
+    @property
+    def last_layer_has_attention(self) -> bool:
+        return self.shape.layers[-1].has_attention
 
     @property
     def last_layer_keeps_attention(self) -> bool:
@@ -196,7 +200,8 @@ class Workload:
         indexer."""
         experts, trained = self.shape.experts, self.shape.trained.mlp
         has_mlps = self.shape.num_dense_layers or (experts is not None and experts.shared_intermediate_size)
-        can_keep_mlp = has_mlps and (trained is None or trained == 0)
+        is_plain = any(layer.has_plain_mlp for layer in self.shape.layers)
+        can_keep_mlp = has_mlps and is_plain and (trained is None or trained == 0)
         off: dict[str, bool | int] = {} if can_keep_mlp else {"keep_mlp": False}
         if self.shape.has_own_attention:
             return off | {"keep_attention": False, "layer_chunks": 1}

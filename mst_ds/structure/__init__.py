@@ -5,7 +5,7 @@ from mst_ds.structure.eager import find_eager_attention
 from mst_ds.structure.indexers import IndexerStructure, find_indexers
 from mst_ds.structure.layers import decoder_layers
 from mst_ds.structure.loss import LossStructure, RouterLoss, find_decoder, loss_structure
-from mst_ds.structure.mixers import Mixer, find_mixers
+from mst_ds.structure.mixers import Mixer, find_mixers, is_attention
 from mst_ds.structure.mlps import Chunkable, ExpertsStructure, MlpStructure, TokenwiseStructure, find_mlps
 from mst_ds.structure.norms import NormStructure, find_norms
 from mst_ds.structure.positions import position_table
@@ -35,6 +35,7 @@ __all__ = [
     "find_norms",
     "find_rotary",
     "has_whole_layers",
+    "is_attention",
     "loss_structure",
     "position_table",
     "require_shardable",

@@ -1,4 +1,4 @@
-"""What a model says better than its config: what of it is trained, and whether its attention is its own."""
+"""What a model says better than its config: what of it is trained, and what its layers have that is their own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from mst_ds.model_shape import ModelShape, TrainedCounts
-from mst_ds.structure import decoder_layers, find_mixers, find_mlps, why_own_attention
+from mst_ds.structure import Chunkable, MlpStructure, decoder_layers, find_mixers, find_mlps, why_own_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,12 +24,13 @@ def trained_shape(shape: ModelShape, model: PreTrainedModel) -> ModelShape:
         model: whose parameters are only counted; it may be on the meta device.
     """
     is_whole = why_own_attention(model) is not None or not all(mixer.carries for mixer in find_mixers(model))
-    shape = replace(shape, has_own_attention=is_whole)
+    found = find_mlps(model, required=False)
+    shape = _with_dense_mlps(replace(shape, has_own_attention=is_whole), found)
     all_parameters, trained = _count(model.parameters()), _count(model.parameters(), trained=True)
     if trained == all_parameters == shape.parameter_count:
         return shape
     layers = decoder_layers(model)
-    mlps = [mlp.module for mlp in find_mlps(model, required=False)]
+    mlps = [mlp.module for mlp in found]
     of_mlps = [_trained_of_mlp(mlp) for mlp in mlps]
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     is_tied = not shape.head_parameter_count
@@ -50,6 +51,22 @@ def trained_shape(shape: ModelShape, model: PreTrainedModel) -> ModelShape:
         layer_parameter_count=max(of_layers, default=shape.layer_parameter_count),
         trained=counts,
     )
+
+
+def _with_dense_mlps(shape: ModelShape, mlps: list[Chunkable]) -> ModelShape:
+    """With their width, which a config may say under a name of its own, and as what they are worked through."""
+    if shape.experts is not None or not mlps or not shape.layers_are_alike:
+        return shape
+    changes: dict[str, Any] = {}
+    widths = [mlp.down.weight.numel() // shape.hidden_size for mlp in mlps if isinstance(mlp, MlpStructure)]
+    # With adapters inside, its own forward runs, too: that is said by what is trained.
+    if not widths and all(_trained_of_mlp(mlp.module) is None for mlp in mlps):
+        of_width = (3 if shape.gated_mlp else 2) * shape.hidden_size
+        widths = [_count(mlp.module.parameters()) // of_width for mlp in mlps]
+        changes["has_plain_mlp"] = False
+    width = max(widths, default=shape.intermediate_size)
+    layers = tuple(replace(layer, intermediate_size=width, **changes) for layer in shape.layers)
+    return replace(shape, intermediate_size=width, layers=layers)
 
 
 def _trained_of_mlp(module: nn.Module) -> int | None:
