@@ -21,6 +21,17 @@ SIZES = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4, "
 DELTA = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
 MODELS: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {**SIZES, **DELTA, "layer_types": ["linear_attention", "full_attention"]},
+    # The last two layers read the keys of the first two.
+    "gemma4_text": {
+        **SIZES,
+        "global_head_dim": 32,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+        "sliding_window": 16,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 259,
+    },
 }
 # One sample; its shards meet at 128, inside the fourth document.
 LENGTHS = (40, 7, 70, 33, 2, 100)
