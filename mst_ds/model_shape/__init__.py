@@ -11,13 +11,14 @@ from mst_ds.model_shape.counts import TrainedCounts
 from mst_ds.model_shape.experts import ExpertShape
 from mst_ds.model_shape.families import NormKind
 from mst_ds.model_shape.known_models import known_model_names, load_config_of_shape, load_model_shape
+from mst_ds.model_shape.layer_kinds import layer_kinds, other_layers
 from mst_ds.model_shape.layers import LayerShape
 from mst_ds.model_shape.mixers import MixerShape
 from mst_ds.model_shape.model_flops import attended_pairs, flops_per_token
 from mst_ds.model_shape.multimodal import language_config, with_language_config
 from mst_ds.model_shape.positions import require_positions, unknown_positions
 from mst_ds.model_shape.rope_scaling import parse_rope_scaling, scale_rope
-from mst_ds.model_shape.shape import ModelShape, NormShape, has_two_alibis, layer_kinds, other_layers
+from mst_ds.model_shape.shape import ModelShape, NormShape, has_two_alibis
 from mst_ds.model_shape.state_space import read_state_space
 
 __all__ = [

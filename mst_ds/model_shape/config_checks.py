@@ -1,4 +1,4 @@
-"""Numbers of a model's config that no model can have, or with which one would train on something else."""
+"""Configs that are not of a decoder of text, or with numbers that no model can have."""
 
 from __future__ import annotations
 
@@ -18,6 +18,34 @@ _MOST_PARAMETERS = 10**15
 
 class ConfigValueError(ValueError):
     """A value of a config that transformers has read and no model can have."""
+
+
+def check_is_decoder(config: PreTrainedConfig) -> None:
+    """
+    Raises:
+        ValueError: an encoder, with a decoder or without, or a model of more than text.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    # Encoders such as BERT are in the mapping too, for those who set their is_decoder.
+    is_decoder = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and (
+        type(config) not in MODEL_FOR_MASKED_LM_MAPPING or getattr(config, "is_decoder", False)
+    )
+    if config.is_encoder_decoder or not is_decoder:
+        raise ValueError(
+            f"model type {config.model_type!r} is not a decoder; allowed: decoder-only causal language "
+            "models such as llama, qwen3, mistral, gemma2"
+        )
+    others = [name for name in type(config).sub_configs if name.startswith(("vision", "audio"))]
+    if others and config.get_text_config() is config:
+        raise ValueError(
+            f"model type {config.model_type!r} is multimodal, with its {others[0]}; allowed: decoders of text alone"
+        )
+    if (text := config.get_text_config()) is not config:
+        raise ValueError(
+            f"model type {config.model_type!r} is multimodal; allowed: decoders of text alone, such as its part "
+            f"{text.model_type!r}"
+        )
 
 
 def check_numbers(config: PreTrainedConfig) -> None:

@@ -8,11 +8,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from mst_ds.model_shape.beside_layers import beside_layers, products_beside_residual, residual_streams
-from mst_ds.model_shape.config_checks import check_numbers, check_parameter_count
+from mst_ds.model_shape.config_checks import check_is_decoder, check_numbers, check_parameter_count
 from mst_ds.model_shape.counts import Dimensions, ParameterCounts, TrainedCounts, count_parameters
 from mst_ds.model_shape.experts import ExpertShape, read_experts
 from mst_ds.model_shape.families import FAMILIES, LLAMA, Family, NormKind, is_on
 from mst_ds.model_shape.indexer import INDEXED_ATTENTION, IndexerShape, read_indexer
+from mst_ds.model_shape.layer_kinds import layer_kinds, mixer_heads, other_layers
 from mst_ds.model_shape.layers import LayerShape, handed_on_width, read_layers
 from mst_ds.model_shape.positions import fixed_positions, rope_type, rotary_positions
 from mst_ds.model_shape.sizes import optional_size, size
@@ -21,17 +22,6 @@ from mst_ds.model_shape.state_space import StateSpace, read_state_space
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-_ATTENTION_LAYERS = frozenset({"full_attention", "attention", "sliding_attention", "chunked_attention"})
-_TOKENWISE_LAYERS = frozenset({"mlp", "moe"})
-# Heads of layers that are not attention, or channels, which ranks share as they do those of attention.
-_MIXER_HEADS = (
-    "linear_num_value_heads",
-    "linear_num_heads",
-    "mamba_n_heads",
-    "mamba_num_heads",
-    "n_mamba_heads",
-    "lru_width",
-)
 _LARGEST_OF_LAYERS = (
     "num_attention_heads",
     "num_key_value_heads",
@@ -148,7 +138,7 @@ class ModelShape(Dimensions):
         Raises:
             ValueError: not a decoder-only causal language model, without a size, or with numbers that none can have.
         """
-        _check_is_decoder(config)
+        check_is_decoder(config)
         check_numbers(config)
         shape = cls.from_fields(config)
         check_parameter_count(config.model_type, shape.parameter_count)
@@ -169,7 +159,12 @@ class ModelShape(Dimensions):
         window, window_layers = _sliding_windows(config, dimensions.num_hidden_layers)
         indexer = read_indexer(config, layer_kinds(config))
         picking = set() if indexer is None else {INDEXED_ATTENTION}
-        mixer_heads, mixers_have_chunks = _mixers(config, dimensions, picking)
+        heads_of_mixers, mixers_have_chunks = mixer_heads(
+            config,
+            picking,
+            num_attention_heads=dimensions.num_attention_heads,
+            hidden_size=dimensions.hidden_size,
+        )
         is_whole = not picking >= set(other_layers(config)) and not mixers_have_chunks
         return cls(
             **vars(dimensions),
@@ -188,7 +183,7 @@ class ModelShape(Dimensions):
             sliding_windows=(window,) * len(window_layers),
             window_layers=window_layers,
             other_layers=other_layers(config),
-            mixer_heads=mixer_heads,
+            mixer_heads=heads_of_mixers,
             indexer=indexer,
             has_own_attention=has_two_alibis(config) or is_whole,
             embedding_parameter_count=counts.embedding,
@@ -322,19 +317,9 @@ class ModelShape(Dimensions):
         return self.num_hidden_layers - (self.experts.num_sparse_layers if self.experts is not None else 0)
 
 
-def other_layers(config: Any) -> tuple[str, ...]:
-    """The kinds of layers that are not attention, such as linear attention, state spaces and convolutions."""
-    return tuple(sorted(set(layer_kinds(config)) - _ATTENTION_LAYERS - _TOKENWISE_LAYERS))
-
-
 def has_two_alibis(config: Any) -> bool:
     """Whether it has ALiBi as Falcon, whose eager attention adds it twice, and torch's once."""
     return bool(getattr(config, "alibi", False))
-
-
-def layer_kinds(config: Any) -> list[str]:
-    """The kind of each layer, in transformers' words; none where a config does not say."""
-    return list(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
 
 
 def _dimensions(config: PreTrainedConfig) -> Dimensions:
@@ -353,22 +338,6 @@ def _layer_of(state_space: StateSpace) -> LayerShape:
     """With the heads of the state space in place of attention's, and no MLP."""
     heads, width = state_space.heads, state_space.width // state_space.heads
     return LayerShape(heads, heads, head_dim=width, value_head_dim=width, intermediate_size=0)
-
-
-def _mixers(config: PreTrainedConfig, dimensions: Dimensions, picking: set[str]) -> tuple[int, bool]:
-    """The heads of layers that are not attention, 0 where none are known, and whether a layer of them is worked through
-    in chunks: a scan of channels, and a linear attention without heads of its own, take a shard whole."""
-    state_space, others = read_state_space(config), set(other_layers(config))
-    if state_space is not None:
-        return state_space.heads, state_space.heads < state_space.width
-    if (heads := optional_size(config, *_MIXER_HEADS)) is not None:
-        return heads, True
-    if others and others <= {"conv", *picking}:
-        # These have none to divide: ranks hand on a few tokens of a short convolution, and all keys of an indexer.
-        return dimensions.num_attention_heads, True
-    if expand := optional_size(config, "mamba_expand"):
-        return expand * dimensions.hidden_size, False
-    return dimensions.num_attention_heads if others == {"linear_attention"} else 0, False
 
 
 def _activation(config: PreTrainedConfig) -> str:
@@ -412,27 +381,3 @@ def _rotated_width(config: PreTrainedConfig, dimensions: Dimensions) -> int:
 def _rotary_tables(config: PreTrainedConfig) -> int:
     parameters = getattr(config, "rope_parameters", None) or {}
     return max(1, sum(isinstance(of_kind, dict) for of_kind in parameters.values()))
-
-
-def _check_is_decoder(config: PreTrainedConfig) -> None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
-
-    # Encoders such as BERT are in the mapping too, for those who set their is_decoder.
-    is_decoder = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and (
-        type(config) not in MODEL_FOR_MASKED_LM_MAPPING or getattr(config, "is_decoder", False)
-    )
-    if config.is_encoder_decoder or not is_decoder:
-        raise ValueError(
-            f"model type {config.model_type!r} is not a decoder; allowed: decoder-only causal language "
-            "models such as llama, qwen3, mistral, gemma2"
-        )
-    others = [name for name in type(config).sub_configs if name.startswith(("vision", "audio"))]
-    if others and config.get_text_config() is config:
-        raise ValueError(
-            f"model type {config.model_type!r} is multimodal, with its {others[0]}; allowed: decoders of text alone"
-        )
-    if (text := config.get_text_config()) is not config:
-        raise ValueError(
-            f"model type {config.model_type!r} is multimodal; allowed: decoders of text alone, such as its part "
-            f"{text.model_type!r}"
-        )

@@ -31,7 +31,8 @@ def read_state_space(config: PreTrainedConfig) -> StateSpace | None:
     Raises:
         ValueError: without a size.
     """
-    if optional_size(config, "num_attention_heads") is not None or optional_size(config, "state_size") is None:
+    # Heads may be of another number in each layer, which is looked at elsewhere.
+    if optional_size(config, "state_size") is None or optional_size(config, "num_attention_heads") is not None:
         return None
     hidden, state, taps = (size(config, name) for name in ("hidden_size", "state_size", "conv_kernel"))
     width = size(config, "expand") * hidden

@@ -168,5 +168,5 @@ def test_a_model_generates_and_is_itself_without_its_plan() -> None:
 
 
 def test_shards_in_chunks_are_refused() -> None:
-    with pytest.raises(ValueError, match="layer_chunks is 3, and DeepseekV32ForCausalLM has layers that are not"):
+    with pytest.raises(ValueError, match="layer_chunks is 3, and DeepseekV32ForCausalLM has DeepseekV32Indexer"):
         apply_settings(model_of(), Settings(sp_size=2, recompute=True, layer_chunks=3), sequence_group=None)
