@@ -165,7 +165,7 @@ class _Truth:
     def of(cls, model: PreTrainedModel, *, packed: bool, seq_len: int) -> _Truth:
         name = type(model).__name__
         make = Documents.packed if packed else Documents.padded
-        documents = make(seq_len, model.config.vocab_size)
+        documents = make(seq_len, _num_tokens(model.config))
         before = torch.get_rng_state()
         try:
             outcome = run_plain(model, documents)
@@ -176,6 +176,12 @@ class _Truth:
                 f"{name} cannot be checked: no config field switches off the random numbers it trains with"
             )
         return cls(documents, outcome)
+
+
+def _num_tokens(config: PreTrainedConfig) -> int:
+    """Some models have rows for tokens that their logits leave out (Inkling)."""
+    num_tokens: int = getattr(config, "unpadded_vocab_size", None) or config.vocab_size
+    return num_tokens
 
 
 def _seq_len(case: Case) -> int:

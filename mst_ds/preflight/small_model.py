@@ -123,7 +123,10 @@ def _layer_kinds(model: PreTrainedModel) -> list[_LayerKind]:
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     layers = next((layers for count in counts for layers in lists if len(layers) == count), None)
     if layers is None:
-        raise ValueError(f"{type(model).__name__} cannot be shrunk: it has no list of {counts[0]} decoder layers")
+        raise ValueError(
+            f"{type(model).__name__} has no list of the {counts[0]} layers that its config names, as a model that runs "
+            "some of them several times; allowed: models that run each once"
+        )
     return [_LayerKind.of(layer) for layer in layers]
 
 
