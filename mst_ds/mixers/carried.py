@@ -54,7 +54,8 @@ class CarriedState:
         if call.is_last:
             return output
         if call.runs_for is Pass.FORWARD:
-            self._left = state.detach()
+            # On its own: a part of what the chunk has computed would keep all of that.
+            self._left = state.detach().clone()
         left: Tensor = _Leave.apply(self, call.chunk, output, state)
         return left
 

@@ -33,7 +33,7 @@ def tokens_before(
     if earlier is None:
         earlier = tensor.new_zeros(*tensor.shape[:2], count)
     if group is None:
-        return earlier, torch.cat([earlier, tensor], dim=2)[:, :, -count:]
+        return earlier, torch.cat([earlier, tensor[:, :, -count:]], dim=2)[:, :, -count:]
     before, last = _TokensBefore.apply(tensor, earlier, group)
     return before, last
 

@@ -267,11 +267,11 @@ def test_formulas_give_layers_that_are_not_attention(model_type):
     config = AutoConfig.for_model(model_type, **MIXED | MIXERS[model_type], vocab_size=16_000)
     on_meta = model_on_meta(config, None)[0]
     shape = with_mixers(trained_shape(ModelShape.from_config(config), on_meta), on_meta, torch.bfloat16)
-    for sp_size, recompute in ((2, True), (1, False)):
+    for sp_size, recompute, layer_chunks in ((2, True, 1), (1, False, 1), (1, True, 4)):
         # The delta rule is a loop in Python.
         tokens = 1024 if model_type == "qwen3_5_text" else 4096
         settings = {"seq_len": tokens * sp_size, "sp_size": sp_size, "mlp_chunks": 8, "loss_chunks": 64}
-        settings["recompute"] = recompute
+        settings |= {"recompute": recompute, "layer_chunks": layer_chunks}
         planned, measured = plan_and_peaks(config, shape, **settings)
         assert max(planned.values()) == pytest.approx(max(measured.values()), rel=0.05), (planned, measured)
 
