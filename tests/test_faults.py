@@ -250,7 +250,7 @@ def test_a_model_that_cannot_be_written(
         shutil.rmtree(output_dir / "checkpoints")
     engine: Any = None
     with pytest.raises(OSError, match=says):
-        export_run(engine, byte_tokenizer(), output_dir, source="small_llama", merge_adapter=False)
+        export_run(engine, byte_tokenizer(), output_dir, source="small_llama", merge_adapter=False, whole=None)
 
 
 def test_a_checkpoint_with_a_flipped_bit_is_not_loaded(output_dir: Path) -> None:

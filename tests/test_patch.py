@@ -212,7 +212,7 @@ JET_MOE = {"num_local_experts": 4, "kv_channels": 8, "num_key_value_heads": 2}
 REFUSED = {
     "mlp": (JetMoeConfig, JetMoeForCausalLM, JET_MOE, {}, 'set "mlp_chunks": 1'),
     "loss": (MixtralConfig, WithAnotherLoss, {**GQA, **EXPERTS}, {}, "has a loss other than the cross-entropy"),
-    "attention": (FalconConfig, FalconForCausalLM, {}, {"sp_size": 2}, "attention interface"),
+    "attention": (FalconConfig, FalconForCausalLM, {"alibi": True}, {"sp_size": 2}, "attention interface"),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import locale
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -38,6 +39,8 @@ def run_command(name: str, main: Callable[[Sequence[str]], int]) -> int:
     """
     _run_in_utf8()
     _replace_closed_streams()
+    # On some CPUs it misses, as soon as it is imported, a kernel for 4 bits, which nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     sys.stdout = _Named(sys.stdout)
     code = 0
     try:

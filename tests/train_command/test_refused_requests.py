@@ -144,9 +144,9 @@ def test_dataset(file: str, content: str, says: list[str], refused: Callable[...
         (ALIBI, 1, ["packing is 'documents'", "FalconForCausalLM", "allowed: 'none'"]),
         (ALIBI, 2, ["FalconForCausalLM", "attention interface", "use sp_size 1"]),
         (
-            {"model_type": "minimax", **TINY, "layer_types": ["linear_attention"]},
+            {"model_type": "zaya", **TINY},
             2,
-            ["layers of type linear_attention", "use sp_size 1"],
+            ["layers of type hybrid", "use sp_size 1"],
         ),
     ],
 )
