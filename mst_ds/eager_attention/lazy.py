@@ -10,6 +10,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_leaves
 
 from mst_ds.attention import Mask
 from mst_ds.sequence_parallel import UlyssesContext
@@ -95,7 +96,8 @@ class Lazy(Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        lazy = [value for value in (*args, *kwargs.values()) if isinstance(value, Lazy)]
+        # Also in a list, such as that of `cat`.
+        lazy = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Lazy)]
         # Scores know patterns; patterns know no scores.
         first = max(lazy, key=lambda each: each.knows_others)
         name = name_of(func)

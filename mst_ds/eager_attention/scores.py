@@ -180,6 +180,9 @@ def _added(first: Any, second: Any, *, alpha: float = 1) -> LazyScores:
         if other.seen != 0:
             scores.call.refuse("adds to all of its attention's scores")
         return scores.hiding(other.hidden, other.mask)
+    if scores.written.is_softmax:
+        scores.call.refuse("adds to its attention's weights")
+    # A number is the same for all keys.
     return scores.biased(other) if isinstance(other, Tensor) else scores.then()
 
 

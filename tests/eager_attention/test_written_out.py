@@ -281,6 +281,15 @@ def hidden_weights(module: Any, query: Tensor, key: Tensor, value: Tensor, mask:
     return ((query @ key.mT + mask).softmax(dim=-1) * module.bias[:, :, :LENGTH, :LENGTH]) @ value
 
 
+def raised_weights(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
+    return ((query @ key.mT + mask).softmax(dim=-1) + 1e-3) @ value
+
+
+def with_sinks(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
+    sinks = torch.zeros(2, HEADS, LENGTH, 1)
+    return torch.cat([query @ key.mT + mask, sinks], dim=-1).softmax(dim=-1)[..., :-1] @ value
+
+
 def rolled(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
     module.seen.copy_(module.seen.roll(1, dims=-1))
     return gpt_neo(module, query, key, value, mask)
@@ -304,6 +313,8 @@ REFUSED = {
     learned: "learns what it adds",
     hidden_by_little: "hides keys by -5.0",
     only_zero: "does not hide the keys that are to come",
+    raised_weights: "adds to its attention's weights",
+    with_sinks: "calls cat on its attention's scores",
     hidden_weights: "multiplies its attention's scores by a tensor",
     rolled: "hides keys by a mask of its own",
 }
