@@ -196,10 +196,10 @@ def _find_documents(
         positions = patched.token_layout.positions(rank, length, inputs.device).expand(batch, -1)
     # On a shard always: another rank may have padding, and this is a collective call.
     starts = None if positions is None else find_document_starts(positions, mask, group)
+    if positions is not None and not are_given and (lengths is not None or patched.begins_with_each_document):
+        # A document is no longer for padding before it.
+        positions = positions_in_documents(positions, starts, group)
     if lengths is not None:
-        if not are_given:
-            # A document is no longer for padding before it.
-            positions = positions_in_documents(positions, starts, group)
         lengths.of_tokens = document_lengths(positions, mask, starts, group)
     return positions, starts
 

@@ -53,6 +53,7 @@ class PatchedModel:
         forwards: of modules inside the decoder, and of the head, that were given one.
         configs: which name this project's attention; empty where the model keeps its own.
         why_own_attention: see `mst_ds.structure`.
+        begins_with_each_document: see `mst_ds.structure`.
         document_lengths: what its rotary embeddings have to know of a forward; None where none depends on it.
         arguments: the names that its forward and its decoder's know; decoder_arguments: the decoder's alone.
         asked_for_router_logits: whether the config did when the plan was applied.
@@ -70,6 +71,7 @@ class PatchedModel:
     configs: Sequence[OwnConfig]
     why_own_attention: str | None
     arguments: frozenset[str]
+    begins_with_each_document: bool
     document_lengths: DocumentLengths | None
     decoder_arguments: frozenset[str]
     asked_for_router_logits: bool

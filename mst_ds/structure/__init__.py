@@ -8,7 +8,7 @@ from mst_ds.structure.loss import LossStructure, RouterLoss, find_decoder, loss_
 from mst_ds.structure.mixers import Mixer, find_mixers, is_attention
 from mst_ds.structure.mlps import Chunkable, ExpertsStructure, MlpStructure, TokenwiseStructure, find_mlps
 from mst_ds.structure.norms import NormStructure, find_norms
-from mst_ds.structure.positions import position_table
+from mst_ds.structure.positions import begins_with_each_document, position_table
 from mst_ds.structure.rotary import RotaryStructure, find_rotary
 from mst_ds.structure.shardable import has_whole_layers, require_shardable, why_own_attention
 
@@ -25,6 +25,7 @@ __all__ = [
     "RotaryStructure",
     "RouterLoss",
     "TokenwiseStructure",
+    "begins_with_each_document",
     "decoder_layers",
     "find_decoder",
     "find_document_rotary",

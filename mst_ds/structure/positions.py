@@ -1,10 +1,15 @@
-"""Finds the table from which a model without rotary embeddings takes its positions."""
+"""Finds what a model makes of positions beyond rotary embeddings: a table of them, and where they must begin."""
 
 from __future__ import annotations
 
+import inspect
+import types
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+from mst_ds.structure.mixers import MethodStructure, Mixer, names_of, plain_forward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,3 +33,17 @@ def position_table(model: PreTrainedModel) -> int | None:
     tables = {embedding.num_embeddings - getattr(embedding, "offset", 0) for embedding in embeddings}
     tables |= {buffer.shape[-2] for buffer in model.buffers() if buffer.dim() >= 2}
     return positions if positions in tables else None
+
+
+def begins_with_each_document(model: PreTrainedModel, mixers: Iterable[Mixer]) -> bool:
+    """Whether positions that nobody gives have to be 0 at a document's first token, whatever padding stands before it:
+    the model counts tokens by its mask (OPT), or forgets a state where they are 0 (RG-LRU)."""
+    forgets = any(isinstance(mixer, MethodStructure) for mixer in mixers)
+    return forgets or any(_counts_by_mask(plain_forward(module)) for module in model.modules())
+
+
+def _counts_by_mask(forward: Any) -> bool:
+    """Whether a decoder's forward sums up its mask, where it may be given positions instead."""
+    if not isinstance(forward, types.FunctionType) or "cumsum" not in names_of(forward.__code__):
+        return False
+    return {"input_ids", "attention_mask", "position_ids"} <= set(inspect.signature(forward).parameters)
