@@ -181,8 +181,15 @@ def attained_of(predicted: StepTimes, measured: float, profiled: Mapping[str, fl
     # With what parts that are too small for a share take longer than predicted.
     rest = (measured - predicted.optimizer / optimizer) / predicted.micro_batches
     rest -= sum(getattr(predicted, kind) / shares[kind] for kind in _COMPUTED)
-    others = _share_of_others(predicted, micro_batch, rest)
     has_links = predicted.waits + predicted.collectives + predicted.host_copies > 0
+    if predicted.launches_wait and not has_links and predicted.passes:
+        # Nothing is waited for. Tensors that are made and freed, inside of operators and between them, take what their
+        # sizes are: of four times the tokens this rest was three times as much.
+        shares["passes"] = predicted.passes / (
+            predicted.passes / shares["passes"] + max(0.0, rest - predicted.launches)
+        )
+        return Attained(**shares, launches=1.0, links=1.0, optimizer=optimizer)
+    others = _share_of_others(predicted, micro_batch, rest)
     return Attained(**shares, launches=others, links=others if has_links else 1.0, optimizer=optimizer)
 
 

@@ -103,12 +103,18 @@ def test_a_step_that_waits_for_what_runs_beside_it_is_predicted_from_it():
 
 def test_links_that_a_run_did_not_use_stay_as_predicted():
     """One GPU waits for the CPU alone: that says nothing of the links that eight would have."""
+    predicted = replace(ON_A_GPU, waits=0.0, collectives=0.0, host_copies=0.0)
+    truth = predicted.at(Attained(launches=0.02))
+    found = attained_of(predicted, truth.of_step, profile_of(truth))
+    assert asdict(found) == pytest.approx(asdict(Attained(launches=0.02)))
+
+
+def test_on_a_cpu_what_no_operator_takes_grows_with_passes():
+    """It runs ahead of nothing: what is left is memory that tensors of their size take and give back."""
     assert ON_A_CPU.of_micro_batch == pytest.approx(8.3)
-    of_one = replace(ON_A_GPU, waits=0.0, collectives=0.0, host_copies=0.0)
-    for predicted in (of_one, ON_A_CPU):
-        truth = predicted.at(Attained(launches=0.02))
-        found = attained_of(predicted, truth.of_step, profile_of(truth))
-        assert asdict(found) == pytest.approx(asdict(Attained(launches=0.02)))
+    truth = ON_A_CPU.at(Attained(passes=0.25))
+    found = attained_of(ON_A_CPU, truth.of_step, profile_of(truth) | {"passes": truth.passes / 2})
+    assert asdict(found) == pytest.approx(asdict(Attained(passes=0.25)))
 
 
 def test_what_is_too_small_to_be_seen_stays_as_predicted():
