@@ -39,14 +39,19 @@ def with_mixers(shape: ModelShape, model: PreTrainedModel, dtype: torch.dtype) -
         dtype: of the training.
     """
     all_mixers, layers = find_mixers(model), decoder_layers(model)
-    # What is a part of a module that has more than it does not run on hidden states alone.
-    found = {mixer.module: mixer for mixer in all_mixers if isinstance(mixer, _WholeMixer)}
+    # What is a part of a module that has more than it does not run on hidden states alone, and Mamba's scan goes token
+    # by token, which takes a minute.
+    found = {
+        mixer.module: mixer
+        for mixer in all_mixers
+        if isinstance(mixer, LightningStructure) or (isinstance(mixer, MixerStructure) and mixer.carries)
+    }
     if len(layers) != shape.num_hidden_layers or len(found) < len(all_mixers):
         return shape
     mixers = [[module for module in layer.modules() if module in found] for layer in layers]
-    needs = {
-        _kind(module): _measured(found[module], shape.hidden_size, dtype) for inside in mixers for module in inside
-    }
+    # Each kind once: a delta rule takes two seconds.
+    of_kinds = {_kind(module): found[module] for inside in mixers for module in inside}
+    needs = {kind: _measured(mixer, shape.hidden_size, dtype) for kind, mixer in of_kinds.items()}
     measured = {kind: needed for kind, needed in needs.items() if needed is not None}
     if not needs or len(measured) < len(needs):
         return shape
