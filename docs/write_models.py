@@ -146,8 +146,8 @@ _NOT_DECODERS = """\
 ## Not decoders of text alone
 
 Encoders that transformers registers with a head for language modelling, models of an encoder and a decoder, and models
-of more than text. Of the last `mst-train` trains the language model, where transformers has a class for it alone: a part
-that is named here, with a row of its own above ([how](finetune.md#the-model)):"""
+of more than text. Of the last `mst-train` trains the language model, where transformers has a class for it alone: a
+part that is named here, with a row of its own above ([how](finetune.md#the-model)):"""
 
 
 def as_record(outcome: Outcome[Architecture, Finding]) -> dict[str, Any]:

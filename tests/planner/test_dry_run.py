@@ -26,6 +26,7 @@ from transformers import (
 from transformers.activations import ACT2FN
 
 import mst_ds.memory.dry_run
+import mst_ds.memory.mixers
 from mst_ds.adapters import model_on_meta
 from mst_ds.memory.dry_run import as_on_an_accelerator, dry_run, planned_activations
 from mst_ds.memory.live import LiveMemory
@@ -274,6 +275,15 @@ def test_formulas_give_layers_that_are_not_attention(model_type):
         settings |= {"recompute": recompute, "layer_chunks": layer_chunks}
         planned, measured = plan_and_peaks(config, shape, **settings)
         assert max(planned.values()) == pytest.approx(max(measured.values()), rel=0.05), (planned, measured)
+
+
+def test_each_kind_of_mixer_is_measured_once(monkeypatch):
+    """A real model has dozens of layers of a kind."""
+    measured = []
+    monkeypatch.setattr(mst_ds.memory.mixers, "_measured", lambda mixer, *_: measured.append(mixer))
+    on_meta = model_on_meta(AutoConfig.for_model("lfm2", **MIXED | MIXERS["lfm2"]), None)[0]
+    with_mixers(ModelShape.from_config(on_meta.config), on_meta, torch.bfloat16)
+    assert len(measured) == 1
 
 
 def peaks_of_mlp(activation):
